@@ -1,0 +1,71 @@
+# Set-up, tests and the quick start. `make help` lists what there is to do.
+#
+# Variables: PYTHON=python3.12 (used once, to create the environment), VENV=path of the environment,
+# PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" (no GPU: spares gigabytes of CUDA), ARGS=for pytest.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+ARGS ?=
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+
+# The quick start, step by step.
+QUICKSTART := tutorials/cookbooks/training_reward_model/quickstart
+QUICKSTART_PREPARE := $(PY) -m tutorials.cookbooks.training_reward_model.quickstart.prepare quickstart
+QUICKSTART_TRAIN := $(VENV)/bin/rm-gallery train --config $(QUICKSTART)/quickstart.yaml
+QUICKSTART_SHOW := $(PY) -m tutorials.cookbooks.training_reward_model.quickstart.show quickstart
+
+# One stamp per set of installed extras; it is renewed when a dependency or a tested version changes.
+PLOT_STAMP := $(VENV)/.installed-plot
+DEV_STAMP := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help quickstart test check format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+quickstart: $(PLOT_STAMP)  ## train a small reward model on this machine and show what it learned
+	$(QUICKSTART_PREPARE)
+	$(QUICKSTART_TRAIN)
+	$(QUICKSTART_SHOW)
+
+test: $(DEV_STAMP)  ## run all tests (some of them: make test ARGS="tests/data -k packing")
+	$(PY) -m pytest $(ARGS)
+
+check: $(DEV_STAMP)  ## format, lint, types, structure; changes nothing
+	$(PY) -m ruff format --check --output-format concise .
+	$(PY) -m ruff check --output-format concise .
+	$(PY) -m mypy
+	$(PY) -m pytest tests/structure
+
+format: $(DEV_STAMP)  ## format the code and mend what ruff can mend
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+
+clean:  ## remove caches and build output; runs, checkpoints and the environment stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find rm_gallery tutorials tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "There is no '$(PYTHON)' here. Please install Python 3.11 or 3.12, or name yours: make PYTHON=/path/to/python3.12"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "RM-Gallery needs Python 3.11 or 3.12; '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1). Please name a newer one: make PYTHON=python3.12"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info >= (3, 13))' || \
+	  echo "A note: RM-Gallery is tested on Python 3.11 and 3.12; '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1), which may or may not work."
+	@echo "Creating the environment in $(VENV)."
+	@"$(PYTHON)" -m venv "$(VENV)" || { rm -f "$(PY)"; \
+	  echo "Python could not create an environment. On Debian or Ubuntu: apt install python3-venv"; exit 1; }
+
+$(PLOT_STAMP): pyproject.toml constraints.txt | $(PY)
+	@echo "Installing RM-Gallery into $(VENV); the first time takes some minutes, most of it for PyTorch."
+	@$(PIP_INSTALL) -e '.[plot]'
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml constraints.txt | $(PY)
+	@echo "Installing RM-Gallery and its development tools into $(VENV)."
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $(PLOT_STAMP) $@

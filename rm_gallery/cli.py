@@ -1,0 +1,77 @@
+"""The command line: `rm-gallery train | validate-config`. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+
+from rm_gallery import __version__
+from rm_gallery.errors import UserError
+from rm_gallery.log import setup_logging
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None, *, default_config: str | None = None) -> int:
+    """Run one command; returns its exit status: 0, 2 for a mistake that a person can mend, 130 for Ctrl-C.
+
+    default_config: YAML file that `--config` starts from; recipes give their own.
+    """
+    arguments = _parser(default_config).parse_args(argv)
+    setup_logging(logging.DEBUG if arguments.debug else logging.INFO)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        for line in str(error).splitlines():
+            print(f"rm-gallery: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rm-gallery: stopped by Ctrl-C; checkpoints that were written are whole", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser(default_config: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rm-gallery", description="Train Bradley-Terry reward models and use them.")
+    parser.add_argument("--version", action="version", version=f"rm-gallery {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("train", _train, "train a reward model"),
+        ("validate-config", _validate_config, "check a configuration, its files included, without training"),
+    ):
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration values, as optim.lr=1e-6")
+        command.add_argument("--config", default=default_config, metavar="FILE", help="YAML file to start from")
+        command.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
+        command.set_defaults(run=run)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from rm_gallery.training.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # what it would say about heads and lengths, we say ourselves
+    transformers_logging.disable_progress_bar()
+    from rm_gallery.training.build import run_training
+
+    result = run_training(config)
+    print(f"checkpoint: {result.checkpoint}")
+
+
+def _validate_config(arguments: argparse.Namespace) -> None:
+    from rm_gallery.training.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    print(f"configuration is valid; the run folder will be {config.trainer.run_dir}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

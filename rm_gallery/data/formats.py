@@ -1,0 +1,210 @@
+"""Formats: one row of a file becomes a `PreferenceGroup`, or a counted reason why it cannot.
+
+Read here: `chosen` / `rejected` as strings, as lists of messages, or as JSON strings of such lists, with an optional
+prompt column (string or messages).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rm_gallery.data.source import Row
+from rm_gallery.errors import UserError, nearest
+from rm_gallery.schema import Comparison, InputStyle, Message, PreferenceGroup
+
+
+@dataclass(frozen=True)
+class CustomClassConfig:
+    """`data.custom_cls`: a data set class of the user's own."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    path: str | None = None
+    """Python file that defines the class."""
+    name: str | None = None
+    """Name of the class in that file."""
+
+
+@dataclass(frozen=True)
+class FormatConfig:
+    """Part of `data`: how a row is read."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    prompt_key: str = "prompt"
+    """Column of the prompt; a file without it has the prompt inside its responses."""
+    chosen_key: str = "chosen"
+    rejected_key: str = "rejected"
+    input_style: Literal["auto", "text", "chat"] = "auto"
+    """`chat` renders messages with the chat template, `text` takes strings as they are. `auto`: chat for messages and
+    for a string prompt with string responses when the tokenizer has a chat template; text otherwise."""
+    bad_rows: Literal["drop", "error"] = "drop"
+    """What a row that cannot be used does: `drop` leaves it out and counts it, `error` stops there."""
+    custom_cls: CustomClassConfig = field(default_factory=CustomClassConfig)
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; the message is the reason, the same for all rows with the same fault."""
+
+
+@dataclass
+class Dropped:
+    """Rows left out, counted by reason, with the first one of each as an example."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str, where: str) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.examples.setdefault(reason, where)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def describe(self) -> str:
+        """`3 null chosen (first: train.parquet:17), 1 ...`, the most frequent first."""
+        ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
+        return ", ".join(f"{count} {reason} (first: {self.examples[reason]})" for reason, count in ordered)
+
+
+def read_groups(
+    rows: Iterable[Row], config: FormatConfig, *, has_chat_template: bool, dropped: Dropped
+) -> Iterator[PreferenceGroup]:
+    """Groups of the usable rows, in order; the others are added to `dropped`.
+
+    Raises UserError for a file that lacks the columns, and at the first bad row under `bad_rows=error`.
+    """
+    checked: str | None = None
+    for row in rows:
+        file = row.where.rpartition(":")[0]
+        if file != checked:
+            _check_columns(row, file, config)
+            checked = file
+        try:
+            yield _read_pair(row, config, has_chat_template)
+        except BadRow as error:
+            if config.bad_rows == "error":
+                raise UserError(f"{row.where}: {error}; mend the row, or set data.bad_rows=drop to leave it out") from None
+            dropped.add(str(error), row.where)
+
+
+def _check_columns(row: Row, file: str, config: FormatConfig) -> None:
+    for option, name in (("chosen_key", config.chosen_key), ("rejected_key", config.rejected_key)):
+        if name not in row.values:
+            columns = ", ".join(row.values) or "none"
+            raise UserError(
+                f"{file}: no column {name!r} (columns: {columns}); rename it or set data.{option}."
+                + nearest(name, row.values)
+            )
+        value = row.values[name]
+        if value is not None and not isinstance(value, str | list):
+            raise UserError(
+                f"{row.where}: column {name!r} holds {type(value).__name__}, not text or messages; "
+                f"write it as strings or name another column with data.{option}"
+            )
+    if config.prompt_key != "prompt" and config.prompt_key not in row.values:
+        raise UserError(f"{file}: no column {config.prompt_key!r} (data.prompt_key; columns: {', '.join(row.values)})")
+
+
+def _read_pair(row: Row, config: FormatConfig, has_chat_template: bool) -> PreferenceGroup:
+    prompt = _cell(row.values.get(config.prompt_key), config.prompt_key, required=False)
+    chosen = _cell(row.values[config.chosen_key], config.chosen_key)
+    rejected = _cell(row.values[config.rejected_key], config.rejected_key)
+    if chosen == rejected:
+        raise BadRow("chosen equal to rejected")
+    style = _style(prompt, chosen, rejected, config.input_style, has_chat_template)
+    if style == "chat":
+        before = _as_messages(prompt, "user")
+        answers = [_as_messages(value, "assistant") for value in (chosen, rejected)]
+        for name, answer in zip((config.chosen_key, config.rejected_key), answers, strict=True):
+            if answer[-1]["role"] != "assistant":
+                raise BadRow(f"{name} that does not end with an assistant turn")
+        if before and all(_holds_prompt(before, answer) for answer in answers):
+            before = []  # the responses are whole conversations; the prompt column repeats their first turns
+        return PreferenceGroup(before, answers, (Comparison(0, 1),), "chat", row.where)
+    if not all(isinstance(part, str) for part in (prompt, chosen, rejected)):
+        raise BadRow("messages under data.input_style=text")
+    return PreferenceGroup(prompt, [chosen, rejected], (Comparison(0, 1),), "text", row.where)
+
+
+def _cell(value: Any, name: str, *, required: bool = True) -> str | list[Message]:
+    """Text or messages of one cell; a JSON string of a message list becomes that list."""
+    if value is None:
+        if required:
+            raise BadRow(f"null {name}")
+        return ""
+    if isinstance(value, str):
+        if required and not value.strip():
+            raise BadRow(f"empty {name}")
+        messages = _json_messages(value)
+        return value if messages is None else _check_messages(messages, name, required)
+    if isinstance(value, list):
+        return _check_messages(value, name, required)
+    raise BadRow(f"{name} of type {type(value).__name__}")
+
+
+def _json_messages(text: str) -> list[Any] | None:
+    """The list in a JSON string of messages, or None for any other text."""
+    if not text.lstrip().startswith("[{"):
+        return None
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_messages = isinstance(parsed, list) and all(isinstance(item, dict) and "role" in item for item in parsed)
+    return parsed if is_messages else None
+
+
+def _check_messages(messages: Sequence[Any], name: str, required: bool) -> list[Message]:
+    if required and not messages:
+        raise BadRow(f"empty {name}")
+    checked = []
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise BadRow(f"{name} with a message that has no role")
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            raise BadRow(f"{name} with a message that has no text content")
+        # Parquet gives every struct field that any row has; a null field means that the message does not have it.
+        checked.append({key: value for key, value in message.items() if value is not None})
+    return checked
+
+
+def _style(
+    prompt: str | list[Message], chosen: str | list[Message], rejected: str | list[Message], wanted: str, template: bool
+) -> InputStyle:
+    if wanted == "text":
+        return "text"
+    if wanted == "chat" or not all(isinstance(part, str) for part in (prompt, chosen, rejected)):
+        return "chat"
+    return "chat" if prompt and template else "text"
+
+
+def _holds_prompt(prompt: Sequence[Message], response: Sequence[Message]) -> bool:
+    """Whether a response repeats the prompt's last turn before its own answer, as whole conversations do."""
+    last = prompt[-1]
+    return any(turn["role"] == last["role"] and turn.get("content") == last.get("content") for turn in response[:-1])
+
+
+def _as_messages(value: str | list[Message], role: str) -> list[Message]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}] if value else []
+    return value
+
+
+def check_custom_class(config: CustomClassConfig) -> None:
+    """Say in words that custom classes are not available yet; a path that does not exist is named first."""
+    if config.path is None and config.name is None:
+        return
+    if config.path is None or config.name is None:
+        raise UserError("data.custom_cls needs both path (a Python file) and name (the class in it)")
+    if not Path(config.path).is_file():
+        raise UserError(f"data.custom_cls.path={config.path}: no such file (working directory {Path.cwd()})")
+    raise UserError(
+        "data.custom_cls is not supported yet: write the pairs to a parquet file with columns chosen and rejected, "
+        "and leave data.custom_cls out"
+    )

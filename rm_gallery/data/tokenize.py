@@ -1,0 +1,310 @@
+"""Tokenizing: groups become token ids with the common prefix split off, kept in flat arrays.
+
+Each whole text is tokenized by itself and the prefix is found on the tokens, so a packed group holds exactly the
+tokens that any server makes of the same text. Needs a tokenizer, never torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rm_gallery.data.formats import BadRow, Dropped
+from rm_gallery.errors import UserError
+from rm_gallery.schema import Comparison, InputStyle, PreferenceGroup
+
+# N groups, R responses, C comparisons; each count is over the whole data set
+
+_CHUNK_GROUPS = 512
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    """Part of `data`: from text to tokens, and what happens to texts that are too long."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    max_length: int = 4096
+    """Most tokens of one prompt with one response."""
+    filter_overlong_prompts: bool = True
+    """Leave out, and count, a group with a text longer than `max_length`; nothing is ever cut then."""
+    truncation: Literal["error", "left", "right"] = "error"
+    """Without that filter: stop at the first such text, or keep its last (`left` is cut) or first tokens."""
+    append_eos: bool = False
+    """Close texts in style `text` with the end-of-sequence token; servers that read the model must do the same."""
+    chat_template: str | None = None
+    """A Jinja chat template or the file that holds one, instead of the tokenizer's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenGroup:
+    """One group as tokens: the common prefix once, then each response's own tokens."""
+
+    prefix: np.ndarray
+    """[P] int32, P >= 0."""
+    tails: list[np.ndarray]
+    """K arrays int32, each with at least one token."""
+    comparisons: Sequence[Comparison]
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template: str | None = None) -> Any:
+    """A fast tokenizer from a model folder, with the chat template from the configuration if one is given.
+
+    Raises UserError when the folder has no tokenizer or only a slow one, or the template cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model.partial_pretrain={path}: no tokenizer can be loaded from there ({reason}); "
+            "the folder needs tokenizer.json and tokenizer_config.json"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(f"model.partial_pretrain={path}: only a slow tokenizer is there; save it with a tokenizer.json")
+    if chat_template is not None:
+        is_inline = "{{" in chat_template or "{%" in chat_template
+        if not is_inline and not Path(chat_template).is_file():
+            raise UserError(f"data.chat_template={chat_template}: neither a Jinja template nor a file that holds one")
+        tokenizer.chat_template = chat_template if is_inline else Path(chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def encode(group: PreferenceGroup, tokenizer: Any, config: TokenizeConfig) -> list[list[int]]:
+    """Token ids of each whole text of the group; see `encode_many`."""
+    return encode_many([group], tokenizer, config)[0]
+
+
+def encode_many(groups: Sequence[PreferenceGroup], tokenizer: Any, config: TokenizeConfig) -> list[list[list[int]]]:
+    """Token ids of every whole text, as `[group][response]`, before any length policy.
+
+    Chats are rendered by the template, which writes the special tokens itself; bare texts get those that the
+    tokenizer adds by itself, but no second BOS where the text already begins with one.
+    """
+    plain: list[str] = []  # texts that get the tokenizer's special tokens
+    rendered: list[str] = []  # texts that hold them already
+    place: list[list[tuple[bool, int]]] = []
+    bos = tokenizer.bos_token or ""
+    for group in groups:
+        places = []
+        for text in render(group, tokenizer, config):
+            target = rendered if group.style == "chat" or (bos and text.startswith(bos)) else plain
+            places.append((target is rendered, len(target)))
+            target.append(text)
+        place.append(places)
+    ids = {False: _encode_texts(plain, tokenizer, True), True: _encode_texts(rendered, tokenizer, False)}
+    return [[ids[kind][index] for kind, index in places] for places in place]
+
+
+def _encode_texts(texts: list[str], tokenizer: Any, add_special_tokens: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose=False: the library would warn about texts longer than the model; the length policy comes after.
+    encoded = tokenizer(
+        texts, add_special_tokens=add_special_tokens, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
+    return encoded["input_ids"]  # type: ignore[no-any-return]
+
+
+def render(group: PreferenceGroup, tokenizer: Any, config: TokenizeConfig) -> list[str]:
+    """The K whole texts of a group, as they are tokenized.
+
+    Raises BadRow for a conversation that the chat template refuses, UserError when there is no template at all.
+    """
+    if group.style == "text":
+        assert isinstance(group.prompt, str)
+        eos = tokenizer.eos_token or tokenizer.sep_token or ""
+        texts = [f"{group.prompt}{response}" for response in group.responses]
+        return [text + eos if config.append_eos and not text.endswith(eos) else text for text in texts]
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{group.where}: the data are chat messages but the tokenizer has no chat template; "
+            "set data.chat_template to one, or give bare texts"
+        )
+    assert not isinstance(group.prompt, str)
+    try:
+        conversations = [[*group.prompt, *response] for response in group.responses]
+        return [tokenizer.apply_chat_template(messages, tokenize=False) for messages in conversations]
+    except Exception as error:
+        # Templates end in jinja's exceptions or in plain TypeErrors; either way this row does not fit the template.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadRow(f"chat template refuses the conversation: {reason}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSizes:
+    """What planning needs to know of the groups; each is [N] int64."""
+
+    tokens: np.ndarray
+    """Tokens of the group, the common prefix counted once."""
+    longest_text: np.ndarray
+    """Tokens of its longest whole text, prefix and response."""
+    num_responses: np.ndarray
+    num_comparisons: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class TokenData:
+    """All groups of a data set as flat arrays; `data[i]` is the i-th `TokenGroup`."""
+
+    def __init__(self, groups: Iterable[tuple[TokenGroup, str]], style: InputStyle) -> None:
+        parts: list[np.ndarray] = []
+        prefix_lengths, tail_lengths, counts, self._comparisons, self.where = [], [], [], [], []
+        for group, where in groups:
+            parts += [group.prefix, *group.tails]
+            prefix_lengths.append(len(group.prefix))
+            tail_lengths += [len(tail) for tail in group.tails]
+            counts.append(len(group.tails))
+            self._comparisons.append(tuple(group.comparisons))
+            self.where.append(where)
+        self.style = style
+        self.tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        self._prefix = np.array(prefix_lengths, np.int64)
+        self._tails = np.array(tail_lengths, np.int64)
+        self._tail_start = np.concatenate([[0], np.cumsum(np.array(counts, np.int64))]).astype(np.int64)
+        tail_sums = np.add.reduceat(self._tails, self._tail_start[:-1]) if counts else np.zeros(0, np.int64)
+        lengths = self._prefix + tail_sums
+        self._start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        longest = np.maximum.reduceat(self._tails, self._tail_start[:-1]) if counts else np.zeros(0, np.int64)
+        self.sizes = GroupSizes(
+            tokens=lengths,
+            longest_text=self._prefix + longest,
+            num_responses=np.array(counts, np.int64),
+            num_comparisons=np.array([len(each) for each in self._comparisons], np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> TokenGroup:
+        start = int(self._start[index])
+        cut = start + int(self._prefix[index])
+        lengths = self._tails[self._tail_start[index] : self._tail_start[index + 1]]
+        ends = cut + np.cumsum(lengths)
+        tails = [self.tokens[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+        return TokenGroup(self.tokens[start:cut], tails, self._comparisons[index])
+
+    def fingerprint(self) -> str:
+        """Hash of everything the model sees: tokens, where responses begin and end, comparisons."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self._prefix, self._tails, self._tail_start):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(repr(self._comparisons).encode())
+        return digest.hexdigest()[:16]
+
+
+def tokenize_groups(
+    groups: Iterable[PreferenceGroup], tokenizer: Any, config: TokenizeConfig, *, dropped: Dropped, bad_rows: str = "drop"
+) -> TokenData:
+    """Token arrays of all usable groups; the others are added to `dropped`.
+
+    Raises UserError for data that mix chats with bare texts, for a text that is too long under
+    `truncation=error`, and at the first bad row under `bad_rows=error`.
+    """
+    styles: dict[InputStyle, str] = {}
+
+    def produce() -> Iterator[tuple[TokenGroup, str]]:
+        source = iter(groups)
+        while chunk := list(islice(source, _CHUNK_GROUPS)):
+            for group in chunk:
+                styles.setdefault(group.style, group.where)
+            for group, texts in _encode_chunk(chunk, tokenizer, config, dropped, bad_rows):
+                try:
+                    yield split_prefix(fit_length(texts, group, tokenizer, config), group.comparisons), group.where
+                except BadRow as error:
+                    _drop(error, group.where, dropped, bad_rows)
+
+    data = TokenData(produce(), "text")
+    if len(styles) > 1:
+        raise UserError(
+            f"the data mix chat messages ({styles['chat']}) with bare texts ({styles['text']}); "
+            "set data.input_style=chat to read all as chats, or split the files"
+        )
+    data.style = next(iter(styles), "text")
+    return data
+
+
+def _encode_chunk(
+    chunk: list[PreferenceGroup], tokenizer: Any, config: TokenizeConfig, dropped: Dropped, bad_rows: str
+) -> Iterator[tuple[PreferenceGroup, list[list[int]]]]:
+    try:
+        yield from zip(chunk, encode_many(chunk, tokenizer, config), strict=True)
+        return
+    except BadRow:
+        pass  # one of them cannot be rendered: find out which, one by one
+    for group in chunk:
+        try:
+            yield group, encode(group, tokenizer, config)
+        except BadRow as error:
+            _drop(error, group.where, dropped, bad_rows)
+
+
+def _drop(error: BadRow, where: str, dropped: Dropped, bad_rows: str) -> None:
+    if bad_rows == "error":
+        raise UserError(f"{where}: {error}; mend the row, or set data.bad_rows=drop to leave it out") from None
+    dropped.add(str(error), where)
+
+
+def fit_length(
+    texts: list[list[int]], group: PreferenceGroup, tokenizer: Any, config: TokenizeConfig
+) -> list[list[int]]:
+    """The same texts under the length policy; raises BadRow for a group that it leaves out."""
+    longest = max(len(ids) for ids in texts)
+    if min(len(ids) for ids in texts) == 0:
+        raise BadRow("text without a token")
+    if longest <= config.max_length:
+        fitted = texts
+    elif config.filter_overlong_prompts:
+        raise BadRow(f"longer than data.max_length={config.max_length}")
+    elif config.truncation == "error":
+        raise UserError(
+            f"{group.where}: a text of {longest} tokens is longer than data.max_length={config.max_length}; raise it, "
+            "set data.filter_overlong_prompts=true to leave such rows out, or data.truncation=left|right to cut them"
+        )
+    else:
+        fitted = [_cut(ids, tokenizer, config) for ids in texts]
+    for comparison in group.comparisons:
+        if fitted[comparison.better] == fitted[comparison.worse]:
+            cut = " after truncation" if longest > config.max_length else " as tokens"
+            raise BadRow(f"chosen equal to rejected{cut}")
+    return fitted
+
+
+def _cut(ids: list[int], tokenizer: Any, config: TokenizeConfig) -> list[int]:
+    """At most `max_length` tokens; the special tokens that open and close a bare text stay where they are."""
+    excess = len(ids) - config.max_length
+    if excess <= 0:
+        return ids
+    special = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+    closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+    head = 1 if ids[0] in special else 0
+    tail = 1 if ids[-1] in closing and config.max_length > head + 1 else 0
+    body = ids[head : len(ids) - tail]
+    body = body[excess:] if config.truncation == "left" else body[: len(body) - excess]
+    return ids[:head] + body + ids[len(ids) - tail :]
+
+
+def split_prefix(texts: Sequence[Sequence[int]], comparisons: Sequence[Comparison]) -> TokenGroup:
+    """Split the longest common prefix off, leaving every response at least one token of its own.
+
+    Example: [1 2 3 4] and [1 2 3] give prefix [1 2], tails [3 4] and [3].
+    """
+    arrays = [np.asarray(ids, np.int32) for ids in texts]
+    size = min(len(array) for array in arrays) - 1
+    first = arrays[0][:size]
+    for array in arrays[1:]:
+        differs = np.flatnonzero(array[:size] != first[:size])
+        size = int(differs[0]) if len(differs) else size
+    if len(arrays) == 1:
+        size = 0  # nothing to share: the whole text is the response's own
+    return TokenGroup(arrays[0][:size], [array[size:] for array in arrays], comparisons)

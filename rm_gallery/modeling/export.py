@@ -1,0 +1,176 @@
+"""Export: a reward model as a Hugging Face sequence-classification folder that every server loads.
+
+What such a folder must hold, and why: transformers' pipeline and vLLM apply a sigmoid unless `problem_type` is
+`regression`; the padded forward pass reads the reward one token early when the pad token is the EOS token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rm_gallery.errors import UserError
+from rm_gallery.modeling.reward_model import RewardModel
+from rm_gallery.schema import InputStyle
+
+log = logging.getLogger(__name__)
+
+RECORD_KEY = "rm_gallery"
+MANIFEST = "manifest.json"
+_PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
+_TEXT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class InputRecord:
+    """How the model was given its texts in training, kept in `config.json`, so that scoring builds the same input."""
+
+    input_style: InputStyle
+    append_eos: bool = False
+    max_length: int = 4096
+
+
+def settle_pad_token(model: RewardModel, tokenizer: Any) -> None:
+    """Give tokenizer and model a pad token that is not EOS; an embedding row is added only if there is no room.
+
+    Called before training, since the padded forward pass of every consumer looks for the last token that is not
+    a pad token.
+    """
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        vocabulary = tokenizer.get_vocab()
+        known = [token for token in _PAD_CANDIDATES if token in vocabulary and token != tokenizer.eos_token]
+        tokenizer.add_special_tokens({"pad_token": known[0] if known else "<|pad|>"})
+        log.info("pad token: %s (id %d), since it must differ from EOS", tokenizer.pad_token, tokenizer.pad_token_id)
+    network = model.network
+    rows = network.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        network.resize_token_embeddings(len(tokenizer))
+        log.info("embeddings: %d rows, %d more, for tokens of the tokenizer", len(tokenizer), len(tokenizer) - rows)
+    network.config.pad_token_id = tokenizer.pad_token_id
+
+
+def export_folder(
+    folder: Path, model: RewardModel, state: Mapping[str, Tensor], tokenizer: Any, dtype: torch.dtype, record: InputRecord
+) -> None:
+    """Write the folder under a temporary name, check every tensor by its hash, and rename it.
+
+    state: the library model's state dict; floating tensors are written as `dtype`.
+    Raises OSError when the disk is full or a file came out damaged; `folder` does not exist then.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        cast = {name: value.detach().to("cpu", dtype if value.is_floating_point() else None) for name, value in state.items()}
+        model.network.save_pretrained(temporary, state_dict=cast)
+        _finish_config(temporary / "config.json", model, dtype, record)
+        _save_tokenizer(temporary, tokenizer, record)
+        _compare_hashes(temporary, cast)
+        files = {path.name: _file_hash(path) for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps({"sha256": files}, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _finish_config(path: Path, model: RewardModel, dtype: torch.dtype, record: InputRecord) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.update(
+        architectures=[type(model.network).__name__],
+        dtype=str(dtype).removeprefix("torch."),
+        id2label={"0": "LABEL_0"},
+        label2id={"LABEL_0": 0},
+        problem_type="regression",
+        pad_token_id=model.network.config.pad_token_id,
+    )
+    config[RECORD_KEY] = asdict(record)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _save_tokenizer(folder: Path, tokenizer: Any, record: InputRecord) -> None:
+    """The tokenizer with its chat template inside tokenizer_config.json, where every server looks for one."""
+    own = tokenizer.chat_template
+    try:
+        if own is None and record.input_style == "text":
+            tokenizer.chat_template = _TEXT_TEMPLATE  # a conversation becomes bare text, as the model was trained
+        tokenizer.save_pretrained(folder, save_jinja_files=False)
+    finally:
+        tokenizer.chat_template = own
+
+
+def _compare_hashes(folder: Path, state: Mapping[str, Tensor]) -> None:
+    from safetensors import safe_open
+
+    seen = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if name in state and _tensor_hash(tensors.get_tensor(name)) != _tensor_hash(state[name]):
+                    raise OSError(f"{file}: tensor {name} came out damaged; check the disk")
+                seen.add(name)
+    lost = set(state) - seen
+    if lost:
+        raise OSError(f"{folder}: {len(lost)} tensors are missing from the file (first: {min(lost)})")
+
+
+def _tensor_hash(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_manifest(folder: Path) -> list[str]:
+    """Names of the files in the folder that are missing or differ from their recorded hash; [] when all are whole."""
+    recorded = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+    return [name for name, digest in recorded.items() if not (folder / name).is_file() or _file_hash(folder / name) != digest]
+
+
+def read_record(folder: str | Path) -> InputRecord | None:
+    """How the model in this folder was trained, or None for a folder that is not ours."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8")).get(RECORD_KEY)
+    return InputRecord(**values) if values else None
+
+
+@torch.no_grad()
+def rescore(folder: Path, texts: Sequence[Sequence[int]]) -> list[float]:
+    """Rewards of token sequences as any consumer gets them: plain transformers, float32, one padded batch."""
+    from transformers import AutoModelForSequenceClassification
+
+    network = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    rows = [torch.tensor(ids) for ids in texts]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=network.config.pad_token_id)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return network(input_ids=input_ids, attention_mask=mask).logits[:, 0].tolist()  # type: ignore[no-any-return]
+
+
+def check_rewards(folder: Path, texts: Sequence[Sequence[int]], expected: Sequence[float], *, exact: bool) -> None:
+    """Compare the folder's rewards with the trainer's.
+
+    exact: float32 throughout, so 1e-4 of difference is too much; with bfloat16 on either side rounding is larger.
+    Raises UserError that names the largest difference.
+    """
+    absolute, relative = (1e-4, 1e-4) if exact else (0.1, 0.05)
+    for number, (found, wanted) in enumerate(zip(rescore(folder, texts), expected, strict=True)):
+        if abs(found - wanted) > absolute + relative * abs(wanted):
+            raise UserError(
+                f"{folder}: reloaded, it gives text {number} the reward {found:.6f}, but the trainer gave {wanted:.6f}; "
+                "the folder cannot be trusted (please report the architecture)"
+            )

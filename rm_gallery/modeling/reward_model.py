@@ -1,0 +1,181 @@
+"""The reward model: a library model with one output, and the call that turns a PackedBatch into rewards.
+
+Decoders run over packed tokens, the shared prompt once. Encoders see both ways, so nothing can be shared: they run
+over padded texts behind the same interface.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from rm_gallery.data.batch import PackedBatch
+from rm_gallery.errors import UserError
+from rm_gallery.modeling import attention
+
+log = logging.getLogger(__name__)
+
+# T tokens, R responses, L longest text, D hidden
+
+DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text")
+ENCODERS = ("bert", "roberta", "deberta-v2", "modernbert")
+HEADS = ("score", "classifier")
+_HEAD_PARTS = (*HEADS, "pooler", "head.")  # what a backbone without a reward head may lack
+
+
+class RewardModel(nn.Module):
+    """A one-label sequence classification model of transformers, called on packed batches."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+        self.padded = network.config.model_type not in DECODERS
+        """Whether texts are padded (encoders) or packed with shared prompts (decoders)."""
+        # The head computes in its own type, which stays float32 whatever the backbone's type is.
+        self.head.register_forward_pre_hook(_cast_input)
+
+    @property
+    def head(self) -> nn.Module:
+        """The module whose output is the reward: `score` in decoders, `classifier` in encoders."""
+        return next(getattr(self.network, name) for name in HEADS if hasattr(self.network, name))
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Rewards [R] float32, one per response; an empty batch gives [0]."""
+        if self.padded:
+            return self._padded_rewards(batch)
+        return self._packed_rewards(batch)
+
+    def _packed_rewards(self, batch: PackedBatch) -> Tensor:
+        backbone = getattr(self.network, self.network.base_model_prefix)
+        input_ids, positions = batch.input_ids, batch.positions
+        if not len(input_ids):
+            # A rank that ran out of data computes one token for nothing, so that collectives still meet.
+            input_ids, positions = input_ids.new_zeros(1), positions.new_zeros(1)
+        hidden = backbone(
+            input_ids=input_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            packed=attention.lay_out(batch),
+        ).last_hidden_state[0]  # [T, D]
+        return self.head(hidden[batch.reward_index]).squeeze(-1).float()  # type: ignore[no-any-return]
+
+    def _padded_rewards(self, batch: PackedBatch) -> Tensor:
+        input_ids, mask = pad_texts(batch, self.network.config.pad_token_id)
+        logits = self.network(input_ids=input_ids, attention_mask=mask).logits  # [R or 1, 1]
+        return logits[: len(batch.reward_index), 0].float()  # type: ignore[no-any-return]
+
+
+def _cast_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = next(module.parameters()).dtype
+    return tuple(value.to(dtype) if isinstance(value, Tensor) else value for value in arguments)
+
+
+def pad_texts(batch: PackedBatch, pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Whole texts, padded on the right: input_ids [R, L] and attention_mask [R, L]; [1, 1] for an empty batch."""
+    texts: list[Tensor] = []
+    start = 0
+    for length, tails in zip(batch.group_lengths, batch.tail_lengths, strict=True):
+        cut = start + length - sum(tails)
+        prefix = batch.input_ids[start:cut]
+        for tail in tails:
+            texts.append(torch.cat([prefix, batch.input_ids[cut : cut + tail]]))
+            cut += tail
+        start += length
+    texts = texts or [batch.input_ids.new_zeros(1)]
+    mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+    return pad_sequence(texts, batch_first=True, padding_value=pad_token_id), mask
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in float32 on the CPU, with what was found out while loading it."""
+
+    model: RewardModel
+    has_own_head: bool
+    """Whether the folder held the weights of the reward head; if not, the head is new."""
+
+
+def load_reward_model(
+    path: str, *, key: str = "model.partial_pretrain", trust_remote_code: bool = False, dropout: float = 0.0
+) -> LoadedModel:
+    """Load a backbone, or a whole reward model, and give it one output.
+
+    key: configuration key that `path` came from, for messages.
+    Raises UserError for a folder without configuration or weights, an architecture that is not supported, and a
+    classifier with more than one label.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = _load_config(path, key, trust_remote_code)
+    config.num_labels = 1
+    config.problem_type = "regression"
+    for name, value in vars(config).items():
+        is_rate = isinstance(value, float | int) and not isinstance(value, bool)
+        if is_rate and ("dropout" in name or name.endswith("pdrop")):
+            setattr(config, name, dropout)
+    extra = {}
+    if config.model_type in DECODERS:
+        attention.install()
+        extra["attn_implementation"] = attention.NAME
+    try:
+        network, info = AutoModelForSequenceClassification.from_pretrained(
+            path, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code,
+            **extra,
+        )  # fmt: skip
+    except Exception as error:
+        raise UserError(f"{key}={path}: the model cannot be loaded ({_first_line(error)})") from error
+    missing = sorted(info["missing_keys"])
+    lost = [name for name in missing if not name.startswith(_HEAD_PARTS) and ".pooler." not in name]
+    if lost:
+        raise UserError(f"{key}={path}: the weights lack {len(lost)} tensors (first: {lost[0]}); is the download whole?")
+    has_own_head = not any(name.startswith(HEADS) for name in missing)
+    return LoadedModel(RewardModel(network), has_own_head)
+
+
+def _load_config(path: str, key: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    folder = Path(path).expanduser()
+    if folder.is_dir() and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"{key}={path}: the folder holds an adapter; merge it into its base model first")
+    if not folder.exists() and (folder.is_absolute() or path.startswith((".", "~"))):
+        raise UserError(f"{key}={path}: no such folder (working directory {Path.cwd()})")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(
+            f"{key}={path}: no model there ({_first_line(error)}); name a folder with config.json and weights"
+        ) from error
+    if config.model_type not in DECODERS + ENCODERS:
+        raise UserError(
+            f"{key}={path}: architecture {config.model_type!r} is not supported; "
+            f"decoders: {', '.join(DECODERS)}; encoders: {', '.join(ENCODERS)}"
+        )
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    if is_classifier and config.num_labels != 1:
+        raise UserError(
+            f"{key}={path}: a classifier with {config.num_labels} labels; a reward model has one. Start from its base model"
+        )
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UserError(f"{key}={path}: the decoder attends both ways (use_bidirectional_attention), which cannot be packed")
+    return config
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".:") if text else type(error).__name__
+
+
+def max_positions(model: RewardModel) -> int | None:
+    """Most tokens of one text that the model has positions for; None when it says nothing."""
+    config = model.network.config
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and config.model_type == "roberta":
+        limit -= config.pad_token_id + 1  # positions count from behind the padding id
+    return limit

@@ -1,0 +1,254 @@
+"""From a configuration to a trained model: builds every part and hands them to the Trainer."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rm_gallery.data.formats import Dropped, read_groups
+from rm_gallery.data.loader import load_steps
+from rm_gallery.data.packing import Plan, check_budget
+from rm_gallery.data.source import find_files, read_rows
+from rm_gallery.data.tokenize import TokenData, load_tokenizer, tokenize_groups
+from rm_gallery.distributed import World, seed_everything, start
+from rm_gallery.errors import UserError
+from rm_gallery.modeling.export import InputRecord, settle_pad_token
+from rm_gallery.modeling.parallel import DTYPES, MasterWeights, apply
+from rm_gallery.modeling.reward_model import ENCODERS, RewardModel, load_reward_model, max_positions
+from rm_gallery.objectives import OBJECTIVES
+from rm_gallery.training.checkpoint import Checkpoints, refuse_earlier_run
+from rm_gallery.training.config import DataConfig, TrainConfig
+from rm_gallery.training.optim import build_optimizer, build_schedule
+from rm_gallery.training.run_folder import draw_curves, write_run_facts
+from rm_gallery.training.trackers import RunInfo, Trackers
+from rm_gallery.training.trainer import Intervals, Trainer
+from rm_gallery.training.validate import validate
+
+log = logging.getLogger(__name__)
+
+_NUM_PROBES = 4  # shortest training groups, rescored from a checkpoint
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind."""
+
+    run_dir: Path
+    checkpoint: Path
+    val_metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One side of the data as tokens, and what was left out."""
+
+    data: TokenData
+    dropped: Dropped
+    files: list[Path]
+
+    def facts(self) -> dict[str, Any]:
+        """For run.json."""
+        return {
+            "files": [str(file) for file in self.files],
+            "groups": len(self.data),
+            "comparisons": int(self.data.sizes.num_comparisons.sum()),
+            "tokens": len(self.data.tokens),
+            "style": self.data.style,
+            "fingerprint": self.data.fingerprint(),
+            "dropped": {
+                reason: {"rows": count, "first": self.dropped.examples[reason]}
+                for reason, count in self.dropped.counts.items()
+            },
+        }
+
+
+def run_training(config: TrainConfig) -> RunResult:
+    """Train as configured, from nothing to the last checkpoint.
+
+    Raises UserError for anything a person can mend; checkpoints that were written before stay.
+    """
+    world = start(config.trainer.device)
+    refuse_earlier_run(config.trainer.run_dir)
+    tokenizer = load_tokenizer(
+        config.model.partial_pretrain,
+        trust_remote_code=config.model.trust_remote_code,
+        chat_template=config.data.chat_template,
+    )
+    train = load_data(config.data, "train_files", tokenizer)
+    val = load_data(config.data, "val_files", tokenizer) if config.data.val_files else None
+    seed_everything(config.trainer.seed)
+    model = build_model(config, tokenizer)
+    _check_data(config, model, train, val)
+    weights = apply(model, config.model, world)
+    plan = Plan(
+        train.data.sizes,
+        config.data,
+        token_budget=config.data.budget,
+        seed=config.trainer.seed,
+        world_size=world.world_size,
+        padded=model.padded,
+    )
+    total_steps = _count_steps(plan, config, train.data)
+    _write_facts(config, world, model, plan, train, val, total_steps)
+    checkpoints = _build_checkpoints(config, model, weights, tokenizer, train.data)
+    run = RunInfo(
+        config.trainer.project_name,
+        config.trainer.experiment_name,
+        config.trainer.run_dir,
+        config.as_dict(),
+        total_steps,
+    )
+    trackers = Trackers(config.trainer.logger, run)
+    failed = True
+    try:
+        trainer = _build_trainer(config, world, model, weights, plan, train, val, total_steps, checkpoints, trackers)
+        val_metrics = trainer.train(val_before_train=config.trainer.val_before_train)
+        failed = False
+    finally:
+        trackers.close(failed=failed)
+    draw_curves(run.run_dir)
+    return RunResult(run.run_dir, checkpoints.saved[-1], val_metrics)
+
+
+def load_data(config: DataConfig, option: str, tokenizer: Any) -> Loaded:
+    """Rows of `data.<option>` as tokens; says what was dropped and why.
+
+    Raises UserError when no usable row is left.
+    """
+    key = f"data.{option}"
+    files = find_files(getattr(config, option), key=key)
+    dropped = Dropped()
+    groups = read_groups(
+        read_rows(files, key=key), config, has_chat_template=tokenizer.chat_template is not None, dropped=dropped
+    )
+    data = tokenize_groups(groups, tokenizer, config, dropped=dropped, bad_rows=config.bad_rows)
+    total = len(data) + dropped.total
+    if dropped.total:
+        log.warning("%s: left out %d of %d rows: %s", key, dropped.total, total, dropped.describe())
+    if not len(data):
+        raise UserError(f"{key}: none of {total} rows can be used: {dropped.describe()}; mend the data or raise the limit")
+    log.info("%s: %d pairs as %s, %d tokens with shared prompts once", key, len(data), data.style, len(data.tokens))
+    return Loaded(data, dropped, files)
+
+
+def build_model(config: TrainConfig, tokenizer: Any) -> RewardModel:
+    """The model in float32 on the CPU, with a pad token that is not EOS; says where its head comes from."""
+    loaded = load_reward_model(
+        config.model.partial_pretrain,
+        trust_remote_code=config.model.trust_remote_code,
+        dropout=config.model.dropout,
+    )
+    if config.model.trust_remote_code:
+        log.warning("model.trust_remote_code=true: Python code of the model folder may run")
+    if loaded.has_own_head:
+        log.info("reward head: kept from %s", config.model.partial_pretrain)
+    else:
+        log.info("reward head: new, initialised with trainer.seed=%d", config.trainer.seed)
+    settle_pad_token(loaded.model, tokenizer)
+    return loaded.model
+
+
+def _check_data(config: TrainConfig, model: RewardModel, train: Loaded, val: Loaded | None) -> None:
+    """Raise UserError for data that do not fit the model, the budget or each other."""
+    if val is not None and val.data.style != train.data.style:
+        raise UserError(
+            f"data.val_files hold {val.data.style} but data.train_files hold {train.data.style}; "
+            "set data.input_style to read both the same way"
+        )
+    limit = max_positions(model)
+    for key, side in (("data.train_files", train), ("data.val_files", val)):
+        if side is None:
+            continue
+        longest = int(side.data.sizes.longest_text.max())
+        if limit is not None and longest > limit:
+            what = f"{key}: the longest text has {longest} tokens, but the model has positions for {limit}"
+            if model.network.config.model_type in ENCODERS:
+                raise UserError(f"{what}; set data.max_length={limit}")
+            log.warning("%s; set data.max_length=%d unless that is meant", what, limit)
+        problem = check_budget(
+            side.data.sizes,
+            side.data.where,
+            token_budget=config.data.budget,
+            key="data.max_tokens_per_micro_batch",
+            padded=model.padded,
+        )
+        if problem:
+            raise UserError(f"{key}: {problem}")
+
+
+def _count_steps(plan: Plan, config: TrainConfig, data: TokenData) -> int:
+    if not plan.epoch_steps(0):
+        raise UserError(
+            f"data.train_batch_size={config.data.train_batch_size} with data.drop_last=true leaves no step: there are "
+            f"{int(data.sizes.num_comparisons.sum())} pairs; lower it, or set data.drop_last=false"
+        )
+    return config.trainer.total_training_steps or plan.num_steps(config.trainer.total_epochs)
+
+
+def _write_facts(
+    config: TrainConfig, world: World, model: RewardModel, plan: Plan, train: Loaded, val: Loaded | None, total_steps: int
+) -> None:
+    facts = {
+        "device": str(world.device),
+        "world_size": world.world_size,
+        "total_steps": total_steps,
+        "model": {
+            "type": model.network.config.model_type,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        },
+        "data": {"train": train.facts(), "val": val and val.facts(), "plan_fingerprint": plan.fingerprint()},
+    }
+    write_run_facts(config.trainer.run_dir, config.to_yaml(), facts)
+    steps_per_epoch = len(plan.epoch_steps(0))
+    log.info("%d steps (%s epochs of %d)", total_steps, f"{total_steps / steps_per_epoch:g}", steps_per_epoch)
+
+
+def _build_checkpoints(
+    config: TrainConfig, model: RewardModel, weights: MasterWeights, tokenizer: Any, data: TokenData
+) -> Checkpoints:
+    wanted = config.trainer.export_dtype
+    shortest = np.argsort(data.sizes.longest_text, kind="stable")[:_NUM_PROBES]
+    return Checkpoints(
+        config.trainer.run_dir,
+        model,
+        weights,
+        tokenizer,
+        InputRecord(data.style, config.data.append_eos, config.data.max_length),
+        dtype=DTYPES[config.model.fsdp_config.model_dtype if wanted == "auto" else wanted],
+        probes=[data[int(index)] for index in shortest],
+    )
+
+
+def _build_trainer(
+    config: TrainConfig, world: World, model: RewardModel, weights: MasterWeights, plan: Plan, train: Loaded,
+    val: Loaded | None, total_steps: int, checkpoints: Checkpoints, trackers: Trackers,
+) -> Trainer:  # fmt: skip
+    objective = OBJECTIVES["bradley_terry"]
+
+    def run_validation() -> dict[str, float]:
+        assert val is not None
+        return validate(model, val.data, objective, token_budget=config.data.budget)
+
+    if val is not None:
+        padded = " padded" if model.padded else ""
+        log.info("micro-batches of at most %d%s tokens", config.data.budget, padded)
+    return Trainer(
+        model=model,
+        weights=weights,
+        objective=objective,
+        optimizer=build_optimizer(weights.named_parameters(), config.optim),
+        schedule=build_schedule(config.optim, total_steps),
+        clip_grad=config.optim.clip_grad or math.inf,
+        steps=load_steps(train.data, plan, rank=world.rank),
+        total_steps=total_steps,
+        intervals=Intervals(config.trainer.log_freq, config.trainer.test_freq, config.trainer.save_freq),
+        max_bad_steps=config.trainer.max_bad_steps,
+        validate=run_validation if val is not None else None,
+        checkpoints=checkpoints,
+        sink=trackers,
+    )

@@ -1,0 +1,104 @@
+"""Trackers: where a run's metrics go.
+
+`metrics.jsonl` in the run folder always; the console, TensorBoard, wandb and swanlab as `trainer.logger` names them.
+A tracker that cannot start stops the run with a sentence, before any training. One that fails later is switched off
+with one warning, and training goes on: a full disk or a lost connection must not cost the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from rm_gallery.errors import UserError, nearest
+from rm_gallery.training.trackers.base import IDS_NAME, METRICS_NAME, RunInfo, Tracker, TrackerConfig
+from rm_gallery.training.trackers.console import ConsoleTracker
+from rm_gallery.training.trackers.json_lines import JsonLines
+from rm_gallery.training.trackers.services import SwanlabTracker, TensorboardTracker, WandbTracker
+
+__all__ = ["IDS_NAME", "METRICS_NAME", "TRACKERS", "RunInfo", "Tracker", "TrackerConfig", "Trackers"]
+
+log = logging.getLogger(__name__)
+
+TRACKERS: dict[str, Callable[[RunInfo], Tracker]] = {
+    "console": ConsoleTracker,
+    "tensorboard": TensorboardTracker,
+    "wandb": WandbTracker,
+    "swanlab": SwanlabTracker,
+}
+
+OFFLINE_HELP = {
+    "wandb": "run `wandb login`, set WANDB_MODE=offline",
+    "swanlab": "run `swanlab login`, set SWANLAB_MODE=offline",
+}
+
+
+class Trackers:
+    """All trackers of one run, as one: what the trainer holds on rank 0.
+
+    The run folder is made if needed. Names that repeat count once.
+    """
+
+    def __init__(self, names: Sequence[str], run: RunInfo) -> None:
+        for name in names:
+            if name not in TRACKERS:
+                known = ", ".join(TRACKERS)
+                raise UserError(f"trainer.logger: no tracker {name!r}; known are {known}.{nearest(name, TRACKERS)}")
+        self._active: dict[str, Tracker] = {}
+        self._broken: dict[str, Tracker] = {}
+        self._closed = False
+        try:
+            self._active[METRICS_NAME] = JsonLines(run)
+        except OSError as error:
+            raise UserError(f"cannot write {METRICS_NAME} ({one_line(error)}): check the run folder") from error
+        # The console comes last, so that no other package prints into the bar while it starts.
+        for name in sorted(dict.fromkeys(names), key=lambda name: name == "console"):
+            try:
+                self._active[name] = TRACKERS[name](run)
+            except Exception as error:
+                self.close(failed=True)
+                raise UserError(cannot_start(name, error)) from error
+            except BaseException:  # Ctrl-C while a service connects
+                self.close(failed=True)
+                raise
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Send one step's metrics everywhere. Never raises for a tracker's trouble."""
+        for name, tracker in list(self._active.items()):
+            try:
+                tracker.log(metrics, step)
+            except Exception as error:
+                self._broken[name] = self._active.pop(name)
+                log.warning("%s failed at step %d and gets no more metrics: %s", name, step, one_line(error))
+
+    def close(self, *, failed: bool = False) -> None:
+        """Close all, the console first; `failed` tells the services that the run did not end well. Twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
+        for name, tracker in reversed(self._active.items()):
+            try:
+                tracker.close(failed=failed)
+            except Exception as error:
+                log.warning("%s failed while closing: %s", name, one_line(error))
+        for tracker in self._broken.values():  # already warned about
+            with contextlib.suppress(Exception):
+                tracker.close(failed=True)
+
+
+def cannot_start(name: str, error: Exception) -> str:
+    """The sentence for a tracker that cannot start: which, why, what to do."""
+    if isinstance(error, ImportError):
+        return (
+            f"trainer.logger: {name} is not installed ({one_line(error)}): "
+            f"pip install 'rm-gallery[{name}]', or drop {name} from trainer.logger"
+        )
+    help_text = f"{OFFLINE_HELP[name]}, or drop" if name in OFFLINE_HELP else "mend that, or drop"
+    return f"trainer.logger: {name} cannot start ({one_line(error)}): {help_text} {name} from trainer.logger"
+
+
+def one_line(error: Exception, limit: int = 200) -> str:
+    """An exception's message in one line of at most `limit` characters, or its type when it has none."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

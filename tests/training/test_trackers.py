@@ -1,0 +1,144 @@
+"""Trackers as a whole: metrics.jsonl is always written; a failure is one sentence or one warning."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from rm_gallery.errors import UserError
+from rm_gallery.training.trackers import TRACKERS, RunInfo, Tracker, TrackerConfig, Trackers
+from tests.training.tracker_runs import log_all, make_run
+
+
+class Recorder:
+    """A tracker that keeps what it is told, and raises in log() from step `fails_from` on."""
+
+    def __init__(self, fails_from: float = math.inf) -> None:
+        self.fails_from = fails_from
+        self.steps: list[int] = []
+        self.closed: list[bool] = []
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.steps.append(step)
+        if step >= self.fails_from:
+            raise OSError("connection\nlost")
+
+    def close(self, *, failed: bool = False) -> None:
+        self.closed.append(failed)
+
+
+def test_metrics_file_holds_one_object_per_log_call_and_null_for_nan(tmp_path: Path) -> None:
+    trackers = Trackers([], make_run(tmp_path))
+    log_all(trackers)
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]  # before close: each line was flushed
+    trackers.close()
+    assert [{k: v for k, v in line.items() if k != "time"} for line in lines] == [
+        {"step": 1, "train/loss": 0.75, "train/accuracy": 0.5, "train/lr": 0.0001},
+        {"step": 2, "train/loss": 0.5, "train/accuracy": 0.75, "train/lr": 0.0002},
+        {"step": 2, "val/loss": 0.625, "val/accuracy": None},
+    ]
+    assert all(line["time"] > 1.6e9 for line in lines)
+
+
+def test_metrics_file_is_appended_to_after_dropping_a_half_written_line(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"step": 1}\n{"step": 2, "tra')
+    trackers = Trackers([], make_run(tmp_path, start_step=1))
+    trackers.log({"train/loss": math.inf}, 2)
+    trackers.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[1]["train/loss"] is None
+
+
+def test_full_disk_warns_once_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    recorder = Recorder()
+    monkeypatch.setitem(TRACKERS, "console", lambda run: recorder)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    trackers = Trackers(["console"], make_run(tmp_path))
+    with caplog.at_level(logging.WARNING, logger="rm_gallery.training.trackers"):
+        log_all(trackers)
+        trackers.close()
+    assert recorder.steps == [1, 2, 2]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("metrics.jsonl failed at step 1") and "No space left" in message
+
+
+def test_tracker_that_raises_warns_once_and_is_not_called_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken, healthy = Recorder(fails_from=2), Recorder()
+    monkeypatch.setitem(TRACKERS, "wandb", lambda run: broken)
+    monkeypatch.setitem(TRACKERS, "swanlab", lambda run: healthy)
+    trackers = Trackers(["wandb", "swanlab"], make_run(tmp_path))
+    with caplog.at_level(logging.WARNING, logger="rm_gallery.training.trackers"):
+        for step in (1, 2, 3, 4):
+            trackers.log({"train/loss": 0.5}, step)
+        trackers.close()
+        trackers.close()
+    assert broken.steps == [1, 2] and healthy.steps == [1, 2, 3, 4]
+    assert broken.closed == [True] and healthy.closed == [False]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message == "wandb failed at step 2 and gets no more metrics: connection lost"
+
+
+def test_failed_start_closes_the_trackers_already_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = Recorder()
+
+    def refuse(run: RunInfo) -> Tracker:
+        raise RuntimeError("server says\n no.")
+
+    monkeypatch.setitem(TRACKERS, "tensorboard", lambda run: started)
+    monkeypatch.setitem(TRACKERS, "swanlab", refuse)
+    with pytest.raises(UserError) as error:
+        Trackers(["tensorboard", "swanlab"], make_run(tmp_path))
+    assert started.closed == [True]
+    assert str(error.value) == (
+        "trainer.logger: swanlab cannot start (server says no): run `swanlab login`, set SWANLAB_MODE=offline, "
+        "or drop swanlab from trainer.logger"
+    )
+
+
+def test_unknown_tracker_name_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no tracker 'wanb'; known are console, .*Did you mean 'wandb'\?"):
+        Trackers(["wanb"], make_run(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("wandb", "wandb"), ("swanlab", "swanlab"), ("tensorboard", "torch.utils.tensorboard")]
+)
+def test_missing_package_is_answered_with_the_extra_to_install(
+    name: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"{name} is not installed .*pip install 'rm-gallery\[{name}\]'"):
+        Trackers([name], make_run(tmp_path))
+
+
+def test_import_loads_no_heavy_package() -> None:
+    code = (
+        "import sys, rm_gallery.training.trackers\n"
+        "print([n for n in ('torch', 'wandb', 'swanlab', 'tensorboard', 'rich') if n in sys.modules])"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_config_defaults_name_known_trackers() -> None:
+    assert all(name in TRACKERS for name in TrackerConfig().logger)
