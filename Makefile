@@ -1,7 +1,7 @@
 # Set-up, tests and the quick start. `make help` lists what there is to do.
 #
 # Variables: PYTHON=python3.12 (used once, to create the environment), VENV=path of the environment,
-# PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" (no GPU: spares gigabytes of CUDA), ARGS=for pytest.
+# PIP_FLAGS=more options for pip (an index with CPU builds of torch, say), ARGS=for pytest.
 
 PYTHON ?= python3
 VENV ?= .venv

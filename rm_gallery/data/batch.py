@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ class PackedBatch:
         """The same batch on another device, copied without waiting where the device allows it."""
         if self.input_ids.device == device:
             return self
-        tensors = {
+        tensors: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **tensors)

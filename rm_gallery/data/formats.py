@@ -89,7 +89,9 @@ def read_groups(
             yield _read_pair(row, config, has_chat_template)
         except BadRow as error:
             if config.bad_rows == "error":
-                raise UserError(f"{row.where}: {error}; mend the row, or set data.bad_rows=drop to leave it out") from None
+                raise UserError(
+                    f"{row.where}: {error}; mend the row, or set data.bad_rows=drop to leave it out"
+                ) from None
             dropped.add(str(error), row.where)
 
 

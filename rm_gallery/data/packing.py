@@ -60,7 +60,9 @@ def epoch_order(num_groups: int, *, seed: int, epoch: int, shuffle: bool) -> np.
     return np.random.default_rng([seed, epoch]).permutation(num_groups)
 
 
-def split_steps(order: np.ndarray, num_comparisons: np.ndarray, *, batch_size: int, drop_last: bool) -> list[np.ndarray]:
+def split_steps(
+    order: np.ndarray, num_comparisons: np.ndarray, *, batch_size: int, drop_last: bool
+) -> list[np.ndarray]:
     """Cut the order into steps of at most `batch_size` comparisons; a group with more has a step of its own.
 
     num_comparisons: [N] int64, by group. `drop_last` leaves out a last step that is not full.

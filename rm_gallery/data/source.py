@@ -96,4 +96,6 @@ def read_rows(files: Sequence[Path], *, key: str) -> Iterator[Row]:
                         index += 1
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{file}: cannot be read as parquet ({reason}); write it again or take it out of {key}") from error
+            raise UserError(
+                f"{file}: cannot be read as parquet ({reason}); write it again or take it out of {key}"
+            ) from error

@@ -109,9 +109,13 @@ def _encode_texts(texts: list[str], tokenizer: Any, add_special_tokens: bool) ->
         return []
     # verbose=False: the library would warn about texts longer than the model; the length policy comes after.
     encoded = tokenizer(
-        texts, add_special_tokens=add_special_tokens, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        texts,
+        add_special_tokens=add_special_tokens,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
     )
-    return encoded["input_ids"]  # type: ignore[no-any-return]
+    return encoded["input_ids"]
 
 
 def render(group: PreferenceGroup, tokenizer: Any, config: TokenizeConfig) -> list[str]:
@@ -204,7 +208,12 @@ class TokenData:
 
 
 def tokenize_groups(
-    groups: Iterable[PreferenceGroup], tokenizer: Any, config: TokenizeConfig, *, dropped: Dropped, bad_rows: str = "drop"
+    groups: Iterable[PreferenceGroup],
+    tokenizer: Any,
+    config: TokenizeConfig,
+    *,
+    dropped: Dropped,
+    bad_rows: str = "drop",
 ) -> TokenData:
     """Token arrays of all usable groups; the others are added to `dropped`.
 

@@ -79,9 +79,9 @@ def lay_out(batch: PackedBatch) -> PackLayout:
         count = sum(batch.group_lengths[group] >= _LEAST_FILL * longest for group in by_length)
         members, by_length = by_length[:count], by_length[count:]
         start = torch.tensor([starts[group] for group in members], device=device).unsqueeze(1)  # [B, 1]
-        length = torch.tensor([batch.group_lengths[group] for group in members], device=device).unsqueeze(1)
+        lengths = torch.tensor([batch.group_lengths[group] for group in members], device=device).unsqueeze(1)
         place = torch.arange(longest, device=device).unsqueeze(0)  # [1, L]
-        inside = place < length  # [B, L]
+        inside = place < lengths  # [B, L]
         index = torch.where(inside, start + place, start)
         outside = torch.stack([torch.full_like(index, -2), torch.full_like(index, -2), place.expand_as(index)], dim=-1)
         buckets.append(_Bucket(index, torch.where(inside.unsqueeze(-1), labels[index], outside)))

@@ -63,7 +63,12 @@ def settle_pad_token(model: RewardModel, tokenizer: Any) -> None:
 
 
 def export_folder(
-    folder: Path, model: RewardModel, state: Mapping[str, Tensor], tokenizer: Any, dtype: torch.dtype, record: InputRecord
+    folder: Path,
+    model: RewardModel,
+    state: Mapping[str, Tensor],
+    tokenizer: Any,
+    dtype: torch.dtype,
+    record: InputRecord,
 ) -> None:
     """Write the folder under a temporary name, check every tensor by its hash, and rename it.
 
@@ -73,11 +78,15 @@ def export_folder(
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        cast = {name: value.detach().to("cpu", dtype if value.is_floating_point() else None) for name, value in state.items()}
+        cast = {
+            name: value.detach().to("cpu", dtype if value.is_floating_point() else None)
+            for name, value in state.items()
+        }
         model.network.save_pretrained(temporary, state_dict=cast)
         _finish_config(temporary / "config.json", model, dtype, record)
         _save_tokenizer(temporary, tokenizer, record)
         _compare_hashes(temporary, cast)
+        _make_readable(temporary)
         files = {path.name: _file_hash(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps({"sha256": files}, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, folder)
@@ -108,6 +117,11 @@ def _save_tokenizer(folder: Path, tokenizer: Any, record: InputRecord) -> None:
         tokenizer.save_pretrained(folder, save_jinja_files=False)
     finally:
         tokenizer.chat_template = own
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the same class, by the name that older servers know
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _compare_hashes(folder: Path, state: Mapping[str, Tensor]) -> None:
@@ -125,8 +139,16 @@ def _compare_hashes(folder: Path, state: Mapping[str, Tensor]) -> None:
         raise OSError(f"{folder}: {len(lost)} tensors are missing from the file (first: {min(lost)})")
 
 
+def _make_readable(folder: Path) -> None:
+    """Give the files the rights that the user's umask says; safetensors writes them for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)
+
+
 def _tensor_hash(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _file_hash(path: Path) -> str:
@@ -137,7 +159,11 @@ def _file_hash(path: Path) -> str:
 def check_manifest(folder: Path) -> list[str]:
     """Names of the files in the folder that are missing or differ from their recorded hash; [] when all are whole."""
     recorded = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-    return [name for name, digest in recorded.items() if not (folder / name).is_file() or _file_hash(folder / name) != digest]
+    return [
+        name
+        for name, digest in recorded.items()
+        if not (folder / name).is_file() or _file_hash(folder / name) != digest
+    ]
 
 
 def read_record(folder: str | Path) -> InputRecord | None:
@@ -158,7 +184,7 @@ def rescore(folder: Path, texts: Sequence[Sequence[int]]) -> list[float]:
     rows = [torch.tensor(ids) for ids in texts]
     input_ids = pad_sequence(rows, batch_first=True, padding_value=network.config.pad_token_id)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return network(input_ids=input_ids, attention_mask=mask).logits[:, 0].tolist()  # type: ignore[no-any-return]
+    return network(input_ids=input_ids, attention_mask=mask).logits[:, 0].tolist()
 
 
 def check_rewards(folder: Path, texts: Sequence[Sequence[int]], expected: Sequence[float], *, exact: bool) -> None:
@@ -171,6 +197,6 @@ def check_rewards(folder: Path, texts: Sequence[Sequence[int]], expected: Sequen
     for number, (found, wanted) in enumerate(zip(rescore(folder, texts), expected, strict=True)):
         if abs(found - wanted) > absolute + relative * abs(wanted):
             raise UserError(
-                f"{folder}: reloaded, it gives text {number} the reward {found:.6f}, but the trainer gave {wanted:.6f}; "
+                f"{folder}: reloaded, it gives text {number} the reward {found:.6f}, the trainer gave {wanted:.6f}; "
                 "the folder cannot be trusted (please report the architecture)"
             )

@@ -124,18 +124,23 @@ def apply(model: RewardModel, config: ModelConfig, world: World) -> MasterWeight
     Raises UserError for offload on a GPU, which needs a sharding strategy that is not there yet.
     """
     fsdp = config.fsdp_config
-    offloads = [
-        name for name in ("cpu_offload", "offload_params", "param_offload", "optimizer_offload") if getattr(fsdp, name)
-    ]
-    if offloads and world.device.type != "cpu":
-        raise UserError(f"model.fsdp_config.{offloads[0]}=true is not supported yet; set it to false")
-    if offloads:
-        log.info("model.fsdp_config.%s does nothing on a CPU: all of it is in host memory already", offloads[0])
+    if fsdp.cpu_offload or fsdp.offload_params or fsdp.param_offload or fsdp.optimizer_offload:
+        if world.device.type != "cpu":
+            raise UserError("model.fsdp_config: offloading is not supported yet; set its *offload* keys to false")
+        log.info("model.fsdp_config: offloading does nothing on a CPU, where all is in host memory already")
     if config.strategy != "auto":
         log.info("model.strategy=%s: one process, so the model is not split", config.strategy)
     if fsdp.fsdp_size > 1 or fsdp.wrap_policy.min_num_params:
         log.info("model.fsdp_config.fsdp_size and wrap_policy do nothing in one process")
     model.to(world.device)
     if config.enable_gradient_checkpointing:
-        model.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _enable_checkpointing(model)
     return MasterWeights(model, DTYPES[fsdp.model_dtype])
+
+
+def _enable_checkpointing(model: RewardModel) -> None:
+    options = {"use_reentrant": False}
+    if hasattr(model.network, "activation_checkpointing_enable"):
+        model.network.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:  # its older name
+        model.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)

@@ -63,12 +63,12 @@ class RewardModel(nn.Module):
             use_cache=False,
             packed=attention.lay_out(batch),
         ).last_hidden_state[0]  # [T, D]
-        return self.head(hidden[batch.reward_index]).squeeze(-1).float()  # type: ignore[no-any-return]
+        return self.head(hidden[batch.reward_index]).squeeze(-1).float()
 
     def _padded_rewards(self, batch: PackedBatch) -> Tensor:
         input_ids, mask = pad_texts(batch, self.network.config.pad_token_id)
         logits = self.network(input_ids=input_ids, attention_mask=mask).logits  # [R or 1, 1]
-        return logits[: len(batch.reward_index), 0].float()  # type: ignore[no-any-return]
+        return logits[: len(batch.reward_index), 0].float()
 
 
 def _cast_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -133,7 +133,9 @@ def load_reward_model(
     missing = sorted(info["missing_keys"])
     lost = [name for name in missing if not name.startswith(_HEAD_PARTS) and ".pooler." not in name]
     if lost:
-        raise UserError(f"{key}={path}: the weights lack {len(lost)} tensors (first: {lost[0]}); is the download whole?")
+        raise UserError(
+            f"{key}={path}: the weights lack {len(lost)} tensors (first: {lost[0]}); is the download whole?"
+        )
     has_own_head = not any(name.startswith(HEADS) for name in missing)
     return LoadedModel(RewardModel(network), has_own_head)
 
@@ -160,10 +162,13 @@ def _load_config(path: str, key: str, trust_remote_code: bool) -> Any:
     is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if is_classifier and config.num_labels != 1:
         raise UserError(
-            f"{key}={path}: a classifier with {config.num_labels} labels; a reward model has one. Start from its base model"
+            f"{key}={path}: a classifier with {config.num_labels} labels, but a reward model has one; "
+            "start from the model it was made of"
         )
     if getattr(config, "use_bidirectional_attention", None):
-        raise UserError(f"{key}={path}: the decoder attends both ways (use_bidirectional_attention), which cannot be packed")
+        raise UserError(
+            f"{key}={path}: the decoder attends both ways (use_bidirectional_attention), which cannot be packed"
+        )
     return config
 
 

@@ -33,7 +33,9 @@ class RewardScorer:
         device: `auto` takes a GPU when there is one. dtype: `auto` is bfloat16 on a GPU, float32 on a CPU.
         Raises UserError for a folder that holds no one-label model.
         """
-        where = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+        where = torch.device(
+            "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+        )
         model = load_reward_model(str(folder), key="checkpoint").model
         tokenizer = load_tokenizer(str(folder))
         settle_pad_token(model, tokenizer)

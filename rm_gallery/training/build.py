@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,9 @@ def run_training(config: TrainConfig) -> RunResult:
         trust_remote_code=config.model.trust_remote_code,
         chat_template=config.data.chat_template,
     )
-    train = load_data(config.data, "train_files", tokenizer)
-    val = load_data(config.data, "val_files", tokenizer) if config.data.val_files else None
+    data = config.data
+    train = load_data(data, data.train_files, "data.train_files", tokenizer)
+    val = load_data(data, data.val_files, "data.val_files", tokenizer) if data.val_files else None
     seed_everything(config.trainer.seed)
     model = build_model(config, tokenizer)
     _check_data(config, model, train, val)
@@ -115,13 +117,12 @@ def run_training(config: TrainConfig) -> RunResult:
     return RunResult(run.run_dir, checkpoints.saved[-1], val_metrics)
 
 
-def load_data(config: DataConfig, option: str, tokenizer: Any) -> Loaded:
-    """Rows of `data.<option>` as tokens; says what was dropped and why.
+def load_data(config: DataConfig, paths: str | Sequence[str], key: str, tokenizer: Any) -> Loaded:
+    """Rows of the files that `key` names as tokens; says what was dropped and why.
 
     Raises UserError when no usable row is left.
     """
-    key = f"data.{option}"
-    files = find_files(getattr(config, option), key=key)
+    files = find_files(paths, key=key)
     dropped = Dropped()
     groups = read_groups(
         read_rows(files, key=key), config, has_chat_template=tokenizer.chat_template is not None, dropped=dropped
@@ -131,7 +132,9 @@ def load_data(config: DataConfig, option: str, tokenizer: Any) -> Loaded:
     if dropped.total:
         log.warning("%s: left out %d of %d rows: %s", key, dropped.total, total, dropped.describe())
     if not len(data):
-        raise UserError(f"{key}: none of {total} rows can be used: {dropped.describe()}; mend the data or raise the limit")
+        raise UserError(
+            f"{key}: none of {total} rows can be used: {dropped.describe()}; mend the data or raise the limit"
+        )
     log.info("%s: %d pairs as %s, %d tokens with shared prompts once", key, len(data), data.style, len(data.tokens))
     return Loaded(data, dropped, files)
 
@@ -191,7 +194,13 @@ def _count_steps(plan: Plan, config: TrainConfig, data: TokenData) -> int:
 
 
 def _write_facts(
-    config: TrainConfig, world: World, model: RewardModel, plan: Plan, train: Loaded, val: Loaded | None, total_steps: int
+    config: TrainConfig,
+    world: World,
+    model: RewardModel,
+    plan: Plan,
+    train: Loaded,
+    val: Loaded | None,
+    total_steps: int,
 ) -> None:
     facts = {
         "device": str(world.device),

@@ -66,7 +66,7 @@ class Checkpoints:
     def save(self, step: int, *, is_last: bool = False) -> Path:
         """Write `global_step_N` and check it.
 
-        Raises UserError when it cannot be written or does not give the trainer's rewards; earlier ones stay as they are.
+        Raises UserError when it cannot be written or does not give the trainer's rewards; earlier ones stay whole.
         """
         folder = self.run_dir / f"global_step_{step}"
         try:
@@ -75,7 +75,9 @@ class Checkpoints:
             )
             damaged = check_manifest(folder)
         except OSError as error:
-            raise UserError(f"{folder}: the checkpoint could not be written ({error}); earlier ones are whole") from error
+            raise UserError(
+                f"{folder}: the checkpoint could not be written ({error}); earlier ones are whole"
+            ) from error
         if damaged:
             raise UserError(f"{folder}: {damaged[0]} came out damaged; check the disk (earlier checkpoints are whole)")
         if not self.saved or is_last:

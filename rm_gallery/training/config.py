@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -115,7 +116,7 @@ def _may_add(override: str, folder: Path) -> str:
 
 
 def _hydra_sentence(error: Exception, file: str | None) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).partition(" See https://")[0]
     if "LexerNoViableAltException" in text or "mismatched input" in text or "no viable alternative" in text:
         return f'{text}; a value with "=", spaces or commas needs quotes, as in \'trainer.experiment_name="a=b"\''
     return f"{file or 'configuration'}: {text}"
@@ -129,23 +130,38 @@ def check_config(values: Mapping[str, Any]) -> TrainConfig:
     from pydantic import TypeAdapter, ValidationError
 
     values = _lists_from_strings(values)
+    adapter = TypeAdapter(TrainConfig)
+    problems: list[str] = []
     try:
-        config = TypeAdapter(TrainConfig).validate_python(values)
+        config = adapter.validate_python(values)
     except ValidationError as error:
-        problems = list(dict.fromkeys(_sentences(error)))
-    else:
-        problems = _problems(config)
-        if not problems:
-            return config
-    raise UserError("\n".join(problems))
+        problems += dict.fromkeys(_sentences(error))
+        # Without the keys that are wrong the rest can still be checked, so that all is said at once.
+        for problem in error.errors():
+            _remove(values, problem["loc"])
+        config = adapter.validate_python(values)
+    problems += _problems(config)
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _remove(values: dict[str, Any], location: Sequence[Any]) -> None:
+    """Delete the key at this place; what pydantic appends behind the key (list positions, types) is passed over."""
+    for part in location[:-1]:
+        if not isinstance(values.get(part), dict):
+            location = (part,)
+            break
+        values = values[part]
+    values.pop(location[-1], None)
 
 
 def _lists_from_strings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`trainer.logger=console` means a list of one."""
-    result = dict(values)
+    """A copy in which `trainer.logger=console` means a list of one."""
+    result = deepcopy(dict(values))
     trainer = result.get("trainer")
-    if isinstance(trainer, Mapping) and isinstance(trainer.get("logger"), str):
-        result["trainer"] = {**trainer, "logger": [trainer["logger"]]}
+    if isinstance(trainer, dict) and isinstance(trainer.get("logger"), str):
+        trainer["logger"] = [trainer["logger"]]
     return result
 
 
@@ -185,7 +201,7 @@ def known_keys(config: type, prefix: str = "") -> Iterator[str]:
     for each in fields(config):
         yield prefix + each.name
         if is_dataclass(hints[each.name]):
-            yield from known_keys(hints[each.name], f"{prefix}{each.name}.")  # type: ignore[arg-type]
+            yield from known_keys(hints[each.name], f"{prefix}{each.name}.")
 
 
 def _problems(config: TrainConfig) -> list[str]:

@@ -38,7 +38,9 @@ def write_run_facts(run_dir: Path, config_yaml: str, facts: Mapping[str, Any]) -
         (run_dir / CONFIG_NAME).write_text(config_yaml, encoding="utf-8")
         (run_dir / FACTS_NAME).write_text(json.dumps({**_program(), **facts}, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{run_dir}: the run folder cannot be written ({error}); set trainer.default_local_dir") from error
+        raise UserError(
+            f"{run_dir}: the run folder cannot be written ({error}); set trainer.default_local_dir"
+        ) from error
 
 
 def _program() -> dict[str, Any]:

@@ -33,7 +33,7 @@ LAYERS = [
     "rm_gallery.objectives",
     "rm_gallery.training.optim",
     "rm_gallery.training.trackers",
-    "rm_gallery.training.report",
+    "rm_gallery.training.run_folder",
     "rm_gallery.training.checkpoint",
     "rm_gallery.training.validate",
     "rm_gallery.training.trainer",

@@ -137,14 +137,13 @@ def tact(rng: np.random.Generator) -> Twin:
 
 def memory(rng: np.random.Generator) -> Twin:
     """What the user told some turns ago, against something never told."""
-    tellings, questions, answers, values = phrases.MEMORIES[pick(rng, list(phrases.MEMORIES))]
+    tellings, replies, questions, answers, values = phrases.MEMORIES[pick(rng, list(phrases.MEMORIES))]
     sentence = pick(rng, answers)
 
     def ask(value: str) -> Asked:
-        telling, question = pick(rng, tellings), pick(rng, questions)
-        between = pick(rng, phrases.SMALL_STEPS)
+        telling, reply, question = pick(rng, tellings), pick(rng, replies), pick(rng, questions)
         told = f"{pick(rng, phrases.OPENERS)}{telling.format(value)}"
-        prompt = dialogue(told, pick(rng, phrases.ACKNOWLEDGEMENTS), *between, question)
+        prompt = dialogue(told, reply.format(value), question)
         return Asked(prompt, sentence.format(value), f"{telling}|{question}|{value}")
 
     first, second = pick_two(rng, values)
@@ -166,15 +165,14 @@ def change(rng: np.random.Generator) -> Twin:
 
 def persona(rng: np.random.Generator) -> Twin:
     """The voice the system turn asks for, against the same advice in another voice."""
-    subject = pick(rng, list(phrases.TOPICS))
-    advice = pick(rng, phrases.TOPICS[subject])
+    hobby, advice = pick(rng, phrases.HOBBIES), pick(rng, phrases.SHORT_ADVICE)
 
     def ask(voice: str) -> Asked:
         instructions, openings, endings = phrases.PERSONAS[voice]
         system = pick(rng, instructions)
-        prompt = dialogue(polite(rng, pick(rng, phrases.TOPIC_QUESTIONS).format(subject)), system=system)
+        prompt = dialogue(polite(rng, pick(rng, phrases.TOPIC_QUESTIONS).format(hobby)), system=system)
         answer = f"{pick(rng, openings)} {advice} {pick(rng, endings)}"
-        return Asked(prompt, answer, f"{system}|{subject}")
+        return Asked(prompt, answer, f"{system}|{hobby}")
 
     first, second = pick_two(rng, list(phrases.PERSONAS))
     return ask(first), ask(second)

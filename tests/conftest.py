@@ -1,0 +1,42 @@
+"""Shared by all tests: no network, few threads, and small models and data made on the spot."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a hub; set before any library reads it
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("SWANLAB_MODE", "disabled")
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.small import make_model, make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer with a ChatML template, on disk."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def qwen2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Qwen2 causal language model with its tokenizer: what people start training from."""
+    return make_model("qwen2", tmp_path_factory.mktemp("qwen2"))
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
