@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
 
     default_config: YAML file that `--config` starts from; recipes give their own.
     """
-    arguments = _parser(default_config).parse_args(argv)
+    arguments = _parse(_parser(default_config), argv)
     setup_logging(logging.DEBUG if arguments.debug else logging.INFO)
     try:
         arguments.run(arguments)
@@ -34,6 +34,15 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
         print("rm-gallery: stopped by Ctrl-C; checkpoints that were written are whole", file=sys.stderr)
         return 130
     return 0
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments of the command; argparse alone takes no more overrides once an option stood between them."""
+    arguments, rest = parser.parse_known_args(argv)
+    if any(text.startswith("-") for text in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.overrides += rest
+    return arguments
 
 
 def _parser(default_config: str | None) -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ prompt column (string or messages).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +36,8 @@ class FormatConfig:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    prompt_key: str = "prompt"
-    """Column of the prompt; a file without it has the prompt inside its responses."""
+    prompt_key: str | None = "prompt"
+    """Column of the prompt; a file without it has the prompt inside its responses. null reads no prompt column."""
     chosen_key: str = "chosen"
     rejected_key: str = "rejected"
     input_style: Literal["auto", "text", "chat"] = "auto"
@@ -66,10 +67,14 @@ class Dropped:
     def total(self) -> int:
         return sum(self.counts.values())
 
-    def describe(self) -> str:
-        """`3 null chosen (first: train.parquet:17), 1 ...`, the most frequent first."""
+    def describe(self, limit: int = 20) -> str:
+        """`3 null chosen (first: train.parquet:17), 1 ...`, the most frequent first; at most `limit` reasons."""
         ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-        return ", ".join(f"{count} {reason} (first: {self.examples[reason]})" for reason, count in ordered)
+        parts = [f"{count} {reason} (first: {self.examples[reason]})" for reason, count in ordered[:limit]]
+        rest = ordered[limit:]
+        if rest:
+            parts.append(f"{sum(count for _, count in rest)} for {len(rest)} other reasons")
+        return ", ".join(parts)
 
 
 def read_groups(
@@ -77,7 +82,8 @@ def read_groups(
 ) -> Iterator[PreferenceGroup]:
     """Groups of the usable rows, in order; the others are added to `dropped`.
 
-    Raises UserError for a file that lacks the columns, and at the first bad row under `bad_rows=error`.
+    Raises UserError for a file that lacks the columns or holds something else in them than text or messages, and at
+    the first bad row under `bad_rows=error`.
     """
     checked: str | None = None
     for row in rows:
@@ -96,25 +102,41 @@ def read_groups(
 
 
 def _check_columns(row: Row, file: str, config: FormatConfig) -> None:
-    for option, name in (("chosen_key", config.chosen_key), ("rejected_key", config.rejected_key)):
+    wanted = {"chosen_key": config.chosen_key, "rejected_key": config.rejected_key}
+    if config.prompt_key and config.prompt_key != "prompt":
+        wanted["prompt_key"] = config.prompt_key
+    for option, name in wanted.items():
         if name not in row.values:
             columns = ", ".join(row.values) or "none"
             raise UserError(
                 f"{file}: no column {name!r} (columns: {columns}); rename it or set data.{option}."
                 + nearest(name, row.values)
             )
-        value = row.values[name]
-        if value is not None and not isinstance(value, str | list):
-            raise UserError(
-                f"{row.where}: column {name!r} holds {type(value).__name__}, not text or messages; "
-                f"write it as strings or name another column with data.{option}"
-            )
-    if config.prompt_key != "prompt" and config.prompt_key not in row.values:
-        raise UserError(f"{file}: no column {config.prompt_key!r} (data.prompt_key; columns: {', '.join(row.values)})")
+
+
+def _check_type(row: Row, name: str, option: str) -> None:
+    """Raise UserError for what is neither text nor messages: a column has one type, so every row would have it."""
+    value = row.values.get(name)
+    held = type(value).__name__
+    if isinstance(value, list):
+        items = [item for item in value if item is not None]
+        if not items or isinstance(items[0], Mapping):
+            return
+        held = f"lists of {type(items[0]).__name__}"
+    if value is not None and not isinstance(value, str):
+        raise UserError(
+            f"{row.where}: column {name!r} holds {held}, not text or messages; "
+            f"write it as strings or name another column with data.{option}"
+        )
 
 
 def _read_pair(row: Row, config: FormatConfig, has_chat_template: bool) -> PreferenceGroup:
-    prompt = _cell(row.values.get(config.prompt_key), config.prompt_key, required=False)
+    prompt_key = config.prompt_key or ""
+    for name, option in (
+        (config.chosen_key, "chosen_key"), (config.rejected_key, "rejected_key"), (prompt_key, "prompt_key")
+    ):  # fmt: skip
+        _check_type(row, name, option)
+    prompt = _cell(row.values.get(prompt_key), prompt_key, required=False)
     chosen = _cell(row.values[config.chosen_key], config.chosen_key)
     rejected = _cell(row.values[config.rejected_key], config.rejected_key)
     if chosen == rejected:
@@ -124,11 +146,12 @@ def _read_pair(row: Row, config: FormatConfig, has_chat_template: bool) -> Prefe
         before = _as_messages(prompt, "user")
         answers = [_as_messages(value, "assistant") for value in (chosen, rejected)]
         for name, answer in zip((config.chosen_key, config.rejected_key), answers, strict=True):
-            if answer[-1]["role"] != "assistant":
-                raise BadRow(f"{name} that does not end with an assistant turn")
-        if before and all(_holds_prompt(before, answer) for answer in answers):
-            before = []  # the responses are whole conversations; the prompt column repeats their first turns
-        return PreferenceGroup(before, answers, (Comparison(0, 1),), "chat", row.where)
+            _check_answer(answer[-1], name)
+        own = [_not_repeated(before, answer) for answer in answers]
+        if own[0] == own[1]:
+            return PreferenceGroup(own[0], answers, (Comparison(0, 1),), "chat", row.where)
+        whole = [turns + answer for turns, answer in zip(own, answers, strict=True)]
+        return PreferenceGroup([], whole, (Comparison(0, 1),), "chat", row.where)
     if not all(isinstance(part, str) for part in (prompt, chosen, rejected)):
         raise BadRow("messages under data.input_style=text")
     return PreferenceGroup(prompt, [chosen, rejected], (Comparison(0, 1),), "text", row.where)
@@ -140,25 +163,34 @@ def _cell(value: Any, name: str, *, required: bool = True) -> str | list[Message
         if required:
             raise BadRow(f"null {name}")
         return ""
-    if isinstance(value, str):
-        if required and not value.strip():
-            raise BadRow(f"empty {name}")
-        messages = _json_messages(value)
-        return value if messages is None else _check_messages(messages, name, required)
     if isinstance(value, list):
-        return _check_messages(value, name, required)
-    raise BadRow(f"{name} of type {type(value).__name__}")
+        return _check_messages(value, name, required) if value or required else ""
+    if required and not value.strip():
+        raise BadRow(f"empty {name}")
+    messages = _json_messages(value, name)
+    return value if messages is None else _check_messages(messages, name, required)
 
 
-def _json_messages(text: str) -> list[Any] | None:
-    """The list in a JSON string of messages, or None for any other text."""
-    if not text.lstrip().startswith("[{"):
+_OPENS_LIST = re.compile(r"\s*\[\s*\{")
+_OPENS_MESSAGES = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']\s*:")
+
+
+def _json_messages(text: str, name: str) -> list[Any] | None:
+    """The list in a JSON string of messages, or None for any other text, other JSON included.
+
+    Raises BadRow for text that begins as such a list but is not JSON: cut off, or written by Python's `str`.
+    """
+    if not _OPENS_LIST.match(text):
         return None
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError):
+        if _OPENS_MESSAGES.match(text):
+            raise BadRow(f"{name} with a list of messages that is not valid JSON") from None
         return None
-    is_messages = isinstance(parsed, list) and all(isinstance(item, dict) and "role" in item for item in parsed)
+    is_messages = isinstance(parsed, list) and any(
+        isinstance(item, dict) and "role" in item and ("content" in item or "tool_calls" in item) for item in parsed
+    )
     return parsed if is_messages else None
 
 
@@ -169,7 +201,8 @@ def _check_messages(messages: Sequence[Any], name: str, required: bool) -> list[
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise BadRow(f"{name} with a message that has no role")
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+        content = message.get("content")
+        if not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
             raise BadRow(f"{name} with a message that has no text content")
         # Parquet gives every struct field that any row has; a null field means that the message does not have it.
         checked.append({key: value for key, value in message.items() if value is not None})
@@ -186,10 +219,27 @@ def _style(
     return "chat" if prompt and template else "text"
 
 
-def _holds_prompt(prompt: Sequence[Message], response: Sequence[Message]) -> bool:
-    """Whether a response repeats the prompt's last turn before its own answer, as whole conversations do."""
-    last = prompt[-1]
-    return any(turn["role"] == last["role"] and turn.get("content") == last.get("content") for turn in response[:-1])
+def _check_answer(last: Message, name: str) -> None:
+    if last["role"] != "assistant":
+        raise BadRow(f"{name} that does not end with an assistant turn")
+    if not last.get("content", "").strip() and not last.get("tool_calls"):
+        raise BadRow(f"empty {name}")
+
+
+def _not_repeated(prompt: list[Message], response: list[Message]) -> list[Message]:
+    """The turns of the prompt that the response does not begin with.
+
+    Many data sets give whole conversations as responses, and their first turns or the last question as the prompt.
+    """
+    turns = [(message["role"], message.get("content")) for message in prompt]
+    repeated = [(message["role"], message.get("content")) for message in response]
+    for size in range(min(len(turns), len(repeated) - 1), 0, -1):
+        if turns[-size:] == repeated[:size]:
+            return prompt[:-size]
+    has_system_turn = repeated[0][0] == "system"
+    if has_system_turn and turns and turns == repeated[1 : len(turns) + 1]:
+        return []
+    return prompt
 
 
 def _as_messages(value: str | list[Message], role: str) -> list[Message]:

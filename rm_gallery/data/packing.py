@@ -73,6 +73,7 @@ def split_steps(
     if (counts == counts[0]).all():
         size = max(1, batch_size // max(1, int(counts[0])))
         steps = [order[start : start + size] for start in range(0, len(order), size)]
+        batch_size = min(batch_size, size * int(counts[0]))  # all that a full step can hold
     else:
         steps, start, total = [], 0, 0
         for index, count in enumerate(counts.tolist()):
@@ -104,7 +105,7 @@ def plan_step(
 
 
 def _balanced_bins(groups: np.ndarray, lengths: np.ndarray, budget: int, world_size: int) -> list[list[int]]:
-    """Longest first, each into the emptiest bin; one more bin per rank until all fit.
+    """Longest first, each into the emptiest bin; more bins until all fit, a thirtieth at a time.
 
     With as many bins as groups every bin holds one, so this ends.
     """
@@ -123,7 +124,7 @@ def _balanced_bins(groups: np.ndarray, lengths: np.ndarray, budget: int, world_s
             bins[index].append(group)
         else:
             return bins
-        count += world_size
+        count += world_size * max(1, count // (30 * world_size))
 
 
 def _runs_of_like_length(groups: np.ndarray, sizes: GroupSizes, budget: int) -> list[list[int]]:

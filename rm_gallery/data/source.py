@@ -44,13 +44,18 @@ def find_files(paths: str | Sequence[str], *, key: str) -> list[Path]:
     """
     files: list[Path] = []
     for text in [paths] if isinstance(paths, str) else paths:
-        files += _expand(text, key)
+        try:
+            files += _expand(text, key)
+        except OSError as error:  # a name that is too long, a folder that may not be read
+            raise UserError(f"{key}={text[:100]}: cannot be looked up ({error.strerror}); name another path") from error
     if not files:
         raise UserError(f"{key} names no file; set it to a parquet file, a folder or a list of them")
     return files
 
 
 def _expand(text: str, key: str) -> list[Path]:
+    if not text.strip():
+        raise UserError(f"{key} names an empty path; take it out or name a file")
     path = Path(text).expanduser()
     if path.is_dir():
         found = sorted(path.glob("*.parquet"))
@@ -91,11 +96,26 @@ def read_rows(files: Sequence[Path], *, key: str) -> Iterator[Row]:
                     raise UserError(f"{file}: the file holds no rows; remove it from {key} or write it again")
                 index = 0
                 for batch in parquet.iter_batches(batch_size=_BATCH_ROWS):
-                    for values in batch.to_pylist():
+                    for values in _plain_rows(batch, file, index):
                         yield Row(values, f"{file}:{index}")
                         index += 1
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            reason = str(error).splitlines()[0]
+        except (pa.ArrowException, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise UserError(
                 f"{file}: cannot be read as parquet ({reason}); write it again or take it out of {key}"
             ) from error
+
+
+def _plain_rows(batch: Any, file: Path, first: int) -> list[dict[str, Any]]:
+    """The rows of an Arrow batch as Python values; `first` is the number of its first row in the file."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        for place in range(len(batch)):
+            try:
+                batch.slice(place, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{file}:{first + place}: a text is not valid UTF-8 ({error.reason}); write the row again"
+                ) from error
+        raise

@@ -61,7 +61,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(_expanded(path), trust_remote_code=trust_remote_code)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -70,12 +70,30 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"model.partial_pretrain={path}: only a slow tokenizer is there; save it with a tokenizer.json")
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # For a folder without tokenizer files the library makes an empty tokenizer of the model's class.
+        raise UserError(
+            f"model.partial_pretrain={path}: there is no tokenizer; copy tokenizer.json and tokenizer_config.json there"
+        )
     if chat_template is not None:
-        is_inline = "{{" in chat_template or "{%" in chat_template
-        if not is_inline and not Path(chat_template).is_file():
-            raise UserError(f"data.chat_template={chat_template}: neither a Jinja template nor a file that holds one")
-        tokenizer.chat_template = chat_template if is_inline else Path(chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = _read_template(chat_template)
     return tokenizer
+
+
+def _expanded(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _read_template(text: str) -> str:
+    """The template itself, from `data.chat_template`: Jinja text or the name of a file."""
+    if "{{" in text or "{%" in text:
+        return text
+    try:
+        return Path(text).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"data.chat_template={text[:100]}: neither a Jinja template nor a file that holds one ({error})"
+        ) from error
 
 
 def encode(group: PreferenceGroup, tokenizer: Any, config: TokenizeConfig) -> list[list[int]]:
@@ -121,13 +139,28 @@ def _encode_texts(texts: list[str], tokenizer: Any, add_special_tokens: bool) ->
 def render(group: PreferenceGroup, tokenizer: Any, config: TokenizeConfig) -> list[str]:
     """The K whole texts of a group, as they are tokenized.
 
-    Raises BadRow for a conversation that the chat template refuses, UserError when there is no template at all.
+    Raises BadRow for a conversation that the chat template refuses and for half a character (a lone surrogate,
+    which JSON can spell), UserError when there is no template or a broken one.
     """
-    if group.style == "text":
-        assert isinstance(group.prompt, str)
-        eos = tokenizer.eos_token or tokenizer.sep_token or ""
-        texts = [f"{group.prompt}{response}" for response in group.responses]
-        return [text + eos if config.append_eos and not text.endswith(eos) else text for text in texts]
+    texts = _render_texts(group, tokenizer, config) if group.style == "text" else _render_chats(group, tokenizer)
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError:
+        raise BadRow("half a character (a lone surrogate) in a text") from None
+    return texts
+
+
+def _render_texts(group: PreferenceGroup, tokenizer: Any, config: TokenizeConfig) -> list[str]:
+    assert isinstance(group.prompt, str)
+    eos = tokenizer.eos_token or tokenizer.sep_token or ""
+    texts = [f"{group.prompt}{response}" for response in group.responses]
+    return [text + eos if config.append_eos and not text.endswith(eos) else text for text in texts]
+
+
+def _render_chats(group: PreferenceGroup, tokenizer: Any) -> list[str]:
+    from jinja2 import TemplateSyntaxError
+
     if tokenizer.chat_template is None:
         raise UserError(
             f"{group.where}: the data are chat messages but the tokenizer has no chat template; "
@@ -137,10 +170,15 @@ def render(group: PreferenceGroup, tokenizer: Any, config: TokenizeConfig) -> li
     try:
         conversations = [[*group.prompt, *response] for response in group.responses]
         return [tokenizer.apply_chat_template(messages, tokenize=False) for messages in conversations]
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); "
+            "mend it, or set data.chat_template to another"
+        ) from error
     except Exception as error:
         # Templates end in jinja's exceptions or in plain TypeErrors; either way this row does not fit the template.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadRow(f"chat template refuses the conversation: {reason}") from error
+        raise BadRow(f"chat template refuses the conversation: {reason[:200]}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +265,11 @@ def tokenize_groups(
         while chunk := list(islice(source, _CHUNK_GROUPS)):
             for group in chunk:
                 styles.setdefault(group.style, group.where)
+            if len(styles) > 1:
+                raise UserError(
+                    f"the data mix chat messages ({styles['chat']}) with bare texts ({styles['text']}); "
+                    "set data.input_style=chat to read all as chats, or split the files"
+                )
             for group, texts in _encode_chunk(chunk, tokenizer, config, dropped, bad_rows):
                 try:
                     yield split_prefix(fit_length(texts, group, tokenizer, config), group.comparisons), group.where
@@ -234,11 +277,6 @@ def tokenize_groups(
                     _drop(error, group.where, dropped, bad_rows)
 
     data = TokenData(produce(), "text")
-    if len(styles) > 1:
-        raise UserError(
-            f"the data mix chat messages ({styles['chat']}) with bare texts ({styles['text']}); "
-            "set data.input_style=chat to read all as chats, or split the files"
-        )
     data.style = next(iter(styles), "text")
     return data
 

@@ -1,14 +1,15 @@
-"""The configuration of a run: sections composed of their owners' dataclasses, read from Hydra, checked at once."""
+"""The configuration of a run: sections made of their owners' dataclasses, all problems named at once."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from rm_gallery.data.formats import FormatConfig, check_custom_class
 from rm_gallery.data.packing import PackingConfig
@@ -17,9 +18,14 @@ from rm_gallery.data.tokenize import TokenizeConfig
 from rm_gallery.errors import UserError, nearest
 from rm_gallery.modeling.parallel import ModelConfig
 from rm_gallery.training.checkpoint import CheckpointConfig
+from rm_gallery.training.compose import compose
 from rm_gallery.training.optim import OptimConfig
 from rm_gallery.training.trackers import TRACKERS, TrackerConfig
 from rm_gallery.training.trainer import LoopConfig
+
+log = logging.getLogger(__name__)
+
+_PATHS = ("data.train_files", "data.val_files")
 
 
 @dataclass(frozen=True)
@@ -71,55 +77,15 @@ def load_config(file: str | None, overrides: Sequence[str]) -> TrainConfig:
     file: path of the YAML file, or None for the defaults of the code.
     Raises UserError that lists all problems, one a line.
     """
-    return check_config(compose(file, overrides))
-
-
-def compose(file: str | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """The YAML file with overrides applied, as Hydra composes it: defaults lists and override grammar included.
-
-    Hydra knows only keys that the file holds; here every override may also add one, and `check_config` decides
-    which keys exist. Hydra writes no files this way.
-    """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    path = None if file is None else Path(file).expanduser().absolute()
-    if path is not None and not path.is_file():
-        raise UserError(f"{file}: no such configuration file (working directory {Path.cwd()})")
-    folder = Path(__file__).parent.absolute() if path is None else path.parent
-    arguments = [_may_add(override, folder) for override in overrides]
-    try:
-        with initialize_config_dir(str(folder), version_base="1.3", job_name="rm-gallery"):
-            composed = hydra_compose(None if path is None else path.stem, arguments)
-        container = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_hydra_sentence(error, file)) from error
-    except Exception as error:  # YAML that cannot be parsed ends in an error of the YAML library
-        if type(error).__module__.startswith("yaml"):
-            raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from error
-        raise
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
-def _may_add(override: str, folder: Path) -> str:
-    """`key=value` as Hydra's `++key=value`, which sets a key whether or not the file holds it."""
-    key, equals, _ = override.partition("=")
-    if not equals and not override.startswith("~"):
-        raise UserError(f"{override!r}: an override is written key=value, as in optim.lr=1e-6")
-    is_plain = re.fullmatch(r"[A-Za-z_][\w.]*", key) is not None
-    is_hydra = key.startswith("hydra.") or (folder / key).is_dir()
-    return f"++{override}" if is_plain and not is_hydra else override
-
-
-def _hydra_sentence(error: Exception, file: str | None) -> str:
-    text = " ".join(str(error).split()).partition(" See https://")[0]
-    if "LexerNoViableAltException" in text or "mismatched input" in text or "no viable alternative" in text:
-        return f'{text}; a value with "=", spaces or commas needs quotes, as in \'trainer.experiment_name="a=b"\''
-    return f"{file or 'configuration'}: {text}"
+    text_keys = {key for key, hint in known_keys(TrainConfig).items() if str in (hint, *get_args(hint))}
+    config = check_config(compose(file, overrides, text_keys=text_keys))
+    if config.data.filter_overlong_prompts and config.data.truncation != "error":
+        log.warning(
+            "data.truncation=%s does nothing while data.filter_overlong_prompts=true leaves long texts out; "
+            "set data.filter_overlong_prompts=false to cut them",
+            config.data.truncation,
+        )
+    return config
 
 
 def check_config(values: Mapping[str, Any]) -> TrainConfig:
@@ -129,79 +95,115 @@ def check_config(values: Mapping[str, Any]) -> TrainConfig:
     """
     from pydantic import TypeAdapter, ValidationError
 
-    values = _lists_from_strings(values)
+    values = _tidied(values)
+    known = known_keys(TrainConfig)
     adapter = TypeAdapter(TrainConfig)
-    problems: list[str] = []
+    problems = _switches_for_numbers(values, known)
     try:
         config = adapter.validate_python(values)
     except ValidationError as error:
-        problems += dict.fromkeys(_sentences(error))
+        for problem in error.errors(include_url=False):
+            key = _key(problem, known)
+            problems.setdefault(key, _sentence(key, problem, values, known))
         # Without the keys that are wrong the rest can still be checked, so that all is said at once.
-        for problem in error.errors():
-            _remove(values, problem["loc"])
+        for key in problems:
+            _remove(values, key)
         config = adapter.validate_python(values)
-    problems += _problems(config)
-    if problems:
-        raise UserError("\n".join(problems))
+    sentences = [*problems.values(), *(text for text in _problems(config) if not _is_about(text, problems))]
+    if sentences:
+        raise UserError("\n".join(sentences))
     return config
 
 
-def _remove(values: dict[str, Any], location: Sequence[Any]) -> None:
-    """Delete the key at this place; what pydantic appends behind the key (list positions, types) is passed over."""
-    for part in location[:-1]:
-        if not isinstance(values.get(part), dict):
-            location = (part,)
-            break
-        values = values[part]
-    values.pop(location[-1], None)
-
-
-def _lists_from_strings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy in which `trainer.logger=console` means a list of one."""
-    result = deepcopy(dict(values))
-    trainer = result.get("trainer")
+def _tidied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in which an empty section means its defaults, `logger: console` a list of one, `val_files: null` none."""
+    sections = {each.name for each in fields(TrainConfig)}
+    result = {key: deepcopy(value) for key, value in values.items() if value is not None or key not in sections}
+    trainer, data = result.get("trainer"), result.get("data")
     if isinstance(trainer, dict) and isinstance(trainer.get("logger"), str):
         trainer["logger"] = [trainer["logger"]]
+    if isinstance(data, dict) and data.get("val_files", "") is None:
+        data["val_files"] = ""
     return result
 
 
-def _sentences(error: Any) -> Iterator[str]:
-    """One sentence per problem that pydantic found, with the key as people write it."""
-    known = list(known_keys(TrainConfig))
-    for problem in error.errors(include_url=False):
-        parts = [str(part) for part in problem["loc"]]
-        path = ".".join(parts)
-        while parts and ".".join(parts) not in known and problem["type"] not in ("unexpected_keyword_argument",):
-            parts.pop()  # pydantic appends list positions and names of union members
-        key = ".".join(parts) or path
-        if problem["type"] == "unexpected_keyword_argument":
-            yield f"{path}: unknown key.{_nearest_key(path, known)}"
-        elif problem["type"] == "literal_error":
-            choices = re.findall(r"'([^']*)'", str(problem["ctx"]["expected"]))
-            wrong = str(problem["input"])
-            yield f"{key}={wrong}: must be one of {', '.join(choices)}.{nearest(wrong, choices)}"
-        else:
-            message = problem["msg"][0].lower() + problem["msg"][1:]
-            yield f"{key}={problem['input']!r}: {message}"
+def _switches_for_numbers(values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, str]:
+    """Sentences, by key, for true and false where a number belongs; pydantic would read them as 1 and 0."""
+    found = {}
+    for key, hint in known.items():
+        value: Any = values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, bool) and {int, float} & {hint, *get_args(hint)}:
+            found[key] = f"{key}={str(value).lower()}: must be a number"
+    return found
+
+
+def _key(problem: Any, known: Mapping[str, Any]) -> str:
+    """The key that a problem is about; pydantic appends list positions and names of union members."""
+    parts = [str(part) for part in problem["loc"]]
+    if problem["type"] == "unexpected_keyword_argument":
+        return ".".join(parts)
+    while ".".join(parts) not in known and len(parts) > 1:
+        parts.pop()
+    return ".".join(parts)
+
+
+def _remove(values: dict[str, Any], key: str) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values.get(section, {})
+    values.pop(name, None)
+
+
+def _is_about(sentence: str, keys: Iterable[str]) -> bool:
+    """Whether a sentence, which begins with its key, is about one of these keys or a key in such a section."""
+    return any(re.match(rf"{re.escape(key)}(?!\w)", sentence) for key in keys)
+
+
+def _sentence(key: str, problem: Any, values: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    """A problem that pydantic found, with the key as people write it."""
+    if problem["type"] == "unexpected_keyword_argument":
+        return f"{key}: unknown key{_nearest_key(key, list(known))}"
+    value: Any = values
+    for part in key.split("."):
+        value = value[part]
+    if problem["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", str(problem["ctx"]["expected"]))
+        return f"{key}={value}: must be one of {', '.join(choices)}.{nearest(str(value), choices)}"
+    if key in _PATHS:
+        return f"{key}={value!r}: must be a path or a list of paths"
+    what = problem["msg"].replace("Input should be ", "must be ").replace("Tuple", "tuple").partition(", ")[0]
+    for theirs, ours in (
+        ("a valid string", "text; put quotes around it"), ("a valid number", "a number"), ("a valid tuple", "a list"),
+        ("a valid integer", "a whole number"), ("a valid boolean", "true or false"), ("Field required", "too short"),
+        ("tuple", "list"), (" after validation", ""), ("a dictionary or an instance of", "a section of keys, as"),
+    ):  # fmt: skip
+        what = what.replace(theirs, ours)
+    return f"{key}={value!r}: {what[0].lower()}{what[1:]}"
 
 
 def _nearest_key(path: str, known: Sequence[str]) -> str:
-    """The nearest known key: by its last part in the same section first, then by its whole path."""
+    """'. Did you mean X?': a sibling that looks alike or holds the name, else the same name elsewhere, else all."""
     section, _, name = path.rpartition(".")
-    siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
-    if hint := nearest(name, siblings):
-        return hint.replace(" Did you mean '", f" Did you mean '{section}." if section else " Did you mean '")
+    siblings = [key for key in known if key.rpartition(".")[0] == section]
+    hint = nearest(name, (key.rpartition(".")[2] for key in siblings)).partition("'")[2].partition("'")[0]
+    alike = [key for key in siblings if key.rpartition(".")[2] == hint]
+    holding = [key for key in siblings if len(name) > 2 and name in key.rpartition(".")[2]]
     elsewhere = [key for key in known if key.rpartition(".")[2] == name]
-    return f" Did you mean {elsewhere[0]!r}?" if elsewhere else nearest(path, known)
+    found = alike or holding or elsewhere
+    return f". Did you mean {found[0]!r}?" if found else f"; known here: {', '.join(siblings)}"
 
 
-def known_keys(config: type, prefix: str = "") -> Iterator[str]:
-    """Every key of the configuration, sections too, as `model.fsdp_config.model_dtype`."""
+def known_keys(config: type, prefix: str = "") -> dict[str, Any]:
+    """Every key of the configuration with its type, sections too, as `model.fsdp_config.model_dtype`."""
     hints = get_type_hints(config)
+    found: dict[str, Any] = {}
     for each in fields(config):
-        yield prefix + each.name
+        found[prefix + each.name] = hints[each.name]
         if is_dataclass(hints[each.name]):
-            yield from known_keys(hints[each.name], f"{prefix}{each.name}.")
+            found.update(known_keys(hints[each.name], f"{prefix}{each.name}."))
+    return found
 
 
 def _problems(config: TrainConfig) -> list[str]:
@@ -231,9 +233,12 @@ def _problems(config: TrainConfig) -> list[str]:
     for name in trainer.logger:
         if name not in TRACKERS:
             problems.append(f"trainer.logger={name}: must be one of {', '.join(TRACKERS)}.{nearest(name, TRACKERS)}")
+    warmup, decay = config.optim.warmup_steps_ratio, config.optim.decay_steps_ratio
+    if config.optim.lr_scheduler == "wsd" and warmup + decay > 1:
+        problems.append(f"optim.warmup_steps_ratio={warmup} with decay_steps_ratio={decay}: together at most 1 for wsd")
     if trainer.log_freq < 1:
         problems.append(f"trainer.log_freq={trainer.log_freq}: must be at least 1")
-    if not trainer.experiment_name or "/" in trainer.experiment_name:
+    if trainer.experiment_name in ("", ".", "..") or "/" in trainer.experiment_name:
         problems.append(f"trainer.experiment_name={trainer.experiment_name!r}: must be a folder name without '/'")
     try:
         check_custom_class(data.custom_cls)

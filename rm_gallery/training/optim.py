@@ -19,7 +19,7 @@ Schedule: TypeAlias = Callable[[int], float]
 class OptimConfig:
     """`optim`: AdamW and its schedule."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
     lr: Annotated[float, Gt(0)] = 1e-6
     """Highest learning rate."""

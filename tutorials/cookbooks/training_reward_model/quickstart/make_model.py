@@ -1,4 +1,4 @@
-"""The quickstart's model: a byte-level BPE tokenizer trained on its texts, and a small Qwen2 decoder with random weights.
+"""The quickstart's model: a byte-level BPE tokenizer of its texts, and a small Qwen2 decoder with random weights.
 
     python -m tutorials.cookbooks.training_reward_model.quickstart.make_model FOLDER TRAIN_PARQUET
 
@@ -93,7 +93,8 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=MAX_TOKENS,
-        initializer_range=0.02,
+        initializer_range=0.05,  # narrow layers want larger weights than the 0.02 of wide ones
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

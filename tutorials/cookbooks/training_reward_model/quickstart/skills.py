@@ -1,4 +1,4 @@
-"""The quickstart's skills: how each one draws a twin, two prompts of which either has the other's answer as its wrong one.
+"""The quickstart's skills: how each draws a twin, two prompts that have each other's right answer as wrong one.
 
 Twins make the set honest. Of the answers A and B, A is right under the first prompt and wrong under the second,
 so every answer text is chosen exactly as often as it is rejected, and only the prompt can tell which is better.
@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from tutorials.cookbooks.training_reward_model.quickstart import phrases
+from tutorials.cookbooks.training_reward_model.quickstart import dialogues, phrases
 
 T = TypeVar("T")
 Turns = list[dict[str, str]]
@@ -126,23 +126,23 @@ def tact(rng: np.random.Generator) -> Twin:
     """A reply in the mood of the news, against one that would hurt or puzzle."""
 
     def ask(mood: str) -> Asked:
-        events, replies = phrases.MOODS[mood]
-        lead, event = pick(rng, phrases.MOOD_LEADS), pick(rng, events)
-        prompt = dialogue(f"{pick(rng, phrases.OPENERS)}{lead.format(event)}{pick(rng, phrases.MOOD_ENDS)}")
+        events, replies = dialogues.MOODS[mood]
+        lead, event = pick(rng, dialogues.MOOD_LEADS), pick(rng, events)
+        prompt = dialogue(f"{pick(rng, phrases.GREETINGS)}{lead.format(event)}{pick(rng, dialogues.MOOD_ENDS)}")
         return Asked(prompt, pick(rng, replies), f"{lead}|{event}")
 
-    first, second = pick_two(rng, list(phrases.MOODS))
+    first, second = pick_two(rng, list(dialogues.MOODS))
     return ask(first), ask(second)
 
 
 def memory(rng: np.random.Generator) -> Twin:
     """What the user told some turns ago, against something never told."""
-    tellings, replies, questions, answers, values = phrases.MEMORIES[pick(rng, list(phrases.MEMORIES))]
+    tellings, replies, questions, answers, values = dialogues.MEMORIES[pick(rng, list(dialogues.MEMORIES))]
     sentence = pick(rng, answers)
 
     def ask(value: str) -> Asked:
         telling, reply, question = pick(rng, tellings), pick(rng, replies), pick(rng, questions)
-        told = f"{pick(rng, phrases.OPENERS)}{telling.format(value)}"
+        told = f"{pick(rng, phrases.GREETINGS)}{telling.format(value)}"
         prompt = dialogue(told, reply.format(value), question)
         return Asked(prompt, sentence.format(value), f"{telling}|{question}|{value}")
 
@@ -152,29 +152,29 @@ def memory(rng: np.random.Generator) -> Twin:
 
 def change(rng: np.random.Generator) -> Twin:
     """The day the user settled on, against the day named before the change of mind."""
-    errand = pick(rng, list(phrases.BOOKINGS))
-    days = pick_two(rng, phrases.DAYS)
+    errand = pick(rng, list(dialogues.BOOKINGS))
+    days = pick_two(rng, dialogues.DAYS)
 
     def ask(before: str, after: str) -> Asked:
-        wish = f"{pick(rng, phrases.OPENERS)}I would like {errand} on {before}."
-        prompt = dialogue(wish, pick(rng, phrases.ACKNOWLEDGEMENTS), pick(rng, phrases.CHANGES).format(after))
-        return Asked(prompt, phrases.BOOKINGS[errand].format(after), f"{errand}|{before}|{after}")
+        wish = f"{pick(rng, phrases.GREETINGS)}I would like {errand} on {before}."
+        prompt = dialogue(wish, pick(rng, dialogues.ACKNOWLEDGEMENTS), pick(rng, dialogues.CHANGES).format(after))
+        return Asked(prompt, dialogues.BOOKINGS[errand].format(after), f"{errand}|{before}|{after}")
 
     return ask(*days), ask(*days[::-1])
 
 
 def persona(rng: np.random.Generator) -> Twin:
     """The voice the system turn asks for, against the same advice in another voice."""
-    hobby, advice = pick(rng, phrases.HOBBIES), pick(rng, phrases.SHORT_ADVICE)
+    hobby, advice = pick(rng, dialogues.HOBBIES), pick(rng, dialogues.SHORT_ADVICE)
 
     def ask(voice: str) -> Asked:
-        instructions, openings, endings = phrases.PERSONAS[voice]
+        instructions, openings, endings = dialogues.PERSONAS[voice]
         system = pick(rng, instructions)
         prompt = dialogue(polite(rng, pick(rng, phrases.TOPIC_QUESTIONS).format(hobby)), system=system)
         answer = f"{pick(rng, openings)} {advice} {pick(rng, endings)}"
         return Asked(prompt, answer, f"{system}|{hobby}")
 
-    first, second = pick_two(rng, list(phrases.PERSONAS))
+    first, second = pick_two(rng, list(dialogues.PERSONAS))
     return ask(first), ask(second)
 
 

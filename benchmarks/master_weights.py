@@ -1,0 +1,101 @@
+"""Why the optimizer's weights are float32: the share of parameters that an update changes.
+
+    python benchmarks/master_weights.py [--lr 5e-7] [--steps 20] [--output FILE.json]
+
+Trains the same small Qwen2 reward model twice on made-up pairs: with bfloat16 weights that the optimizer updates
+itself, and with float32 master weights beside bfloat16 compute weights, as the trainer has them. A step changes
+a parameter when its stored value differs after the step. bfloat16 keeps 8 bits of a number, so an update below about
+1/256 of the weight's size is rounded away; AdamW's updates are about as large as the learning rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from rm_gallery.data.batch import PackedBatch, collate
+from rm_gallery.data.tokenize import TokenGroup
+from rm_gallery.modeling import attention
+from rm_gallery.modeling.parallel import MasterWeights
+from rm_gallery.modeling.reward_model import RewardModel
+from rm_gallery.objectives import OBJECTIVES
+from rm_gallery.schema import Comparison
+from rm_gallery.training.optim import OptimConfig, build_optimizer
+
+
+def build(seed: int = 0) -> RewardModel:
+    """A random Qwen2 reward model with weights of the usual size (standard deviation 0.02)."""
+    from transformers import AutoModelForSequenceClassification, Qwen2Config
+
+    torch.manual_seed(seed)
+    attention.install()
+    config = Qwen2Config(
+        vocab_size=4000, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, num_labels=1, pad_token_id=0,
+    )  # fmt: skip
+    return RewardModel(AutoModelForSequenceClassification.from_config(config, attn_implementation=attention.NAME))
+
+
+def make_batch(seed: int, pairs: int = 16) -> PackedBatch:
+    """Random pairs with a shared prompt."""
+    draw = np.random.default_rng(seed)
+    groups = []
+    for _ in range(pairs):
+        parts = [draw.integers(1, 4000, size).astype(np.int32) for size in draw.integers(10, 60, 3)]
+        groups.append(TokenGroup(parts[0], parts[1:], [Comparison(0, 1)]))
+    return collate(groups)
+
+
+def run(lr: float, steps: int, *, master: bool) -> tuple[float, float]:
+    """Mean share of parameters that a step changes, and of those it changed at all over the run."""
+    model = build()
+    weights = MasterWeights(model, torch.bfloat16) if master else None
+    if weights is None:
+        model.to(torch.bfloat16)
+    named = list(weights.named_parameters() if weights else model.named_parameters())
+    optimizer = build_optimizer(named, OptimConfig(lr=lr, weight_decay=0.1))
+    parameters: list[nn.Parameter] = [parameter for _, parameter in named]
+    start = [parameter.detach().clone() for parameter in parameters]
+    shares = []
+    for step in range(steps):
+        batch = make_batch(step)
+        loss, _ = OBJECTIVES["bradley_terry"](model(batch), batch)
+        (loss / len(batch.better)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 2.0)
+        before = [parameter.detach().clone() for parameter in parameters]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if weights:
+            weights.publish()
+        shares.append(share_changed(before, parameters))
+    return float(np.mean(shares)), share_changed(start, parameters)
+
+
+def share_changed(before: list[torch.Tensor], after: list[nn.Parameter]) -> float:
+    """Share of single values that differ."""
+    changed = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True))
+    return changed / sum(a.numel() for a in before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lr", type=float, default=5e-7)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    rows = {name: run(arguments.lr, arguments.steps, master=name == "float32") for name in ("bfloat16", "float32")}
+    print(f"learning rate {arguments.lr:g}, {arguments.steps} steps of AdamW")
+    print(f"{'optimizer weights':<18} {'changed in a step':>18} {'changed after all':>18}")
+    for name, (per_step, overall) in rows.items():
+        print(f"{name:<18} {per_step:>18.2%} {overall:>18.2%}")
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"lr": arguments.lr, "steps": arguments.steps, **rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
