@@ -65,10 +65,6 @@ def _train(arguments: argparse.Namespace) -> None:
     from rm_gallery.training.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()  # what it would say about heads and lengths, we say ourselves
-    transformers_logging.disable_progress_bar()
     from rm_gallery.training.build import run_training
 
     result = run_training(config)

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.reward_model import RewardModel
+from rm_gallery.modeling.reward_model import RewardModel, quiet_transformers
 from rm_gallery.schema import InputStyle
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,8 @@ def export_folder(
             name: value.detach().to("cpu", dtype if value.is_floating_point() else None)
             for name, value in state.items()
         }
-        model.network.save_pretrained(temporary, state_dict=cast)
+        with quiet_transformers():
+            model.network.save_pretrained(temporary, state_dict=cast)
         _finish_config(temporary / "config.json", model, dtype, record)
         _save_tokenizer(temporary, tokenizer, record)
         _compare_hashes(temporary, cast)
@@ -90,6 +92,8 @@ def export_folder(
         files = {path.name: _file_hash(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps({"sha256": files}, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, folder)
+    except SafetensorError as error:  # how the library reports a disk that is full
+        raise OSError(str(error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -125,8 +129,6 @@ def _save_tokenizer(folder: Path, tokenizer: Any, record: InputRecord) -> None:
 
 
 def _compare_hashes(folder: Path, state: Mapping[str, Tensor]) -> None:
-    from safetensors import safe_open
-
     seen = set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -180,7 +182,8 @@ def rescore(folder: Path, texts: Sequence[Sequence[int]]) -> list[float]:
     """Rewards of token sequences as any consumer gets them: plain transformers, float32, one padded batch."""
     from transformers import AutoModelForSequenceClassification
 
-    network = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    with quiet_transformers():
+        network = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     rows = [torch.tensor(ids) for ids in texts]
     input_ids = pad_sequence(rows, batch_first=True, padding_value=network.config.pad_token_id)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)

@@ -7,6 +7,8 @@ over padded texts behind the same interface.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,10 +126,11 @@ def load_reward_model(
         attention.install()
         extra["attn_implementation"] = attention.NAME
     try:
-        network, info = AutoModelForSequenceClassification.from_pretrained(
-            path, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code,
-            **extra,
-        )  # fmt: skip
+        with quiet_transformers():
+            network, info = AutoModelForSequenceClassification.from_pretrained(
+                path, config=config, dtype=torch.float32, output_loading_info=True,
+                trust_remote_code=trust_remote_code, **extra,
+            )  # fmt: skip
     except Exception as error:
         raise UserError(f"{key}={path}: the model cannot be loaded ({_first_line(error)})") from error
     missing = sorted(info["missing_keys"])
@@ -138,6 +141,22 @@ def load_reward_model(
         )
     has_own_head = not any(name.startswith(HEADS) for name in missing)
     return LoadedModel(RewardModel(network), has_own_head)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and load reports of the library; what they say of heads and weights, we say ourselves."""
+    from transformers.utils import logging as library
+
+    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.set_verbosity(level)
+        if bars:
+            library.enable_progress_bar()
 
 
 def _load_config(path: str, key: str, trust_remote_code: bool) -> Any:

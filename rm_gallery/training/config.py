@@ -248,4 +248,4 @@ def _problems(config: TrainConfig) -> list[str]:
 
 
 def _is_local(path: str) -> bool:
-    return path.startswith((".", "/", "~"))
+    return path.startswith((".", "/", "~")) or path.count("/") > 1  # a hub name is owner/model

@@ -1,0 +1,122 @@
+"""Exported folders: damage is found, failure leaves nothing behind, and what was there stays."""
+
+from __future__ import annotations
+
+import json
+import resource
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rm_gallery.errors import UserError
+from rm_gallery.modeling.export import (
+    InputRecord,
+    check_manifest,
+    check_rewards,
+    export_folder,
+    read_record,
+    settle_pad_token,
+)
+from rm_gallery.modeling.parallel import MasterWeights
+from rm_gallery.modeling.reward_model import load_reward_model
+from tests.small import make_model, make_tokenizer
+
+
+def export(source: Path, folder: Path, **options: Any) -> Path:
+    torch.manual_seed(0)
+    model = load_reward_model(str(source)).model
+    state = MasterWeights(model, torch.float32).state_dict(model)
+    export_folder(
+        folder, model, state, make_tokenizer(), options.pop("dtype", torch.float32), InputRecord("text", **options)
+    )
+    return folder
+
+
+def test_a_changed_file_is_found_by_its_hash(qwen2_folder: Path, tmp_path: Path) -> None:
+    folder = export(qwen2_folder, tmp_path / "global_step_1")
+    assert check_manifest(folder) == []
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (folder / "tokenizer.json").unlink()
+    assert check_manifest(folder) == ["model.safetensors", "tokenizer.json"]
+
+
+def test_a_full_disk_leaves_no_half_written_folder(qwen2_folder: Path, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))  # a real write error, as a full disk gives
+    try:
+        with pytest.raises(OSError):
+            export(qwen2_folder, tmp_path / "global_step_1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_get_the_rights_of_the_umask(qwen2_folder: Path, tmp_path: Path) -> None:
+    folder = export(qwen2_folder, tmp_path / "global_step_1")
+    reference = tmp_path / "reference"
+    reference.touch()
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert modes == {stat.S_IMODE(reference.stat().st_mode)}
+
+
+def test_wrong_rewards_are_refused(qwen2_folder: Path, tmp_path: Path) -> None:
+    folder = export(qwen2_folder, tmp_path / "global_step_1")
+    with pytest.raises(UserError, match="gives text 1 the reward"):
+        from rm_gallery.modeling.export import rescore
+
+        texts = [[9, 10, 11], [12, 13]]
+        right = rescore(folder, texts)
+        check_rewards(folder, texts, right, exact=True)
+        check_rewards(folder, texts, [right[0], right[1] + 0.001], exact=True)
+
+
+def test_bfloat16_folder_gives_nearly_the_same_rewards(qwen2_folder: Path, tmp_path: Path) -> None:
+    from rm_gallery.modeling.export import rescore
+
+    texts = [[9, 10, 11, 40, 41], [12, 13]]
+    exact = rescore(export(qwen2_folder, tmp_path / "a"), texts)
+    check_rewards(export(qwen2_folder, tmp_path / "b", dtype=torch.bfloat16), texts, exact, exact=False)
+
+
+def test_record_survives_and_other_folders_have_none(qwen2_folder: Path, tmp_path: Path) -> None:
+    folder = export(qwen2_folder, tmp_path / "global_step_1", append_eos=True, max_length=77)
+    assert read_record(folder) == InputRecord("text", True, 77)
+    assert read_record(qwen2_folder) is None
+    assert read_record(tmp_path / "nowhere") is None
+
+
+def test_pad_token_gets_a_row_only_when_there_is_no_room(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    size = len(tokenizer)
+    tight = load_reward_model(
+        str(make_model("llama", tmp_path / "tight", vocab_size=size, tie_word_embeddings=False))
+    ).model
+    roomy = load_reward_model(str(make_model("llama", tmp_path / "roomy", vocab_size=size + 10))).model
+    for model, rows in ((tight, size), (roomy, size + 10)):
+        tokenizer = make_tokenizer()
+        tokenizer.pad_token = tokenizer.eos_token
+        settle_pad_token(model, tokenizer)
+        assert tokenizer.pad_token == "<|pad|>" and model.network.config.pad_token_id == tokenizer.pad_token_id
+        assert model.network.get_input_embeddings().num_embeddings == rows, "<|pad|> is in the vocabulary already"
+    tokenizer = make_tokenizer()
+    vocabulary = tokenizer.get_vocab()
+    assert "<|new|>" not in vocabulary
+    tokenizer.add_tokens(["<|new|>"])
+    settle_pad_token(tight, tokenizer)
+    assert tight.network.get_input_embeddings().num_embeddings == size + 1
+
+
+def test_tokenizer_config_names_a_class_that_older_servers_know(qwen2_folder: Path, tmp_path: Path) -> None:
+    folder = export(qwen2_folder, tmp_path / "global_step_1")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    from transformers import AutoTokenizer
+
+    text = "Hello <|im_start|>there"
+    assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == make_tokenizer()(text)["input_ids"]
