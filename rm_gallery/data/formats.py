@@ -39,7 +39,9 @@ class FormatConfig:
     prompt_key: str | None = "prompt"
     """Column of the prompt; a file without it has the prompt inside its responses. null reads no prompt column."""
     chosen_key: str = "chosen"
+    """Column of the preferred response."""
     rejected_key: str = "rejected"
+    """Column of the other response."""
     input_style: Literal["auto", "text", "chat"] = "auto"
     """`chat` renders messages with the chat template, `text` takes strings as they are. `auto`: chat for messages and
     for a string prompt with string responses when the tokenizer has a chat template; text otherwise."""

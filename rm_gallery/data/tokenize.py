@@ -7,6 +7,7 @@ tokens that any server makes of the same text. Needs a tokenizer, never torch.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -53,35 +54,37 @@ class TokenGroup:
     comparisons: Sequence[Comparison]
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template: str | None = None) -> Any:
+def load_tokenizer(
+    path: str, *, key: str = "model.partial_pretrain", trust_remote_code: bool = False, chat_template: str | None = None
+) -> Any:
     """A fast tokenizer from a model folder, with the chat template from the configuration if one is given.
 
+    key: configuration key that `path` came from, for messages.
     Raises UserError when the folder has no tokenizer or only a slow one, or the template cannot be read.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_expanded(path), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        if not os.path.isdir(os.path.expanduser(path)):
+            raise UserError(
+                f"{key}={path}: neither a folder (working directory {os.getcwd()}) nor a model that the hub gives "
+                f"({reason}); name a model folder"
+            ) from error
         raise UserError(
-            f"model.partial_pretrain={path}: no tokenizer can be loaded from there ({reason}); "
+            f"{key}={path}: no tokenizer can be loaded from there ({reason}); "
             "the folder needs tokenizer.json and tokenizer_config.json"
         ) from error
     if not tokenizer.is_fast:
-        raise UserError(f"model.partial_pretrain={path}: only a slow tokenizer is there; save it with a tokenizer.json")
+        raise UserError(f"{key}={path}: only a slow tokenizer is there; save it with a tokenizer.json")
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         # For a folder without tokenizer files the library makes an empty tokenizer of the model's class.
-        raise UserError(
-            f"model.partial_pretrain={path}: there is no tokenizer; copy tokenizer.json and tokenizer_config.json there"
-        )
+        raise UserError(f"{key}={path}: there is no tokenizer; copy tokenizer.json and tokenizer_config.json there")
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     return tokenizer
-
-
-def _expanded(path: str) -> str:
-    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def _read_template(text: str) -> str:
@@ -307,8 +310,6 @@ def fit_length(
 ) -> list[list[int]]:
     """The same texts under the length policy; raises BadRow for a group that it leaves out."""
     longest = max(len(ids) for ids in texts)
-    if min(len(ids) for ids in texts) == 0:
-        raise BadRow("text without a token")
     if longest <= config.max_length:
         fitted = texts
     elif config.filter_overlong_prompts:
@@ -345,9 +346,12 @@ def split_prefix(texts: Sequence[Sequence[int]], comparisons: Sequence[Compariso
     """Split the longest common prefix off, leaving every response at least one token of its own.
 
     Example: [1 2 3 4] and [1 2 3] give prefix [1 2], tails [3 4] and [3].
+    Raises BadRow for a text without a token, which no reward can be read from.
     """
     arrays = [np.asarray(ids, np.int32) for ids in texts]
     size = min(len(array) for array in arrays) - 1
+    if size < 0:
+        raise BadRow("text without a token")
     first = arrays[0][:size]
     for array in arrays[1:]:
         differs = np.flatnonzero(array[:size] != first[:size])

@@ -7,6 +7,7 @@ over padded texts behind the same interface.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,6 +115,7 @@ def load_reward_model(
     """
     from transformers import AutoModelForSequenceClassification
 
+    path = os.path.expanduser(path)
     config = _load_config(path, key, trust_remote_code)
     config.num_labels = 1
     config.problem_type = "regression"

@@ -37,7 +37,7 @@ class RewardScorer:
             "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
         )
         model = load_reward_model(str(folder), key="checkpoint").model
-        tokenizer = load_tokenizer(str(folder))
+        tokenizer = load_tokenizer(str(folder), key="checkpoint")
         settle_pad_token(model, tokenizer)
         wanted = ("bf16" if where.type == "cuda" else "fp32") if dtype == "auto" else dtype
         head = model.head

@@ -24,12 +24,15 @@ class OptimConfig:
     lr: Annotated[float, Gt(0)] = 1e-6
     """Highest learning rate."""
     betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.95)
+    """AdamW's decay rates of the gradient's mean and of its square."""
     eps: Annotated[float, Gt(0)] = 1e-8
+    """AdamW's term against division by zero."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """On matrices only: biases and norms are not decayed."""
     clip_grad: Annotated[float, Ge(0)] = 1.0
     """Largest gradient norm; 0 does not clip."""
     lr_scheduler: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Course of the rate after the warm-up: `cosine`, `wsd` (warmup-stable-decay) or `constant`."""
     warmup_steps_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
     """Share of all steps in which the rate rises from 0."""
     min_lr_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
@@ -53,7 +56,7 @@ def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config
 def build_schedule(config: OptimConfig, total_steps: int) -> Schedule:
     """The configured schedule over so many optimizer steps."""
     warmup = round(total_steps * config.warmup_steps_ratio)
-    decay = round(total_steps * config.decay_steps_ratio)
+    decay = min(round(total_steps * config.decay_steps_ratio), total_steps - warmup)
 
     def factor(step: int) -> float:
         if step < warmup:

@@ -37,6 +37,7 @@ LAYERS = [
     "rm_gallery.training.checkpoint",
     "rm_gallery.training.validate",
     "rm_gallery.training.trainer",
+    "rm_gallery.training.compose",
     "rm_gallery.training.config",
     "rm_gallery.training.build",
     "rm_gallery.scoring",
@@ -62,7 +63,7 @@ LIGHT = [
 ]
 MAY_LOAD_TRANSFORMERS = ("rm_gallery.data.tokenize",)
 
-MAY_IMPORT_HYDRA = ("rm_gallery.cli", "rm_gallery.training.config")
+MAY_IMPORT_HYDRA = ("rm_gallery.training.compose", "rm_gallery.training.config")
 RANK_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"}
 MAY_READ_RANK = {"rm_gallery.distributed": RANK_VARIABLES, "rm_gallery.log": {"RANK"}}
 

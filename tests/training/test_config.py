@@ -1,0 +1,307 @@
+"""Configuration: the specification's keys are accepted, mistakes are named all at once, a run's file reads back."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rm_gallery.errors import UserError
+from rm_gallery.training.config import TrainConfig, check_config, known_keys, load_config
+from tests.small import CHATML, text_pairs, write_pairs
+
+SPEC = """
+model:
+  partial_pretrain: Qwen/Qwen2.5-7B-Instruct
+  trust_remote_code: true
+  enable_gradient_checkpointing: true
+  strategy: fsdp
+  fsdp_config:
+    cpu_offload: false
+    offload_params: false
+    param_offload: false
+    optimizer_offload: false
+    model_dtype: bf16
+data:
+  train_files: ./data/train.parquet
+  val_files: ./data/test.parquet
+  max_length: 4096
+  micro_batch_size_per_gpu: 1
+  train_batch_size: 256
+  filter_overlong_prompts: true
+optim:
+  lr: 5e-7
+  betas: [0.9, 0.95]
+  weight_decay: 0.1
+  clip_grad: 2.0
+  lr_scheduler: cosine
+  warmup_steps_ratio: 0.05
+trainer:
+  total_epochs: 3
+  save_freq: 500
+  test_freq: 500
+  logger: ['console', 'swanlab']
+  project_name: rm-gallery-bt
+  experiment_name: qwen2.5-7b-bt
+  default_local_dir: ./checkpoints/bt
+"""
+NEEDED = ["model.partial_pretrain=Qwen/Qwen2.5-7B-Instruct", "data.train_files=data/train.parquet"]
+
+
+@pytest.fixture(autouse=True)
+def files(in_tmp: Path) -> Path:
+    """The specification's data files and its YAML as spec.yaml."""
+    for name in ("train", "test"):
+        write_pairs(in_tmp / "data" / f"{name}.parquet", text_pairs(1))
+    (in_tmp / "spec.yaml").write_text(SPEC)
+    return in_tmp
+
+
+def load(*overrides: str) -> TrainConfig:
+    return load_config(None, [*NEEDED, *overrides])
+
+
+def problems(*overrides: str, file: str | None = None) -> list[str]:
+    with pytest.raises(UserError) as error:
+        load_config(file, [*NEEDED, *overrides])
+    return str(error.value).splitlines()
+
+
+def test_every_key_of_the_specification_is_accepted_with_its_value() -> None:
+    found = load_config("spec.yaml", []).as_dict()
+    written = yaml.safe_load(SPEC)
+    written["optim"]["lr"] = 5e-7  # a string to PyYAML
+    for section, values in written.items():
+        for key, value in values.items():
+            if isinstance(value, dict):
+                assert {name: found[section][key][name] for name in value} == value
+            else:
+                assert found[section][key] == (tuple(value) if isinstance(value, list) else value), key
+
+
+def test_the_overrides_of_the_specification_arrive_as_the_shell_passes_them() -> None:
+    config = load_config(
+        "spec.yaml",
+        [
+            "data.train_files=data/train.parquet", "data.val_files=data/test.parquet", "data.max_length=4096",
+            "optim.lr=5e-7", "optim.clip_grad=2", "trainer.total_epochs=3", "trainer.logger=[console,swanlab]",
+            "trainer.experiment_name=qwen2.5-7b-bt-0312T0915",
+            "trainer.default_local_dir=./checkpoints/bt/qwen2.5-7b-bt-0312T0915",
+        ],
+    )  # fmt: skip
+    assert (config.optim.lr, config.optim.clip_grad) == (5e-7, 2.0)
+    assert config.trainer.logger == ("console", "swanlab")
+    assert config.trainer.run_dir == Path("checkpoints/bt/qwen2.5-7b-bt-0312T0915")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("trainer.logger=console", "trainer.logger", ("console",)),
+        ("trainer.logger=[]", "trainer.logger", ()),
+        ("optim.lr='5e-7'", "optim.lr", 5e-7),
+        ("optim.betas=[0.8,0.9]", "optim.betas", (0.8, 0.9)),
+        ("data.train_files=[data/train.parquet,data]", "data.train_files", ("data/train.parquet", "data")),
+        ("data.val_files=null", "data.val_files", ""),
+        ("data.prompt_key=null", "data.prompt_key", None),
+        ("optim=null", "optim.lr", 1e-6),
+        ("+data.max_length=7", "data.max_length", 7),
+        ("trainer.experiment_name=123", "trainer.experiment_name", "123"),
+        ("trainer.experiment_name=a=b (2)", "trainer.experiment_name", "a=b (2)"),
+        ("trainer.default_local_dir=~/runs", "trainer.default_local_dir", "~/runs"),
+        ("data.chat_template={{ messages[0]['content'] }}", "data.chat_template", "{{ messages[0]['content'] }}"),
+    ],
+)
+def test_values_are_read_as_people_write_them(override: str, key: str, value: Any) -> None:
+    section, _, name = key.partition(".")
+    assert getattr(getattr(load(override), section), name) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optim.lr=abc", "optim.lr='abc': must be a number"),
+        ("optim.lr=0", "optim.lr=0: must be greater than 0"),
+        ("optim.lr=inf", "optim.lr=inf: must be a finite number"),
+        ("optim.lr=nan", "optim.lr=nan: must be a finite number"),
+        ("optim.lr=true", "optim.lr=true: must be a number"),
+        ("optim.betas=[0.9]", "optim.betas=[0.9]: too short"),
+        ("optim.betas=[0.9,2]", "optim.betas=[0.9, 2]: must be less than 1"),
+        ("optim.lr_scheduler=cosin",
+         "optim.lr_scheduler=cosin: must be one of cosine, wsd, constant. Did you mean 'cosine'?"),
+        ("optim.lr_scheduler=linear", "optim.lr_scheduler=linear: must be one of cosine, wsd, constant."),
+        ("optim=5", "optim=5: must be a section of keys, as OptimConfig"),
+        ("data.train_batch_size=0", "data.train_batch_size=0: must be at least 1"),
+        ("data.train_batch_size=2.5", "data.train_batch_size=2.5: must be a whole number"),
+        ("data.shuffle=maybe", "data.shuffle='maybe': must be true or false"),
+        ("data.train_files={a:1}", "data.train_files={a:1}: no such file or folder (working directory "),
+        ("+data.val_files={a:1}", "data.val_files={'a': 1}: must be a path or a list of paths"),
+        ("trainer.seed=-1", "trainer.seed=-1: must be greater than or equal to 0"),
+        ("trainer.logger=[console,wandbb]",
+         "trainer.logger=wandbb: must be one of console, tensorboard, wandb, swanlab. Did you mean 'wandb'?"),
+        ("trainer.logger=console,wandb",
+         "trainer.logger=console,wandb: write a list as trainer.logger=[console,wandb], and quote text"),
+        ("trainer.experiment_name=a/b", "trainer.experiment_name='a/b': must be a folder name without '/'"),
+        ("trainer.experiment_name=..", "trainer.experiment_name='..': must be a folder name without '/'"),
+        ("model.partial_pretrain=./nope", "model.partial_pretrain=./nope: no such folder (working directory "),
+        ("model.dropout=1", "model.dropout=1.0: must be at least 0 and below 1"),
+        ("data.custom_cls.path=x.py", "data.custom_cls needs both path (a Python file) and name (the class in it)"),
+        ("optim.lr", "'optim.lr': an override is written key=value without spaces, as in optim.lr=1e-6"),
+        ("optim.lr = 1", "'optim.lr = 1': an override is written key=value without spaces"),
+        ("=5", "'=5': an override is written key=value"),
+        ("optim.betas=[0.9", "optim.betas=[0.9: cannot be read; close its brackets, or quote it if it is text"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_one_sentence_that_names_its_key(override: str, sentence: str) -> None:
+    found = problems(override)
+    assert len(found) == 1
+    assert found[0].startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("optm.lr", "optm: unknown key. Did you mean 'optim'?"),
+        ("lr", "lr: unknown key. Did you mean 'optim.lr'?"),
+        ("optim.weight_deacy", "optim.weight_deacy: unknown key. Did you mean 'optim.weight_decay'?"),
+        ("optim.warmup", "optim.warmup: unknown key. Did you mean 'optim.warmup_steps_ratio'?"),
+        ("optim.max_length", "optim.max_length: unknown key. Did you mean 'data.max_length'?"),
+        ("model.fsdp_config.dtype",
+         "model.fsdp_config.dtype: unknown key. Did you mean 'model.fsdp_config.model_dtype'?"),
+        ("data.custom_cls.pth", "data.custom_cls.pth: unknown key. Did you mean 'data.custom_cls.path'?"),
+        ("foo", "foo: unknown key; known here: model, data, optim, trainer"),
+        ("data.custom_cls.zzz",
+         "data.custom_cls.zzz: unknown key; known here: data.custom_cls.path, data.custom_cls.name"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_names_the_nearest_known_one(key: str, nearest: str) -> None:
+    assert problems(f"{key}=1") == [nearest]
+
+
+def test_every_known_key_with_a_typo_is_found_again() -> None:
+    for key in known_keys(TrainConfig):
+        values: dict[str, Any] = {f"{key.rpartition('.')[2]}x": 1}
+        for section in reversed(key.split(".")[:-1]):
+            values = {section: values}
+        with pytest.raises(UserError) as error:
+            check_config(values)
+        assert f"{key}x: unknown key. Did you mean '" in str(error.value)
+
+
+def test_all_problems_are_named_at_once() -> None:
+    found = problems(
+        "optim.lr=x", "optim.wormup=1", "data.max_length=0", "trainer.logger=[wandbb]", "model.dropout=2",
+        "data.val_files=nope.parquet", "foo=1",
+    )  # fmt: skip
+    keys = [sentence.partition(":")[0].partition("=")[0] for sentence in found]
+    assert sorted(keys) == [
+        "data.max_length", "data.val_files", "foo", "model.dropout", "optim.lr", "optim.wormup", "trainer.logger",
+    ]  # fmt: skip
+
+
+def test_nothing_configured_names_what_is_needed() -> None:
+    with pytest.raises(UserError) as error:
+        load_config(None, [])
+    assert str(error.value).splitlines() == [
+        "model.partial_pretrain is not set; name the model folder to start from",
+        "data.train_files is not set; name a parquet file or a folder of them",
+    ]
+
+
+def test_a_wrong_section_is_not_reported_again_key_by_key() -> None:
+    with pytest.raises(UserError) as error:
+        check_config({"model": {"partial_pretrain": "a/b"}, "data": [1]})
+    assert str(error.value) == "data=[1]: must be a section of keys, as DataConfig"
+
+
+def test_wsd_ratios_that_overlap_are_refused() -> None:
+    found = problems("optim.lr_scheduler=wsd", "optim.warmup_steps_ratio=0.6", "optim.decay_steps_ratio=0.6")
+    assert found == ["optim.warmup_steps_ratio=0.6 with decay_steps_ratio=0.6: together at most 1 for wsd"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.yaml", b"optim:\n  lr: [1\n", "a.yaml: not valid YAML (while parsing a flow sequence in "),
+        ("a.yaml", b"optim:\n\tlr: 1\n", "a.yaml: not valid YAML ("),
+        ("a.yaml", b"optim:\n  lr: 1\n  lr: 2\n", "a.yaml: not valid YAML ("),
+        ("a.yaml", b"- optim\n", "a.yaml: the file must hold keys with values"),
+        ("a.yaml", b"hello\n", "hello: unknown key"),
+        ("a.yaml", b"\xff\xfeoptim", "a.yaml: cannot be read as UTF-8 text ("),
+        ("a.yaml", b"optim:\n  lr: ${oc.env:NOT_SET_HERE}\n", "a.yaml: KeyError raised while resolving interpolation"),
+        ("a.yaml", b"optim:\n  lr: ???\n", "a.yaml: Missing mandatory value: lr"),
+        ("a.yml", b"optim:\n  lr: 1\n", "a.yml: the name of a configuration file ends with .yaml; rename it"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_is_named(name: str, content: bytes, sentence: str) -> None:
+    Path(name).write_bytes(content)
+    found = problems(file=name)
+    assert len(found) == 1
+    assert found[0].startswith(sentence)
+
+
+def test_a_missing_file_is_named() -> None:
+    assert problems(file="nope.yaml")[0].startswith("nope.yaml: no such configuration file (working directory ")
+
+
+@pytest.mark.parametrize("name", ["x=y/sp ace.yaml", "a.b.yaml"])
+def test_odd_file_names_are_read(name: str) -> None:
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).write_text("optim:\n  lr: 5e-7\n")
+    assert load_config(name, NEEDED).optim.lr == 5e-7
+
+
+def test_an_empty_file_gives_the_defaults() -> None:
+    Path("empty.yaml").write_text("")
+    assert load_config("empty.yaml", NEEDED) == load()
+
+
+def test_a_later_override_wins() -> None:
+    assert load_config("spec.yaml", ["optim.lr=1", "optim.lr=2"]).optim.lr == 2
+
+
+def test_what_a_run_writes_reads_back_to_the_same_configuration() -> None:
+    config = load_config(
+        "spec.yaml",
+        [
+            "trainer.experiment_name='5e-7'", "trainer.project_name=null # x", "data.val_files=null",
+            "data.train_files=[data/train.parquet,data]", "data.prompt_key='null'",
+        ],
+    )  # fmt: skip
+    Path("config.yaml").write_text(config.to_yaml())
+    assert load_config("config.yaml", []) == config
+
+
+def test_a_chat_template_reads_back() -> None:
+    values = {"model": {"partial_pretrain": "a/b"}, "data": {"train_files": "data", "chat_template": CHATML}}
+    config = check_config(values)
+    Path("config.yaml").write_text(config.to_yaml())
+    assert load_config("config.yaml", []) == config
+
+
+@pytest.mark.parametrize(
+    ("folder", "run_dir"),
+    [
+        ("./checkpoints/bt", "checkpoints/bt/exp-1"),
+        ("./checkpoints/bt/exp-1", "checkpoints/bt/exp-1"),
+        ("./checkpoints/bt/exp-1/", "checkpoints/bt/exp-1"),
+        ("./my-exp-1", "my-exp-1/exp-1"),
+    ],
+)
+def test_the_run_folder_ends_with_the_experiment_name_once(folder: str, run_dir: str) -> None:
+    config = load("trainer.experiment_name=exp-1", f"trainer.default_local_dir={folder}")
+    assert config.trainer.run_dir == Path(run_dir)
+
+
+def test_truncation_that_does_nothing_is_warned_about(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("rm_gallery"), "propagate", True)
+    load("data.truncation=left")
+    assert "data.truncation=left does nothing while data.filter_overlong_prompts=true" in caplog.text
+    caplog.clear()
+    load("data.truncation=left", "data.filter_overlong_prompts=false")
+    assert not caplog.records
