@@ -154,7 +154,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of rm-gallery train")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
-    parser.add_argument("--holdout", action="store_true", help="score held-out training pairs instead of the test split")
+    parser.add_argument(
+        "--holdout", action="store_true", help="score held-out training pairs instead of the test split"
+    )
     parser.add_argument("--quick", action="store_true", help="a few hundred pairs: does it run?")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     arguments = parser.parse_intermixed_args()

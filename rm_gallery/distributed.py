@@ -26,8 +26,9 @@ def start(device: str = "auto") -> World:
 
     Raises UserError under more than one process (several ranks are not supported yet), and for `cuda` without a GPU.
     """
-    world_size = int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
-    rank = int(os.environ.get("RANK") or 0) if world_size > 1 else 0
+    # Schedulers set WORLD_SIZE for other purposes too; a launcher of ours is known by LOCAL_RANK.
+    world_size = _number("WORLD_SIZE", 1) if "LOCAL_RANK" in os.environ else 1
+    rank = _number("RANK", 0) if world_size > 1 else 0
     if world_size > 1:
         raise UserError(
             f"training on {world_size} processes is not supported yet: start one process "
@@ -37,10 +38,17 @@ def start(device: str = "auto") -> World:
         raise UserError("trainer.device=cuda, but torch finds no GPU; set trainer.device=auto or cpu")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda:
-        local_rank = int(os.environ.get("LOCAL_RANK") or 0)
+        local_rank = _number("LOCAL_RANK", 0)
         torch.cuda.set_device(local_rank)
         return World(rank, world_size, torch.device("cuda", local_rank))
     return World(rank, world_size, torch.device("cpu"))
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(f"environment variable {name}={text!r} is not a number; unset it, or start with torchrun")
+    return int(text)
 
 
 def seed_everything(seed: int) -> None:

@@ -12,12 +12,13 @@ from rm_gallery import __version__
 from rm_gallery.cli import main
 from tests.small import text_pairs, write_pairs
 
-NEEDED = ["model.partial_pretrain=org/model", "data.train_files=train.parquet"]
+NEEDED = ["model.partial_pretrain=./model", "data.train_files=train.parquet"]
 
 
 @pytest.fixture(autouse=True)
-def train_file(in_tmp: Path) -> Path:
-    return write_pairs(in_tmp / "train.parquet", text_pairs(1))
+def inputs(in_tmp: Path, qwen2_folder: Path) -> None:
+    write_pairs(in_tmp / "train.parquet", text_pairs(1))
+    (in_tmp / "model").symlink_to(qwen2_folder)
 
 
 def test_a_valid_configuration_ends_with_0_and_names_the_run_folder(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,7 +28,16 @@ def test_a_valid_configuration_ends_with_0_and_names_the_run_folder(capsys: pyte
 
 def test_validating_writes_nothing(in_tmp: Path) -> None:
     main(["validate-config", *NEEDED])
-    assert [path.name for path in in_tmp.iterdir()] == ["train.parquet"]
+    assert sorted(path.name for path in in_tmp.iterdir()) == ["model", "train.parquet"]
+
+
+def test_validating_looks_into_files_and_folders(capsys: pytest.CaptureFixture[str]) -> None:
+    write_pairs(Path("other.parquet"), [{"chosen": "a", "lost": "b"}])
+    assert main(["validate-config", *NEEDED, "data.val_files=other.parquet"]) == 2
+    assert "other.parquet: no column 'rejected'" in capsys.readouterr().err
+    Path("checkpoints/bt/global_step_1").mkdir(parents=True)
+    assert main(["validate-config", *NEEDED]) == 2
+    assert "checkpoints/bt: holds an earlier run" in capsys.readouterr().err
 
 
 def test_problems_end_with_2_and_a_line_each_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rm_gallery.data.tokenize import TokenGroup
+from rm_gallery.data.token_data import TokenGroup
 
 # T tokens, G groups, R responses, C comparisons
 

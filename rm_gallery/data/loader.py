@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rm_gallery.data.batch import PackedBatch, collate
 from rm_gallery.data.packing import Plan, StepPlan
-from rm_gallery.data.tokenize import TokenData
+from rm_gallery.data.token_data import TokenData
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rm_gallery.data.tokenize import GroupSizes
+from rm_gallery.data.token_data import GroupSizes
 
 # N groups; lengths count a shared prompt once
 

@@ -1,4 +1,4 @@
-"""Tokenizing: groups become token ids with the common prefix split off, kept in flat arrays.
+"""Tokenizing: groups become token ids, under a length policy, with the common prefix split off.
 
 Each whole text is tokenized by itself and the prefix is found on the tokens, so a packed group holds exactly the
 tokens that any server makes of the same text. Needs a tokenizer, never torch.
@@ -6,7 +6,6 @@ tokens that any server makes of the same text. Needs a tokenizer, never torch.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from rm_gallery.data.formats import BadRow, Dropped
+from rm_gallery.data.token_data import TokenData, TokenGroup, split_prefix
 from rm_gallery.errors import UserError
-from rm_gallery.schema import Comparison, InputStyle, PreferenceGroup
-
-# N groups, R responses, C comparisons; each count is over the whole data set
+from rm_gallery.schema import InputStyle, PreferenceGroup
 
 _CHUNK_GROUPS = 512
 
@@ -41,17 +37,6 @@ class TokenizeConfig:
     """Close texts in style `text` with the end-of-sequence token; servers that read the model must do the same."""
     chat_template: str | None = None
     """A Jinja chat template or the file that holds one, instead of the tokenizer's own."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenGroup:
-    """One group as tokens: the common prefix once, then each response's own tokens."""
-
-    prefix: np.ndarray
-    """[P] int32, P >= 0."""
-    tails: list[np.ndarray]
-    """K arrays int32, each with at least one token."""
-    comparisons: Sequence[Comparison]
 
 
 def load_tokenizer(
@@ -107,17 +92,21 @@ def encode(group: PreferenceGroup, tokenizer: Any, config: TokenizeConfig) -> li
 def encode_many(groups: Sequence[PreferenceGroup], tokenizer: Any, config: TokenizeConfig) -> list[list[list[int]]]:
     """Token ids of every whole text, as `[group][response]`, before any length policy.
 
-    Chats are rendered by the template, which writes the special tokens itself; bare texts get those that the
-    tokenizer adds by itself, but no second BOS where the text already begins with one.
+    Chats are rendered by the template, which writes the special tokens itself, but for the CLS that an encoder's
+    head reads; bare texts get those that the tokenizer adds by itself, but no second BOS where the text already
+    begins with one.
     """
     plain: list[str] = []  # texts that get the tokenizer's special tokens
     rendered: list[str] = []  # texts that hold them already
     place: list[list[tuple[bool, int]]] = []
-    bos = tokenizer.bos_token or ""
+    bos, cls = tokenizer.bos_token or "", tokenizer.cls_token or ""
     for group in groups:
         places = []
         for text in render(group, tokenizer, config):
-            target = rendered if group.style == "chat" or (bos and text.startswith(bos)) else plain
+            if group.style == "chat":
+                target = plain if cls and not text.startswith(cls) else rendered
+            else:
+                target = rendered if bos and text.startswith(bos) else plain
             places.append((target is rendered, len(target)))
             target.append(text)
         place.append(places)
@@ -182,70 +171,6 @@ def _render_chats(group: PreferenceGroup, tokenizer: Any) -> list[str]:
         # Templates end in jinja's exceptions or in plain TypeErrors; either way this row does not fit the template.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadRow(f"chat template refuses the conversation: {reason[:200]}") from error
-
-
-@dataclass(frozen=True, slots=True)
-class GroupSizes:
-    """What planning needs to know of the groups; each is [N] int64."""
-
-    tokens: np.ndarray
-    """Tokens of the group, the common prefix counted once."""
-    longest_text: np.ndarray
-    """Tokens of its longest whole text, prefix and response."""
-    num_responses: np.ndarray
-    num_comparisons: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
-class TokenData:
-    """All groups of a data set as flat arrays; `data[i]` is the i-th `TokenGroup`."""
-
-    def __init__(self, groups: Iterable[tuple[TokenGroup, str]], style: InputStyle) -> None:
-        parts: list[np.ndarray] = []
-        prefix_lengths, tail_lengths, counts, self._comparisons, self.where = [], [], [], [], []
-        for group, where in groups:
-            parts += [group.prefix, *group.tails]
-            prefix_lengths.append(len(group.prefix))
-            tail_lengths += [len(tail) for tail in group.tails]
-            counts.append(len(group.tails))
-            self._comparisons.append(tuple(group.comparisons))
-            self.where.append(where)
-        self.style = style
-        self.tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-        self._prefix = np.array(prefix_lengths, np.int64)
-        self._tails = np.array(tail_lengths, np.int64)
-        self._tail_start = np.concatenate([[0], np.cumsum(np.array(counts, np.int64))]).astype(np.int64)
-        tail_sums = np.add.reduceat(self._tails, self._tail_start[:-1]) if counts else np.zeros(0, np.int64)
-        lengths = self._prefix + tail_sums
-        self._start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        longest = np.maximum.reduceat(self._tails, self._tail_start[:-1]) if counts else np.zeros(0, np.int64)
-        self.sizes = GroupSizes(
-            tokens=lengths,
-            longest_text=self._prefix + longest,
-            num_responses=np.array(counts, np.int64),
-            num_comparisons=np.array([len(each) for each in self._comparisons], np.int64),
-        )
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __getitem__(self, index: int) -> TokenGroup:
-        start = int(self._start[index])
-        cut = start + int(self._prefix[index])
-        lengths = self._tails[self._tail_start[index] : self._tail_start[index + 1]]
-        ends = cut + np.cumsum(lengths)
-        tails = [self.tokens[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-        return TokenGroup(self.tokens[start:cut], tails, self._comparisons[index])
-
-    def fingerprint(self) -> str:
-        """Hash of everything the model sees: tokens, where responses begin and end, comparisons."""
-        digest = hashlib.sha256()
-        for array in (self.tokens, self._prefix, self._tails, self._tail_start):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        digest.update(repr(self._comparisons).encode())
-        return digest.hexdigest()[:16]
 
 
 def tokenize_groups(
@@ -340,22 +265,3 @@ def _cut(ids: list[int], tokenizer: Any, config: TokenizeConfig) -> list[int]:
     body = ids[head : len(ids) - tail]
     body = body[excess:] if config.truncation == "left" else body[: len(body) - excess]
     return ids[:head] + body + ids[len(ids) - tail :]
-
-
-def split_prefix(texts: Sequence[Sequence[int]], comparisons: Sequence[Comparison]) -> TokenGroup:
-    """Split the longest common prefix off, leaving every response at least one token of its own.
-
-    Example: [1 2 3 4] and [1 2 3] give prefix [1 2], tails [3 4] and [3].
-    Raises BadRow for a text without a token, which no reward can be read from.
-    """
-    arrays = [np.asarray(ids, np.int32) for ids in texts]
-    size = min(len(array) for array in arrays) - 1
-    if size < 0:
-        raise BadRow("text without a token")
-    first = arrays[0][:size]
-    for array in arrays[1:]:
-        differs = np.flatnonzero(array[:size] != first[:size])
-        size = int(differs[0]) if len(differs) else size
-    if len(arrays) == 1:
-        size = 0  # nothing to share: the whole text is the response's own
-    return TokenGroup(arrays[0][:size], [array[size:] for array in arrays], comparisons)

@@ -116,7 +116,7 @@ def load_reward_model(
     from transformers import AutoModelForSequenceClassification
 
     path = os.path.expanduser(path)
-    config = _load_config(path, key, trust_remote_code)
+    config = load_model_config(path, key=key, trust_remote_code=trust_remote_code)
     config.num_labels = 1
     config.problem_type = "regression"
     for name, value in vars(config).items():
@@ -161,7 +161,12 @@ def quiet_transformers() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _load_config(path: str, key: str, trust_remote_code: bool) -> Any:
+def load_model_config(path: str, *, key: str = "model.partial_pretrain", trust_remote_code: bool = False) -> Any:
+    """The library's configuration of a model folder that can be trained.
+
+    Raises UserError for a folder without configuration or weights, an adapter, an architecture that is not
+    supported, and a classifier with more than one label.
+    """
     from transformers import AutoConfig
 
     folder = Path(path).expanduser()
@@ -175,6 +180,8 @@ def _load_config(path: str, key: str, trust_remote_code: bool) -> Any:
         raise UserError(
             f"{key}={path}: no model there ({_first_line(error)}); name a folder with config.json and weights"
         ) from error
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise UserError(f"{key}={path}: the folder holds no weights; copy the model's *.safetensors files there")
     if config.model_type not in DECODERS + ENCODERS:
         raise UserError(
             f"{key}={path}: architecture {config.model_type!r} is not supported; "

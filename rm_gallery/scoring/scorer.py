@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,12 +11,17 @@ import numpy as np
 import torch
 
 from rm_gallery.data.batch import collate
+from rm_gallery.data.formats import BadRow
 from rm_gallery.data.packing import plan_step
-from rm_gallery.data.tokenize import TokenData, TokenizeConfig, encode_many, load_tokenizer, split_prefix
+from rm_gallery.data.token_data import TokenData, split_prefix
+from rm_gallery.data.tokenize import TokenizeConfig, encode_many, load_tokenizer
+from rm_gallery.errors import UserError
 from rm_gallery.modeling.export import InputRecord, read_record, settle_pad_token
 from rm_gallery.modeling.parallel import DTYPES
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.schema import Message, PreferenceGroup
+
+log = logging.getLogger(__name__)
 
 
 class RewardScorer:
@@ -47,10 +53,19 @@ class RewardScorer:
         return cls(model, tokenizer, record)
 
     def score(self, groups: Sequence[PreferenceGroup]) -> list[list[float]]:
-        """One list of K rewards per group, in the order of its responses."""
+        """One list of K rewards per group, in the order of its responses.
+
+        Raises UserError for a text without tokens and a conversation that the chat template refuses.
+        """
         config = TokenizeConfig(max_length=self.record.max_length, append_eos=self.record.append_eos)
-        texts = encode_many(groups, self.tokenizer, config)
-        data = TokenData(((split_prefix(ids, ()), "") for ids in texts), self.record.input_style)
+        try:
+            texts = encode_many(groups, self.tokenizer, config)
+            data = TokenData(((split_prefix(ids, ()), "") for ids in texts), self.record.input_style)
+        except BadRow as error:
+            raise UserError(f"a text cannot be scored: {error}") from error
+        longest = int(data.sizes.longest_text.max(initial=0))
+        if longest > self.record.max_length:
+            log.warning("a text of %d tokens is longer than any in training (%d)", longest, self.record.max_length)
         device = next(self.model.parameters()).device
         rewards: list[list[float]] = [[] for _ in groups]
         budget = max(self.token_budget, int((data.sizes.longest_text * data.sizes.num_responses).max(initial=1)))

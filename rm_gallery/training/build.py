@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from rm_gallery.data.formats import Dropped, read_groups
 from rm_gallery.data.loader import load_steps
 from rm_gallery.data.packing import Plan, check_budget
 from rm_gallery.data.source import find_files, read_rows
-from rm_gallery.data.tokenize import TokenData, load_tokenizer, tokenize_groups
+from rm_gallery.data.token_data import TokenData
+from rm_gallery.data.tokenize import load_tokenizer, tokenize_groups
 from rm_gallery.distributed import World, seed_everything, start
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.export import InputRecord, settle_pad_token
 from rm_gallery.modeling.parallel import DTYPES, MasterWeights, apply
-from rm_gallery.modeling.reward_model import ENCODERS, RewardModel, load_reward_model, max_positions
+from rm_gallery.modeling.reward_model import ENCODERS, RewardModel, load_model_config, load_reward_model, max_positions
 from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.training.checkpoint import Checkpoints, refuse_earlier_run
 from rm_gallery.training.config import DataConfig, TrainConfig
@@ -32,6 +34,7 @@ from rm_gallery.training.validate import validate
 
 log = logging.getLogger(__name__)
 
+_PEEK_ROWS = 8
 _NUM_PROBES = 4  # shortest training groups, rescored from a checkpoint
 
 
@@ -80,11 +83,11 @@ def run_training(config: TrainConfig) -> RunResult:
         trust_remote_code=config.model.trust_remote_code,
         chat_template=config.data.chat_template,
     )
+    seed_everything(config.trainer.seed)
+    model = build_model(config, tokenizer)  # before the data, which may take long: a bad folder is said at once
     data = config.data
     train = load_data(data, data.train_files, "data.train_files", tokenizer)
     val = load_data(data, data.val_files, "data.val_files", tokenizer) if data.val_files else None
-    seed_everything(config.trainer.seed)
-    model = build_model(config, tokenizer)
     _check_data(config, model, train, val)
     weights = apply(model, config.model, world)
     plan = Plan(
@@ -117,6 +120,23 @@ def run_training(config: TrainConfig) -> RunResult:
     return RunResult(run.run_dir, checkpoints.saved[-1], val_metrics)
 
 
+def check_inputs(config: TrainConfig) -> None:
+    """Look at what a run would read, without reading all of it: run folder, tokenizer, model folder, first rows.
+
+    Raises UserError as `run_training` would.
+    """
+    model = config.model
+    refuse_earlier_run(config.trainer.run_dir)
+    load_tokenizer(
+        model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template
+    )
+    load_model_config(model.partial_pretrain, trust_remote_code=model.trust_remote_code)
+    for key, paths in (("data.train_files", config.data.train_files), ("data.val_files", config.data.val_files)):
+        for file in find_files(paths, key=key) if paths else []:
+            rows = islice(read_rows([file], key=key), _PEEK_ROWS)
+            list(read_groups(rows, config.data, has_chat_template=True, dropped=Dropped()))
+
+
 def load_data(config: DataConfig, paths: str | Sequence[str], key: str, tokenizer: Any) -> Loaded:
     """Rows of the files that `key` names as tokens; says what was dropped and why.
 
@@ -133,7 +153,8 @@ def load_data(config: DataConfig, paths: str | Sequence[str], key: str, tokenize
         log.warning("%s: left out %d of %d rows: %s", key, dropped.total, total, dropped.describe())
     if not len(data):
         raise UserError(
-            f"{key}: none of {total} rows can be used: {dropped.describe()}; mend the data or raise the limit"
+            f"{key}: none of {total} rows can be used: {dropped.describe()}; mend the data, or raise "
+            "data.max_length where texts are too long"
         )
     log.info("%s: %d pairs as %s, %d tokens with shared prompts once", key, len(data), data.style, len(data.tokens))
     return Loaded(data, dropped, files)

@@ -9,7 +9,7 @@ import torch
 
 from rm_gallery.data.batch import collate
 from rm_gallery.data.packing import plan_step
-from rm_gallery.data.tokenize import TokenData
+from rm_gallery.data.token_data import TokenData
 from rm_gallery.metrics import Sums, means
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rm_gallery.data.packing import PackingConfig, Plan, StepPlan, check_budget, epoch_order, plan_step, split_steps
-from rm_gallery.data.tokenize import GroupSizes
+from rm_gallery.data.token_data import GroupSizes
 
 
 def random_sizes(seed: int, num_groups: int, *, responses: tuple[int, int] = (2, 2)) -> GroupSizes:

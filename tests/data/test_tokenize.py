@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from rm_gallery.data.formats import BadRow, Dropped
-from rm_gallery.data.tokenize import TokenData, TokenizeConfig, encode, load_tokenizer, split_prefix, tokenize_groups
+from rm_gallery.data.token_data import TokenData, split_prefix
+from rm_gallery.data.tokenize import TokenizeConfig, encode, load_tokenizer, tokenize_groups
 from rm_gallery.errors import UserError
 from rm_gallery.schema import Comparison, InputStyle, PreferenceGroup
 from tests.small import make_tokenizer, random_groups

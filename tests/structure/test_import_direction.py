@@ -22,6 +22,7 @@ LAYERS = [
     "rm_gallery.metrics",
     "rm_gallery.data.source",
     "rm_gallery.data.formats",
+    "rm_gallery.data.token_data",
     "rm_gallery.data.tokenize",
     "rm_gallery.data.packing",
     "rm_gallery.data.batch",

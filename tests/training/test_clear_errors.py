@@ -102,7 +102,7 @@ def test_settings_that_cannot_work_are_refused(run: Run, overrides: list[str], s
 @pytest.mark.parametrize(
     ("missing", "sentence"),
     [
-        (r".*\.safetensors", "the model cannot be loaded (Error no file named model.safetensors"),
+        (r".*\.safetensors", "the folder holds no weights; copy the model's *.safetensors files there"),
         (r"tokenizer.*|.*\.jinja", "there is no tokenizer; copy tokenizer.json and tokenizer_config.json there"),
         (r"tokenizer\.json", "there is no tokenizer; copy tokenizer.json and tokenizer_config.json there"),
         (r"config\.json", "no model there ("),
