@@ -79,7 +79,7 @@ def _validate_config(arguments: argparse.Namespace) -> None:
     from rm_gallery.training.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    from rm_gallery.training.build import check_inputs
+    from rm_gallery.training.inputs import check_inputs
 
     check_inputs(config)
     print(f"configuration is valid; the run folder will be {config.trainer.run_dir}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rm_gallery.data.formats import BadRow
+from rm_gallery.data.dropped import BadRow
 from rm_gallery.schema import Comparison, InputStyle
 
 # N groups, R responses, C comparisons; each count is over the whole data set

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rm_gallery.data.formats import BadRow, Dropped
+from rm_gallery.data.dropped import BadRow, Dropped
+from rm_gallery.data.length import LengthConfig, fit_length
 from rm_gallery.data.token_data import TokenData, TokenGroup, split_prefix
 from rm_gallery.errors import UserError
 from rm_gallery.schema import InputStyle, PreferenceGroup
@@ -22,17 +23,9 @@ _CHUNK_GROUPS = 512
 
 
 @dataclass(frozen=True)
-class TokenizeConfig:
-    """Part of `data`: from text to tokens, and what happens to texts that are too long."""
+class TokenizeConfig(LengthConfig):
+    """Part of `data`: from text to tokens."""
 
-    __pydantic_config__ = {"extra": "forbid"}
-
-    max_length: int = 4096
-    """Most tokens of one prompt with one response."""
-    filter_overlong_prompts: bool = True
-    """Leave out, and count, a group with a text longer than `max_length`; nothing is ever cut then."""
-    truncation: Literal["error", "left", "right"] = "error"
-    """Without that filter: stop at the first such text, or keep its last (`left` is cut) or first tokens."""
     append_eos: bool = False
     """Close texts in style `text` with the end-of-sequence token; servers that read the model must do the same."""
     chat_template: str | None = None
@@ -228,40 +221,3 @@ def _drop(error: BadRow, where: str, dropped: Dropped, bad_rows: str) -> None:
     if bad_rows == "error":
         raise UserError(f"{where}: {error}; mend the row, or set data.bad_rows=drop to leave it out") from None
     dropped.add(str(error), where)
-
-
-def fit_length(
-    texts: list[list[int]], group: PreferenceGroup, tokenizer: Any, config: TokenizeConfig
-) -> list[list[int]]:
-    """The same texts under the length policy; raises BadRow for a group that it leaves out."""
-    longest = max(len(ids) for ids in texts)
-    if longest <= config.max_length:
-        fitted = texts
-    elif config.filter_overlong_prompts:
-        raise BadRow(f"longer than data.max_length={config.max_length}")
-    elif config.truncation == "error":
-        raise UserError(
-            f"{group.where}: a text of {longest} tokens is longer than data.max_length={config.max_length}; raise it, "
-            "set data.filter_overlong_prompts=true to leave such rows out, or data.truncation=left|right to cut them"
-        )
-    else:
-        fitted = [_cut(ids, tokenizer, config) for ids in texts]
-    for comparison in group.comparisons:
-        if fitted[comparison.better] == fitted[comparison.worse]:
-            cut = " after truncation" if longest > config.max_length else " as tokens"
-            raise BadRow(f"chosen equal to rejected{cut}")
-    return fitted
-
-
-def _cut(ids: list[int], tokenizer: Any, config: TokenizeConfig) -> list[int]:
-    """At most `max_length` tokens; the special tokens that open and close a bare text stay where they are."""
-    excess = len(ids) - config.max_length
-    if excess <= 0:
-        return ids
-    special = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
-    closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
-    head = 1 if ids[0] in special else 0
-    tail = 1 if ids[-1] in closing and config.max_length > head + 1 else 0
-    body = ids[head : len(ids) - tail]
-    body = body[excess:] if config.truncation == "left" else body[: len(body) - excess]
-    return ids[:head] + body + ids[len(ids) - tail :]

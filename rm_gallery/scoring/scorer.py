@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from rm_gallery.data.batch import collate
-from rm_gallery.data.formats import BadRow
+from rm_gallery.data.dropped import BadRow
 from rm_gallery.data.packing import plan_step
 from rm_gallery.data.token_data import TokenData, split_prefix
 from rm_gallery.data.tokenize import TokenizeConfig, encode_many, load_tokenizer

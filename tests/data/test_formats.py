@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from rm_gallery.data.formats import Dropped, FormatConfig, read_groups
+from rm_gallery.data.dropped import Dropped
+from rm_gallery.data.formats import FormatConfig, read_groups
 from rm_gallery.data.source import Row
 from rm_gallery.errors import UserError
 from rm_gallery.schema import Message, PreferenceGroup

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rm_gallery.data.formats import BadRow, Dropped
+from rm_gallery.data.dropped import BadRow, Dropped
 from rm_gallery.data.token_data import TokenData, split_prefix
 from rm_gallery.data.tokenize import TokenizeConfig, encode, load_tokenizer, tokenize_groups
 from rm_gallery.errors import UserError

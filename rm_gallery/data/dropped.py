@@ -1,0 +1,34 @@
+"""Rows that cannot be used: the reason as an exception, and the count by reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; the message is the reason, the same for all rows with the same fault."""
+
+
+@dataclass
+class Dropped:
+    """Rows left out, counted by reason, with the first one of each as an example."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str, where: str) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.examples.setdefault(reason, where)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def describe(self, limit: int = 20) -> str:
+        """`3 null chosen (first: train.parquet:17), 1 ...`, the most frequent first; at most `limit` reasons."""
+        ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
+        parts = [f"{count} {reason} (first: {self.examples[reason]})" for reason, count in ordered[:limit]]
+        rest = ordered[limit:]
+        if rest:
+            parts.append(f"{sum(count for _, count in rest)} for {len(rest)} other reasons")
+        return ", ".join(parts)
