@@ -104,15 +104,18 @@ def packed_attention(
     if not packed.buckets:
         return query.transpose(1, 2), None
     tokens = [part[0].transpose(0, 1) for part in (query, key, value)]  # each [T, heads, D]
+    repeats = query.shape[1] // key.shape[1]
     outputs = []
     for number, bucket in enumerate(packed.buckets):
         size = bucket.index.shape  # B, L
-        q, k, v = (part.index_select(0, bucket.index.view(-1)).view(*size, *part.shape[1:]) for part in tokens)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=packed.mask(number, sliding_window),
-            dropout_p=dropout, scale=scaling, enable_gqa=q.shape[2] != k.shape[2],
-        )  # [B, H, L, D]  # fmt: skip
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        q, k, v = (
+            part.index_select(0, bucket.index.view(-1)).view(*size, *part.shape[1:]).transpose(1, 2) for part in tokens
+        )  # each [B, heads, L, D]
+        # Key heads are repeated by hand: with `enable_gqa` and a mask, some GPU back ends fall back to plain matrices.
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        mask = packed.mask(number, sliding_window)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [B x L, H, D]
     return torch.cat(outputs).index_select(0, packed.restore).unsqueeze(0), None
 
 

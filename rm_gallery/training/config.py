@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -233,6 +234,11 @@ def _problems(config: TrainConfig) -> list[str]:
     for name in trainer.logger:
         if name not in TRACKERS:
             problems.append(f"trainer.logger={name}: must be one of {', '.join(TRACKERS)}.{nearest(name, TRACKERS)}")
+        elif name != "console" and find_spec(name) is None:
+            problems.append(
+                f"trainer.logger={name}: the package is not installed; "
+                f"run pip install 'rm-gallery[{name}]', or leave it out of trainer.logger"
+            )
     warmup, decay = config.optim.warmup_steps_ratio, config.optim.decay_steps_ratio
     if config.optim.lr_scheduler == "wsd" and warmup + decay > 1:
         problems.append(f"optim.warmup_steps_ratio={warmup} with decay_steps_ratio={decay}: together at most 1 for wsd")

@@ -1,0 +1,90 @@
+"""The kernel against the rule written out, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rm_gallery.data.batch import collate
+from rm_gallery.errors import UserError
+from rm_gallery.modeling.attention import lay_out, packed_attention, reference_attention, visible
+from tests.small import random_groups
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def needs(device: str) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device; the same test runs on the CPU")
+    return torch.device(device)
+
+
+def test_rule_by_hand() -> None:
+    #   group, response, position: a common prefix of two tokens, two responses, and a second group
+    labels = torch.tensor([[0, -1, 0], [0, -1, 1], [0, 0, 2], [0, 0, 3], [0, 1, 2], [1, 2, 0]])
+    expected = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+    assert visible(labels, labels).int().tolist() == expected
+    assert visible(labels, labels, window=2)[3].int().tolist() == [0, 0, 1, 1, 0, 0]
+    assert visible(labels, labels, window=2)[4].int().tolist() == [0, 1, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 16), (4, 2, 64), (8, 1, 128)])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kernel_equals_the_reference(
+    device: str, heads: int, kv_heads: int, size: int, window: int | None, seed: int
+) -> None:
+    where = needs(device)
+    batch = collate(random_groups(seed) + random_groups(seed + 10, most=9)).to(where)
+    layout = lay_out(batch)
+    draw = torch.Generator().manual_seed(seed)
+    inputs = [
+        torch.randn(1, count, batch.num_tokens, size, generator=draw).to(where).requires_grad_()
+        for count in (heads, kv_heads, kv_heads)
+    ]
+    weight = torch.randn(batch.num_tokens, heads, size, generator=draw).to(where)
+    found, _ = packed_attention(torch.nn.Identity(), *inputs, None, packed=layout, scaling=0.2, sliding_window=window)
+    wanted = reference_attention(*(part[0] for part in inputs), layout.labels, scaling=0.2, window=window)
+    torch.testing.assert_close(found[0], wanted, atol=1e-5, rtol=0)
+    gradients = [torch.autograd.grad((out * weight).sum(), inputs, retain_graph=True) for out in (found[0], wanted)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernel_in_bfloat16_is_as_close_as_its_rounding(device: str) -> None:
+    where = needs(device)
+    batch = collate(random_groups(3)).to(where)
+    layout = lay_out(batch)
+    draw = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(1, 4, batch.num_tokens, 64, generator=draw).to(where) for _ in range(3)]
+    rounded = [part.bfloat16() for part in inputs]
+    found, _ = packed_attention(torch.nn.Identity(), *rounded, None, packed=layout, scaling=0.125)
+    wanted = reference_attention(*(part[0].float() for part in rounded), layout.labels, scaling=0.125)
+    torch.testing.assert_close(found[0].float(), wanted, atol=3e-2, rtol=3e-2)
+
+
+def test_buckets_hold_every_token_once_and_little_padding() -> None:
+    batch = collate([group for seed in range(8) for group in random_groups(seed)])
+    layout = lay_out(batch)
+    rows = torch.cat([bucket.index.reshape(-1) for bucket in layout.buckets])
+    assert torch.equal(rows[layout.restore], torch.arange(batch.num_tokens))
+    assert len(rows) <= batch.num_tokens / 0.75
+
+
+@pytest.mark.parametrize("option", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}])
+def test_attention_that_the_kernel_does_not_know_is_refused(option: dict[str, Any]) -> None:
+    layout = lay_out(collate(random_groups(0)))
+    query = torch.zeros(1, 4, len(layout.restore), 8)
+    with pytest.raises(UserError, match="soft cap or sinks"):
+        packed_attention(torch.nn.Identity(), query, query, query, None, packed=layout, **option)
