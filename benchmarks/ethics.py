@@ -126,7 +126,7 @@ def accuracy_across_pairs(checkpoint: Path, pairs: Sequence[Pair]) -> float:
     import numpy as np
 
     from rm_gallery.schema import PreferenceGroup
-    from rm_gallery.scoring.scorer import RewardScorer
+    from rm_gallery.scoring import RewardScorer
 
     scorer = RewardScorer.from_folder(checkpoint, dtype="bf16")
     rewards = np.array(scorer.score([PreferenceGroup("", list(pair), style="text") for pair in pairs]))  # [N, 2]

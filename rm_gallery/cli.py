@@ -1,4 +1,7 @@
-"""The command line: `rm-gallery train | validate-config`. Heavy modules are imported by the command that needs them."""
+"""The command line: `rm-gallery train | validate-config | score`.
+
+Heavy modules are imported by the command that needs them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from rm_gallery import __version__
 from rm_gallery.errors import UserError
@@ -35,17 +39,17 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
             print(f"rm-gallery: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("rm-gallery: stopped by Ctrl-C; checkpoints that were written are whole", file=sys.stderr)
+        print(f"rm-gallery: stopped by Ctrl-C; {arguments.when_stopped}", file=sys.stderr)
         return 130
     return 0
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Arguments of the command; argparse alone takes no more overrides once an option stood between them."""
+    """Arguments of the command; argparse alone takes no more words once an option stood between them."""
     arguments, rest = parser.parse_known_args(argv)
     if any(text.startswith("-") for text in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    arguments.overrides += rest
+    setattr(arguments, arguments.words, [*getattr(arguments, arguments.words), *rest])
     return arguments
 
 
@@ -61,8 +65,35 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration values, as optim.lr=1e-6")
         command.add_argument("--config", default=default_config, metavar="FILE", help="YAML file to start from")
         command.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, words="overrides", when_stopped="checkpoints that were written are whole")
+    _add_score(commands)
     return parser
+
+
+def _add_score(commands: Any) -> None:
+    command = commands.add_parser(
+        "score",
+        help="score files with trained models",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Score files with trained models. Columns that are read, the first that a file has:\n"
+            "  chosen and rejected  gives reward_chosen and reward_rejected\n"
+            "  messages             gives reward, of the last turn\n"
+            "  responses (a list)   gives rewards (a list)\n"
+            "  response             gives reward\n"
+            "and prompt with them, if it is there. With several models, NAME/ goes before these columns.\n"
+            "The same command goes on where it stopped."
+        ),
+    )
+    command.add_argument("inputs", nargs="+", metavar="INPUT", help="parquet or JSON-lines file, or folder of them")
+    command.add_argument("--model", action="append", required=True, metavar="FOLDER", help="give it again for more")
+    command.add_argument("--output", required=True, metavar="PATH", help="a folder; for one input a file, too")
+    command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N")
+    command.add_argument("--dtype", default="auto", help="auto (default: bf16 on a GPU), fp32, bf16")
+    command.add_argument("--token-budget", type=int, metavar="N", help="most tokens of one model call")
+    command.add_argument("--trust-remote-code", action="store_true", help="run the code that a model brings along")
+    command.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
+    command.set_defaults(run=_score, words="inputs", when_stopped="the same command goes on from here")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -83,6 +114,26 @@ def _validate_config(arguments: argparse.Namespace) -> None:
 
     check_inputs(config)
     print(f"configuration is valid; the run folder will be {config.trainer.run_dir}")
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from rm_gallery.scoring.files import score_files
+    from rm_gallery.scoring.jobs import ScoreOptions
+
+    options = ScoreOptions(
+        models=tuple(arguments.model),
+        inputs=tuple(arguments.inputs),
+        output=arguments.output,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        token_budget=arguments.token_budget,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    for scored in score_files(options):
+        print(f"{scored.output}: {scored.num_rows} rows" + (", there already" if scored.was_there else ""))
+        for model, unscored in scored.unscored.items():
+            if unscored.total:
+                print(f"  {model}: {unscored.total} without a reward: {unscored.describe()}")
 
 
 if __name__ == "__main__":

@@ -110,28 +110,25 @@ def _read_pair(row: Row, config: FormatConfig, has_chat_template: bool) -> Prefe
         (config.chosen_key, "chosen_key"), (config.rejected_key, "rejected_key"), (prompt_key, "prompt_key")
     ):  # fmt: skip
         _check_type(row, name, option)
-    prompt = _cell(row.values.get(prompt_key), prompt_key, required=False)
-    chosen = _cell(row.values[config.chosen_key], config.chosen_key)
-    rejected = _cell(row.values[config.rejected_key], config.rejected_key)
+    prompt = read_cell(row.values.get(prompt_key), prompt_key, required=False)
+    chosen = read_cell(row.values[config.chosen_key], config.chosen_key)
+    rejected = read_cell(row.values[config.rejected_key], config.rejected_key)
     if chosen == rejected:
         raise BadRow("chosen equal to rejected")
     style = _style(prompt, chosen, rejected, config.input_style, has_chat_template)
     if style == "chat":
-        before = _as_messages(prompt, "user")
-        answers = [_as_messages(value, "assistant") for value in (chosen, rejected)]
+        before = as_messages(prompt, "user")
+        answers = [as_messages(value, "assistant") for value in (chosen, rejected)]
         for name, answer in zip((config.chosen_key, config.rejected_key), answers, strict=True):
             _check_answer(answer[-1], name)
-        own = [_not_repeated(before, answer) for answer in answers]
-        if own[0] == own[1]:
-            return PreferenceGroup(own[0], answers, (Comparison(0, 1),), "chat", row.where)
-        whole = [turns + answer for turns, answer in zip(own, answers, strict=True)]
-        return PreferenceGroup([], whole, (Comparison(0, 1),), "chat", row.where)
+        turns, answers = without_repeats(before, answers)
+        return PreferenceGroup(turns, answers, (Comparison(0, 1),), "chat", row.where)
     if not all(isinstance(part, str) for part in (prompt, chosen, rejected)):
         raise BadRow("messages under data.input_style=text")
     return PreferenceGroup(prompt, [chosen, rejected], (Comparison(0, 1),), "text", row.where)
 
 
-def _cell(value: Any, name: str, *, required: bool = True) -> str | list[Message]:
+def read_cell(value: Any, name: str, *, required: bool = True) -> str | list[Message]:
     """Text or messages of one cell; a JSON string of a message list becomes that list."""
     if value is None:
         if required:
@@ -200,6 +197,16 @@ def _check_answer(last: Message, name: str) -> None:
         raise BadRow(f"empty {name}")
 
 
+def without_repeats(
+    prompt: list[Message], responses: Sequence[list[Message]]
+) -> tuple[list[Message], list[list[Message]]]:
+    """Prompt and responses of a chat group, without the turns of the prompt that responses begin with."""
+    own = [_not_repeated(prompt, response) for response in responses]
+    if all(turns == own[0] for turns in own):
+        return own[0] if own else prompt, list(responses)
+    return [], [turns + response for turns, response in zip(own, responses, strict=True)]
+
+
 def _not_repeated(prompt: list[Message], response: list[Message]) -> list[Message]:
     """The turns of the prompt that the response does not begin with.
 
@@ -216,7 +223,8 @@ def _not_repeated(prompt: list[Message], response: list[Message]) -> list[Messag
     return prompt
 
 
-def _as_messages(value: str | list[Message], role: str) -> list[Message]:
+def as_messages(value: str | list[Message], role: str) -> list[Message]:
+    """Messages as they are; text as one message of this role, or none when it is empty."""
     if isinstance(value, str):
         return [{"role": role, "content": value}] if value else []
     return value

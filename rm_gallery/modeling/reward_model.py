@@ -102,6 +102,8 @@ class LoadedModel:
     model: RewardModel
     has_own_head: bool
     """Whether the folder held the weights of the reward head; if not, the head is new."""
+    new_parts: tuple[str, ...] = ()
+    """Names of the tensors that the folder did not hold: head, pooler. Training makes something of them."""
 
 
 def load_reward_model(
@@ -134,7 +136,7 @@ def load_reward_model(
                 trust_remote_code=trust_remote_code, **extra,
             )  # fmt: skip
     except Exception as error:
-        raise UserError(f"{key}={path}: the model cannot be loaded ({_first_line(error)})") from error
+        raise UserError(f"{key}={path}: the model cannot be loaded ({first_line(error)})") from error
     missing = sorted(info["missing_keys"])
     lost = [name for name in missing if not name.startswith(_HEAD_PARTS) and ".pooler." not in name]
     if lost:
@@ -142,7 +144,7 @@ def load_reward_model(
             f"{key}={path}: the weights lack {len(lost)} tensors (first: {lost[0]}); is the download whole?"
         )
     has_own_head = not any(name.startswith(HEADS) for name in missing)
-    return LoadedModel(RewardModel(network), has_own_head)
+    return LoadedModel(RewardModel(network), has_own_head, tuple(missing))
 
 
 @contextmanager
@@ -167,6 +169,34 @@ def load_model_config(path: str, *, key: str = "model.partial_pretrain", trust_r
     Raises UserError for a folder without configuration or weights, an adapter, an architecture that is not
     supported, and a classifier with more than one label.
     """
+    config = read_model_config(path, key=key, trust_remote_code=trust_remote_code)
+    if config.model_type not in DECODERS + ENCODERS:
+        raise UserError(
+            f"{key}={path}: architecture {config.model_type!r} is not supported; "
+            f"decoders: {', '.join(DECODERS)}; encoders: {', '.join(ENCODERS)}"
+        )
+    check_one_label(config, path, key=key, hint="start from the model it was made of")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UserError(
+            f"{key}={path}: the decoder attends both ways (use_bidirectional_attention), which cannot be packed"
+        )
+    return config
+
+
+def check_one_label(config: Any, path: str, *, key: str, hint: str) -> None:
+    """Raise UserError, ending in `hint`, for a classifier with more than one label."""
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    if is_classifier and config.num_labels != 1:
+        raise UserError(
+            f"{key}={path}: a classifier with {config.num_labels} labels, but a reward model has one; {hint}"
+        )
+
+
+def read_model_config(path: str, *, key: str, trust_remote_code: bool = False) -> Any:
+    """The library's configuration of a model folder of any architecture.
+
+    Raises UserError for an adapter and for a folder without configuration or weights.
+    """
     from transformers import AutoConfig
 
     folder = Path(path).expanduser()
@@ -175,32 +205,17 @@ def load_model_config(path: str, *, key: str = "model.partial_pretrain", trust_r
     if not folder.exists() and (folder.is_absolute() or path.startswith((".", "~"))):
         raise UserError(f"{key}={path}: no such folder (working directory {Path.cwd()})")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UserError(
-            f"{key}={path}: no model there ({_first_line(error)}); name a folder with config.json and weights"
+            f"{key}={path}: no model there ({first_line(error)}); name a folder with config.json and weights"
         ) from error
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise UserError(f"{key}={path}: the folder holds no weights; copy the model's *.safetensors files there")
-    if config.model_type not in DECODERS + ENCODERS:
-        raise UserError(
-            f"{key}={path}: architecture {config.model_type!r} is not supported; "
-            f"decoders: {', '.join(DECODERS)}; encoders: {', '.join(ENCODERS)}"
-        )
-    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-    if is_classifier and config.num_labels != 1:
-        raise UserError(
-            f"{key}={path}: a classifier with {config.num_labels} labels, but a reward model has one; "
-            "start from the model it was made of"
-        )
-    if getattr(config, "use_bidirectional_attention", None):
-        raise UserError(
-            f"{key}={path}: the decoder attends both ways (use_bidirectional_attention), which cannot be packed"
-        )
     return config
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".:") if text else type(error).__name__
 

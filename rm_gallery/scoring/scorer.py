@@ -2,83 +2,141 @@
 
 from __future__ import annotations
 
-import logging
+import asyncio
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Literal
 
-import numpy as np
-import torch
-
-from rm_gallery.data.batch import collate
-from rm_gallery.data.dropped import BadRow
-from rm_gallery.data.packing import plan_step
-from rm_gallery.data.token_data import TokenData, split_prefix
-from rm_gallery.data.tokenize import TokenizeConfig, encode_many, load_tokenizer
-from rm_gallery.errors import UserError
-from rm_gallery.modeling.export import InputRecord, read_record, settle_pad_token
-from rm_gallery.modeling.parallel import DTYPES
-from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
+from rm_gallery.modeling.export import InputRecord
 from rm_gallery.schema import Message, PreferenceGroup
-
-log = logging.getLogger(__name__)
+from rm_gallery.scoring.batching import Batcher, Rewards, describe
+from rm_gallery.scoring.engine import Encoded, Engine, Unit
+from rm_gallery.scoring.inputs import InputBuilder, Pair, Text
+from rm_gallery.scoring.load import ScoringModel, load_folder
 
 
 class RewardScorer:
-    """Scores responses with a trained model; the responses of one prompt compute the prompt once."""
+    """Scores responses with a trained model; the responses of one prompt compute the prompt once.
 
-    def __init__(self, model: RewardModel, tokenizer: Any, record: InputRecord, *, token_budget: int = 8192) -> None:
-        self.model, self.tokenizer, self.record, self.token_budget = model.eval(), tokenizer, record, token_budget
+    A reward depends on its own text alone: not on the call, the batch or the order that it comes in. May be used
+    from many threads. The async methods give the same rewards; calls that wait at the same time share packs.
+    """
+
+    def __init__(self, source: ScoringModel, *, token_budget: int | None = None) -> None:
+        """source: from `load_folder`. token_budget: most tokens of one model call; None chooses by device."""
+        self.engine = Engine(source, token_budget=token_budget)
+        self.inputs = InputBuilder(source.record.input_style)
+        self._batcher = Batcher(self.engine)
+        # Runs when this scorer is collected, and before Python takes threads down at its end.
+        self._finalizer = weakref.finalize(self, self._batcher.close)
 
     @classmethod
     def from_folder(
-        cls, folder: str | Path, *, device: str = "auto", dtype: Literal["auto", "fp32", "bf16"] = "auto"
+        cls,
+        folder: str | Path,
+        *,
+        device: str = "auto",
+        dtype: Literal["auto", "fp32", "bf16"] = "auto",
+        token_budget: int | None = None,
+        trust_remote_code: bool = False,
     ) -> RewardScorer:
-        """Load a checkpoint folder.
+        """Load a checkpoint folder: ours, or any sequence classification model with one label.
 
-        device: `auto` takes a GPU when there is one. dtype: `auto` is bfloat16 on a GPU, float32 on a CPU.
-        Raises UserError for a folder that holds no one-label model.
+        device: `auto` takes a GPU when there is one. dtype: `auto` is bfloat16 on a GPU that has it, else float32;
+        the reward head of our own architectures stays float32.
+        Raises UserError for a folder that holds no such model.
         """
-        where = torch.device(
-            "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
-        )
-        model = load_reward_model(str(folder), key="checkpoint").model
-        tokenizer = load_tokenizer(str(folder), key="checkpoint")
-        settle_pad_token(model, tokenizer)
-        wanted = ("bf16" if where.type == "cuda" else "fp32") if dtype == "auto" else dtype
-        head = model.head
-        model.to(where, DTYPES[wanted])
-        head.float()
-        record = read_record(folder) or InputRecord("chat" if tokenizer.chat_template else "text")
-        return cls(model, tokenizer, record)
+        source = load_folder(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        return cls(source, token_budget=token_budget)
 
-    def score(self, groups: Sequence[PreferenceGroup]) -> list[list[float]]:
+    @property
+    def record(self) -> InputRecord:
+        """How the model was given its texts in training."""
+        return self.engine.record
+
+    def build_group(self, query: Text | None, responses: Sequence[Text]) -> PreferenceGroup:
+        """A query with responses, each text or messages, as the model was trained to read them.
+
+        A model of bare text gets query and response joined by a blank line, and says so once in the log.
+        """
+        return self.inputs.group(query, responses)
+
+    def score(self, groups: Sequence[PreferenceGroup]) -> Rewards:
         """One list of K rewards per group, in the order of its responses.
 
-        Raises UserError for a text without tokens and a conversation that the chat template refuses.
+        Raises UserError for a text without tokens or with more than the model has positions for, and for a
+        conversation that the chat template refuses.
         """
-        config = TokenizeConfig(max_length=self.record.max_length, append_eos=self.record.append_eos)
-        try:
-            texts = encode_many(groups, self.tokenizer, config)
-            data = TokenData(((split_prefix(ids, ()), "") for ids in texts), self.record.input_style)
-        except BadRow as error:
-            raise UserError(f"a text cannot be scored: {error}") from error
-        longest = int(data.sizes.longest_text.max(initial=0))
-        if longest > self.record.max_length:
-            log.warning("a text of %d tokens is longer than any in training (%d)", longest, self.record.max_length)
-        device = next(self.model.parameters()).device
-        rewards: list[list[float]] = [[] for _ in groups]
-        budget = max(self.token_budget, int((data.sizes.longest_text * data.sizes.num_responses).max(initial=1)))
-        plan = plan_step(np.arange(len(data)), data.sizes, token_budget=budget, padded=self.model.padded)
-        for pack in plan.packs[0]:
-            with torch.inference_mode():
-                flat = self.model(collate([data[index] for index in pack]).to(device)).tolist()
-            for index in pack:
-                count = int(data.sizes.num_responses[index])
-                rewards[index], flat = flat[:count], flat[count:]
+        encoded = self.engine.encode([self.inputs.fit(group) for group in groups])
+        for index, units in enumerate(encoded):
+            if isinstance(units, Exception):
+                raise describe(units, index, groups[index])
+        return [rewards for rewards in self._run(encoded) if not isinstance(rewards, Exception)]
+
+    def score_each(self, groups: Sequence[PreferenceGroup]) -> list[list[float] | Exception]:
+        """Like `score`, but a group that cannot be scored has the exception that says why in its place."""
+        return self._run(self.engine.encode([self.inputs.fit(group) for group in groups]))
+
+    def _run(self, encoded: Sequence[Encoded]) -> list[list[float] | Exception]:
+        place: list[int] = []
+        units: list[Unit] = []
+        rewards: list[list[float] | Exception] = []
+        for index, each in enumerate(encoded):
+            rewards.append(each if isinstance(each, Exception) else [])
+            if not isinstance(each, Exception):
+                place += [index] * len(each)
+                units += each
+        found: dict[int, list[float]] = {}
+        for pack in self.engine.plan(units):
+            found.update(zip(pack, self.engine.run([units[index] for index in pack]), strict=True))
+        for number, index in enumerate(place):  # the units of a group stand in order
+            rewards[index] += found[number]  # type: ignore[operator]
         return rewards
+
+    def score_pairs(self, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
+        """(chosen reward, rejected reward) of each pair.
+
+        A pair is (chosen, rejected), or a mapping with these keys and perhaps `prompt`: a row of training data.
+        """
+        return _as_pairs(self.score([self.inputs.pair(pair) for pair in pairs]))
 
     def score_messages(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
         """The reward of the last turn of each conversation."""
-        groups = [PreferenceGroup((), [conversation], style="chat") for conversation in conversations]
-        return [rewards[0] for rewards in self.score(groups)]
+        return _firsts(self.score([self.inputs.conversation(messages) for messages in conversations]))
+
+    async def ascore(self, groups: Sequence[PreferenceGroup]) -> Rewards:
+        """Like `score`; calls from any tasks, event loops and threads that wait at the same time share packs.
+
+        Raises RuntimeError after `close`.
+        """
+        return await asyncio.wrap_future(self._batcher.submit([self.inputs.fit(group) for group in groups]))
+
+    async def ascore_pairs(self, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
+        """Like `score_pairs`, as `ascore` does it."""
+        return _as_pairs(await self.ascore([self.inputs.pair(pair) for pair in pairs]))
+
+    async def ascore_messages(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
+        """Like `score_messages`, as `ascore` does it."""
+        return _firsts(await self.ascore([self.inputs.conversation(messages) for messages in conversations]))
+
+    def close(self) -> None:
+        """End the thread behind the async methods, if there is one; the others still work. May be called again."""
+        self._finalizer()
+
+    def __enter__(self) -> RewardScorer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _as_pairs(rewards: Rewards) -> list[tuple[float, float]]:
+    return [(chosen, rejected) for chosen, rejected in rewards]
+
+
+def _firsts(rewards: Rewards) -> list[float]:
+    return [first for (first,) in rewards]

@@ -10,7 +10,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
 SOURCE_SUFFIXES = {".py", ".sh", ".yaml", ".yml", ".toml", ".cfg", ".ini"}
 SOURCE_NAMES = {"Makefile", "run", "constraints.txt"}
-UTILS_HOME = "rm_gallery/core/utils/"  # a public path; the only place of that name
+UTILS_HOMES = ("rm_gallery/core/utils/", "tests/core/utils/")  # a public path and its tests; no other of that name
 
 
 def test_no_file_passes_400_lines() -> None:
@@ -58,6 +58,6 @@ def test_no_file_is_called_utils() -> None:
     for path in python_files():
         name = path.relative_to(ROOT).as_posix()
         is_utils = "utils" in path.relative_to(ROOT).with_suffix("").parts
-        if is_utils and not name.startswith(UTILS_HOME):
+        if is_utils and not name.startswith(UTILS_HOMES):
             problems.append(f"{at(path)} is called utils: name it by its subject")
     fail_on(problems)

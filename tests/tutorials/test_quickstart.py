@@ -13,7 +13,7 @@ import pytest
 
 from rm_gallery.cli import main
 from rm_gallery.schema import Comparison, PreferenceGroup
-from rm_gallery.scoring.scorer import RewardScorer
+from rm_gallery.scoring import RewardScorer
 
 RECIPE = Path(__file__).parents[2] / "tutorials/cookbooks/training_reward_model/quickstart"
 PACKAGE = "tutorials.cookbooks.training_reward_model.quickstart"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from rm_gallery.schema import PreferenceGroup
-from rm_gallery.scoring.scorer import RewardScorer
+from rm_gallery.scoring import RewardScorer
 from rm_gallery.training.checkpoint import list_checkpoints
 
 SIDES = ("chosen", "rejected")

@@ -1,0 +1,169 @@
+"""GradingRunner: many samples, several graders, bounded concurrency, results that survive a crash."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from rm_gallery.core.graders.schema import GraderError
+from rm_gallery.core.runner import fingerprint
+from rm_gallery.core.runner.aggregator.base_aggregator import BaseAggregator
+from rm_gallery.core.runner.base_runner import BaseRunner, RunnerResult
+from rm_gallery.core.runner.grader_config import GraderConfig
+from rm_gallery.core.runner.grading_run import GradingRun
+from rm_gallery.core.runner.progress import progress_bar
+from rm_gallery.core.runner.results_file import ResultsFile
+from rm_gallery.errors import UserError
+
+__all__ = ["Aggregator", "GraderConfig", "GradingRunner"]
+
+log = logging.getLogger(__name__)
+
+Aggregator: TypeAlias = BaseAggregator | Callable[[dict[str, Any]], Any]
+"""Takes {grader name: result} of one sample; what it returns stands in the list of its name."""
+
+
+class GradingRunner(BaseRunner):
+    """Grades every sample of a dataset with every grader.
+
+        runner = GradingRunner({"relevance": (RelevanceGrader(model=model), {"query": "q", "response": "answer.text"})})
+        results = await runner.arun(dataset)   # {"relevance": [GraderScore(...), ...]}
+
+    Nothing that a single sample does ends the run: a grader that raises, or a mapper that does not fit, gives a
+    GraderError in that place. A runner may be used again, and by several tasks at once.
+    """
+
+    def __init__(
+        self,
+        grader_configs: Mapping[str, Any],
+        max_concurrency: int = 32,
+        aggregators: Aggregator | Sequence[Aggregator] | None = None,
+        show_progress: bool = True,
+        output_path: str | Path | None = None,
+        *,
+        retry_errors: bool = False,
+    ) -> None:
+        """grader_configs: name -> grader, GraderConfig, (grader, mapper), or {"grader": ..., "mapper": ...}.
+
+        max_concurrency: calls of graders under way at once, over all graders and uses of this runner in one event loop.
+        A grader with a reward model in this process is not held to it: its waiting calls fill the model's packs.
+        aggregators: each is called with {grader name: result} of one sample, and adds a list under its `name` (a
+        function's own name).
+        output_path: a file of JSON lines that gets every result as it comes. With a file that is there already the
+        run goes on from it; a dataset that only grew is continued, a changed one is refused.
+        retry_errors: on resume, ask again for what ended in an error.
+        Raises UserError for a grader, mapper or aggregator that cannot work.
+        """
+        if isinstance(max_concurrency, bool) or not isinstance(max_concurrency, int) or max_concurrency < 1:
+            raise UserError(f"max_concurrency is {max_concurrency!r}: it must be a whole number of at least 1")
+        if not isinstance(grader_configs, Mapping) or not grader_configs:
+            raise UserError("grader_configs must be a dictionary from names to graders, with at least one")
+        self.grader_configs = {name: GraderConfig.create(config, name) for name, config in grader_configs.items()}
+        self.max_concurrency = max_concurrency
+        self.aggregators = _by_name(aggregators, list(self.grader_configs))
+        self.show_progress = show_progress
+        self.output_path, self.retry_errors = output_path, retry_errors
+        # Taken now: a grader may count or remember things in its attributes while it works.
+        self._setups = {
+            name: fingerprint.of_grader(config.grader, config.mapper)
+            for name, config in (self.grader_configs.items() if output_path is not None else ())
+        }
+        self._limits: dict[asyncio.AbstractEventLoop, tuple[asyncio.Semaphore, int]] = {}
+
+    async def arun(self, dataset: Iterable[Any]) -> RunnerResult:
+        """{grader or aggregator name: [result per sample, in order]}; an empty dataset gives empty lists.
+
+        dataset: samples, as a list or anything that can be iterated over once; read as it is needed, never ahead.
+        Raises UserError for what is no dataset, a dataset that is not the one in `output_path`, and a full disk; what
+        the dataset itself raises passes through. When cancelled, it leaves no task behind.
+        """
+        samples = _samples_of(dataset)
+        num_samples = len(dataset) if isinstance(dataset, Sized) else None
+        with contextlib.ExitStack() as stack:
+            saved = None
+            if self.output_path is not None:
+                saved = stack.enter_context(ResultsFile(self.output_path, self._setups, retry_errors=self.retry_errors))
+                if num_samples is not None:
+                    saved.check_length(num_samples)
+                if saved.num_saved:
+                    log.info("%s has %d results already; going on from there", saved.path, saved.num_saved)
+            total = None if num_samples is None else num_samples * len(self.grader_configs)
+            limit = stack.enter_context(self._limit())
+            count = stack.enter_context(progress_bar(total, show=self.show_progress))
+            run = GradingRun(samples, self.grader_configs, limit, self.max_concurrency, saved, count)
+            await run.to_the_end()
+            if saved is not None:
+                saved.check_length(run.num_samples)
+        _tell_of_errors(run.results)
+        return {**run.results, **self._aggregate(run.results, run.num_samples)}
+
+    @contextlib.contextmanager
+    def _limit(self) -> Iterator[asyncio.Semaphore]:
+        """The semaphore that all uses of this runner in this event loop share; one belongs to a single loop."""
+        loop = asyncio.get_running_loop()
+        limit, num_users = self._limits.get(loop, (asyncio.Semaphore(self.max_concurrency), 0))
+        self._limits[loop] = (limit, num_users + 1)
+        try:
+            yield limit
+        finally:
+            limit, num_users = self._limits.pop(loop)
+            if num_users > 1:
+                self._limits[loop] = (limit, num_users - 1)
+
+    def _aggregate(self, results: RunnerResult, num_samples: int) -> RunnerResult:
+        aggregated: RunnerResult = {name: [] for name in self.aggregators}
+        for index in range(num_samples):
+            of_sample = {name: results[name][index] for name in self.grader_configs}
+            for name, aggregator in self.aggregators.items():
+                try:
+                    aggregated[name].append(aggregator(dict(of_sample)))
+                except Exception as error:
+                    why = f"aggregator {name!r} failed with {type(error).__name__}: {error}"
+                    aggregated[name].append(GraderError(name=name, error=why))
+        return aggregated
+
+
+def _by_name(aggregators: Any, grader_names: list[str]) -> dict[str, Aggregator]:
+    if aggregators is None:
+        aggregators = []
+    named: dict[str, Aggregator] = {}
+    for aggregator in [aggregators] if callable(aggregators) else list(aggregators):
+        if not callable(aggregator) or isinstance(aggregator, type):
+            raise UserError(
+                f"aggregators: {aggregator!r} is none; give a WeightedSumAggregator(name=..., weights=...) or a "
+                "function that takes {grader name: result} of one sample"
+            )
+        fallback = getattr(aggregator, "__name__", type(aggregator).__name__)
+        name = str(getattr(aggregator, "name", fallback))
+        if name in named or name in grader_names:
+            raise UserError(f"aggregators: the name {name!r} is taken; results are kept by name, so choose another")
+        if isinstance(aggregator, BaseAggregator):
+            aggregator.check(grader_names)
+        named[name] = aggregator
+    return named
+
+
+def _samples_of(dataset: Any) -> Iterator[Any]:
+    is_table = hasattr(dataset, "to_dict") and hasattr(dataset, "columns")
+    if isinstance(dataset, str | bytes | Mapping) or is_table or not isinstance(dataset, Iterable):
+        hint = "; of a DataFrame that is df.to_dict('records')" if is_table else ""
+        raise UserError(
+            f"the dataset is of type {type(dataset).__name__}: "
+            f"give a list (or anything to iterate over) of dictionaries, one per sample{hint}"
+        )
+    return iter(dataset)
+
+
+def _tell_of_errors(results: RunnerResult) -> None:
+    """One warning per grader, so that errors among thousands of results are seen."""
+    for name, given in results.items():
+        errors = [index for index, result in enumerate(given) if isinstance(result, GraderError)]
+        if errors:
+            log.warning(
+                "grader %r: %d of %d samples ended in an error, the first is sample %d: %s",
+                name, len(errors), len(given), errors[0], given[errors[0]].error,
+            )  # fmt: skip

@@ -1,0 +1,182 @@
+"""ResultsFile: the results of a run on disk, as they come, and back again on resume."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
+from rm_gallery.core.runner.fingerprint import to_plain
+from rm_gallery.errors import UserError
+
+log = logging.getLogger(__name__)
+
+KINDS: dict[str, type[GraderScore | GraderRank | GraderError]] = {
+    "score": GraderScore,
+    "rank": GraderRank,
+    "error": GraderError,
+}
+WAY_OUT = "name another output_path, or remove that file"
+
+
+class Saved(NamedTuple):
+    line: int
+    """Counts from 1."""
+    sample: str
+    """Fingerprint of the sample."""
+    result: GraderScore | GraderRank | GraderError
+
+
+class ResultsFile:
+    """JSON lines, one per result:
+    {"index": 0, "grader": "relevance", "sample": fingerprint, "setup": fingerprint, "kind": "score", "result": {...}}
+
+    A line is in the hands of the operating system before the next call is made: a killed process loses nothing that
+    it had. A half-written last line is cut off; of two lines for one result the later holds. One run at a time.
+    """
+
+    def __init__(self, path: str | Path, setups: Mapping[str, str], *, retry_errors: bool = False) -> None:
+        """setups: grader name -> fingerprint; lines of other graders stay and are not looked at.
+
+        retry_errors: take saved errors for missing. Raises UserError for a file that cannot be written or is in use,
+        that holds anything else, or that holds results of a grader that was set up otherwise.
+        """
+        self.path, self._setups = Path(path), setups
+        self._saved: dict[str, dict[int, Saved]] = {name: {} for name in setups}
+        try:
+            if self.path.exists() and not self.path.is_file():
+                raise UserError(f"output_path {self.path}: this is no ordinary file; name a file")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = open(self.path, "a+b")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise UserError(f"output_path {self.path}: cannot be written ({error.strerror}); name a file") from error
+        try:
+            self._lock()
+            self._load(retry_errors)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> ResultsFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def num_saved(self) -> int:
+        """Results that are there and not taken yet."""
+        return sum(map(len, self._saved.values()))
+
+    def take(self, grader: str, index: int, sample: str) -> GraderScore | GraderRank | GraderError | None:
+        """The saved result for a sample, which is then forgotten here; None when there is none.
+
+        Raises UserError when it was written for another sample.
+        """
+        saved = self._saved[grader].pop(index, None)
+        if saved is None:
+            return None
+        if saved.sample != sample:
+            raise UserError(
+                f"{self.path}:{saved.line}: this result of grader {grader!r} is for another sample {index} than the "
+                f"dataset has now, so the dataset has changed; {WAY_OUT}"
+            )
+        return saved.result
+
+    def check_length(self, num_samples: int) -> None:
+        """Raise UserError when there are results for samples past the end of the dataset."""
+        for grader, saved in self._saved.items():
+            if (last := max(saved, default=-1)) >= num_samples:
+                raise UserError(
+                    f"{self.path}:{saved[last].line}: this result of grader {grader!r} is for sample {last}, but the "
+                    f"dataset has {num_samples} samples (counted from 0), so it has changed; {WAY_OUT}"
+                )
+
+    def append(self, grader: str, index: int, sample: str, result: GraderScore | GraderRank | GraderError) -> None:
+        """Write one result. Raises UserError when the disk refuses."""
+        kind = next(kind for kind, owner in KINDS.items() if isinstance(result, owner))
+        line = {"index": index, "grader": grader, "sample": sample, "setup": self._setups[grader], "kind": kind}
+        try:
+            self._file.write(_as_line({**line, "result": dict(result)}))
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"output_path {self.path}: cannot be written any more ({error.strerror}); what is in it stays: "
+                "make room, then run again to go on from there"
+            ) from error
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk was told of by append()
+            self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows: two runs on one file are not noticed
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"output_path {self.path}: another run is writing to it; wait for it, or name another file"
+            ) from None
+        except OSError:  # a file system without locks
+            return
+
+    def _load(self, retry_errors: bool) -> None:
+        self._file.seek(0)
+        end = 0
+        for line, text in enumerate(self._file, start=1):
+            if not text.endswith(b"\n"):
+                log.warning(
+                    "%s:%d: the last line was cut off while it was written; asking for it again", self.path, line
+                )
+                self._file.truncate(end)
+                break
+            end += len(text)
+            if text.strip():
+                self._load_line(line, text, retry_errors)
+        self._file.seek(0, os.SEEK_END)
+
+    def _load_line(self, line: int, text: bytes, retry_errors: bool) -> None:
+        try:
+            content = json.loads(text)
+            grader, index, setup = content["grader"], int(content["index"]), content["setup"]
+            if grader not in self._setups:
+                return
+            saved = Saved(line, str(content["sample"]), KINDS[content["kind"]].model_validate(content["result"]))
+        except (ValueError, TypeError, KeyError):
+            raise UserError(
+                f"{self.path}:{line}: this is no result of a GradingRunner; name another output_path, "
+                "or remove that line to have it asked for again"
+            ) from None
+        if setup != self._setups[grader]:
+            raise UserError(
+                f"{self.path}:{line}: this result of grader {grader!r} was given with another class, model, prompt, "
+                f"setting or mapper; {WAY_OUT}. (A grader's method fingerprint() can say what its results depend on.)"
+            )
+        if retry_errors and isinstance(saved.result, GraderError):
+            self._saved[grader].pop(index, None)
+        else:
+            self._saved[grader][index] = saved
+
+
+def _as_line(content: dict[str, Any]) -> bytes:
+    try:
+        text = json.dumps(content, default=_plain_or_text)
+    except (TypeError, ValueError):  # keys that are no texts, or a metadata that holds itself
+        content["result"]["metadata"] = {"text": repr(content["result"]["metadata"])}
+        text = json.dumps(content, default=_plain_or_text)
+    return text.encode() + b"\n"
+
+
+def _plain_or_text(value: Any) -> Any:
+    try:
+        return to_plain(value)
+    except TypeError:
+        return repr(value)
