@@ -203,3 +203,9 @@ def test_saved_rewards_match_whatever_template_the_tokenizer_has(data: Path, tmp
     turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     assert loaded.apply_chat_template(turns, tokenize=False) == "Why?\n\nSo."
     assert len(rescore(saved, [loaded("Why?")["input_ids"]])) == 1
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_dropout_in_training_does_not_touch_the_check_of_a_checkpoint(kind: str, data: Path, tmp_path: Path) -> None:
+    run = train(make_model(kind, tmp_path / kind, initializer_range=0.5), "model.dropout=0.5")
+    assert (run / "global_step_3").is_dir()
