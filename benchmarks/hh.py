@@ -1,6 +1,6 @@
 """Speed and convergence on real conversations: a decoder from scratch on the HH-RLHF harmlessness pairs.
 
-    python benchmarks/hh.py --data FOLDER [--size tiny|25m] [--epochs 3] [--quick] [--output FILE.json] [KEY=VALUE ...]
+    python benchmarks/hh.py --data FOLDER [--size tiny|25m] [--epochs 2] [--quick] [--output FILE.json] [KEY=VALUE ...]
 
 FOLDER holds hh_harmless_test.parquet. A tenth of its prompts is held out: a conversation goes by its first user turn,
 so that no prompt is on both sides. Tokenizer and random weights are made on the spot, all in a temporary folder.
@@ -50,10 +50,11 @@ def is_held_out(first_turn: str) -> bool:
 def split_by_prompt(table: Any) -> tuple[Any, Any]:
     """(training, validation) rows of an arrow table."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     first_turns = [prompt[0]["content"] for prompt in table["prompt"].to_pylist()]
     mask = pa.array([is_held_out(text) for text in first_turns])
-    return table.filter(pa.compute.invert(mask)), table.filter(mask)
+    return table.filter(pc.invert(mask)), table.filter(mask)
 
 
 def texts_of(table: Any) -> Iterator[str]:
@@ -147,7 +148,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of rm-gallery train")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a few hundred pairs: does it run?")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     arguments = parser.parse_intermixed_args()

@@ -54,6 +54,17 @@ class RewardModel(nn.Module):
             return self._padded_rewards(batch)
         return self._packed_rewards(batch)
 
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """No gradients and no dropout inside; the mode from before comes back."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(was_training)
+
     def _packed_rewards(self, batch: PackedBatch) -> Tensor:
         backbone = getattr(self.network, self.network.base_model_prefix)
         input_ids, positions = batch.input_ids, batch.positions

@@ -89,7 +89,7 @@ class Checkpoints:
     def _check(self, folder: Path) -> None:
         device = next(self.model.parameters()).device
         texts = [[*group.prefix.tolist(), *tail.tolist()] for group in self.probes for tail in group.tails]
-        with torch.no_grad():
+        with self.model.inference():
             expected = self.model(collate(self.probes).to(device)).tolist()
         computes = next(getattr(self.model.network, self.model.network.base_model_prefix).parameters()).dtype
         check_rewards(folder, texts, expected, exact=self.dtype == computes == DTYPES["fp32"])

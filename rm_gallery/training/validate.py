@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from rm_gallery.data.batch import collate
 from rm_gallery.data.packing import plan_step
@@ -24,13 +23,10 @@ def validate(model: RewardModel, data: TokenData, objective: Objective, *, token
     """
     device = next(model.parameters()).device
     sums = Sums()
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with model.inference():
         for pack in plan_packs(data, token_budget=token_budget, padded=model.padded):
             batch = collate([data[index] for index in pack]).to(device)
             sums.add(objective(model(batch), batch)[1])
-    model.train(was_training)
     return means(sums.read(), "val")
 
 

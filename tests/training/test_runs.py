@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from rm_gallery.cli import main
@@ -167,7 +167,7 @@ def test_run_folder_explains_itself(data: Path, qwen2_folder: Path) -> None:
         "null chosen": {"rows": 1, "first": "train.parquet:8"},
         "chosen equal to rejected": {"rows": 1, "first": "train.parquet:9"},
     }
-    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["torch"] == metadata.version("torch")
     assert len(facts["data"]["train"]["fingerprint"]) == 16
     assert yaml.safe_load((run / "config.yaml").read_text())["data"]["train_batch_size"] == 8
     assert (run / "curves.png").stat().st_size > 10_000
@@ -203,3 +203,9 @@ def test_saved_rewards_match_whatever_template_the_tokenizer_has(data: Path, tmp
     turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     assert loaded.apply_chat_template(turns, tokenize=False) == "Why?\n\nSo."
     assert len(rescore(saved, [loaded("Why?")["input_ids"]])) == 1
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_dropout_in_training_does_not_touch_the_check_of_a_checkpoint(kind: str, data: Path, tmp_path: Path) -> None:
+    run = train(make_model(kind, tmp_path / kind, initializer_range=0.5), "model.dropout=0.5")
+    assert (run / "global_step_3").is_dir()

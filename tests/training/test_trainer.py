@@ -21,7 +21,7 @@ from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.objectives import Objective, bradley_terry
 from rm_gallery.training.optim import OptimConfig, build_optimizer, build_schedule
 from rm_gallery.training.trainer import Intervals, Trainer
-from tests.small import random_groups
+from tests.small import DECODERS, ENCODERS, make_model, random_groups
 
 
 class Recorder:
@@ -172,8 +172,6 @@ def test_rewards_are_float32_under_bfloat16(qwen2_folder: Path) -> None:
 
 
 def test_dropout_is_off_unless_asked_for(tmp_path: Path) -> None:
-    from tests.small import make_model
-
     folder = make_model("bert", tmp_path, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     batch = collate(random_groups(7))
     still = load_reward_model(str(folder)).model.train()
@@ -181,3 +179,16 @@ def test_dropout_is_off_unless_asked_for(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(still(batch), still(batch))
         assert not torch.equal(noisy(batch), noisy(batch))
+
+
+@pytest.mark.parametrize("kind", DECODERS + ENCODERS)
+def test_every_architecture_trains_in_bfloat16(kind: str, tmp_path: Path) -> None:
+    folder = make_model(kind, tmp_path, initializer_range=0.02)
+    exact, _ = build(folder)
+    rounded, _ = build(folder, dtype=torch.bfloat16)
+    batches = step_batches(random_groups(8))
+    expected = exact.train_step(batches, Sums())
+    found = rounded.train_step(batches, Sums())
+    assert found.is_finite
+    assert found.loss == pytest.approx(expected.loss, abs=0.05)
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=0.2)
