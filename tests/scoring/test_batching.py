@@ -193,7 +193,7 @@ def test_a_process_ends_without_close(text_folder: Path) -> None:
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     ran = subprocess.run(
-        [sys.executable, "-c", program, str(text_folder)], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program, str(text_folder)], env=environment, capture_output=True, text=True, timeout=240
     )
     assert (ran.returncode, ran.stderr, ran.stdout[0]) == (0, "", "[")
 

@@ -17,7 +17,6 @@ CONFIG_FILE = ROOT / "rm_gallery/training/config.py"
 # Keys that are accepted and checked but change nothing, with the reason. Empty is best.
 CHECKED_ONLY: dict[str, str] = {
     "data.custom_cls": "custom data set classes are refused in words until they can be run",
-    "data.custom_cls.path": "the same",
 }
 
 
