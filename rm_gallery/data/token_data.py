@@ -73,6 +73,8 @@ class TokenData:
             self._comparisons.append(tuple(group.comparisons))
             self.where.append(where)
         self.style = style
+        self.has_text_prompts = False
+        """Style `text`: whether a prompt stood before the responses, joined directly."""
         self.tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
         self._prefix = np.array(prefix_lengths, np.int64)
         self._tails = np.array(tail_lengths, np.int64)

@@ -180,12 +180,15 @@ def tokenize_groups(
     `truncation=error`, and at the first bad row under `bad_rows=error`.
     """
     styles: dict[InputStyle, str] = {}
+    prompted: set[bool] = set()
 
     def produce() -> Iterator[tuple[TokenGroup, str]]:
         source = iter(groups)
         while chunk := list(islice(source, _CHUNK_GROUPS)):
             for group in chunk:
                 styles.setdefault(group.style, group.where)
+                if group.style == "text" and group.prompt:
+                    prompted.add(True)
             if len(styles) > 1:
                 raise UserError(
                     f"the data mix chat messages ({styles['chat']}) with bare texts ({styles['text']}); "
@@ -199,6 +202,7 @@ def tokenize_groups(
 
     data = TokenData(produce(), "text")
     data.style = next(iter(styles), "text")
+    data.has_text_prompts = bool(prompted)
     return data
 
 

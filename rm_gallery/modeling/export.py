@@ -30,9 +30,6 @@ log = logging.getLogger(__name__)
 RECORD_KEY = "rm_gallery"
 MANIFEST = "manifest.json"
 _PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
-_TEXT_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
-)
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,9 @@ class InputRecord:
     input_style: InputStyle
     append_eos: bool = False
     max_length: int = 4096
+    separator: str = "\n\n"
+    """Style `text`: what stands between a prompt and its response. Training joins a prompt column directly, which is
+    "" here; without one the model knows no prompts, and a blank line is put between."""
 
 
 def settle_pad_token(model: RewardModel, tokenizer: Any) -> None:
@@ -112,12 +112,19 @@ def _finish_config(path: Path, model: RewardModel, dtype: torch.dtype, record: I
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def text_template(separator: str) -> str:
+    """A chat template that joins the contents of the turns, without names of roles."""
+    between = f"{{% if not loop.last %}}{{{{ {separator!r} }}}}{{% endif %}}"
+    return f"{{% for message in messages %}}{{{{ message['content'] }}}}{between}{{% endfor %}}"
+
+
 def _save_tokenizer(folder: Path, tokenizer: Any, record: InputRecord) -> None:
     """The tokenizer with its chat template inside tokenizer_config.json, where every server looks for one."""
     own = tokenizer.chat_template
     try:
         if own is None and record.input_style == "text":
-            tokenizer.chat_template = _TEXT_TEMPLATE  # a conversation becomes bare text, as the model was trained
+            # A conversation becomes bare text, as the model was trained.
+            tokenizer.chat_template = text_template(record.separator)
         tokenizer.save_pretrained(folder, save_jinja_files=False)
     finally:
         tokenizer.chat_template = own

@@ -21,14 +21,13 @@ Text: TypeAlias = str | Sequence[Message]
 Pair: TypeAlias = Mapping[str, Any] | tuple[Text, Text]
 """`{"chosen": ..., "rejected": ..., "prompt": ...}` (the prompt may be missing), or (chosen, rejected)."""
 
-SEPARATOR = "\n\n"  # between the turns that a model of bare text is given, as in the chat template of its folder
-
 
 class InputBuilder:
     """Builds groups in the style that the model was trained in; says once what it does with turns in bare text."""
 
-    def __init__(self, style: InputStyle) -> None:
-        self.style = style
+    def __init__(self, style: InputStyle, separator: str = "\n\n") -> None:
+        """separator: between the turns that a model of bare text is given, as in the chat template of its folder."""
+        self.style, self.separator = style, separator
         self._said: set[str] = set()
 
     def group(self, query: Text | None, responses: Sequence[Text]) -> PreferenceGroup:
@@ -66,7 +65,7 @@ class InputBuilder:
         return self.fit(PreferenceGroup((), [checked], style="chat"))
 
     def fit(self, group: PreferenceGroup) -> PreferenceGroup:
-        """The group as this model can read it: a model of bare text gets the turns of a chat joined by blank lines.
+        """The group as this model can read it: a model of bare text gets the turns of a chat joined by its separator.
 
         A group of bare text stays as it is: it may hold what the chat template would write.
         """
@@ -76,14 +75,18 @@ class InputBuilder:
             return group
         if self.style == "chat":
             return group
-        prompt = _joined(group.prompt)
-        responses = [_joined(response) for response in group.responses]
+        prompt = self._joined(group.prompt)
+        responses = [self._joined(response) for response in group.responses]
         if group.prompt or any(len(response) > 1 for response in group.responses):
+            how = "by a blank line" if self.separator == "\n\n" else "directly, as in training"
             self._say_once(
-                "the model was trained on bare text: the query and the response are joined by a blank line, "
+                f"the model was trained on bare text: the query and the response are joined {how}, "
                 "without names of roles"
             )
-        return PreferenceGroup(prompt + SEPARATOR if group.prompt else "", responses, group.comparisons, "text")
+        return PreferenceGroup(prompt + self.separator if group.prompt else "", responses, group.comparisons, "text")
+
+    def _joined(self, turns: str | Sequence[Message]) -> str:
+        return turns if isinstance(turns, str) else self.separator.join(_content(message) for message in turns)
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -115,12 +118,6 @@ def _checked(value: Any, name: str) -> str | list[Message]:
 def _answer(value: str | list[Message]) -> list[Message]:
     """Messages of a response; empty text is an answer too."""
     return as_messages(value, "assistant") or [{"role": "assistant", "content": ""}]
-
-
-def _joined(turns: str | Sequence[Message]) -> str:
-    if isinstance(turns, str):
-        return turns
-    return SEPARATOR.join(_content(message) for message in turns)
 
 
 def _with_text(message: Message) -> Message:

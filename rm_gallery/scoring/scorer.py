@@ -26,8 +26,10 @@ class RewardScorer:
 
     def __init__(self, source: ScoringModel, *, token_budget: int | None = None) -> None:
         """source: from `load_folder`. token_budget: most tokens of one model call; None chooses by device."""
+        self.folder = ""
+        """Where the model came from; tells one scorer from another when grading is resumed."""
         self.engine = Engine(source, token_budget=token_budget)
-        self.inputs = InputBuilder(source.record.input_style)
+        self.inputs = InputBuilder(source.record.input_style, source.record.separator)
         self._batcher = Batcher(self.engine)
         # Runs when this scorer is collected, and before Python takes threads down at its end.
         self._finalizer = weakref.finalize(self, self._batcher.close)
@@ -49,7 +51,9 @@ class RewardScorer:
         Raises UserError for a folder that holds no such model.
         """
         source = load_folder(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        return cls(source, token_budget=token_budget)
+        scorer = cls(source, token_budget=token_budget)
+        scorer.folder = str(folder)
+        return scorer
 
     @property
     def record(self) -> InputRecord:

@@ -135,7 +135,12 @@ def _build_checkpoints(
         model,
         weights,
         tokenizer,
-        InputRecord(data.style, config.data.append_eos, config.data.max_length),
+        InputRecord(
+            data.style,
+            config.data.append_eos,
+            config.data.max_length,
+            separator="" if data.has_text_prompts else "\n\n",
+        ),
         dtype=DTYPES[config.model.fsdp_config.model_dtype if wanted == "auto" else wanted],
         probes=[data[int(index)] for index in shortest],
     )

@@ -38,14 +38,15 @@ def test_a_text_model_gets_turns_joined_by_a_blank_line(query: Any, response: An
     assert texts(InputBuilder("text").group(query, [response])) == [f"{QUERY}\n\nAir."]
 
 
-def test_the_blank_line_is_what_the_exported_chat_template_makes(text_folder: Any) -> None:
-    from rm_gallery.modeling.export import _TEXT_TEMPLATE
+@pytest.mark.parametrize("separator", ["\n\n", ""])
+def test_turns_are_joined_as_the_exported_chat_template_joins_them(separator: str) -> None:
+    from rm_gallery.modeling.export import text_template
     from tests.small import make_tokenizer
 
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = _TEXT_TEMPLATE
+    tokenizer.chat_template = text_template(separator)
     rendered = tokenizer.apply_chat_template([*TURNS, ANSWER, *TURNS], tokenize=False)
-    assert [rendered] == texts(InputBuilder("text").group([*TURNS, ANSWER], [TURNS]))
+    assert [rendered] == texts(InputBuilder("text", separator).group([*TURNS, ANSWER], [TURNS]))
 
 
 @pytest.mark.parametrize("query", [None, "", []])

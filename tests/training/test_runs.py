@@ -12,6 +12,8 @@ import yaml
 
 from rm_gallery.cli import main
 from rm_gallery.modeling.export import MANIFEST, check_manifest, read_record, rescore
+from rm_gallery.schema import PreferenceGroup
+from rm_gallery.scoring import RewardScorer
 from tests.small import chat_pairs, make_model, make_tokenizer, text_pairs, write_pairs
 
 
@@ -209,3 +211,18 @@ def test_saved_rewards_match_whatever_template_the_tokenizer_has(data: Path, tmp
 def test_dropout_in_training_does_not_touch_the_check_of_a_checkpoint(kind: str, data: Path, tmp_path: Path) -> None:
     run = train(make_model(kind, tmp_path / kind, initializer_range=0.5), "model.dropout=0.5")
     assert (run / "global_step_3").is_dir()
+
+
+def test_a_text_model_with_prompts_is_scored_as_it_was_trained(data: Path, qwen2_folder: Path) -> None:
+    rows = [{"prompt": f"Question {n}. ", "chosen": "good " * (n % 3 + 1), "rejected": "bad"} for n in range(12)]
+    for name in ("train", "val"):
+        write_pairs(Path(f"{name}.parquet"), rows)
+    saved = train(qwen2_folder, "data.input_style=text") / "global_step_2"
+    record = read_record(saved)
+    assert record is not None and record.separator == ""
+    scorer = RewardScorer.from_folder(saved, device="cpu")
+    [[built]] = scorer.score([scorer.build_group("Question 1. ", ["good good "])])
+    [[direct]] = scorer.score([PreferenceGroup("", ["Question 1. good good "])])
+    assert built == pytest.approx(direct, abs=1e-6)
+    turns = [{"role": "user", "content": "Question 1. "}, {"role": "assistant", "content": "good good "}]
+    assert scorer.score_messages([turns]) == [pytest.approx(direct, abs=1e-6)]
