@@ -7,10 +7,10 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from rm_gallery.data.formats import FormatConfig, check_custom_class
 from rm_gallery.data.packing import PackingConfig
@@ -21,12 +21,11 @@ from rm_gallery.modeling.parallel import ModelConfig
 from rm_gallery.training.checkpoint import CheckpointConfig
 from rm_gallery.training.compose import compose
 from rm_gallery.training.optim import OptimConfig
+from rm_gallery.training.problems import key_of, known_keys, sentence
 from rm_gallery.training.trackers import TRACKERS, TrackerConfig
 from rm_gallery.training.trainer import LoopConfig
 
 log = logging.getLogger(__name__)
-
-_PATHS = ("data.train_files", "data.val_files")
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,8 @@ def check_config(values: Mapping[str, Any]) -> TrainConfig:
         config = adapter.validate_python(values)
     except ValidationError as error:
         for problem in error.errors(include_url=False):
-            key = _key(problem, known)
-            problems.setdefault(key, _sentence(key, problem, values, known))
+            key = key_of(problem, known)
+            problems.setdefault(key, sentence(key, problem, values, known))
         # Without the keys that are wrong the rest can still be checked, so that all is said at once.
         for key in problems:
             _remove(values, key)
@@ -140,16 +139,6 @@ def _switches_for_numbers(values: Mapping[str, Any], known: Mapping[str, Any]) -
     return found
 
 
-def _key(problem: Any, known: Mapping[str, Any]) -> str:
-    """The key that a problem is about; pydantic appends list positions and names of union members."""
-    parts = [str(part) for part in problem["loc"]]
-    if problem["type"] == "unexpected_keyword_argument":
-        return ".".join(parts)
-    while ".".join(parts) not in known and len(parts) > 1:
-        parts.pop()
-    return ".".join(parts)
-
-
 def _remove(values: dict[str, Any], key: str) -> None:
     *sections, name = key.split(".")
     for section in sections:
@@ -160,51 +149,6 @@ def _remove(values: dict[str, Any], key: str) -> None:
 def _is_about(sentence: str, keys: Iterable[str]) -> bool:
     """Whether a sentence, which begins with its key, is about one of these keys or a key in such a section."""
     return any(re.match(rf"{re.escape(key)}(?!\w)", sentence) for key in keys)
-
-
-def _sentence(key: str, problem: Any, values: Mapping[str, Any], known: Mapping[str, Any]) -> str:
-    """A problem that pydantic found, with the key as people write it."""
-    if problem["type"] == "unexpected_keyword_argument":
-        return f"{key}: unknown key{_nearest_key(key, list(known))}"
-    value: Any = values
-    for part in key.split("."):
-        value = value[part]
-    if problem["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", str(problem["ctx"]["expected"]))
-        return f"{key}={value}: must be one of {', '.join(choices)}.{nearest(str(value), choices)}"
-    if key in _PATHS:
-        return f"{key}={value!r}: must be a path or a list of paths"
-    what = problem["msg"].replace("Input should be ", "must be ").replace("Tuple", "tuple").partition(", ")[0]
-    for theirs, ours in (
-        ("a valid string", "text; put quotes around it"), ("a valid number", "a number"), ("a valid tuple", "a list"),
-        ("a valid integer", "a whole number"), ("a valid boolean", "true or false"), ("Field required", "too short"),
-        ("tuple", "list"), (" after validation", ""), ("a dictionary or an instance of", "a section of keys, as"),
-    ):  # fmt: skip
-        what = what.replace(theirs, ours)
-    return f"{key}={value!r}: {what[0].lower()}{what[1:]}"
-
-
-def _nearest_key(path: str, known: Sequence[str]) -> str:
-    """'. Did you mean X?': a sibling that looks alike or holds the name, else the same name elsewhere, else all."""
-    section, _, name = path.rpartition(".")
-    siblings = [key for key in known if key.rpartition(".")[0] == section]
-    hint = nearest(name, (key.rpartition(".")[2] for key in siblings)).partition("'")[2].partition("'")[0]
-    alike = [key for key in siblings if key.rpartition(".")[2] == hint]
-    holding = [key for key in siblings if len(name) > 2 and name in key.rpartition(".")[2]]
-    elsewhere = [key for key in known if key.rpartition(".")[2] == name]
-    found = alike or holding or elsewhere
-    return f". Did you mean {found[0]!r}?" if found else f"; known here: {', '.join(siblings)}"
-
-
-def known_keys(config: type, prefix: str = "") -> dict[str, Any]:
-    """Every key of the configuration with its type, sections too, as `model.fsdp_config.model_dtype`."""
-    hints = get_type_hints(config)
-    found: dict[str, Any] = {}
-    for each in fields(config):
-        found[prefix + each.name] = hints[each.name]
-        if is_dataclass(hints[each.name]):
-            found.update(known_keys(hints[each.name], f"{prefix}{each.name}."))
-    return found
 
 
 def _problems(config: TrainConfig) -> list[str]:

@@ -41,6 +41,7 @@ LAYERS = [
     "rm_gallery.training.validate",
     "rm_gallery.training.trainer",
     "rm_gallery.training.compose",
+    "rm_gallery.training.problems",
     "rm_gallery.training.config",
     "rm_gallery.training.inputs",
     "rm_gallery.training.build",
