@@ -10,12 +10,22 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("SWANLAB_MODE", "disabled")
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.small import make_model, make_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def token_cache() -> Iterator[Path]:
+    """Tokenized data of all tests, away from the user's own cache."""
+    with tempfile.TemporaryDirectory(prefix="rm-gallery-tests-") as folder:
+        os.environ["RM_GALLERY_CACHE"] = folder
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

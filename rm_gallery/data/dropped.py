@@ -16,8 +16,9 @@ class Dropped:
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
 
-    def add(self, reason: str, where: str) -> None:
-        self.counts[reason] = self.counts.get(reason, 0) + 1
+    def add(self, reason: str, where: str, count: int = 1) -> None:
+        """Count rows of one reason, the first of them at `where`."""
+        self.counts[reason] = self.counts.get(reason, 0) + count
         self.examples.setdefault(reason, where)
 
     @property

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rm_gallery.data.dropped import BadRow
 from rm_gallery.errors import UserError
-from rm_gallery.schema import PreferenceGroup
+from rm_gallery.schema import Comparison, PreferenceGroup
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,14 @@ class LengthConfig:
     """Without that filter: stop at the first such text, or keep its last (`left` is cut) or first tokens."""
 
 
-def fit_length(texts: list[list[int]], group: PreferenceGroup, tokenizer: Any, config: LengthConfig) -> list[list[int]]:
-    """The same texts under the length policy; raises BadRow for a group that it leaves out."""
-    longest = max(len(ids) for ids in texts)
+def fit_length(
+    texts: list[list[int]], group: PreferenceGroup, tokenizer: Any, config: LengthConfig
+) -> tuple[list[list[int]], Sequence[Comparison]]:
+    """The same texts under the length policy, and the comparisons whose sides still differ.
+
+    Raises BadRow for a group that the policy leaves out, and for one whose comparisons all have equal sides.
+    """
+    longest = max(map(len, texts), default=0)
     if longest <= config.max_length:
         fitted = texts
     elif config.filter_overlong_prompts:
@@ -38,11 +44,11 @@ def fit_length(texts: list[list[int]], group: PreferenceGroup, tokenizer: Any, c
         )
     else:
         fitted = [_cut(ids, tokenizer, config) for ids in texts]
-    for comparison in group.comparisons:
-        if fitted[comparison.better] == fitted[comparison.worse]:
-            cut = " after truncation" if longest > config.max_length else " as tokens"
-            raise BadRow(f"chosen equal to rejected{cut}")
-    return fitted
+    differing = [each for each in group.comparisons if fitted[each.better] != fitted[each.worse]]
+    if group.comparisons and not differing:
+        cut = " after truncation" if longest > config.max_length else " as tokens"
+        raise BadRow(f"chosen equal to rejected{cut}")
+    return fitted, differing
 
 
 def _cut(ids: list[int], tokenizer: Any, config: LengthConfig) -> list[int]:

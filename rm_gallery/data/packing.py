@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
@@ -53,38 +54,83 @@ class StepPlan:
     """Comparisons of the step over all ranks: what the loss sum is divided by."""
 
 
-def epoch_order(num_groups: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """[N] int64: the order of groups in this epoch."""
+@dataclass(frozen=True)
+class Mixture:
+    """How often the groups of each entry of `data.train_files` are used in an epoch."""
+
+    entry: np.ndarray
+    """[N] int: the entry of each group."""
+    weights: Sequence[float]
+    """By entry: 2 uses each of its groups twice, 0.5 a half of them, in the next epoch the other half."""
+
+    def groups(self, *, seed: int, epoch: int) -> np.ndarray:
+        """[M] int64: the groups of an epoch, in the order of the files, repeated ones one pass after the other."""
+        parts = []
+        for entry, weight in enumerate(self.weights):
+            members = np.flatnonzero(self.entry == entry)
+            whole, rest = int(weight), weight - int(weight)
+            parts += [members] * whole
+            count = round(rest * len(members))
+            if count:
+                turning = np.random.default_rng([seed, entry]).permutation(members)
+                window = (epoch * count + np.arange(count)) % len(members)
+                parts.append(np.sort(turning[window]))
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def epoch_order(num_groups: int, *, seed: int, epoch: int, shuffle: bool, mixture: Mixture | None = None) -> np.ndarray:
+    """[M] int64: the groups of this epoch in order; every group once, without a mixture."""
+    groups = None if mixture is None else mixture.groups(seed=seed, epoch=epoch)
+    count = num_groups if groups is None else len(groups)
     if not shuffle:
-        return np.arange(num_groups)
-    return np.random.default_rng([seed, epoch]).permutation(num_groups)
+        return np.arange(count) if groups is None else groups
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    return order if groups is None else groups[order]
 
 
-def split_steps(
-    order: np.ndarray, num_comparisons: np.ndarray, *, batch_size: int, drop_last: bool
-) -> list[np.ndarray]:
+class Steps(Sequence[np.ndarray]):
+    """The steps of an epoch: `steps[i]` holds the group indices of step i, cut from the order when asked for."""
+
+    def __init__(self, order: np.ndarray, bounds: np.ndarray) -> None:
+        """bounds: [steps + 1] int64, where each step begins in the order, and where the last one ends."""
+        self._order, self._bounds = order, bounds
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        place = index % len(self)
+        return self._order[self._bounds[place] : self._bounds[place + 1]]
+
+
+def split_steps(order: np.ndarray, num_comparisons: np.ndarray, *, batch_size: int, drop_last: bool) -> Steps:
     """Cut the order into steps of at most `batch_size` comparisons; a group with more has a step of its own.
 
-    num_comparisons: [N] int64, by group. `drop_last` leaves out a last step that is not full.
+    num_comparisons: [N] int, by group. `drop_last` leaves out a last step that is not full.
     """
     if not len(order):
-        return []
-    counts = num_comparisons[order]
-    if (counts == counts[0]).all():
-        size = max(1, batch_size // max(1, int(counts[0])))
-        steps = [order[start : start + size] for start in range(0, len(order), size)]
-        batch_size = min(batch_size, size * int(counts[0]))  # all that a full step can hold
-    else:
-        steps, start, total = [], 0, 0
-        for index, count in enumerate(counts.tolist()):
-            if total and total + count > batch_size:
-                steps.append(order[start:index])
-                start, total = index, 0
-            total += count
-        steps.append(order[start:])
-    if drop_last and int(num_comparisons[steps[-1]].sum()) < batch_size:
-        steps.pop()
-    return steps
+        return Steps(order, np.zeros(1, np.int64))
+    ends = np.cumsum(num_comparisons[order], dtype=np.int64)
+    largest = int(num_comparisons.max())
+    bounds, start, done = [0], 0, 0
+    while start < len(order):
+        start = max(start + 1, int(np.searchsorted(ends, done + batch_size, side="right")))
+        done = int(ends[start - 1])
+        bounds.append(start)
+    if drop_last:
+        # Full: no further group of the largest kind would have found room.
+        in_last = done - (int(ends[bounds[-2] - 1]) if len(bounds) > 2 else 0)
+        if in_last <= batch_size - max(1, largest):
+            bounds.pop()
+    return Steps(order, np.array(bounds))
 
 
 def plan_step(
@@ -152,16 +198,19 @@ class Plan:
         seed: int,
         world_size: int = 1,
         padded: bool = False,
+        mixture: Mixture | None = None,
     ) -> None:
         self.sizes, self.config, self.token_budget = sizes, config, token_budget
-        self.seed, self.world_size, self.padded = seed, world_size, padded
+        self.seed, self.world_size, self.padded, self.mixture = seed, world_size, padded, mixture
         self._epoch: int | None = None
-        self._steps: list[np.ndarray] = []
+        self._steps = Steps(np.zeros(0, np.int64), np.zeros(1, np.int64))
 
-    def epoch_steps(self, epoch: int) -> list[np.ndarray]:
+    def epoch_steps(self, epoch: int) -> Steps:
         """Group indices of each step of an epoch."""
         if epoch != self._epoch:
-            order = epoch_order(len(self.sizes), seed=self.seed, epoch=epoch, shuffle=self.config.shuffle)
+            order = epoch_order(
+                len(self.sizes), seed=self.seed, epoch=epoch, shuffle=self.config.shuffle, mixture=self.mixture
+            )
             self._steps = split_steps(
                 order,
                 self.sizes.num_comparisons,
@@ -183,20 +232,25 @@ class Plan:
 
     def fingerprint(self) -> str:
         """Hash of what decides the plan; a run may only be continued under the same one."""
-        digest = hashlib.sha256(self.sizes.tokens.tobytes() + self.sizes.num_comparisons.tobytes())
-        digest.update(repr((self.config, self.token_budget, self.seed, self.padded)).encode())
+        digest = hashlib.sha256()
+        for sizes in (self.sizes.tokens, self.sizes.num_comparisons):
+            digest.update(np.ascontiguousarray(sizes).data)
+        weights = None if self.mixture is None else list(self.mixture.weights)
+        # Not the whole configuration: where files or caches lie decides nothing.
+        config = (self.config.train_batch_size, self.config.drop_last, self.config.shuffle)
+        digest.update(repr((config, self.token_budget, self.seed, self.padded, weights)).encode())
         return digest.hexdigest()[:16]
 
 
 def check_budget(
-    sizes: GroupSizes, where: Sequence[str], *, token_budget: int, key: str, padded: bool = False
+    sizes: GroupSizes, where: Callable[[int], str], *, token_budget: int, key: str, padded: bool = False
 ) -> str | None:
     """A sentence naming the longest group when it does not fit the budget, else None."""
-    cost = sizes.longest_text * sizes.num_responses if padded else sizes.tokens
+    cost = sizes.longest_text.astype(np.int64) * sizes.num_responses if padded else sizes.tokens
     if not len(cost) or int(cost.max()) <= token_budget:
         return None
     index = int(cost.argmax())
     return (
-        f"{where[index]}: a group of {int(cost[index])} tokens does not fit into a micro-batch of {token_budget}; "
+        f"{where(index)}: a group of {int(cost[index])} tokens does not fit into a micro-batch of {token_budget}; "
         f"set {key} to at least {int(cost[index])}, or lower data.max_length"
     )

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,6 +42,8 @@ class InputRecord:
     separator: str = "\n\n"
     """Style `text`: what stands between a prompt and its response. Training joins a prompt column directly, which is
     "" here; without one the model knows no prompts, and a blank line is put between."""
+    text_special_tokens: Literal["parse", "plain"] = "parse"
+    """Style `text`: whether control tokens that a text spells are read as such."""
 
 
 def settle_pad_token(model: RewardModel, tokenizer: Any) -> None:

@@ -15,8 +15,9 @@ import torch
 
 from rm_gallery.data.batch import collate
 from rm_gallery.data.dropped import BadRow
+from rm_gallery.data.encode import Encoder
 from rm_gallery.data.token_data import TokenGroup, split_prefix
-from rm_gallery.data.tokenize import TokenizeConfig, encode_many
+from rm_gallery.data.tokenize import TokenizeConfig
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring.inputs import check_group
 from rm_gallery.scoring.load import ScoringModel
@@ -69,6 +70,14 @@ class Engine:
         # Tokenizers are not safe: two threads that use one get "Already borrowed" from it.
         self._tokenizer_lock = threading.Lock()
         self._said_long = False
+        self._encoder = Encoder(
+            self.tokenizer,
+            TokenizeConfig(
+                max_length=self.record.max_length,
+                append_eos=self.record.append_eos,
+                text_special_tokens=self.record.text_special_tokens,
+            ),
+        )
 
     def encode(self, groups: Sequence[PreferenceGroup]) -> list[Encoded]:
         """Tokens of each group, or the exception that says why it has none; one bad group harms no other."""
@@ -90,16 +99,19 @@ class Engine:
             return error
         return self._split(texts[0])
 
-    def _tokenize(self, groups: Sequence[PreferenceGroup]) -> list[list[list[int]]]:
+    def _tokenize(self, groups: Sequence[PreferenceGroup]) -> list[list[list[int]] | BadRow]:
         for group in groups:
             check_group(group)
-        config = TokenizeConfig(max_length=self.record.max_length, append_eos=self.record.append_eos)
         with self._tokenizer_lock:
-            texts = encode_many(groups, self.tokenizer, config)
+            texts = self._encoder.encode_many(groups)
         closing = list(self.source.closing_ids)
-        return [[ids + closing for ids in each] for each in texts] if closing else texts
+        if not closing:
+            return texts
+        return [each if isinstance(each, BadRow) else [ids + closing for ids in each] for each in texts]
 
-    def _split(self, texts: list[list[int]]) -> Encoded:
+    def _split(self, texts: list[list[int]] | BadRow) -> Encoded:
+        if isinstance(texts, BadRow):
+            return texts
         if not texts:
             return []
         longest = max(map(len, texts))

@@ -22,7 +22,7 @@ from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.training.checkpoint import Checkpoints, refuse_earlier_run
 from rm_gallery.training.config import TrainConfig
-from rm_gallery.training.inputs import Loaded, build_model, check_data, load_data
+from rm_gallery.training.inputs import Loaded, build_model, check_data, load_sides, mixture_of
 from rm_gallery.training.optim import build_optimizer, build_schedule
 from rm_gallery.training.run_folder import draw_curves, write_run_facts
 from rm_gallery.training.trackers import RunInfo, Trackers
@@ -57,9 +57,7 @@ def run_training(config: TrainConfig) -> RunResult:
     )
     seed_everything(config.trainer.seed)
     model = build_model(config, tokenizer)  # before the data, which may take long: a bad folder is said at once
-    data = config.data
-    train = load_data(data, data.train_files, "data.train_files", tokenizer)
-    val = load_data(data, data.val_files, "data.val_files", tokenizer) if data.val_files else None
+    train, val = load_sides(config.data, tokenizer)
     check_data(config, model, train, val)
     weights = apply(model, config.model, world)
     plan = Plan(
@@ -69,6 +67,7 @@ def run_training(config: TrainConfig) -> RunResult:
         seed=config.trainer.seed,
         world_size=world.world_size,
         padded=model.padded,
+        mixture=mixture_of(train),
     )
     total_steps = _count_steps(plan, config, train.data)
     _write_facts(config, world, model, plan, train, val, total_steps)
@@ -96,7 +95,7 @@ def _count_steps(plan: Plan, config: TrainConfig, data: TokenData) -> int:
     if not plan.epoch_steps(0):
         raise UserError(
             f"data.train_batch_size={config.data.train_batch_size} with data.drop_last=true leaves no step: there are "
-            f"{int(data.sizes.num_comparisons.sum())} pairs; lower it, or set data.drop_last=false"
+            f"{data.num_comparisons} pairs; lower it, or set data.drop_last=false"
         )
     return config.trainer.total_training_steps or plan.num_steps(config.trainer.total_epochs)
 
@@ -140,6 +139,7 @@ def _build_checkpoints(
             config.data.append_eos,
             config.data.max_length,
             separator="" if data.has_text_prompts else "\n\n",
+            text_special_tokens=config.data.text_special_tokens,
         ),
         dtype=DTYPES[config.model.fsdp_config.model_dtype if wanted == "auto" else wanted],
         probes=[data[int(index)] for index in shortest],

@@ -12,10 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
-from rm_gallery.data.formats import FormatConfig, check_custom_class
+from rm_gallery.data.formats import check_custom_class
 from rm_gallery.data.packing import PackingConfig
+from rm_gallery.data.prepare import PrepareConfig
 from rm_gallery.data.source import SourceConfig, find_files
-from rm_gallery.data.tokenize import TokenizeConfig
 from rm_gallery.errors import UserError, nearest
 from rm_gallery.modeling.parallel import ModelConfig
 from rm_gallery.training.checkpoint import CheckpointConfig
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class DataConfig(SourceConfig, FormatConfig, TokenizeConfig, PackingConfig):
+class DataConfig(SourceConfig, PrepareConfig, PackingConfig):
     """`data`: where the pairs lie, how a row is read, how texts become tokens, how tokens become batches."""
 
     @property

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from rm_gallery.data.dropped import Dropped
-from rm_gallery.data.formats import read_groups
-from rm_gallery.data.packing import check_budget
-from rm_gallery.data.source import find_files, read_rows
+import numpy as np
+
+from rm_gallery.data.packing import Mixture, check_budget
+from rm_gallery.data.prepare import peek, prepare
+from rm_gallery.data.process_rows import Share
+from rm_gallery.data.source import DataFile, resolve_files
 from rm_gallery.data.token_data import TokenData
-from rm_gallery.data.tokenize import load_tokenizer, tokenize_groups
+from rm_gallery.data.token_store import Store
+from rm_gallery.data.tokenize import load_tokenizer
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.export import settle_pad_token
 from rm_gallery.modeling.reward_model import ENCODERS, RewardModel, load_model_config, load_reward_model, max_positions
@@ -23,29 +23,33 @@ from rm_gallery.training.config import DataConfig, TrainConfig
 
 log = logging.getLogger(__name__)
 
-_PEEK_ROWS = 8
-
 
 @dataclass(frozen=True)
 class Loaded:
     """One side of the data as tokens, and what was left out."""
 
-    data: TokenData
-    dropped: Dropped
-    files: list[Path]
+    store: Store
+    files: list[DataFile]
+
+    @property
+    def data(self) -> TokenData:
+        return self.store.data
 
     def facts(self) -> dict[str, Any]:
         """For run.json."""
+        dropped = self.store.dropped
         return {
-            "files": [str(file) for file in self.files],
+            "files": [file.name for file in self.files],
+            "formats": self.store.facts.formats,
             "groups": len(self.data),
-            "comparisons": int(self.data.sizes.num_comparisons.sum()),
-            "tokens": len(self.data.tokens),
+            "comparisons": self.data.num_comparisons,
+            "tokens": self.data.num_tokens,
             "style": self.data.style,
             "fingerprint": self.data.fingerprint(),
+            "rows": self.store.facts.num_rows,
+            "held_out": self.store.facts.held_out,
             "dropped": {
-                reason: {"rows": count, "first": self.dropped.examples[reason]}
-                for reason, count in self.dropped.counts.items()
+                reason: {"rows": count, "first": dropped.examples[reason]} for reason, count in dropped.counts.items()
             },
         }
 
@@ -57,37 +61,92 @@ def check_inputs(config: TrainConfig) -> None:
     """
     model = config.model
     refuse_earlier_run(config.trainer.run_dir)
-    load_tokenizer(
+    tokenizer = load_tokenizer(
         model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template
     )
     load_model_config(model.partial_pretrain, trust_remote_code=model.trust_remote_code)
-    for key, paths in (("data.train_files", config.data.train_files), ("data.val_files", config.data.val_files)):
-        for file in find_files(paths, key=key) if paths else []:
-            rows = islice(read_rows([file], key=key), _PEEK_ROWS)
-            list(read_groups(rows, config.data, has_chat_template=True, dropped=Dropped()))
+    for side in sides_of(config.data):
+        for file in resolve_files(config.data, key=side.key):
+            peek(file, config.data, tokenizer, key=side.key)
 
 
-def load_data(config: DataConfig, paths: str | Sequence[str], key: str, tokenizer: Any) -> Loaded:
-    """Rows of the files that `key` names as tokens; says what was dropped and why.
+@dataclass(frozen=True)
+class Side:
+    """Training or validation data: the key that names its files, and its share of them."""
 
-    Raises UserError when no usable row is left.
+    key: str
+    share: Share | None = None
+
+
+def sides_of(config: DataConfig) -> list[Side]:
+    """The training side, and the validation side where there is one."""
+    if config.val_files:
+        return [Side("data.train_files"), Side("data.val_files")]
+    if config.val_fraction:
+        held_out = config.val_fraction
+        return [Side("data.train_files", ("train", held_out)), Side("data.train_files", ("val", held_out))]
+    return [Side("data.train_files")]
+
+
+def load_sides(config: DataConfig, tokenizer: Any) -> tuple[Loaded, Loaded | None]:
+    """Training data and validation data, if there are any, as tokens; says what was left out, and of overlap.
+
+    Raises UserError when no usable row is left on a side.
     """
-    files = find_files(paths, key=key)
-    dropped = Dropped()
-    groups = read_groups(
-        read_rows(files, key=key), config, has_chat_template=tokenizer.chat_template is not None, dropped=dropped
-    )
-    data = tokenize_groups(groups, tokenizer, config, dropped=dropped, bad_rows=config.bad_rows)
-    total = len(data) + dropped.total
+    loaded = [load_side(side, config, tokenizer) for side in sides_of(config)]
+    train, val = loaded[0], loaded[1] if len(loaded) > 1 else None
+    if val is not None:
+        _warn_of_overlap(train.data, val.data)
+    unused = train.data.unused_labels()
+    if unused:
+        log.info("the data carry %s, which the Bradley-Terry loss does not use", " and ".join(unused))
+    return train, val
+
+
+def load_side(side: Side, config: DataConfig, tokenizer: Any) -> Loaded:
+    """One side as tokens, from the cache where it is there; see `load_sides`."""
+    key = side.key if side.share is None else f"{side.key} ({side.share[0]} share)"
+    files = resolve_files(config, key=side.key)
+    store = prepare(files, config, tokenizer, key=key, share=side.share)
+    dropped, facts = store.dropped, store.facts
     if dropped.total:
-        log.warning("%s: left out %d of %d rows: %s", key, dropped.total, total, dropped.describe())
-    if not len(data):
+        log.warning("%s: left out %d of %d rows: %s", key, dropped.total, facts.num_rows, dropped.describe())
+    if not len(store.data):
+        why = dropped.describe() or f"{facts.held_out} are on the other side of data.val_fraction={config.val_fraction}"
         raise UserError(
-            f"{key}: none of {total} rows can be used: {dropped.describe()}; mend the data, or raise "
+            f"{key}: none of {facts.num_rows} rows can be used: {why}; mend the data, or raise "
             "data.max_length where texts are too long"
         )
-    log.info("%s: %d pairs as %s, %d tokens with shared prompts once", key, len(data), data.style, len(data.tokens))
-    return Loaded(data, dropped, files)
+    log.info(
+        "%s: %d groups, %d comparisons as %s, %d tokens with shared prompts once",
+        key, len(store.data), store.data.num_comparisons, store.data.style, store.data.num_tokens,
+    )  # fmt: skip
+    if not facts.matches_template:
+        log.warning(
+            "%s: %s renders prompts otherwise than the tokenizer's chat template; texts to be scored must be rendered "
+            "the same way", key, config.custom_cls.name,
+        )  # fmt: skip
+    return Loaded(store, files)
+
+
+def mixture_of(train: Loaded) -> Mixture | None:
+    """How often each entry of `data.train_files` is used in an epoch; None when every group is used once."""
+    entry_of = {file.name: file.entry for file in train.files}
+    weight_of = {file.entry: file.weight for file in train.files}
+    if all(weight == 1 for weight in weight_of.values()):
+        return None
+    weights = [weight_of.get(entry, 0.0) for entry in range(max(weight_of) + 1)]
+    entries = np.array([entry_of[name] for name in train.data.files], np.int32)
+    return Mixture(entries[train.data.file_numbers], weights)
+
+
+def _warn_of_overlap(train: TokenData, val: TokenData) -> None:
+    shared = np.isin(val.prompt_hashes, train.prompt_hashes)
+    if shared.any():
+        log.warning(
+            "%d of %d groups of the validation data have a prompt that is in the training data too (first: %s); "
+            "rm-gallery show-data says more", int(shared.sum()), len(val), val.where(int(shared.argmax())),
+        )  # fmt: skip
 
 
 def build_model(config: TrainConfig, tokenizer: Any) -> RewardModel:

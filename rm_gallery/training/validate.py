@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -13,27 +13,38 @@ from rm_gallery.metrics import Sums, means
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
 
+_BY_SOURCE = ("val/loss", "val/accuracy")
 _GROUPS_AT_ONCE = 4096  # packs are planned over so many groups, so that little memory is needed for any number
 
 
 def validate(model: RewardModel, data: TokenData, objective: Objective, *, token_budget: int) -> dict[str, float]:
-    """val/loss, val/accuracy and mean rewards over every comparison.
+    """val/loss, val/accuracy and mean rewards over every comparison; with several sources, loss and accuracy of each.
 
     token_budget: tokens of a micro-batch; the figures do not depend on it (float64 sums of float32 rewards).
     """
     device = next(model.parameters()).device
-    sums = Sums()
+    by_source = {number: Sums() for number in range(len(data.sources))}
     with model.inference():
-        for pack in plan_packs(data, token_budget=token_budget, padded=model.padded):
+        for source, pack in plan_packs(data, token_budget=token_budget, padded=model.padded):
             batch = collate([data[index] for index in pack]).to(device)
-            sums.add(objective(model(batch), batch)[1])
-    return means(sums.read(), "val")
+            by_source[source].add(objective(model(batch), batch)[1])
+    total = Sums()
+    for sums in by_source.values():
+        total.merge(sums)
+    metrics = means(total.read(), "val")
+    if len(by_source) > 1:
+        for number, sums in by_source.items():
+            found = means(sums.read(), "val")
+            name = data.sources[number] or "other"
+            metrics.update({f"{metric}/{name}": found[metric] for metric in _BY_SOURCE if metric in found})
+    return metrics
 
 
-def plan_packs(data: TokenData, *, token_budget: int, padded: bool) -> Sequence[list[int]]:
-    """All groups of a data set in micro-batches, in any order."""
-    packs: list[list[int]] = []
-    for start in range(0, len(data), _GROUPS_AT_ONCE):
-        groups = np.arange(start, min(start + _GROUPS_AT_ONCE, len(data)))
-        packs += plan_step(groups, data.sizes, token_budget=token_budget, padded=padded).packs[0]
-    return packs
+def plan_packs(data: TokenData, *, token_budget: int, padded: bool) -> Iterator[tuple[int, list[int]]]:
+    """All groups of a data set in micro-batches, in any order; each holds groups of one source, whose number it has."""
+    for source in range(len(data.sources)):
+        members = np.flatnonzero(data.source_numbers == source)
+        for start in range(0, len(members), _GROUPS_AT_ONCE):
+            groups = members[start : start + _GROUPS_AT_ONCE]
+            for pack in plan_step(groups, data.sizes, token_budget=token_budget, padded=padded).packs[0]:
+                yield source, pack

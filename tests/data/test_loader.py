@@ -9,11 +9,11 @@ import pytest
 
 from rm_gallery.data.loader import StepBatches, load_steps
 from rm_gallery.data.packing import PackingConfig, Plan
-from rm_gallery.data.token_data import TokenData
+from rm_gallery.data.token_data import Origin, TokenData
 from tests.small import random_groups
 
 GROUPS = [group for seed in range(3) for group in random_groups(seed)]
-DATA = TokenData(((group, "") for group in GROUPS), "text")
+DATA = TokenData.from_groups((group, Origin()) for group in GROUPS)
 
 
 def plan(*, world_size: int = 1, **options: bool) -> Plan:

@@ -8,7 +8,16 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from rm_gallery.data.packing import PackingConfig, Plan, StepPlan, check_budget, epoch_order, plan_step, split_steps
+from rm_gallery.data.packing import (
+    Mixture,
+    PackingConfig,
+    Plan,
+    StepPlan,
+    check_budget,
+    epoch_order,
+    plan_step,
+    split_steps,
+)
 from rm_gallery.data.token_data import GroupSizes
 
 
@@ -93,7 +102,7 @@ def test_drop_last_leaves_out_only_a_step_that_is_not_full() -> None:
     ones = np.ones(10, np.int64)
     assert [len(s) for s in split_steps(np.arange(10), ones, batch_size=4, drop_last=True)] == [4, 4]
     assert [len(s) for s in split_steps(np.arange(8), ones, batch_size=4, drop_last=True)] == [4, 4]
-    assert split_steps(np.arange(3), ones, batch_size=4, drop_last=True) == []
+    assert split_steps(np.arange(3), ones, batch_size=4, drop_last=True)[:] == []
 
 
 def test_drop_last_keeps_full_steps_of_groups_that_do_not_divide_the_batch() -> None:
@@ -118,7 +127,7 @@ def test_steps_count_comparisons_and_never_split_a_group() -> None:
 
 
 def test_no_groups_give_no_steps() -> None:
-    assert split_steps(np.arange(0), np.ones(0, np.int64), batch_size=4, drop_last=False) == []
+    assert split_steps(np.arange(0), np.ones(0, np.int64), batch_size=4, drop_last=False)[:] == []
 
 
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
@@ -134,6 +143,25 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
 
 def test_shuffle_false_keeps_the_order_of_the_files() -> None:
     assert epoch_order(5, seed=1, epoch=1, shuffle=False).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_mixture_uses_the_groups_of_an_entry_as_often_as_its_weight_says() -> None:
+    mixture = Mixture(np.repeat([0, 1, 2, 3], [10, 8, 6, 5]), [1.0, 0.5, 2.0, 0.0])
+    counts = [
+        np.bincount(epoch_order(29, seed=3, epoch=e, shuffle=True, mixture=mixture), minlength=29) for e in (0, 1)
+    ]
+    for count in counts:
+        assert count[:10].tolist() == [1] * 10
+        assert sorted(count[10:18].tolist()) == [0] * 4 + [1] * 4
+        assert count[18:24].tolist() == [2] * 6 and not count[24:].any()
+    assert (counts[0] + counts[1])[10:18].tolist() == [1] * 8, "the other half in the next epoch"
+
+
+def test_a_mixture_of_ones_is_no_mixture() -> None:
+    mixture = Mixture(np.repeat([0, 1], [4, 6]), [1.0, 1.0])
+    for shuffle in (True, False):
+        plain = epoch_order(10, seed=1, epoch=2, shuffle=shuffle)
+        assert epoch_order(10, seed=1, epoch=2, shuffle=shuffle, mixture=mixture).tolist() == plain.tolist()
 
 
 def make_plan(sizes: GroupSizes, *, seed: int = 0, **options: int) -> Plan:
@@ -177,7 +205,7 @@ def test_the_fingerprint_tells_what_decides_the_plan() -> None:
 
 def test_a_budget_below_the_longest_group_names_the_row() -> None:
     sizes = GroupSizes(np.array([5, 9]), np.array([4, 6]), np.array([2, 2]), np.array([1, 1]))
-    where = ["a:0", "a:1"]
+    where = ["a:0", "a:1"].__getitem__
     assert check_budget(sizes, where, token_budget=9, key="data.x") is None
     assert check_budget(sizes, where, token_budget=8, key="data.x") == (
         "a:1: a group of 9 tokens does not fit into a micro-batch of 8; "

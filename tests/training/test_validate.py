@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rm_gallery.data.batch import collate
-from rm_gallery.data.token_data import TokenData
+from rm_gallery.data.token_data import Origin, TokenData
 from rm_gallery.modeling.reward_model import load_reward_model
 from rm_gallery.objectives import bradley_terry
 from rm_gallery.training.validate import validate
@@ -16,7 +16,7 @@ from tests.small import make_model, random_groups
 
 
 def data(*seeds: int) -> TokenData:
-    return TokenData(((group, "") for seed in seeds for group in random_groups(seed)), "text")
+    return TokenData.from_groups((group, Origin()) for seed in seeds for group in random_groups(seed))
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "bert"])

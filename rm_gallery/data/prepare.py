@@ -1,0 +1,208 @@
+"""Preparing: the files of one side become token data, from the cache on disk where it holds them already.
+
+The cache lies in `data.cache_dir`, a folder for each fingerprint: of the files, the tokenizer and its template, and
+every setting that decides tokens. Processes that start together build it once, the others wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from itertools import chain, islice
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge
+
+from rm_gallery import __version__
+from rm_gallery.data.custom import source_fingerprint
+from rm_gallery.data.dropped import Dropped
+from rm_gallery.data.formats import choose_format
+from rm_gallery.data.process_rows import Processed, RowProcessor, RowsConfig, Share, Work
+from rm_gallery.data.source import Chunk, DataFile, read_chunks
+from rm_gallery.data.token_store import Facts, Store, StoreWriter, open_store
+from rm_gallery.data.workers import Task, process_in_order
+from rm_gallery.errors import UserError
+from rm_gallery.schema import InputStyle
+
+log = logging.getLogger(__name__)
+
+_STORE_VERSION = 1  # of what is stored, and of how rows become tokens: raise it when either changes
+_SECONDS_BETWEEN_NEWS = 10.0
+_PEEK_ROWS = 64  # that decide on the format
+_CHECK_ROWS = 8  # that are read before a run begins
+
+
+@dataclass(frozen=True)
+class PrepareConfig(RowsConfig):
+    """Part of `data`: how rows become token data on disk."""
+
+    cache_dir: str | None = None
+    """Folder of tokenized data, one inside for each data set with its settings; may be deleted at any time. Default:
+    `$RM_GALLERY_CACHE`, or `~/.cache/rm_gallery`."""
+    num_workers: Annotated[int, Ge(0)] | None = None
+    """Processes that tokenize, besides the main one; default: one per core, none for little data."""
+
+
+def prepare(
+    files: Sequence[DataFile], config: PrepareConfig, tokenizer: Any, *, key: str, share: Share | None = None
+) -> Store:
+    """Token data of all usable rows of the files, in order, with what was left out.
+
+    key: configuration key that the files came from, for messages.
+    share: the side of the hold-out by prompt that is wanted; None takes every row.
+    Raises UserError for files that cannot be read or mix chats with bare texts, and when the cache cannot be written.
+    """
+    folder = _cache_folder(config) / _fingerprint(files, config, tokenizer, share)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        store = open_store(folder)
+        if store is not None:
+            log.info("%s: tokens from the cache (%s)", key, folder)
+            return store
+        with _locked(folder, key):
+            store = open_store(folder)  # another process may have built it meanwhile
+            return store or _build(folder, files, Work(config, tokenizer, share), config, key)
+    except OSError as error:  # what reading the data may raise is a UserError already
+        raise UserError(
+            f"{folder.parent}: the cache of tokenized data cannot be used ({error.strerror or error}); "
+            "set data.cache_dir to a folder with room"
+        ) from error
+
+
+def peek(file: DataFile, config: PrepareConfig, tokenizer: Any, *, key: str) -> None:
+    """Read the first rows of a file as training would; raises UserError as `prepare` does."""
+    for task in islice(_tasks([file], config, key, []), 1):
+        processor = RowProcessor(Work(config, tokenizer))
+        rows = islice(task.chunk.rows(), _CHECK_ROWS)
+        processor.process(rows, processor.reader(task.format_name), task.source)
+
+
+def _cache_folder(config: PrepareConfig) -> Path:
+    if config.cache_dir is not None:
+        return Path(config.cache_dir).expanduser()
+    return Path(os.environ.get("RM_GALLERY_CACHE") or "~/.cache/rm_gallery").expanduser()
+
+
+@contextmanager
+def _locked(folder: Path, key: str) -> Iterator[None]:
+    """One process at a time on this machine; the lock of a process that dies is free."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s: waiting for another process that tokenizes the same data", key)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fingerprint(files: Sequence[DataFile], config: PrepareConfig, tokenizer: Any, share: Share | None) -> str:
+    """Hash of all that decides the token data of these files."""
+    decides = {each.name for each in fields(RowsConfig)}
+    facts = {
+        "store": _STORE_VERSION,
+        "versions": [__version__, *(metadata.version(name) for name in ("tokenizers", "transformers", "jinja2"))],
+        "files": [asdict(file) for file in files],
+        "config": {name: value for name, value in asdict(config).items() if name in decides},
+        "custom class": source_fingerprint(config.custom_cls) if config.custom_cls.path else None,
+        "share": share,
+        "tokenizer": hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "class": type(tokenizer).__name__,
+        "template": tokenizer.chat_template,
+        "special tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    }
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _build(folder: Path, files: Sequence[DataFile], work: Work, config: PrepareConfig, key: str) -> Store:
+    chosen: list[str] = []
+    totals = _Totals(key)
+    with StoreWriter(folder) as writer:
+        tasks = _tasks(files, config, key, chosen)
+        for processed in process_in_order(tasks, work, num_workers=config.num_workers):
+            totals.add(processed)
+            writer.append(processed.chunk)
+        writer.finish(totals.facts(chosen), totals.dropped)
+    store = open_store(folder)
+    if store is None:
+        raise UserError(f"{folder}: what was written there cannot be read back; check the disk")
+    return store
+
+
+def _tasks(files: Sequence[DataFile], config: PrepareConfig, key: str, chosen: list[str]) -> Iterator[Task]:
+    """The chunks of all files; says once how files are read, and why."""
+    for file in files:
+        chunks = read_chunks(file, key=key)
+        first = next(chunks, None)
+        if first is None:
+            continue
+        name = ""
+        if config.custom_cls.path is None:
+            name, why = _format_of(file, first, config)
+            sentence = f"read as {name}: {why}"
+            if sentence not in chosen:
+                chosen.append(sentence)
+                log.info("%s: %s %s", key, file.name, sentence)
+        for chunk in chain([first], chunks):
+            yield Task(chunk, name, file.source)
+
+
+def _format_of(file: DataFile, chunk: Chunk, config: PrepareConfig) -> tuple[str, str]:
+    if file.format is not None:
+        return file.format, "the entry says so"
+    choice = choose_format(list(islice(chunk.rows(), _PEEK_ROWS)), config)
+    return choice.name, choice.why
+
+
+class _Totals:
+    """What became of all rows so far; says now and then how far it is."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self.dropped = Dropped()
+        self._styles: dict[InputStyle, str] = {}
+        self._has_text_prompts, self._matches_template = False, True
+        self._num_rows = self._held_out = 0
+        self._start = self._said = time.monotonic()
+
+    def add(self, processed: Processed) -> None:
+        for reason, count in processed.dropped.counts.items():
+            self.dropped.add(reason, processed.dropped.examples[reason], count)
+        for style, where in processed.styles.items():
+            self._styles.setdefault(style, where)
+        if len(self._styles) > 1:
+            raise UserError(
+                f"the data mix chat messages ({self._styles['chat']}) with bare texts ({self._styles['text']}); "
+                "set data.input_style=chat to read all as chats, or split the files"
+            )
+        self._has_text_prompts |= processed.has_text_prompts
+        self._matches_template &= processed.matches_template
+        self._num_rows += processed.num_rows
+        self._held_out += processed.held_out
+        now = time.monotonic()
+        if now - self._said > _SECONDS_BETWEEN_NEWS:
+            self._said = now
+            rate = self._num_rows / (now - self._start)
+            log.info("%s: %d rows tokenized (%.0f a second)", self._key, self._num_rows, rate)
+
+    def facts(self, formats: list[str]) -> Facts:
+        return Facts(
+            style=next(iter(self._styles), "text"),
+            has_text_prompts=self._has_text_prompts,
+            formats=formats,
+            num_rows=self._num_rows,
+            held_out=self._held_out,
+            matches_template=self._matches_template,
+        )
