@@ -141,3 +141,12 @@ def test_a_row_that_cannot_be_used_is_left_out_with_its_reason(output: Any, reas
     groups, dropped = read(good, {"input": "hi", "output": output})
     assert len(groups) == 1
     assert dropped.counts == {reason: 1}
+
+
+def test_texts_need_the_prompt_that_they_answer() -> None:
+    nested = row(answer("a", label=1), answer("b", label=0))
+    assert why({**nested, "input": ""}) == "text responses without input"
+    completions = {"completions": nested["output"]}
+    assert why({"instruction": None, **completions}) == "text responses without instruction"
+    assert why(completions) == "text responses without prompt"
+    assert read_one(completions, prompt_key=None).style == "text"
