@@ -113,15 +113,15 @@ def _comparisons(preferred: list[bool | None], scores: list[float | None], name:
     """
     labels = [float(label) for label in preferred if label is not None]
     numbers = [score for score in scores if score is not None]
-    has_scores = len(numbers) == len(scores)
-    if len(labels) == len(preferred) and len(set(labels)) > 1:
+    has_labels, has_scores = len(labels) == len(preferred), len(numbers) == len(scores)
+    if has_labels and len(set(labels)) > 1:
         comparisons = compare(labels, "")
         if has_scores:
             comparisons = [_with_margin(each, numbers) for each in comparisons]
         return comparisons
     if has_scores:
         return compare(numbers, f"all labels or scores in {name} equal", with_margins=True)
-    raise BadRow(f"all labels in {name} equal" if labels else f"{name} with a response that has no label or score")
+    raise BadRow(f"all labels in {name} equal" if has_labels else f"{name} with a response that has no label or score")
 
 
 def _with_margin(comparison: Comparison, scores: list[float]) -> Comparison:
