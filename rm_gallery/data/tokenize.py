@@ -7,11 +7,11 @@ tokens that any server makes of the same text. Needs a tokenizer, never torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rm_gallery.data.dropped import BadRow, Dropped
 from rm_gallery.data.length import LengthConfig, fit_length
@@ -20,6 +20,9 @@ from rm_gallery.errors import UserError
 from rm_gallery.schema import InputStyle, PreferenceGroup
 
 _CHUNK_GROUPS = 512
+
+RenderChat: TypeAlias = Callable[..., str]
+"""`render(prompt_messages, response_messages, where="file:row")` -> whole text, in place of the chat template."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,16 @@ def _read_template(text: str) -> str:
         ) from error
 
 
-def encode(group: PreferenceGroup, tokenizer: Any, config: TokenizeConfig) -> list[list[int]]:
+def encode(
+    group: PreferenceGroup, tokenizer: Any, config: TokenizeConfig, render_chat: RenderChat | None = None
+) -> list[list[int]]:
     """Token ids of each whole text of the group; see `encode_many`."""
-    return encode_many([group], tokenizer, config)[0]
+    return encode_many([group], tokenizer, config, render_chat)[0]
 
 
-def encode_many(groups: Sequence[PreferenceGroup], tokenizer: Any, config: TokenizeConfig) -> list[list[list[int]]]:
+def encode_many(
+    groups: Sequence[PreferenceGroup], tokenizer: Any, config: TokenizeConfig, render_chat: RenderChat | None = None
+) -> list[list[list[int]]]:
     """Token ids of every whole text, as `[group][response]`, before any length policy.
 
     Chats are rendered by the template, which writes the special tokens itself, but for the CLS that an encoder's
@@ -95,7 +102,7 @@ def encode_many(groups: Sequence[PreferenceGroup], tokenizer: Any, config: Token
     bos, cls = tokenizer.bos_token or "", tokenizer.cls_token or ""
     for group in groups:
         places = []
-        for text in render(group, tokenizer, config):
+        for text in render(group, tokenizer, config, render_chat):
             if group.style == "chat":
                 target = plain if cls and not text.startswith(cls) else rendered
             else:
@@ -121,13 +128,20 @@ def _encode_texts(texts: list[str], tokenizer: Any, add_special_tokens: bool) ->
     return encoded["input_ids"]
 
 
-def render(group: PreferenceGroup, tokenizer: Any, config: TokenizeConfig) -> list[str]:
+def render(
+    group: PreferenceGroup, tokenizer: Any, config: TokenizeConfig, render_chat: RenderChat | None = None
+) -> list[str]:
     """The K whole texts of a group, as they are tokenized.
 
     Raises BadRow for a conversation that the chat template refuses and for half a character (a lone surrogate,
     which JSON can spell), UserError when there is no template or a broken one.
     """
-    texts = _render_texts(group, tokenizer, config) if group.style == "text" else _render_chats(group, tokenizer)
+    if group.style == "text":
+        texts = _render_texts(group, tokenizer, config)
+    elif render_chat is not None:
+        texts = [render_chat(group.prompt, response, where=group.where) for response in group.responses]
+    else:
+        texts = _render_chats(group, tokenizer)
     try:
         for text in texts:
             text.encode()
@@ -173,6 +187,7 @@ def tokenize_groups(
     *,
     dropped: Dropped,
     bad_rows: str = "drop",
+    render_chat: RenderChat | None = None,
 ) -> TokenData:
     """Token arrays of all usable groups; the others are added to `dropped`.
 
@@ -194,7 +209,7 @@ def tokenize_groups(
                     f"the data mix chat messages ({styles['chat']}) with bare texts ({styles['text']}); "
                     "set data.input_style=chat to read all as chats, or split the files"
                 )
-            for group, texts in _encode_chunk(chunk, tokenizer, config, dropped, bad_rows):
+            for group, texts in _encode_chunk(chunk, tokenizer, config, dropped, bad_rows, render_chat):
                 try:
                     yield split_prefix(fit_length(texts, group, tokenizer, config), group.comparisons), group.where
                 except BadRow as error:
@@ -207,16 +222,21 @@ def tokenize_groups(
 
 
 def _encode_chunk(
-    chunk: list[PreferenceGroup], tokenizer: Any, config: TokenizeConfig, dropped: Dropped, bad_rows: str
+    chunk: list[PreferenceGroup],
+    tokenizer: Any,
+    config: TokenizeConfig,
+    dropped: Dropped,
+    bad_rows: str,
+    render_chat: RenderChat | None,
 ) -> Iterator[tuple[PreferenceGroup, list[list[int]]]]:
     try:
-        yield from zip(chunk, encode_many(chunk, tokenizer, config), strict=True)
+        yield from zip(chunk, encode_many(chunk, tokenizer, config, render_chat), strict=True)
         return
     except BadRow:
         pass  # one of them cannot be rendered: find out which, one by one
     for group in chunk:
         try:
-            yield group, encode(group, tokenizer, config)
+            yield group, encode(group, tokenizer, config, render_chat)
         except BadRow as error:
             _drop(error, group.where, dropped, bad_rows)
 

@@ -42,6 +42,9 @@ class InputRecord:
     separator: str = "\n\n"
     """Style `text`: what stands between a prompt and its response. Training joins a prompt column directly, which is
     "" here; without one the model knows no prompts, and a blank line is put between."""
+    own_rendering: bool = False
+    """A class of the user's own rendered conversations otherwise than the chat template of the folder does, so texts
+    that it rendered score as in training, and messages do not."""
 
 
 def settle_pad_token(model: RewardModel, tokenizer: Any) -> None:

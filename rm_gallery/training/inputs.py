@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rm_gallery.data.dropped import Dropped
+from rm_gallery.data.custom import CustomReader
+from rm_gallery.data.dropped import BadRow, Dropped
 from rm_gallery.data.formats import read_groups
 from rm_gallery.data.packing import check_budget
-from rm_gallery.data.source import find_files, read_rows
+from rm_gallery.data.source import Row, find_files, read_rows
 from rm_gallery.data.token_data import TokenData
 from rm_gallery.data.tokenize import load_tokenizer, tokenize_groups
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.export import settle_pad_token
+from rm_gallery.modeling.export import InputRecord, settle_pad_token
 from rm_gallery.modeling.reward_model import ENCODERS, RewardModel, load_model_config, load_reward_model, max_positions
+from rm_gallery.schema import PreferenceGroup
 from rm_gallery.training.checkpoint import refuse_earlier_run
 from rm_gallery.training.config import DataConfig, TrainConfig
 
@@ -33,6 +35,21 @@ class Loaded:
     data: TokenData
     dropped: Dropped
     files: list[Path]
+    custom: CustomReader | None = None
+    """What read the rows under `data.custom_cls`."""
+
+    def input_record(self, config: DataConfig) -> InputRecord:
+        """How the model is given these texts, for the checkpoint."""
+        if self.custom is not None and self.data.style == "chat":
+            return InputRecord(
+                self.custom.style,
+                self.custom.append_eos,
+                config.max_length,
+                separator=self.custom.separator,
+                own_rendering=not self.custom.matches_template,
+            )
+        separator = "" if self.data.has_text_prompts else "\n\n"
+        return InputRecord(self.data.style, config.append_eos, config.max_length, separator=separator)
 
     def facts(self) -> dict[str, Any]:
         """For run.json."""
@@ -57,14 +74,19 @@ def check_inputs(config: TrainConfig) -> None:
     """
     model = config.model
     refuse_earlier_run(config.trainer.run_dir)
-    load_tokenizer(
+    tokenizer = load_tokenizer(
         model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template
     )
+    custom = CustomReader.from_config(config.data, tokenizer) if config.data.custom_cls.name else None
     load_model_config(model.partial_pretrain, trust_remote_code=model.trust_remote_code)
     for key, paths in (("data.train_files", config.data.train_files), ("data.val_files", config.data.val_files)):
         for file in find_files(paths, key=key) if paths else []:
             rows = islice(read_rows([file], key=key), _PEEK_ROWS)
-            list(read_groups(rows, config.data, has_chat_template=True, dropped=Dropped()))
+            if custom is None:
+                list(read_groups(rows, config.data, has_chat_template=True, dropped=Dropped()))
+            else:
+                groups = _read_custom(rows, custom, Dropped(), config.data.bad_rows)
+                tokenize_groups(groups, tokenizer, config.data, dropped=Dropped(), render_chat=custom.render)
 
 
 def load_data(config: DataConfig, paths: str | Sequence[str], key: str, tokenizer: Any) -> Loaded:
@@ -74,10 +96,18 @@ def load_data(config: DataConfig, paths: str | Sequence[str], key: str, tokenize
     """
     files = find_files(paths, key=key)
     dropped = Dropped()
-    groups = read_groups(
-        read_rows(files, key=key), config, has_chat_template=tokenizer.chat_template is not None, dropped=dropped
+    rows = read_rows(files, key=key)
+    custom, render_chat = None, None
+    if config.custom_cls.name:
+        custom = CustomReader.from_config(config, tokenizer)
+        render_chat = custom.render
+        groups = _read_custom(rows, custom, dropped, config.bad_rows)
+    else:
+        has_template = tokenizer.chat_template is not None
+        groups = read_groups(rows, config, has_chat_template=has_template, dropped=dropped)
+    data = tokenize_groups(
+        groups, tokenizer, config, dropped=dropped, bad_rows=config.bad_rows, render_chat=render_chat
     )
-    data = tokenize_groups(groups, tokenizer, config, dropped=dropped, bad_rows=config.bad_rows)
     total = len(data) + dropped.total
     if dropped.total:
         log.warning("%s: left out %d of %d rows: %s", key, dropped.total, total, dropped.describe())
@@ -87,7 +117,23 @@ def load_data(config: DataConfig, paths: str | Sequence[str], key: str, tokenize
             "data.max_length where texts are too long"
         )
     log.info("%s: %d pairs as %s, %d tokens with shared prompts once", key, len(data), data.style, len(data.tokens))
-    return Loaded(data, dropped, files)
+    for warning in custom.facts.warnings() if custom is not None else ():
+        log.warning("%s: %s", key, warning)
+    return Loaded(data, dropped, files, custom)
+
+
+def _read_custom(
+    rows: Iterable[Row], custom: CustomReader, dropped: Dropped, bad_rows: str
+) -> Iterator[PreferenceGroup]:
+    for row in rows:
+        try:
+            yield custom.read(row)
+        except BadRow as error:
+            if bad_rows == "error":
+                raise UserError(
+                    f"{row.where}: {error}; mend the row, or set data.bad_rows=drop to leave it out"
+                ) from None
+            dropped.add(str(error), row.where)
 
 
 def build_model(config: TrainConfig, tokenizer: Any) -> RewardModel:
