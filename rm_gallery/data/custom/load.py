@@ -90,7 +90,7 @@ def _load(config: CustomClassConfig) -> _Loaded:
     if earlier is not None and _is_unchanged(earlier):
         return earlier
     module = ModuleType(f"custom_cls_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}_{path.stem}")
-    module.__file__ = str(path)
+    module.__file__, module.__package__ = str(path), ""
     sys.modules[module.__name__] = module  # where dataclasses and type hints look the module up
     with _modules_beside(path):
         try:

@@ -62,7 +62,7 @@ class Renderer:
         for a template that is not valid Jinja.
         """
         turns, last = [*prompt, *response[:-1]], response[-1]
-        rendered = self._by_hook(turns) if turns and self._has_hook else None
+        rendered = self._by_hook(turns) if self._has_hook else None
         if rendered is None:
             try:
                 text = self._by_template([*turns, last])
@@ -87,8 +87,12 @@ class Renderer:
         try:
             text = call_hook(self._dataset, "_apply_chat_template", [dict(message) for message in turns])
         except HookError as error:
-            self._check_template(turns, error.__cause__)
-            raise
+            fault = self._find_fault(turns, error.__cause__)
+            if fault is None:
+                raise
+            if not turns:  # the library refuses to render no messages at all; with the response there is one
+                return None
+            raise fault from error
         if not isinstance(text, str):
             raise wrong_type(self._dataset, "_apply_chat_template", text, "text (tokenize=False gives it)")
         for add_generation_prompt in (True, False):
@@ -99,13 +103,13 @@ class Renderer:
                 return text
         return text
 
-    def _check_template(self, turns: list[Message], cause: BaseException | None) -> None:
-        """Raise what is wrong with row or template when it is the template that failed in a hook, and not the hook."""
+    def _find_fault(self, turns: list[Message], cause: BaseException | None) -> BadRow | UserError | None:
+        """What is wrong with the row or the template, when it was the template that failed in a hook."""
         try:
             self._by_template(turns, True)
         except Exception as error:
-            if type(error) is type(cause):
-                raise _template_fault(error) from error
+            return _template_fault(error) if type(error) is type(cause) else None
+        return None
 
     def _by_template(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         return self._tokenizer.apply_chat_template(
