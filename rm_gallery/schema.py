@@ -21,6 +21,10 @@ class Comparison:
     worse: int
     weight: float = 1.0
     """Factor on this comparison's loss."""
+    margin: float | None = None
+    """How much better, in whatever unit the data have (a score difference, steps of a scale); None for unknown."""
+    p_better: float | None = None
+    """Soft label: share of people who prefer `better`, 0 to 1; None for unknown."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ In: TokenGroups. Out: a PackedBatch, without a padding token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,6 +50,10 @@ class PackedBatch:
     """[C] int64."""
     weight: Tensor
     """[C] float32."""
+    margin: Tensor
+    """[C] float32, NaN where the data have none."""
+    p_better: Tensor
+    """[C] float32: share of people who prefer `better`; NaN where the data have none."""
     group_lengths: tuple[int, ...]
     """G tokens of each group, on the host."""
     tail_lengths: tuple[tuple[int, ...], ...]
@@ -77,6 +82,8 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
     better: list[int] = []
     worse: list[int] = []
     weight: list[float] = []
+    margin: list[float] = []
+    p_better: list[float] = []
     group_lengths: list[int] = []
     end = 0
     for group in groups:
@@ -96,6 +103,8 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
             better.append(first + comparison.better)
             worse.append(first + comparison.worse)
             weight.append(comparison.weight)
+            margin.append(math.nan if comparison.margin is None else comparison.margin)
+            p_better.append(math.nan if comparison.p_better is None else comparison.p_better)
         group_lengths.append(end - start)
     return PackedBatch(
         input_ids=_int64(ids),
@@ -106,6 +115,8 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
         better=torch.tensor(better, dtype=torch.int64),
         worse=torch.tensor(worse, dtype=torch.int64),
         weight=torch.tensor(weight, dtype=torch.float32),
+        margin=torch.tensor(margin, dtype=torch.float32),
+        p_better=torch.tensor(p_better, dtype=torch.float32),
         group_lengths=tuple(group_lengths),
         tail_lengths=tuple(tuple(len(tail) for tail in group.tails) for group in groups),
     )

@@ -30,10 +30,19 @@ class SourceConfig:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a file: its columns by name, and `file:row` (rows count from 0)."""
+    """One row of a file: its columns by name, and where it stands."""
 
     values: dict[str, Any]
-    where: str
+    file: str
+    index: int
+    """Number of the row in its file, from 0."""
+    fault: str = ""
+    """Why the row itself cannot be read (then `values` is empty); the same text for all rows with the same fault."""
+
+    @property
+    def where(self) -> str:
+        """`file:row`, for messages."""
+        return f"{self.file}:{self.index}"
 
 
 def find_files(paths: str | Sequence[str], *, key: str) -> list[Path]:
@@ -97,7 +106,7 @@ def read_rows(files: Sequence[Path], *, key: str) -> Iterator[Row]:
                 index = 0
                 for batch in parquet.iter_batches(batch_size=_BATCH_ROWS):
                     for values in _plain_rows(batch, file, index):
-                        yield Row(values, f"{file}:{index}")
+                        yield Row(values, str(file), index)
                         index += 1
         except (pa.ArrowException, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -18,6 +18,8 @@ def bradley_terry(rewards: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str
     rewards: [R] float32. Returns the loss *summed* over comparisons, each times its weight, and metric sums
     without gradients. The trainer divides by the number of comparisons of the whole step, so neither packing
     nor the number of ranks changes the result. No comparison gives 0 that still belongs to the graph.
+    Of what the data say about a comparison only the weight counts here: this loss has no place for a margin
+    (`batch.margin`) or for the share of people who agree (`batch.p_better`).
     """
     better, worse = rewards[batch.better], rewards[batch.worse]  # [C]
     losses = -F.logsigmoid(better - worse)

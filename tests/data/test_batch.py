@@ -25,6 +25,14 @@ def test_collate_lays_out_the_example_of_its_docstring() -> None:
     assert (batch.group_lengths, batch.tail_lengths) == ((5, 3), ((2, 1), (1, 2)))
 
 
+def test_margins_and_soft_labels_are_carried_with_nan_for_none() -> None:
+    known = Comparison(0, 1, margin=-2.5, p_better=0.25)
+    batch = collate([split_prefix([[1], [2], [3]], [known, Comparison(1, 2)])])
+    assert batch.margin.dtype == batch.p_better.dtype == torch.float32
+    assert (batch.margin[0].item(), batch.p_better[0].item()) == (-2.5, 0.25)
+    assert batch.margin[1].isnan() and batch.p_better[1].isnan()
+
+
 def test_each_reward_is_read_at_the_last_token_of_its_whole_text() -> None:
     for seed in range(20):
         groups = random_groups(seed)
@@ -36,7 +44,7 @@ def test_each_reward_is_read_at_the_last_token_of_its_whole_text() -> None:
 
 def test_no_groups_give_an_empty_batch() -> None:
     batch = collate([])
-    assert batch.num_tokens == len(batch.reward_index) == len(batch.better) == 0
+    assert batch.num_tokens == len(batch.reward_index) == len(batch.better) == len(batch.margin) == 0
     assert batch.input_ids.dtype == batch.group.dtype == torch.int64
 
 

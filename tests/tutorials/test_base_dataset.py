@@ -110,10 +110,10 @@ def test_votes_become_a_weighted_comparison_or_a_reason(files: Path) -> None:
 
 def test_every_hook_has_a_default() -> None:
     row = {"prompt": "Why?", "chosen": "So.", "rejected": "No.", "data_source": "made/up", "ground_truth": {"a": 1}}
-    group = CustomReader(BaseTrainDataset, FormatConfig(), make_tokenizer()).read(Row(row, "a.parquet:0"))
+    group = CustomReader(BaseTrainDataset, FormatConfig(), make_tokenizer()).read(Row(row, "a.parquet", 0))
     assert (group.prompt, group.source, group.metadata) == ([USER], "made/up", {"ground_truth": {"a": 1}})
     bare = {"chosen": [USER, *said("So.")], "rejected": [USER, *said("No.")], "source": 5}
-    group = CustomReader(BaseTrainDataset, FormatConfig(), make_tokenizer()).read(Row(bare, "a.parquet:0"))
+    group = CustomReader(BaseTrainDataset, FormatConfig(), make_tokenizer()).read(Row(bare, "a.parquet", 0))
     assert [[*group.prompt, *each] for each in group.responses] == [bare["chosen"], bare["rejected"]]
     assert (group.source, group.metadata) == ("5", {})
 
@@ -127,9 +127,9 @@ def test_the_default_group_can_be_built_on() -> None:
 
     row = {"prompt": "Why?", "chosen": "So.", "rejected": "No.", "weight": 0.5}
     reader = CustomReader(Weighted, FormatConfig(), make_tokenizer())
-    assert reader.read(Row(row, "a.parquet:0")).comparisons == [Comparison(0, 1, 0.5)]
+    assert reader.read(Row(row, "a.parquet", 0)).comparisons == [Comparison(0, 1, 0.5)]
     with pytest.raises(UserError, match=r"^a\.parquet:1: Weighted\.build_group raised KeyError: 'weight' \(test_base_"):
-        reader.read(Row({key: row[key] for key in ("prompt", "chosen", "rejected")}, "a.parquet:1"))
+        reader.read(Row({key: row[key] for key in ("prompt", "chosen", "rejected")}, "a.parquet", 1))
 
 
 def test_the_config_is_the_data_section(files: Path) -> None:

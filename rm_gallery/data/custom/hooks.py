@@ -12,9 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from rm_gallery.data.custom.section import DataSection
 from rm_gallery.data.custom.sources import describe_error
 from rm_gallery.data.dropped import BadRow
 from rm_gallery.data.formats import as_messages, read_cell, without_repeats
+from rm_gallery.data.formats.turns import check_answer
+from rm_gallery.data.formats.values import check_text, optional_number, read_name
 from rm_gallery.data.source import Row
 from rm_gallery.errors import UserError
 from rm_gallery.schema import Comparison, Message, PreferenceGroup
@@ -55,38 +58,50 @@ def _name(dataset: Any, hook: str) -> str:
     return f"{type(dataset).__name__}.{hook}"
 
 
-def read_row(dataset: Any, row: Row, *, chosen_key: str, rejected_key: str) -> PreferenceGroup:
+def read_row(dataset: Any, row: Row, config: DataSection) -> PreferenceGroup:
     """The group of a row: from `build_group` if the class has it, else from the other hooks.
 
     Raises BadRow, and UserError that names hook, file and row.
     """
+    if row.fault:
+        raise BadRow(row.fault)
     try:
         if callable(getattr(dataset, "build_group", None)):
             group = _built(dataset, call_hook(dataset, "build_group", row.values))
         else:
-            group = build_pair(dataset, row.values, chosen_key=chosen_key, rejected_key=rejected_key)
-        source, metadata = _source(dataset, group, row.values), _metadata(dataset, group, row.values)
+            group = build_pair(dataset, row.values, config)
+        source, metadata = _source(dataset, group, row.values, config), _metadata(dataset, group, row.values)
     except HookError as error:
         raise UserError(f"{row.where}: {error}") from (error.__cause__ or error)
     return replace(group, where=row.where, source=source, metadata=metadata)
 
 
-def build_pair(dataset: Any, row: dict[str, Any], *, chosen_key: str, rejected_key: str) -> PreferenceGroup:
+def build_pair(dataset: Any, row: dict[str, Any], config: DataSection) -> PreferenceGroup:
     """Chat group of a pair: the messages of `_build_messages`, then the `chosen` and the `rejected` column.
 
     A column holds text (an assistant turn), one message, a list of messages, or such a list as JSON; turns of the
-    prompt that it repeats count once.
+    prompt that it repeats count once. Columns of a weight, a margin and a share of people count as in other formats.
     """
     prompt = _prompt(dataset, "_build_messages", call_hook(dataset, "_build_messages", row))
     answers = []
-    for key, option in ((chosen_key, "chosen_key"), (rejected_key, "rejected_key")):
-        if key not in row:
-            raise BadRow(f"no column {key!r} (data.{option})")
-        answers.append(_answer(row[key], key))
+    for option in ("chosen_key", "rejected_key"):
+        if config[option] not in row:
+            raise BadRow(f"no column {config[option]!r} (data.{option})")
+        answers.append(_answer(row[config[option]], config[option]))
     if answers[0] == answers[1]:
-        raise BadRow("chosen equal to rejected")
+        raise BadRow(f"{config.chosen_key} equal to {config.rejected_key}")
     turns, answers = without_repeats(prompt, answers)
-    return PreferenceGroup(turns, answers, (Comparison(0, 1),), "chat")
+    return PreferenceGroup(turns, answers, (_comparison(row, config),), "chat")
+
+
+def _comparison(row: dict[str, Any], config: DataSection) -> Comparison:
+    weight, share = optional_number(row, config.weight_key), optional_number(row, config.p_chosen_key)
+    if weight is not None and weight < 0:
+        raise BadRow(f"negative {config.weight_key}")
+    if share is not None and not 0 <= share <= 1:
+        raise BadRow(f"{config.p_chosen_key} outside 0 to 1")
+    margin = optional_number(row, config.margin_key)
+    return Comparison(0, 1, 1.0 if weight is None else weight, margin, share)
 
 
 def _prompt(dataset: Any, hook: str, messages: Any) -> list[Message]:
@@ -102,17 +117,8 @@ def _prompt(dataset: Any, hook: str, messages: Any) -> list[Message]:
 
 def _answer(value: Any, name: str) -> list[Message]:
     """Messages of a response, which ends with what the assistant said or called."""
-    if isinstance(value, Mapping):
-        value = [value]
-    elif isinstance(value, tuple):
-        value = list(value)
-    if value is not None and not isinstance(value, str | list):
-        raise BadRow(f"{name} that is {type(value).__name__}, not text or messages")
-    turns = as_messages(read_cell(value, name), "assistant")
-    if turns[-1]["role"] != "assistant":
-        raise BadRow(f"{name} that does not end with an assistant turn")
-    if not turns[-1].get("content", "").strip() and not turns[-1].get("tool_calls"):
-        raise BadRow(f"empty {name}")
+    turns = as_messages(read_cell(list(value) if isinstance(value, tuple) else value, name), "assistant")
+    check_answer(turns[-1], name)
     return turns
 
 
@@ -148,19 +154,29 @@ def _check_comparisons(dataset: Any, group: PreferenceGroup) -> None:
                 f"{_name(dataset, 'build_group')} compares response {each.better} with {each.worse}, of {len(known)} "
                 "that count from 0; correct the hook"
             )
-        if not isinstance(each.weight, int | float) or not math.isfinite(each.weight) or each.weight < 0:
+        if not _is_within(each.weight, 0, math.inf):
             raise BadRow("a weight that is not a finite number of at least 0")
+        if each.margin is not None and not _is_within(each.margin, -math.inf, math.inf):
+            raise BadRow("a margin that is not a finite number")
+        if each.p_better is not None and not _is_within(each.p_better, 0, 1):
+            raise BadRow("a share of people outside 0 to 1")
     if not group.comparisons:
         raise BadRow("no comparison between its responses")
 
 
-def _source(dataset: Any, group: PreferenceGroup, row: dict[str, Any]) -> str:
-    if group.source or not callable(getattr(dataset, "_get_data_source", None)):
-        return group.source
+def _is_within(value: object, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
+
+
+def _source(dataset: Any, group: PreferenceGroup, row: dict[str, Any], config: DataSection) -> str:
+    if group.source:
+        return check_text(group.source)
+    if not callable(getattr(dataset, "_get_data_source", None)):
+        return read_name(row, config.source_key)
     source = call_hook(dataset, "_get_data_source", row)
     if source is not None and not isinstance(source, str):
         raise wrong_type(dataset, "_get_data_source", source, "text")
-    return source or ""
+    return check_text(source or "")
 
 
 def _metadata(dataset: Any, group: PreferenceGroup, row: dict[str, Any]) -> Mapping[str, Any]:
@@ -168,7 +184,8 @@ def _metadata(dataset: Any, group: PreferenceGroup, row: dict[str, Any]) -> Mapp
     if "ground_truth" not in metadata and callable(getattr(dataset, "_extract_ground_truth", None)):
         hook = "_extract_ground_truth"
         truth = call_hook(dataset, hook, row)
-        metadata |= {} if truth is None else {"ground_truth": truth}
+        if truth is not None and truth == truth:  # NaN is what a column of numbers has for none
+            metadata["ground_truth"] = truth
     for key, value in metadata.items():
         if not isinstance(value, str | int | float | bool | None):
             try:

@@ -64,9 +64,9 @@ class CustomReader:
         Raises UserError when the constructor does not take (data_files, tokenizer, config).
         """
         self._facts = CustomFacts()
-        self._keys = {"chosen_key": config.chosen_key, "rejected_key": config.rejected_key}
+        self._config = DataSection(config)
         tokenizer = with_template(tokenizer)
-        self.dataset = _construct(dataset_class, tokenizer, DataSection(config))
+        self.dataset = _construct(dataset_class, tokenizer, self._config)
         self._renderer = Renderer(self.dataset, tokenizer)
         adds_eos = tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
         self.style: InputStyle = "chat" if self._renderer.has_own_template else "text"
@@ -96,7 +96,7 @@ class CustomReader:
 
         Raises BadRow for a row that cannot be used, and UserError that names hook, file and row for a hook that fails.
         """
-        group = read_row(self.dataset, row, **self._keys)
+        group = read_row(self.dataset, row, self._config)
         if group.style == "chat" and group.prompt:
             self._facts.num_prompts += 1
             self._facts.num_empty_prompts += not any(

@@ -19,6 +19,7 @@ from typing import Any, overload
 from rm_gallery.data.custom import DataSection, Renderer, build_pair, read_row, with_template
 from rm_gallery.data.dropped import BadRow
 from rm_gallery.data.formats import as_messages, read_cell
+from rm_gallery.data.formats.values import read_name
 from rm_gallery.data.source import Row, find_files, read_rows
 from rm_gallery.errors import UserError
 from rm_gallery.schema import Message, PreferenceGroup
@@ -68,8 +69,9 @@ class BaseTrainDataset(Sequence[PreferenceGroup]):
         return row_dict.get("ground_truth")
 
     def _get_data_source(self, row_dict: dict[str, Any]) -> str:
-        """The name for metrics by source. Default: the column `data_source` or `source`; "" for that of the file."""
-        return str(row_dict.get("data_source") or row_dict.get("source") or "")
+        """The name for metrics by source; "" for that of the file. Default: the column `data_source`, else the column
+        `data.source_key`."""
+        return read_name(row_dict, "data_source") or read_name(row_dict, self.config.source_key)
 
     def build_group(self, row: dict[str, Any]) -> PreferenceGroup | tuple[None, str] | None:
         """One row as a whole: override it for data that are not pairs.
@@ -90,9 +92,10 @@ class BaseTrainDataset(Sequence[PreferenceGroup]):
                     comparisons=[Comparison(better, 1 - better, weight=abs(first - second))],
                 )
 
-        Default: the pair of `_build_messages` with the columns `data.chosen_key` and `data.rejected_key`.
+        Default: the pair of `_build_messages` with the columns `data.chosen_key` and `data.rejected_key`; those of
+        `data.weight_key`, `data.margin_key` and `data.p_chosen_key` count, too.
         """
-        return build_pair(self, row, **_pair_keys(self.config))
+        return build_pair(self, row, self.config)
 
     def __len__(self) -> int:
         return len(self._file_rows)
@@ -107,7 +110,7 @@ class BaseTrainDataset(Sequence[PreferenceGroup]):
             return [self[number] for number in range(len(self))[index]]
         row = self._file_rows[index]
         try:
-            return read_row(self, row, **_pair_keys(self.config))
+            return read_row(self, row, self.config)
         except BadRow as error:
             raise UserError(f"{row.where}: {error}; training leaves this row out") from error
 
@@ -129,7 +132,3 @@ class BaseTrainDataset(Sequence[PreferenceGroup]):
         """All rows, read when they are first asked for."""
         files = find_files([str(each) for each in self.data_files], key="data_files") if self.data_files else []
         return list(read_rows(files, key="data_files"))
-
-
-def _pair_keys(config: DataSection) -> dict[str, str]:
-    return {"chosen_key": config.chosen_key, "rejected_key": config.rejected_key}

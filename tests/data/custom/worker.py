@@ -8,7 +8,7 @@ from rm_gallery.data.custom import CustomReader, source_fingerprint
 from rm_gallery.data.formats import FormatConfig
 from rm_gallery.data.source import Row
 
-ROW = Row({"query": "Why?", "chosen": "So.", "rejected": "No."}, "a.parquet:0")
+ROW = Row({"query": "Why?", "chosen": "So.", "rejected": "No."}, "a.parquet", 0)
 
 
 def in_worker(config: FormatConfig, tokenizer: Any) -> tuple[list[str], str]:

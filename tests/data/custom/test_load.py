@@ -14,10 +14,10 @@ import pytest
 from rm_gallery.data.custom import load_custom_class, source_fingerprint
 from rm_gallery.data.formats import CustomClassConfig, FormatConfig
 from rm_gallery.errors import UserError
-from tests.data.custom_worker import in_worker
+from tests.data.custom.worker import in_worker
 from tests.small import make_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BASED = """
 from tutorials.cookbooks.training_reward_model.base import BaseTrainDataset
 

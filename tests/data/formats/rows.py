@@ -1,0 +1,71 @@
+"""Rows written in a test, read as the pipeline reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rm_gallery.data.dropped import Dropped
+from rm_gallery.data.formats import FormatConfig, PublishedColumns, read_groups
+from rm_gallery.data.source import Row
+from rm_gallery.schema import Comparison, Message, PreferenceGroup
+
+
+def system(text: str) -> Message:
+    return {"role": "system", "content": text}
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def numbered(*rows: dict[str, Any], file: str = "a.parquet") -> list[Row]:
+    return [Row(values, file, number) for number, values in enumerate(rows)]
+
+
+def configured(**options: Any) -> FormatConfig:
+    """A configuration; names of PublishedColumns are its columns."""
+    columns = {key: options.pop(key) for key in list(options) if key in PublishedColumns.__dataclass_fields__}
+    return FormatConfig(columns=PublishedColumns(**columns), **options)
+
+
+def read(*rows: dict[str, Any], template: bool = True, **options: Any) -> tuple[list[PreferenceGroup], Dropped]:
+    dropped = Dropped()
+    groups = read_groups(numbered(*rows), configured(**options), has_chat_template=template, dropped=dropped)
+    return list(groups), dropped
+
+
+def read_one(row: dict[str, Any], **options: Any) -> PreferenceGroup:
+    groups, dropped = read(row, **options)
+    assert not dropped.counts
+    return groups[0]
+
+
+def conversations(row: dict[str, Any], **options: Any) -> list[list[Message]]:
+    """All whole conversations of a row."""
+    group = read_one(row, **options)
+    assert group.style == "chat"
+    return [[*group.prompt, *response] for response in group.responses]  # type: ignore[list-item]
+
+
+def why(row: dict[str, Any], **options: Any) -> str:
+    """The reason for which a row is left out."""
+    groups, dropped = read(row, **options)
+    assert not groups
+    assert dropped.total == 1
+    assert list(dropped.examples.values()) == ["a.parquet:0"]
+    return next(iter(dropped.counts))
+
+
+def order(group: PreferenceGroup) -> list[tuple[int, int]]:
+    """(better, worse) of each comparison."""
+    return [(each.better, each.worse) for each in group.comparisons]
+
+
+def only(group: PreferenceGroup) -> Comparison:
+    """The one comparison of a pair."""
+    assert len(group.comparisons) == 1
+    return group.comparisons[0]
