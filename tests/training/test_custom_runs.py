@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -110,16 +109,15 @@ def test_a_file_that_is_missing_or_broken_is_one_sentence(
 
 
 def test_a_format_of_its_own_is_said_in_training_and_in_scoring(
-    qwen2_folder: Path, caplog: pytest.LogCaptureFixture
+    qwen2_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("train", NUMBERED + OWN, qwen2_folder) == 0
-    [warning] = [each.message for each in caplog.records if each.levelno == logging.WARNING]
-    assert warning.startswith("data.train_files: data.custom_cls: _apply_chat_template writes something else than the ")
+    [warning] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("W ")]
+    assert "data.train_files: data.custom_cls: _apply_chat_template writes something else than the " in warning
     checkpoint = Path("out/bt/global_step_1")
     assert read_record(checkpoint) == InputRecord("chat", max_length=200, own_rendering=True)
-    caplog.clear()
     with RewardScorer.from_folder(checkpoint, device="cpu") as scorer:
-        assert "rendered in its own way" in caplog.text
+        assert "rendered in its own way" in capsys.readouterr().err
         [row] = text_pairs(1)
         text = f"user: 0\nbot: {row['chosen']}<|im_end|>\n"
         [unit] = scorer.engine.encode([PreferenceGroup("", [text])])[0]  # type: ignore[union-attr]
