@@ -97,7 +97,7 @@ def test_texts_of_bare_text_need_no_tokenizer_and_others_do(files: Path) -> None
 
 def test_votes_become_a_weighted_comparison_or_a_reason(files: Path) -> None:
     votes = Votes("votes.parquet", make_tokenizer())
-    assert votes[0].comparisons == [Comparison(1, 0, weight=3)]
+    assert votes[0].comparisons == (Comparison(1, 0, weight=3),)
     assert votes[0].responses == [said("a"), said("b")]
     assert votes.texts(0)[0] == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
     with pytest.raises(UserError, match=r"^votes\.parquet:1: as many votes for both; training leaves this row out$"):
@@ -127,7 +127,7 @@ def test_the_default_group_can_be_built_on() -> None:
 
     row = {"prompt": "Why?", "chosen": "So.", "rejected": "No.", "weight": 0.5}
     reader = CustomReader(Weighted, FormatConfig(), make_tokenizer())
-    assert reader.read(Row(row, "a.parquet", 0)).comparisons == [Comparison(0, 1, 0.5)]
+    assert reader.read(Row(row, "a.parquet", 0)).comparisons == (Comparison(0, 1, 0.5),)
     with pytest.raises(UserError, match=r"^a\.parquet:1: Weighted\.build_group raised KeyError: 'weight' \(test_base_"):
         reader.read(Row({key: row[key] for key in ("prompt", "chosen", "rejected")}, "a.parquet", 1))
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral, Real
 from typing import Any
 
 from rm_gallery.data.custom.section import DataSection
@@ -21,6 +22,9 @@ from rm_gallery.data.formats.values import check_text, optional_number, read_nam
 from rm_gallery.data.source import Row
 from rm_gallery.errors import UserError
 from rm_gallery.schema import Comparison, Message, PreferenceGroup
+
+_TOO_DEEP = "values nested too deeply"
+_LEFT_OUT = "left out by build_group"
 
 
 class HookError(UserError):
@@ -36,7 +40,7 @@ def call_hook(dataset: Any, hook: str, argument: Any) -> Any:
         return getattr(dataset, hook)(argument)
     except (BadRow, HookError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         advice = "correct the hook"
         if isinstance(error, KeyError) and isinstance(argument, Mapping):
             advice += f" (columns of the row: {', '.join(map(str, argument)) or 'none'})"
@@ -73,6 +77,8 @@ def read_row(dataset: Any, row: Row, config: DataSection) -> PreferenceGroup:
         source, metadata = _source(dataset, group, row.values, config), _metadata(dataset, group, row.values)
     except HookError as error:
         raise UserError(f"{row.where}: {error}") from (error.__cause__ or error)
+    except RecursionError:
+        raise BadRow(_TOO_DEEP) from None
     return replace(group, where=row.where, source=source, metadata=metadata)
 
 
@@ -82,7 +88,14 @@ def build_pair(dataset: Any, row: dict[str, Any], config: DataSection) -> Prefer
     A column holds text (an assistant turn), one message, a list of messages, or such a list as JSON; turns of the
     prompt that it repeats count once. Columns of a weight, a margin and a share of people count as in other formats.
     """
-    prompt = _prompt(dataset, "_build_messages", call_hook(dataset, "_build_messages", row))
+    messages = call_hook(dataset, "_build_messages", row)
+    try:
+        return _pair(_prompt(dataset, "_build_messages", messages), row, config)
+    except RecursionError:
+        raise BadRow(_TOO_DEEP) from None
+
+
+def _pair(prompt: list[Message], row: dict[str, Any], config: DataSection) -> PreferenceGroup:
     answers = []
     for option in ("chosen_key", "rejected_key"):
         if config[option] not in row:
@@ -124,35 +137,45 @@ def _answer(value: Any, name: str) -> list[Message]:
 
 def _built(dataset: Any, made: Any) -> PreferenceGroup:
     """What `build_group` gave, checked and in the form of the pipeline."""
+    hook = "build_group"
     if made is None:
-        raise BadRow("left out by build_group")
+        raise BadRow(_LEFT_OUT)
     if isinstance(made, tuple) and len(made) == 2 and made[0] is None and isinstance(made[1], str):
-        raise BadRow(made[1])
+        raise BadRow(" ".join(made[1].split()) or _LEFT_OUT)
     if not isinstance(made, PreferenceGroup):
-        raise wrong_type(dataset, "build_group", made, "a PreferenceGroup, None or (None, reason)")
-    if isinstance(made.responses, str) or not isinstance(made.responses, Sequence):
-        raise wrong_type(dataset, "build_group", made.responses, "a list of responses")
-    _check_comparisons(dataset, made)
-    if all(isinstance(part, str) for part in (made.prompt, *made.responses)) and made.style == "text":
-        if not all(str(response).strip() for response in made.responses):
-            raise BadRow("empty response")
+        raise wrong_type(dataset, hook, made, "a PreferenceGroup, None or (None, reason)")
+    for values, wanted in ((made.responses, "a list of responses"), (made.comparisons, "a list of comparisons")):
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise wrong_type(dataset, hook, values, wanted)
+    made = replace(made, comparisons=_checked_comparisons(dataset, made))
+    prompt, responses = made.prompt, made.responses
+    if made.style == "text" and all(isinstance(part, str) for part in (prompt, *responses)):
+        for part in responses:
+            if not check_text(str(part)).strip():
+                raise BadRow("empty response")
+        check_text(str(prompt))
         return made
-    prompt = made.prompt
     if not isinstance(prompt, str):
-        prompt = _prompt(dataset, "build_group", prompt)
-    answers = [_answer(response, "response") for response in made.responses]
+        prompt = _prompt(dataset, hook, prompt)
+    answers = [_answer(response, "response") for response in responses]
     return replace(made, prompt=as_messages(prompt, "user"), responses=answers, style="chat")
 
 
-def _check_comparisons(dataset: Any, group: PreferenceGroup) -> None:
-    known = range(len(group.responses))
+def _checked_comparisons(dataset: Any, group: PreferenceGroup) -> tuple[Comparison, ...]:
+    """The comparisons of a group with plain numbers in them, whatever library they came from."""
+    count = len(group.responses)
+    checked = []
     for each in group.comparisons:
         if not isinstance(each, Comparison):
             raise wrong_type(dataset, "build_group", each, "a Comparison in comparisons")
-        if each.better not in known or each.worse not in known or each.better == each.worse:
+        better, worse = each.better, each.worse
+        if (
+            not all(isinstance(number, Integral) and 0 <= number < count for number in (better, worse))
+            or better == worse
+        ):
             raise HookError(
-                f"{_name(dataset, 'build_group')} compares response {each.better} with {each.worse}, of {len(known)} "
-                "that count from 0; correct the hook"
+                f"{_name(dataset, 'build_group')} compares response {better!r} with {worse!r}, of {count} that count "
+                "from 0; correct the hook"
             )
         if not _is_within(each.weight, 0, math.inf):
             raise BadRow("a weight that is not a finite number of at least 0")
@@ -160,36 +183,48 @@ def _check_comparisons(dataset: Any, group: PreferenceGroup) -> None:
             raise BadRow("a margin that is not a finite number")
         if each.p_better is not None and not _is_within(each.p_better, 0, 1):
             raise BadRow("a share of people outside 0 to 1")
-    if not group.comparisons:
+        margin, share = (None if value is None else float(value) for value in (each.margin, each.p_better))
+        checked.append(Comparison(int(better), int(worse), float(each.weight), margin, share))
+    if not checked:
         raise BadRow("no comparison between its responses")
+    return tuple(checked)
 
 
-def _is_within(value: object, low: float, high: float) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
+def _is_place(value: Any, count: int) -> bool:
+    return isinstance(value, Integral) and int(value) in range(count)
+
+
+def _is_within(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, Real) and math.isfinite(value) and low <= float(value) <= high
 
 
 def _source(dataset: Any, group: PreferenceGroup, row: dict[str, Any], config: DataSection) -> str:
-    if group.source:
-        return check_text(group.source)
-    if not callable(getattr(dataset, "_get_data_source", None)):
-        return read_name(row, config.source_key)
-    source = call_hook(dataset, "_get_data_source", row)
+    source: Any = group.source
+    hook = "build_group"
+    if not source:
+        hook = "_get_data_source"
+        if not callable(getattr(dataset, hook, None)):
+            return read_name(row, config.source_key)
+        source = call_hook(dataset, hook, row)
     if source is not None and not isinstance(source, str):
-        raise wrong_type(dataset, "_get_data_source", source, "text")
+        raise wrong_type(dataset, hook, source, "text for the source")
     return check_text(source or "")
 
 
 def _metadata(dataset: Any, group: PreferenceGroup, row: dict[str, Any]) -> Mapping[str, Any]:
-    metadata, hook = dict(group.metadata), "build_group"
+    hook = "build_group"
+    if not isinstance(group.metadata, Mapping):
+        raise wrong_type(dataset, hook, group.metadata, "a mapping as metadata")
+    metadata = dict(group.metadata)
     if "ground_truth" not in metadata and callable(getattr(dataset, "_extract_ground_truth", None)):
         hook = "_extract_ground_truth"
         truth = call_hook(dataset, hook, row)
-        if truth is not None and truth == truth:  # NaN is what a column of numbers has for none
+        if truth is not None and not (isinstance(truth, float) and math.isnan(truth)):  # how a column says "none"
             metadata["ground_truth"] = truth
     for key, value in metadata.items():
         if not isinstance(value, str | int | float | bool | None):
             try:
                 json.dumps(value)
-            except (TypeError, ValueError, RecursionError):
+            except (TypeError, ValueError):
                 raise wrong_type(dataset, hook, value, f"a plain JSON value as {key}") from None
     return metadata

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from rm_gallery.data.source import Row
 from rm_gallery.errors import UserError
 from rm_gallery.schema import Comparison, PreferenceGroup
 from tests.data.custom.classes import PAIR, ROW, USER, Plain, raising, read, reader_of, said, with_hook
+from tutorials.cookbooks.training_reward_model.base import BaseTrainDataset
 
 
 def test_the_prompt_of_the_hook_goes_before_both_columns() -> None:
@@ -95,6 +97,25 @@ def test_columns_that_every_format_reads_count_here_too() -> None:
     assert group.source == "made"
 
 
+def test_values_nested_very_deeply_are_bad_rows_and_no_mistake_of_a_hook() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(10_000):
+        deep = {"a": deep}
+    calling = {"role": "assistant", "tool_calls": [deep]}
+    labelled = with_hook("_extract_ground_truth", lambda row: row["label"])
+    for dataset_class, row in (
+        (Plain, {**ROW, "chosen": [calling]}),
+        (BaseTrainDataset, {**ROW, "chosen": [calling]}),
+        (labelled, {**ROW, "label": deep}),
+        (
+            with_hook("build_group", lambda row: PreferenceGroup([USER], [row["chosen"], "b"], PAIR)),
+            {**ROW, "chosen": [calling]},
+        ),
+    ):
+        with pytest.raises(BadRow, match=r"^values nested too deeply$"):
+            read(dataset_class, row)
+
+
 def test_a_ground_truth_of_nan_is_none() -> None:
     assert read(with_hook("_extract_ground_truth", lambda _: float("nan"))).metadata == {}
 
@@ -111,6 +132,11 @@ def test_a_hook_that_raises_names_itself_file_and_row(hook: str) -> None:
     assert isinstance(error.value.__cause__, RuntimeError), "--debug shows where"
 
 
+def test_a_hook_that_would_end_the_program_does_not() -> None:
+    with pytest.raises(UserError, match=r"^a\.parquet:3: Made\._build_messages raised SystemExit: 3 \(test_hooks\.py:"):
+        read(with_hook("_build_messages", lambda _: sys.exit(3)))
+
+
 def test_a_hook_that_misses_a_column_names_those_there_are() -> None:
     with pytest.raises(UserError) as error:
         read(with_hook("_build_messages", lambda row: row["question"]))
@@ -124,7 +150,7 @@ def test_a_hook_that_misses_a_column_names_those_there_are() -> None:
         ("_build_messages", "Why?", "gave str instead of a list of messages (mappings with role and content)"),
         ("_build_messages", None, "gave NoneType instead of a list of messages"),
         ("_build_messages", ["Why?"], "gave a list with str in it instead of a list of messages"),
-        ("_get_data_source", 5, "gave int instead of text"),
+        ("_get_data_source", 5, "gave int instead of text for the source"),
         ("_extract_ground_truth", datetime.date(2000, 1, 1), "gave date instead of a plain JSON value as ground_truth"),
         ("_extract_ground_truth", {"a": {1}}, "gave dict instead of a plain JSON value as ground_truth"),
         ("build_group", "text", "gave str instead of a PreferenceGroup, None or (None, reason)"),
@@ -132,6 +158,12 @@ def test_a_hook_that_misses_a_column_names_those_there_are() -> None:
         ("build_group", PreferenceGroup("a", "bc", PAIR), "gave str instead of a list of responses"),
         ("build_group", PreferenceGroup(5, ["b", "c"], PAIR), "gave int instead of a list of messages"),
         ("build_group", PreferenceGroup("a", ["b", "c"], ((0, 1),)), "gave tuple instead of a Comparison"),
+        ("build_group", PreferenceGroup("a", ["b", "c"], None), "gave NoneType instead of a list of comparisons"),
+        ("build_group", PreferenceGroup("a", ["b", "c"], PAIR, source=5), "gave int instead of text for the source"),
+        ("build_group", PreferenceGroup("a", ["b", "c"], PAIR, metadata=5), "gave int instead of a mapping as "),
+        ("build_group", PreferenceGroup("a", ["b", "c"], PAIR, metadata={"a": {1}}),
+         "gave set instead of a plain JSON value as a"),
+        ("build_group", PreferenceGroup("a", ["b", "c"], (Comparison(0, 1.0),)), "compares response 0 with 1.0, of 2"),
         ("build_group", PreferenceGroup("a", ["b", "c"], (Comparison(0, 2),)),
          "compares response 0 with 2, of 2 that count from 0"),
         ("build_group", PreferenceGroup("a", ["b", "c"], (Comparison(1, 1),)), "compares response 1 with 1, of 2"),
@@ -168,6 +200,9 @@ def test_build_group_gives_rankings_bare_text_and_reasons() -> None:
     [
         (None, "left out by build_group"),
         ((None, "no votes"), "no votes"),
+        ((None, "no\n votes"), "no votes"),
+        ((None, ""), "left out by build_group"),
+        (PreferenceGroup("a", ["b", "\ud800"], PAIR), "half a character (a lone surrogate) in a text"),
         (PreferenceGroup("a", ["b", "c"]), "no comparison between its responses"),
         (PreferenceGroup("a", ["b", " "], PAIR), "empty response"),
         (PreferenceGroup([USER], ["b", " "], PAIR), "empty response"),
@@ -185,6 +220,16 @@ def test_a_row_that_build_group_cannot_use_is_counted_by_reason(made: Any, reaso
     with pytest.raises(BadRow) as error:
         read(with_hook("build_group", lambda _: made))
     assert str(error.value) == reason
+
+
+def test_numbers_of_other_libraries_become_plain_ones() -> None:
+    import numpy as np
+
+    made = PreferenceGroup("a", ["b", "c"], [Comparison(np.int64(1), np.int8(0), np.float32(0.5), np.float64(2))])
+    [comparison] = read(with_hook("build_group", lambda _: made)).comparisons
+    assert comparison == Comparison(1, 0, 0.5, 2.0)
+    assert {type(value) for value in (comparison.better, comparison.worse)} == {int}
+    assert {type(value) for value in (comparison.weight, comparison.margin)} == {float}
 
 
 def test_hooks_fill_in_what_build_group_leaves_open() -> None:
