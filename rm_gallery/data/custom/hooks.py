@@ -169,10 +169,7 @@ def _checked_comparisons(dataset: Any, group: PreferenceGroup) -> tuple[Comparis
         if not isinstance(each, Comparison):
             raise wrong_type(dataset, "build_group", each, "a Comparison in comparisons")
         better, worse = each.better, each.worse
-        if (
-            not all(isinstance(number, Integral) and 0 <= number < count for number in (better, worse))
-            or better == worse
-        ):
+        if not _is_place(better, count) or not _is_place(worse, count) or better == worse:
             raise HookError(
                 f"{_name(dataset, 'build_group')} compares response {better!r} with {worse!r}, of {count} that count "
                 "from 0; correct the hook"
