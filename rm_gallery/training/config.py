@@ -193,6 +193,8 @@ def _problems(config: TrainConfig) -> list[str]:
         problems.append(f"trainer.experiment_name={trainer.experiment_name!r}: must be a folder name without '/'")
     if data.custom_cls.name and data.input_style == "text":
         problems.append("data.input_style=text: data.custom_cls gives messages; leave one of the two out")
+    if data.custom_cls.name and data.format != "auto":
+        problems.append(f"data.format={data.format}: data.custom_cls reads the rows; leave one of the two out")
     try:
         check_custom_class(data.custom_cls)
     except UserError as error:

@@ -101,9 +101,10 @@ def test_a_file_that_is_missing_or_broken_is_one_sentence(
     assert run("validate-config", "    1 / 0\n", qwen2_folder) == 2
     [sentence] = errors(capsys.readouterr().err)
     assert sentence.startswith("data.custom_cls.path=mine.py: cannot be imported, ZeroDivisionError: ")
-    assert run("validate-config", NUMBERED, qwen2_folder, "data.input_style=text") == 2
+    assert run("validate-config", NUMBERED, qwen2_folder, "data.input_style=text", "data.format=prompt") == 2
     assert errors(capsys.readouterr().err) == [
-        "data.input_style=text: data.custom_cls gives messages; leave one of the two out"
+        "data.input_style=text: data.custom_cls gives messages; leave one of the two out",
+        "data.format=prompt: data.custom_cls reads the rows; leave one of the two out",
     ]
     assert run("validate-config", NUMBERED, qwen2_folder) == 0
 

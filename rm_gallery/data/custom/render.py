@@ -71,8 +71,10 @@ class Renderer:
             return text if self.has_own_template else self._opened(text)
         if not isinstance(last.get("content"), str):
             raise BadRow("response without text, which only the chat template can write")
-        self.num_off_template += 1
-        return self._opened(rendered + last["content"] + self._find_closing())
+        text = rendered + last["content"] + self._find_closing()
+        is_off = text != self._try_template([*turns, last])  # a reasoning block may stand in the prompt or the response
+        self.num_off_template += is_off
+        return self._opened(text) if is_off or not self.has_own_template else text
 
     def _by_hook(self, turns: list[Message]) -> str | None:
         """What the hook makes of the turns before a response; None when the chat template makes the same of them.
@@ -95,13 +97,8 @@ class Renderer:
             raise fault from error
         if not isinstance(text, str):
             raise wrong_type(self._dataset, "_apply_chat_template", text, "text (tokenize=False gives it)")
-        for add_generation_prompt in (True, False):
-            try:
-                if text == self._by_template(turns, add_generation_prompt):
-                    return None
-            except Exception:  # a template that refuses these turns does not write what the hook wrote
-                return text
-        return text
+        is_template = text in (self._try_template(turns, True), self._try_template(turns))
+        return None if is_template else text
 
     def _find_fault(self, turns: list[Message], cause: BaseException | None) -> BadRow | UserError | None:
         """What is wrong with the row or the template, when it was the template that failed in a hook."""
@@ -116,14 +113,18 @@ class Renderer:
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
 
+    def _try_template(self, messages: list[Message], add_generation_prompt: bool = False) -> str | None:
+        """The same, or None where the template refuses these messages."""
+        try:
+            return self._by_template(messages, add_generation_prompt)
+        except Exception:
+            return None
+
     def _find_closing(self) -> str:
         """What the chat template writes behind an assistant's content; the EOS token when it refuses to show that."""
         if self._closing is None:
             probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _MARKER}]
-            try:
-                _, found, after = self._by_template(probe).rpartition(_MARKER)
-            except Exception:
-                found = after = ""
+            _, found, after = (self._try_template(probe) or "").rpartition(_MARKER)
             self._closing = after if found else self._tokenizer.eos_token or ""
         return self._closing
 

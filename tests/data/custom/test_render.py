@@ -73,6 +73,16 @@ def test_a_hook_that_renders_without_the_generation_prompt_still_is_the_template
     assert reader.matches_template
 
 
+def test_a_hook_that_opens_the_reasoning_block_itself_still_is_the_template() -> None:
+    tokenizer = make_templated("qwen3")
+    block = "<think>\n\n</think>\n\n"
+    written = Templated((), tokenizer, None)._apply_chat_template
+    opening = with_hook("_apply_chat_template", lambda turns: written(turns) + block)
+    reader = reader_of(opening, tokenizer)
+    assert reader.render([USER], said("So.")) == tokenizer.apply_chat_template([USER, *said("So.")], tokenize=False)
+    assert reader.matches_template
+
+
 def test_a_hook_may_change_the_messages_it_is_given() -> None:
     def add_system(messages: list[Message]) -> str:
         messages.insert(0, {"role": "system", "content": "Be kind."})
