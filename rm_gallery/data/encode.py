@@ -12,10 +12,10 @@ from rm_gallery.data.control_tokens import ControlTokens
 from rm_gallery.data.dropped import BadRow
 from rm_gallery.data.tokenize import TokenizeConfig
 from rm_gallery.errors import UserError
-from rm_gallery.schema import Message, PreferenceGroup
+from rm_gallery.schema import PreferenceGroup
 
-Render: TypeAlias = Callable[[list[Message], list[Message]], str]
-"""(messages of the prompt, messages of a response) -> the whole text; in place of the tokenizer's chat template."""
+Render: TypeAlias = Callable[..., str]
+"""`render(prompt messages, response messages, where="file:row")` -> the whole text, in place of the chat template."""
 
 
 class Encoder:
@@ -129,7 +129,7 @@ class Encoder:
         assert not isinstance(prompt, str)
         try:
             if self._render is not None:
-                return [self._render([*prompt], [*response]) for response in responses]
+                return [self._render(prompt, response, where=group.where) for response in responses]
             template = self.tokenizer.apply_chat_template
             return [template([*prompt, *response], tools=tools, tokenize=False) for response in responses]
         except UserError:

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from rm_gallery import __version__
-from rm_gallery.data.custom import source_fingerprint
+from rm_gallery.data.custom import CustomFacts, source_fingerprint
 from rm_gallery.data.dropped import Dropped
 from rm_gallery.data.formats import choose_format
 from rm_gallery.data.process_rows import Processed, RowProcessor, RowsConfig, Share, Work
@@ -134,7 +134,7 @@ def _build(folder: Path, files: Sequence[DataFile], work: Work, config: PrepareC
         for processed in process_in_order(tasks, work, num_workers=config.num_workers):
             totals.add(processed)
             writer.append(processed.chunk)
-        writer.finish(totals.facts(chosen), totals.dropped)
+        writer.finish(totals.facts(chosen), totals.dropped, totals.custom)
     store = open_store(folder)
     if store is None:
         raise UserError(f"{folder}: what was written there cannot be read back; check the disk")
@@ -173,7 +173,8 @@ class _Totals:
         self._key = key
         self.dropped = Dropped()
         self._styles: dict[InputStyle, str] = {}
-        self._has_text_prompts, self._matches_template = False, True
+        self._has_text_prompts = False
+        self.custom = CustomFacts()
         self._num_rows = self._held_out = 0
         self._start = self._said = time.monotonic()
 
@@ -188,7 +189,7 @@ class _Totals:
                 "set data.input_style=chat to read all as chats, or split the files"
             )
         self._has_text_prompts |= processed.has_text_prompts
-        self._matches_template &= processed.matches_template
+        self.custom.add(processed.custom)
         self._num_rows += processed.num_rows
         self._held_out += processed.held_out
         now = time.monotonic()
@@ -204,5 +205,4 @@ class _Totals:
             formats=formats,
             num_rows=self._num_rows,
             held_out=self._held_out,
-            matches_template=self._matches_template,
         )

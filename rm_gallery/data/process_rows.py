@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, Protocol, TypeAlias
 
-from rm_gallery.data.custom import CustomReader, load_custom_class
+from rm_gallery.data.custom import CustomFacts, CustomReader
 from rm_gallery.data.dropped import BadRow, Dropped
 from rm_gallery.data.encode import Encoder
 from rm_gallery.data.formats import FormatConfig, RowReader, prompt_key
@@ -59,7 +59,7 @@ class Processed:
     has_text_prompts: bool = False
     num_rows: int = 0
     held_out: int = 0
-    matches_template: bool = True
+    custom: CustomFacts = field(default_factory=CustomFacts)
 
 
 class RowProcessor:
@@ -70,7 +70,7 @@ class RowProcessor:
         self._readers: dict[str, Reader] = {}
         self._custom: CustomReader | None = None
         if self.config.custom_cls.path is not None:
-            self._custom = CustomReader(load_custom_class(self.config.custom_cls), self.config, work.tokenizer)
+            self._custom = CustomReader.from_config(self.config, work.tokenizer)
         render = None if self._custom is None else self._custom.render
         self.encoder = Encoder(work.tokenizer, self.config, render=render)
 
@@ -94,7 +94,7 @@ class RowProcessor:
         groups = self._read(rows, reader, result)
         result.chunk = make_chunk(self._tokenize(groups, source, result))
         if self._custom is not None:
-            result.matches_template = self._custom.matches_template
+            result.custom = self._custom.take_facts()
         return result
 
     def _read(

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from rm_gallery.data.custom import CustomFacts
 from rm_gallery.data.dropped import Dropped
 from rm_gallery.data.token_data import ARRAYS, STARTS, Fingerprint, TokenChunk, TokenData
 from rm_gallery.schema import InputStyle
@@ -36,8 +37,6 @@ class Facts:
     """Rows that were read, those without a group included."""
     held_out: int
     """Groups that belong to the other side of `data.val_fraction`."""
-    matches_template: bool = True
-    """A custom class rendered its prompts as the tokenizer's chat template does."""
 
 
 class StoreWriter:
@@ -83,11 +82,12 @@ class StoreWriter:
         self._files[name].write(np.ascontiguousarray(array).data)
         self._counts[name] += len(array)
 
-    def finish(self, facts: Facts, dropped: Dropped) -> None:
+    def finish(self, facts: Facts, dropped: Dropped, custom: CustomFacts | None = None) -> None:
         """Make the store complete and put it in its place."""
         self._stack.close()
         record = {
             "facts": asdict(facts),
+            "custom": asdict(custom or CustomFacts()),
             "dropped": {"counts": dropped.counts, "examples": dropped.examples},
             "counts": self._counts,
             "names": {kind: list(names) for kind, names in self._names.items()},
@@ -117,6 +117,8 @@ class Store:
     data: TokenData
     facts: Facts
     dropped: Dropped
+    custom: CustomFacts
+    """What a custom class made of the rows; nothing where there is none."""
 
 
 def open_store(folder: Path) -> Store | None:
@@ -133,7 +135,7 @@ def open_store(folder: Path) -> Store | None:
             has_text_prompts=facts.has_text_prompts,
             fingerprint=record["fingerprint"],
         )
-        return Store(data, facts, Dropped(**record["dropped"]))
+        return Store(data, facts, Dropped(**record["dropped"]), CustomFacts(**record["custom"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -44,6 +44,9 @@ class InputRecord:
     "" here; without one the model knows no prompts, and a blank line is put between."""
     text_special_tokens: Literal["parse", "plain"] = "parse"
     """Style `text`: whether control tokens that a text spells are read as such."""
+    own_rendering: bool = False
+    """A class of the user's own rendered conversations otherwise than the chat template of the folder does, so texts
+    that it rendered score as in training, and messages do not."""
 
 
 def settle_pad_token(model: RewardModel, tokenizer: Any) -> None:

@@ -112,6 +112,12 @@ def load_folder(
     record = read_record(os.path.expanduser(path)) or InputRecord(
         "chat" if tokenizer.chat_template else "text", max_length=limit or UNLIMITED
     )
+    if record.own_rendering:
+        log.warning(
+            "%s: the model was trained on texts that a data.custom_cls rendered in its own way; give it text rendered "
+            "so, since messages go through the chat template",
+            path,
+        )
     reward_token = getattr(config, "reward_token_id", None)
     closing = (reward_token,) if isinstance(reward_token, int) and reward_token >= 0 else ()
     return ScoringModel(model, tokenizer, record, limit if _has_position_table(model, limit) else None, closing)

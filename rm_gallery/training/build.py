@@ -16,7 +16,6 @@ from rm_gallery.data.token_data import TokenData
 from rm_gallery.data.tokenize import load_tokenizer
 from rm_gallery.distributed import World, seed_everything, start
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.export import InputRecord
 from rm_gallery.modeling.parallel import DTYPES, MasterWeights, apply
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import OBJECTIVES
@@ -71,7 +70,7 @@ def run_training(config: TrainConfig) -> RunResult:
     )
     total_steps = _count_steps(plan, config, train.data)
     _write_facts(config, world, model, plan, train, val, total_steps)
-    checkpoints = _build_checkpoints(config, model, weights, tokenizer, train.data)
+    checkpoints = _build_checkpoints(config, model, weights, tokenizer, train)
     run = RunInfo(
         config.trainer.project_name,
         config.trainer.experiment_name,
@@ -125,24 +124,18 @@ def _write_facts(
 
 
 def _build_checkpoints(
-    config: TrainConfig, model: RewardModel, weights: MasterWeights, tokenizer: Any, data: TokenData
+    config: TrainConfig, model: RewardModel, weights: MasterWeights, tokenizer: Any, train: Loaded
 ) -> Checkpoints:
     wanted = config.trainer.export_dtype
-    shortest = np.argsort(data.sizes.longest_text, kind="stable")[:_NUM_PROBES]
+    shortest = np.argsort(train.data.sizes.longest_text, kind="stable")[:_NUM_PROBES]
     return Checkpoints(
         config.trainer.run_dir,
         model,
         weights,
         tokenizer,
-        InputRecord(
-            data.style,
-            config.data.append_eos,
-            config.data.max_length,
-            separator="" if data.has_text_prompts else "\n\n",
-            text_special_tokens=config.data.text_special_tokens,
-        ),
+        train.input_record(config.data, tokenizer),
         dtype=DTYPES[config.model.fsdp_config.model_dtype if wanted == "auto" else wanted],
-        probes=[data[int(index)] for index in shortest],
+        probes=[train.data[int(index)] for index in shortest],
     )
 
 

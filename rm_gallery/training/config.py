@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
-from rm_gallery.data.formats import check_custom_class
+from rm_gallery.data.custom import check_custom_class
 from rm_gallery.data.packing import PackingConfig
 from rm_gallery.data.prepare import PrepareConfig
 from rm_gallery.data.source import SourceConfig, find_files
@@ -190,6 +190,10 @@ def _problems(config: TrainConfig) -> list[str]:
         problems.append(f"trainer.log_freq={trainer.log_freq}: must be at least 1")
     if trainer.experiment_name in ("", ".", "..") or "/" in trainer.experiment_name:
         problems.append(f"trainer.experiment_name={trainer.experiment_name!r}: must be a folder name without '/'")
+    if data.custom_cls.name and data.input_style == "text":
+        problems.append("data.input_style=text: data.custom_cls gives messages; leave one of the two out")
+    if data.custom_cls.name and data.format != "auto":
+        problems.append(f"data.format={data.format}: data.custom_cls reads the rows; leave one of the two out")
     try:
         check_custom_class(data.custom_cls)
     except UserError as error:

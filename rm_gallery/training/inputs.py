@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from rm_gallery.data.custom import CustomReader
 from rm_gallery.data.packing import Mixture, check_budget
 from rm_gallery.data.prepare import peek, prepare
 from rm_gallery.data.process_rows import Share
@@ -16,7 +17,7 @@ from rm_gallery.data.token_data import TokenData
 from rm_gallery.data.token_store import Store
 from rm_gallery.data.tokenize import load_tokenizer
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.export import settle_pad_token
+from rm_gallery.modeling.export import InputRecord, settle_pad_token
 from rm_gallery.modeling.reward_model import ENCODERS, RewardModel, load_model_config, load_reward_model, max_positions
 from rm_gallery.training.checkpoint import refuse_earlier_run
 from rm_gallery.training.config import DataConfig, TrainConfig
@@ -34,6 +35,26 @@ class Loaded:
     @property
     def data(self) -> TokenData:
         return self.store.data
+
+    def input_record(self, config: DataConfig, tokenizer: Any) -> InputRecord:
+        """How the model is given these texts, for the checkpoint."""
+        record = InputRecord(
+            self.data.style,
+            config.append_eos,
+            config.max_length,
+            separator="" if self.data.has_text_prompts else "\n\n",
+            text_special_tokens=config.text_special_tokens,
+        )
+        if config.custom_cls.path is None or self.data.style == "text":
+            return record
+        custom = CustomReader.from_config(config, tokenizer)
+        return replace(
+            record,
+            input_style=custom.style,
+            append_eos=custom.append_eos,
+            separator=custom.separator,
+            own_rendering=not self.store.custom.matches_template,
+        )
 
     def facts(self) -> dict[str, Any]:
         """For run.json."""
@@ -121,11 +142,8 @@ def load_side(side: Side, config: DataConfig, tokenizer: Any) -> Loaded:
         "%s: %d groups, %d comparisons as %s, %d tokens with shared prompts once",
         key, len(store.data), store.data.num_comparisons, store.data.style, store.data.num_tokens,
     )  # fmt: skip
-    if not facts.matches_template:
-        log.warning(
-            "%s: %s renders prompts otherwise than the tokenizer's chat template; texts to be scored must be rendered "
-            "the same way", key, config.custom_cls.name,
-        )  # fmt: skip
+    for warning in store.custom.warnings():
+        log.warning("%s: %s", key, warning)
     return Loaded(store, files)
 
 

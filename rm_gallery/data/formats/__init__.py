@@ -19,7 +19,6 @@ from rm_gallery.data.formats.config import (
     CustomClassConfig,
     FormatConfig,
     PublishedColumns,
-    check_custom_class,
 )
 from rm_gallery.data.formats.prompt_key import prompt_key
 from rm_gallery.data.formats.readers import READERS
@@ -31,7 +30,6 @@ __all__ = [
     "ColumnNames",
     "PublishedColumns",
     "CustomClassConfig",
-    "check_custom_class",
     "READERS",
     "SAMPLE_ROWS",
     "Choice",

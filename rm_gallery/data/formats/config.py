@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
-
-from rm_gallery.errors import UserError
 
 
 @dataclass(frozen=True)
 class CustomClassConfig:
-    """`data.custom_cls`: a data set class of the user's own."""
+    """`data.custom_cls`: a class of the user's own that says how a row is read."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     path: str | None = None
-    """Python file that defines the class."""
+    """Python file that defines the class, relative to the working directory."""
     name: str | None = None
     """Name of the class in that file."""
 
@@ -95,17 +92,3 @@ class FormatConfig(ColumnNames):
     """What a row that cannot be used does: `drop` leaves it out and counts it, `error` stops there."""
     columns: PublishedColumns = field(default_factory=PublishedColumns)
     custom_cls: CustomClassConfig = field(default_factory=CustomClassConfig)
-
-
-def check_custom_class(config: CustomClassConfig) -> None:
-    """Say in words that custom classes are not available yet; a path that does not exist is named first."""
-    if config.path is None and config.name is None:
-        return
-    if config.path is None or config.name is None:
-        raise UserError("data.custom_cls needs both path (a Python file) and name (the class in it)")
-    if not Path(config.path).is_file():
-        raise UserError(f"data.custom_cls.path={config.path}: no such file (working directory {Path.cwd()})")
-    raise UserError(
-        "data.custom_cls is not supported yet: write the pairs to a parquet file with columns chosen and rejected, "
-        "and leave data.custom_cls out"
-    )

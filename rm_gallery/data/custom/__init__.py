@@ -1,0 +1,25 @@
+"""Custom data sets: a class of the user's own says how a row becomes a conversation (`data.custom_cls`).
+
+The class is known by its hooks alone, `_build_messages` and the others of `BaseTrainDataset` in the tutorials, or
+`build_group`; this package imports no base class.
+"""
+
+from rm_gallery.data.custom.hooks import HookError, build_pair, read_row
+from rm_gallery.data.custom.load import check_custom_class, load_custom_class, source_fingerprint
+from rm_gallery.data.custom.reader import CustomFacts, CustomReader
+from rm_gallery.data.custom.render import Renderer, with_template
+from rm_gallery.data.custom.section import DataSection
+
+__all__ = [
+    "CustomFacts",
+    "CustomReader",
+    "DataSection",
+    "HookError",
+    "Renderer",
+    "build_pair",
+    "check_custom_class",
+    "load_custom_class",
+    "read_row",
+    "source_fingerprint",
+    "with_template",
+]

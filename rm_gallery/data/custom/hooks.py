@@ -1,0 +1,227 @@
+"""Hooks: what a custom class makes of one row becomes a checked `PreferenceGroup`.
+
+A row that holds too little is a BadRow, counted like any other. A hook that raises, or gives something else than it
+should, is a mistake in the code: a UserError that names hook, file and row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral, Real
+from typing import Any
+
+from rm_gallery.data.custom.section import DataSection
+from rm_gallery.data.custom.sources import describe_error
+from rm_gallery.data.dropped import BadRow
+from rm_gallery.data.formats import as_messages, read_cell, without_repeats
+from rm_gallery.data.formats.turns import check_answer
+from rm_gallery.data.formats.values import check_text, optional_number, read_name
+from rm_gallery.data.source import Row
+from rm_gallery.errors import UserError
+from rm_gallery.schema import Comparison, Message, PreferenceGroup
+
+_TOO_DEEP = "values nested too deeply"
+_LEFT_OUT = "left out by build_group"
+
+
+class HookError(UserError):
+    """A mistake in the code of a hook; whoever knows the row puts it in front."""
+
+
+def call_hook(dataset: Any, hook: str, argument: Any) -> Any:
+    """What `dataset.hook(argument)` gives.
+
+    Raises HookError, from the hook's own exception; BadRow passes, since it says that the row holds too little.
+    """
+    try:
+        return getattr(dataset, hook)(argument)
+    except (BadRow, HookError):
+        raise
+    except (Exception, SystemExit) as error:
+        advice = "correct the hook"
+        if isinstance(error, KeyError) and isinstance(argument, Mapping):
+            advice += f" (columns of the row: {', '.join(map(str, argument)) or 'none'})"
+        elif isinstance(error, ModuleNotFoundError):
+            advice = "import it at the top of the file: its folder is searched only while the file is loaded"
+        raise HookError(f"{_name(dataset, hook)} raised {describe_error(error)}; {advice}") from error
+
+
+def wrong_type(dataset: Any, hook: str, value: Any, wanted: str) -> HookError:
+    """The error for a hook that gave `value` instead of what is `wanted`."""
+    return _gave(dataset, hook, type(value).__name__, wanted)
+
+
+def _gave(dataset: Any, hook: str, what: str, wanted: str) -> HookError:
+    return HookError(f"{_name(dataset, hook)} gave {what} instead of {wanted}; correct the hook")
+
+
+def _name(dataset: Any, hook: str) -> str:
+    return f"{type(dataset).__name__}.{hook}"
+
+
+def read_row(dataset: Any, row: Row, config: DataSection) -> PreferenceGroup:
+    """The group of a row: from `build_group` if the class has it, else from the other hooks.
+
+    Raises BadRow, and UserError that names hook, file and row.
+    """
+    if row.fault:
+        raise BadRow(row.fault)
+    try:
+        if callable(getattr(dataset, "build_group", None)):
+            group = _built(dataset, call_hook(dataset, "build_group", row.values))
+        else:
+            group = build_pair(dataset, row.values, config)
+        source, metadata = _source(dataset, group, row.values, config), _metadata(dataset, group, row.values)
+    except HookError as error:
+        raise UserError(f"{row.where}: {error}") from (error.__cause__ or error)
+    except RecursionError:
+        raise BadRow(_TOO_DEEP) from None
+    return replace(group, where=row.where, source=source, metadata=metadata)
+
+
+def build_pair(dataset: Any, row: dict[str, Any], config: DataSection) -> PreferenceGroup:
+    """Chat group of a pair: the messages of `_build_messages`, then the `chosen` and the `rejected` column.
+
+    A column holds text (an assistant turn), one message, a list of messages, or such a list as JSON; turns of the
+    prompt that it repeats count once. Columns of a weight, a margin and a share of people count as in other formats.
+    """
+    messages = call_hook(dataset, "_build_messages", row)
+    try:
+        return _pair(_prompt(dataset, "_build_messages", messages), row, config)
+    except RecursionError:
+        raise BadRow(_TOO_DEEP) from None
+
+
+def _pair(prompt: list[Message], row: dict[str, Any], config: DataSection) -> PreferenceGroup:
+    answers = []
+    for option in ("chosen_key", "rejected_key"):
+        if config[option] not in row:
+            raise BadRow(f"no column {config[option]!r} (data.{option})")
+        answers.append(_answer(row[config[option]], config[option]))
+    if answers[0] == answers[1]:
+        raise BadRow(f"{config.chosen_key} equal to {config.rejected_key}")
+    turns, answers = without_repeats(prompt, answers)
+    return PreferenceGroup(turns, answers, (_comparison(row, config),), "chat")
+
+
+def _comparison(row: dict[str, Any], config: DataSection) -> Comparison:
+    weight, share = optional_number(row, config.weight_key), optional_number(row, config.p_chosen_key)
+    if weight is not None and weight < 0:
+        raise BadRow(f"negative {config.weight_key}")
+    if share is not None and not 0 <= share <= 1:
+        raise BadRow(f"{config.p_chosen_key} outside 0 to 1")
+    margin = optional_number(row, config.margin_key)
+    return Comparison(0, 1, 1.0 if weight is None else weight, margin, share)
+
+
+def _prompt(dataset: Any, hook: str, messages: Any) -> list[Message]:
+    """The messages before the responses, as a hook gave them."""
+    wanted = "a list of messages (mappings with role and content)"
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        raise wrong_type(dataset, hook, messages, wanted)
+    odd = [message for message in messages if not isinstance(message, Mapping)]
+    if odd:
+        raise _gave(dataset, hook, f"a list with {type(odd[0]).__name__} in it", wanted)
+    return as_messages(read_cell(list(messages), "prompt", required=False), "user")
+
+
+def _answer(value: Any, name: str) -> list[Message]:
+    """Messages of a response, which ends with what the assistant said or called."""
+    turns = as_messages(read_cell(list(value) if isinstance(value, tuple) else value, name), "assistant")
+    check_answer(turns[-1], name)
+    return turns
+
+
+def _built(dataset: Any, made: Any) -> PreferenceGroup:
+    """What `build_group` gave, checked and in the form of the pipeline."""
+    hook = "build_group"
+    if made is None:
+        raise BadRow(_LEFT_OUT)
+    if isinstance(made, tuple) and len(made) == 2 and made[0] is None and isinstance(made[1], str):
+        raise BadRow(" ".join(made[1].split()) or _LEFT_OUT)
+    if not isinstance(made, PreferenceGroup):
+        raise wrong_type(dataset, hook, made, "a PreferenceGroup, None or (None, reason)")
+    for values, wanted in ((made.responses, "a list of responses"), (made.comparisons, "a list of comparisons")):
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise wrong_type(dataset, hook, values, wanted)
+    made = replace(made, comparisons=_checked_comparisons(dataset, made))
+    prompt, responses = made.prompt, made.responses
+    if made.style == "text" and all(isinstance(part, str) for part in (prompt, *responses)):
+        for part in responses:
+            if not check_text(str(part)).strip():
+                raise BadRow("empty response")
+        check_text(str(prompt))
+        return made
+    if not isinstance(prompt, str):
+        prompt = _prompt(dataset, hook, prompt)
+    answers = [_answer(response, "response") for response in responses]
+    return replace(made, prompt=as_messages(prompt, "user"), responses=answers, style="chat")
+
+
+def _checked_comparisons(dataset: Any, group: PreferenceGroup) -> tuple[Comparison, ...]:
+    """The comparisons of a group with plain numbers in them, whatever library they came from."""
+    count = len(group.responses)
+    checked = []
+    for each in group.comparisons:
+        if not isinstance(each, Comparison):
+            raise wrong_type(dataset, "build_group", each, "a Comparison in comparisons")
+        better, worse = each.better, each.worse
+        if not _is_place(better, count) or not _is_place(worse, count) or better == worse:
+            raise HookError(
+                f"{_name(dataset, 'build_group')} compares response {better!r} with {worse!r}, of {count} that count "
+                "from 0; correct the hook"
+            )
+        if not _is_within(each.weight, 0, math.inf):
+            raise BadRow("a weight that is not a finite number of at least 0")
+        if each.margin is not None and not _is_within(each.margin, -math.inf, math.inf):
+            raise BadRow("a margin that is not a finite number")
+        if each.p_better is not None and not _is_within(each.p_better, 0, 1):
+            raise BadRow("a share of people outside 0 to 1")
+        margin, share = (None if value is None else float(value) for value in (each.margin, each.p_better))
+        checked.append(Comparison(int(better), int(worse), float(each.weight), margin, share))
+    if not checked:
+        raise BadRow("no comparison between its responses")
+    return tuple(checked)
+
+
+def _is_place(value: Any, count: int) -> bool:
+    return isinstance(value, Integral) and int(value) in range(count)
+
+
+def _is_within(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, Real) and math.isfinite(value) and low <= float(value) <= high
+
+
+def _source(dataset: Any, group: PreferenceGroup, row: dict[str, Any], config: DataSection) -> str:
+    source: Any = group.source
+    hook = "build_group"
+    if not source:
+        hook = "_get_data_source"
+        if not callable(getattr(dataset, hook, None)):
+            return read_name(row, config.source_key)
+        source = call_hook(dataset, hook, row)
+    if source is not None and not isinstance(source, str):
+        raise wrong_type(dataset, hook, source, "text for the source")
+    return check_text(source or "")
+
+
+def _metadata(dataset: Any, group: PreferenceGroup, row: dict[str, Any]) -> Mapping[str, Any]:
+    hook = "build_group"
+    if not isinstance(group.metadata, Mapping):
+        raise wrong_type(dataset, hook, group.metadata, "a mapping as metadata")
+    metadata = dict(group.metadata)
+    if "ground_truth" not in metadata and callable(getattr(dataset, "_extract_ground_truth", None)):
+        hook = "_extract_ground_truth"
+        truth = call_hook(dataset, hook, row)
+        if truth is not None and not (isinstance(truth, float) and math.isnan(truth)):  # how a column says "none"
+            metadata["ground_truth"] = truth
+    for key, value in metadata.items():
+        if not isinstance(value, str | int | float | bool | None):
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                raise wrong_type(dataset, hook, value, f"a plain JSON value as {key}") from None
+    return metadata

@@ -1,0 +1,161 @@
+"""Loading: from `data.custom_cls.path` and `name` to a class, with the modules that lie beside its file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+
+from rm_gallery.data.custom.sources import describe_error, hash_files, is_user_code, sources_of
+from rm_gallery.data.formats import CustomClassConfig
+from rm_gallery.errors import UserError, nearest
+
+BASE_CLASS = "tutorials.cookbooks.training_reward_model.base.BaseTrainDataset"
+_OURS = {"rm_gallery", "tutorials", "__main__"}
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    module: ModuleType
+    sources: tuple[Path, ...]
+    """The file itself and the user's own modules that it imports."""
+    digest: str
+
+
+_LOADED: dict[Path, _Loaded] = {}  # run once per process and version: readers of several files share the class
+
+
+def check_custom_class(config: CustomClassConfig) -> None:
+    """Raise UserError unless path and name are both set, or neither, and the file exists; runs none of its code."""
+    if config.path is None and config.name is None:
+        return
+    if not config.path or not config.name:
+        raise UserError("data.custom_cls needs both path (a Python file) and name (the class in it)")
+    path = _path_of(config)
+    if not path.is_file():
+        what = "is a folder; name the Python file in it" if path.is_dir() else "no such file"
+        raise UserError(f"data.custom_cls.path={config.path}: {what} (working directory {Path.cwd()})")
+
+
+def load_custom_class(config: CustomClassConfig) -> type:
+    """The class, from a file that is run once per process, and again when it or a module beside it has changed.
+
+    A relative path starts at the working directory. While the file runs, modules in its folder can be imported.
+    Raises UserError for a file that does not exist or cannot be imported, and a class that is not there or has no hook.
+    """
+    module = _load(config).module
+    found = getattr(module, config.name or "", None)
+    if not isinstance(found, type):
+        classes = [name for name, value in vars(module).items() if _is_class_of(value, module)]
+        what = "has no class of that name" if found is None else f"that is a {type(found).__name__}, not a class"
+        raise UserError(
+            f"data.custom_cls.name={config.name}: {what} in {config.path} "
+            f"(classes there: {', '.join(classes) or 'none'}).{nearest(config.name or '', classes)}"
+        )
+    if not any(callable(getattr(found, hook, None)) for hook in ("_build_messages", "build_group")):
+        raise UserError(
+            f"data.custom_cls.name={config.name}: the class has neither _build_messages nor build_group; "
+            f"derive it from {BASE_CLASS}"
+        )
+    return found
+
+
+def source_fingerprint(config: CustomClassConfig) -> str:
+    """Hash of the class's name, its file, and every module of the user's own that the file imports.
+
+    It depends on names and contents alone: not on the folder, nor on what this process has loaded.
+    """
+    return hashlib.sha256(f"{config.name} {_load(config).digest}".encode()).hexdigest()
+
+
+def _path_of(config: CustomClassConfig) -> Path:
+    return Path(config.path or "").expanduser().absolute()
+
+
+def _is_class_of(value: object, module: ModuleType) -> bool:
+    return isinstance(value, type) and value.__module__ == module.__name__
+
+
+def _load(config: CustomClassConfig) -> _Loaded:
+    check_custom_class(config)
+    path = _path_of(config)
+    earlier = _LOADED.get(path)
+    if earlier is not None and _is_unchanged(earlier):
+        return earlier
+    module = ModuleType(f"custom_cls_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}_{path.stem}")
+    module.__file__, module.__package__ = str(path), ""
+    sys.modules[module.__name__] = module  # where dataclasses and type hints look the module up
+    with _modules_beside(path):
+        try:
+            # Not through Python's import system: that would write byte code beside the file, and trust its time stamp.
+            exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), vars(module))
+            sources = sources_of(path)
+            loaded = _Loaded(module, sources, hash_files(sources))
+        except (Exception, SystemExit) as error:  # SystemExit: a script that was meant to be run
+            del sys.modules[module.__name__]
+            raise UserError(
+                f"data.custom_cls.path={config.path}: cannot be imported, {describe_error(error)}; correct it"
+            ) from error
+    _LOADED[path] = loaded
+    return loaded
+
+
+def _is_unchanged(loaded: _Loaded) -> bool:
+    try:
+        return hash_files(loaded.sources) == loaded.digest
+    except OSError:
+        return False
+
+
+class _Finder(MetaPathFinder):
+    """Finds modules and packages in one folder, but none that would hide Python's own or ours."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if path is not None or fullname in _OURS or fullname in sys.stdlib_module_names:
+            return None
+        spec = PathFinder.find_spec(fullname, [self.folder])
+        # A folder without __init__.py must not hide an installed package: `datasets/` may well hold data.
+        return spec if spec is not None and spec.origin is not None else None
+
+
+@contextmanager
+def _modules_beside(file: Path) -> Iterator[None]:
+    """Inside, modules in the folder of `file` are found first, and anew: never one of that name from elsewhere.
+
+    What other code had imported under such a name stands in `sys.modules` again afterwards.
+    """
+    importlib.invalidate_caches()
+    finder = _Finder(file.parent)
+    provided = {top for top in {name.partition(".")[0] for name in list(sys.modules)} if finder.find_spec(top)}
+    hidden = {
+        name: module
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] in provided and is_user_code(getattr(module, "__file__", None))
+    }
+    for name in hidden:
+        del sys.modules[name]
+    is_on_path = finder.folder in sys.path
+    sys.meta_path.insert(0, finder)
+    if not is_on_path:
+        sys.path.append(finder.folder)  # last: for folders without __init__.py
+    try:
+        yield
+    finally:
+        if not is_on_path:
+            sys.path.remove(finder.folder)
+        sys.meta_path.remove(finder)
+        for name, module in hidden.items():
+            if getattr(sys.modules.get(name), "__file__", None) != module.__file__:
+                sys.modules[name] = module
