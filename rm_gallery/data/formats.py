@@ -61,11 +61,12 @@ def read_groups(
     """
     checked: str | None = None
     for row in rows:
-        file = row.where.rpartition(":")[0]
-        if file != checked:
-            _check_columns(row, file, config)
-            checked = file
+        if row.file != checked and not row.fault:
+            _check_columns(row, row.file, config)
+            checked = row.file
         try:
+            if row.fault:
+                raise BadRow(row.fault)
             yield _read_pair(row, config, has_chat_template)
         except BadRow as error:
             if config.bad_rows == "error":

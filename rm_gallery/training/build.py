@@ -58,8 +58,8 @@ def run_training(config: TrainConfig) -> RunResult:
     seed_everything(config.trainer.seed)
     model = build_model(config, tokenizer)  # before the data, which may take long: a bad folder is said at once
     data = config.data
-    train = load_data(data, data.train_files, "data.train_files", tokenizer)
-    val = load_data(data, data.val_files, "data.val_files", tokenizer) if data.val_files else None
+    train = load_data(data, "data.train_files", tokenizer)
+    val = load_data(data, "data.val_files", tokenizer) if data.val_files else None
     check_data(config, model, train, val)
     weights = apply(model, config.model, world)
     plan = Plan(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from rm_gallery.data.dropped import Dropped
 from rm_gallery.data.formats import read_groups
 from rm_gallery.data.packing import check_budget
-from rm_gallery.data.source import find_files, read_rows
+from rm_gallery.data.source import DataFile, read_rows, resolve_files
 from rm_gallery.data.token_data import TokenData
 from rm_gallery.data.tokenize import load_tokenizer, tokenize_groups
 from rm_gallery.errors import UserError
@@ -32,12 +30,12 @@ class Loaded:
 
     data: TokenData
     dropped: Dropped
-    files: list[Path]
+    files: list[DataFile]
 
     def facts(self) -> dict[str, Any]:
         """For run.json."""
         return {
-            "files": [str(file) for file in self.files],
+            "files": [file.name for file in self.files],
             "groups": len(self.data),
             "comparisons": int(self.data.sizes.num_comparisons.sum()),
             "tokens": len(self.data.tokens),
@@ -62,17 +60,17 @@ def check_inputs(config: TrainConfig) -> None:
     )
     load_model_config(model.partial_pretrain, trust_remote_code=model.trust_remote_code)
     for key, paths in (("data.train_files", config.data.train_files), ("data.val_files", config.data.val_files)):
-        for file in find_files(paths, key=key) if paths else []:
+        for file in resolve_files(config.data, key=key) if paths else []:
             rows = islice(read_rows([file], key=key), _PEEK_ROWS)
             list(read_groups(rows, config.data, has_chat_template=True, dropped=Dropped()))
 
 
-def load_data(config: DataConfig, paths: str | Sequence[str], key: str, tokenizer: Any) -> Loaded:
+def load_data(config: DataConfig, key: str, tokenizer: Any) -> Loaded:
     """Rows of the files that `key` names as tokens; says what was dropped and why.
 
     Raises UserError when no usable row is left.
     """
-    files = find_files(paths, key=key)
+    files = resolve_files(config, key=key)
     dropped = Dropped()
     groups = read_groups(
         read_rows(files, key=key), config, has_chat_template=tokenizer.chat_template is not None, dropped=dropped

@@ -28,7 +28,7 @@ def assistant(text: str) -> Message:
 
 def read(*rows: dict[str, Any], template: bool = True, **options: Any) -> tuple[list[PreferenceGroup], Dropped]:
     dropped = Dropped()
-    numbered = [Row(values, f"a.parquet:{number}") for number, values in enumerate(rows)]
+    numbered = [Row(values, "a.parquet", number) for number, values in enumerate(rows)]
     groups = read_groups(numbered, FormatConfig(**options), has_chat_template=template, dropped=dropped)
     return list(groups), dropped
 
