@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from itertools import chain, islice
 from pathlib import Path
@@ -24,9 +24,9 @@ from annotated_types import Ge
 from rm_gallery import __version__
 from rm_gallery.data.custom import CustomFacts, source_fingerprint
 from rm_gallery.data.dropped import Dropped
-from rm_gallery.data.formats import choose_format
+from rm_gallery.data.formats import SAMPLE_ROWS, choose_format
 from rm_gallery.data.process_rows import Processed, RowProcessor, RowsConfig, Share, Work
-from rm_gallery.data.source import Chunk, DataFile, read_chunks
+from rm_gallery.data.source import DataFile, FileEntry, read_chunks
 from rm_gallery.data.token_store import Facts, Store, StoreWriter, open_store
 from rm_gallery.data.workers import Task, process_in_order
 from rm_gallery.errors import UserError
@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 
 _STORE_VERSION = 1  # of what is stored, and of how rows become tokens: raise it when either changes
 _SECONDS_BETWEEN_NEWS = 10.0
-_PEEK_ROWS = 64  # that decide on the format
 _CHECK_ROWS = 8  # that are read before a run begins
 
 
@@ -52,15 +51,21 @@ class PrepareConfig(RowsConfig):
 
 
 def prepare(
-    files: Sequence[DataFile], config: PrepareConfig, tokenizer: Any, *, key: str, share: Share | None = None
+    files: Sequence[DataFile],
+    entries: Sequence[FileEntry],
+    config: PrepareConfig,
+    tokenizer: Any,
+    *,
+    key: str,
+    share: Share | None = None,
 ) -> Store:
     """Token data of all usable rows of the files, in order, with what was left out.
 
-    key: configuration key that the files came from, for messages.
+    entries: those that the files' `entry` counts. key: configuration key that the files came from, for messages.
     share: the side of the hold-out by prompt that is wanted; None takes every row.
     Raises UserError for files that cannot be read or mix chats with bare texts, and when the cache cannot be written.
     """
-    folder = _cache_folder(config) / _fingerprint(files, config, tokenizer, share)
+    folder = _cache_folder(config) / _fingerprint(files, entries, config, tokenizer, share)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         store = open_store(folder)
@@ -69,7 +74,7 @@ def prepare(
             return store
         with _locked(folder, key):
             store = open_store(folder)  # another process may have built it meanwhile
-            return store or _build(folder, files, Work(config, tokenizer, share), config, key)
+            return store or _build(folder, files, entries, Work(config, tokenizer, share), config, key)
     except OSError as error:  # what reading the data may raise is a UserError already
         raise UserError(
             f"{folder.parent}: the cache of tokenized data cannot be used ({error.strerror or error}); "
@@ -77,9 +82,9 @@ def prepare(
         ) from error
 
 
-def peek(file: DataFile, config: PrepareConfig, tokenizer: Any, *, key: str) -> None:
+def peek(file: DataFile, entries: Sequence[FileEntry], config: PrepareConfig, tokenizer: Any, *, key: str) -> None:
     """Read the first rows of a file as training would; raises UserError as `prepare` does."""
-    for task in islice(_tasks([file], config, key, []), 1):
+    for task in islice(_tasks([file], entries, config, key, set()), 1):
         processor = RowProcessor(Work(config, tokenizer))
         rows = islice(task.chunk.rows(), _CHECK_ROWS)
         processor.process(rows, processor.reader(task.format_name), task.source)
@@ -108,13 +113,20 @@ def _locked(folder: Path, key: str) -> Iterator[None]:
         lock.release()
 
 
-def _fingerprint(files: Sequence[DataFile], config: PrepareConfig, tokenizer: Any, share: Share | None) -> str:
+def _fingerprint(
+    files: Sequence[DataFile],
+    entries: Sequence[FileEntry],
+    config: PrepareConfig,
+    tokenizer: Any,
+    share: Share | None,
+) -> str:
     """Hash of all that decides the token data of these files."""
     decides = {each.name for each in fields(RowsConfig)}
     facts = {
         "store": _STORE_VERSION,
         "versions": [__version__, *(metadata.version(name) for name in ("tokenizers", "transformers", "jinja2"))],
         "files": [asdict(file) for file in files],
+        "entries": [(entry.format, _source_of(entry, entries)) for entry in entries],
         "config": {name: value for name, value in asdict(config).items() if name in decides},
         "custom class": source_fingerprint(config.custom_cls) if config.custom_cls.path else None,
         "share": share,
@@ -126,44 +138,45 @@ def _fingerprint(files: Sequence[DataFile], config: PrepareConfig, tokenizer: An
     return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def _build(folder: Path, files: Sequence[DataFile], work: Work, config: PrepareConfig, key: str) -> Store:
-    chosen: list[str] = []
+def _build(
+    folder: Path, files: Sequence[DataFile], entries: Sequence[FileEntry], work: Work, config: PrepareConfig, key: str
+) -> Store:
+    chosen: set[str] = set()
     totals = _Totals(key)
     with StoreWriter(folder) as writer:
-        tasks = _tasks(files, config, key, chosen)
+        tasks = _tasks(files, entries, config, key, chosen)
         for processed in process_in_order(tasks, work, num_workers=config.num_workers):
             totals.add(processed)
             writer.append(processed.chunk)
-        writer.finish(totals.facts(chosen), totals.dropped, totals.custom)
+        writer.finish(totals.facts(sorted(chosen)), totals.dropped, totals.custom)
     store = open_store(folder)
     if store is None:
         raise UserError(f"{folder}: what was written there cannot be read back; check the disk")
     return store
 
 
-def _tasks(files: Sequence[DataFile], config: PrepareConfig, key: str, chosen: list[str]) -> Iterator[Task]:
+def _tasks(
+    files: Sequence[DataFile], entries: Sequence[FileEntry], config: PrepareConfig, key: str, chosen: set[str]
+) -> Iterator[Task]:
     """The chunks of all files; says once how files are read, and why."""
     for file in files:
         chunks = read_chunks(file, key=key)
         first = next(chunks, None)
         if first is None:
             continue
-        name = ""
+        name, entry = "", entries[file.entry]
         if config.custom_cls.path is None:
-            name, why = _format_of(file, first, config)
-            sentence = f"read as {name}: {why}"
-            if sentence not in chosen:
-                chosen.append(sentence)
-                log.info("%s: %s %s", key, file.name, sentence)
+            wanted = config if entry.format is None else replace(config, format=entry.format)  # type: ignore[arg-type]
+            name = choose_format(list(islice(first.rows(), SAMPLE_ROWS)), wanted, said=chosen).name
         for chunk in chain([first], chunks):
-            yield Task(chunk, name, file.source)
+            yield Task(chunk, name, _source_of(entry, entries))
 
 
-def _format_of(file: DataFile, chunk: Chunk, config: PrepareConfig) -> tuple[str, str]:
-    if file.format is not None:
-        return file.format, "the entry says so"
-    choice = choose_format(list(islice(chunk.rows(), _PEEK_ROWS)), config)
-    return choice.name, choice.why
+def _source_of(entry: FileEntry, entries: Sequence[FileEntry]) -> str:
+    """What metrics call the data set of rows that name none: with several entries the last part of their path."""
+    if entry.name is not None:
+        return entry.name
+    return Path(entry.path.rstrip("/")).stem if len(entries) > 1 else ""
 
 
 class _Totals:

@@ -66,7 +66,7 @@ def run_training(config: TrainConfig) -> RunResult:
         seed=config.trainer.seed,
         world_size=world.world_size,
         padded=model.padded,
-        mixture=mixture_of(train),
+        mixture=mixture_of(train, config.data),
     )
     total_steps = _count_steps(plan, config, train.data)
     _write_facts(config, world, model, plan, train, val, total_steps)

@@ -15,7 +15,7 @@ from typing import Any, get_args
 from rm_gallery.data.custom import check_custom_class
 from rm_gallery.data.packing import PackingConfig
 from rm_gallery.data.prepare import PrepareConfig
-from rm_gallery.data.source import SourceConfig, find_files
+from rm_gallery.data.source import SourceConfig, check_val_fraction, entry_problems, find_files
 from rm_gallery.errors import UserError, nearest
 from rm_gallery.modeling.parallel import ModelConfig
 from rm_gallery.training.checkpoint import CheckpointConfig
@@ -26,6 +26,8 @@ from rm_gallery.training.trackers import TRACKERS, TrackerConfig
 from rm_gallery.training.trainer import LoopConfig
 
 log = logging.getLogger(__name__)
+
+_FILES = ("data.train_files", "data.val_files")
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,10 @@ def check_config(values: Mapping[str, Any]) -> TrainConfig:
     values = _tidied(values)
     known = known_keys(TrainConfig)
     adapter = TypeAdapter(TrainConfig)
-    problems = _switches_for_numbers(values, known)
+    problems = {**_switches_for_numbers(values, known), **_entry_problems(values)}
+    for key in _FILES:
+        if key in problems:  # pydantic would say the same once for each type that an entry may have
+            _remove(values, key)
     try:
         config = adapter.validate_python(values)
     except ValidationError as error:
@@ -137,6 +142,13 @@ def _switches_for_numbers(values: Mapping[str, Any], known: Mapping[str, Any]) -
         if isinstance(value, bool) and {int, float} & {hint, *get_args(hint)}:
             found[key] = f"{key}={str(value).lower()}: must be a number"
     return found
+
+
+def _entry_problems(values: Mapping[str, Any]) -> dict[str, str]:
+    """Sentences, by key, for files that are neither paths nor sections of keys."""
+    data = values.get("data")
+    found = {key: entry_problems(data.get(key[5:]), key) for key in _FILES} if isinstance(data, Mapping) else {}
+    return {key: "\n".join(sentences) for key, sentences in found.items() if sentences}
 
 
 def _remove(values: dict[str, Any], key: str) -> None:
@@ -194,10 +206,11 @@ def _problems(config: TrainConfig) -> list[str]:
         problems.append("data.input_style=text: data.custom_cls gives messages; leave one of the two out")
     if data.custom_cls.name and data.format != "auto":
         problems.append(f"data.format={data.format}: data.custom_cls reads the rows; leave one of the two out")
-    try:
-        check_custom_class(data.custom_cls)
-    except UserError as error:
-        problems.append(str(error))
+    for check in (lambda: check_val_fraction(data), lambda: check_custom_class(data.custom_cls)):
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
     return problems
 
 

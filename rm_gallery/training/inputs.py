@@ -12,7 +12,7 @@ from rm_gallery.data.custom import CustomReader
 from rm_gallery.data.packing import Mixture, check_budget
 from rm_gallery.data.prepare import peek, prepare
 from rm_gallery.data.process_rows import Share
-from rm_gallery.data.source import DataFile, resolve_files
+from rm_gallery.data.source import DataFile, entries_of, resolve_files
 from rm_gallery.data.token_data import TokenData
 from rm_gallery.data.token_store import Store
 from rm_gallery.data.tokenize import load_tokenizer
@@ -87,8 +87,9 @@ def check_inputs(config: TrainConfig) -> None:
     )
     load_model_config(model.partial_pretrain, trust_remote_code=model.trust_remote_code)
     for side in sides_of(config.data):
+        entries = entries_of(config.data, side.key)
         for file in resolve_files(config.data, key=side.key):
-            peek(file, config.data, tokenizer, key=side.key)
+            peek(file, entries, config.data, tokenizer, key=side.key)
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ def load_sides(config: DataConfig, tokenizer: Any) -> tuple[Loaded, Loaded | Non
 def load_side(side: Side, config: DataConfig, tokenizer: Any) -> Loaded:
     """One side as tokens, from the cache where it is there; see `load_sides`."""
     key = side.key if side.share is None else f"{side.key} ({side.share[0]} share)"
-    files = resolve_files(config, key=side.key)
-    store = prepare(files, config, tokenizer, key=key, share=side.share)
+    files, entries = resolve_files(config, key=side.key), entries_of(config, side.key)
+    store = prepare(files, entries, config, tokenizer, key=key, share=side.share)
     dropped, facts = store.dropped, store.facts
     if dropped.total:
         log.warning("%s: left out %d of %d rows: %s", key, dropped.total, facts.num_rows, dropped.describe())
@@ -147,13 +148,12 @@ def load_side(side: Side, config: DataConfig, tokenizer: Any) -> Loaded:
     return Loaded(store, files)
 
 
-def mixture_of(train: Loaded) -> Mixture | None:
+def mixture_of(train: Loaded, config: DataConfig) -> Mixture | None:
     """How often each entry of `data.train_files` is used in an epoch; None when every group is used once."""
-    entry_of = {file.name: file.entry for file in train.files}
-    weight_of = {file.entry: file.weight for file in train.files}
-    if all(weight == 1 for weight in weight_of.values()):
+    weights = [entry.weight for entry in entries_of(config, "data.train_files")]
+    if all(weight == 1 for weight in weights):
         return None
-    weights = [weight_of.get(entry, 0.0) for entry in range(max(weight_of) + 1)]
+    entry_of = {file.name: file.entry for file in train.files}
     entries = np.array([entry_of[name] for name in train.data.files], np.int32)
     return Mixture(entries[train.data.file_numbers], weights)
 

@@ -9,8 +9,6 @@ from typing import Any, get_type_hints
 
 from rm_gallery.errors import nearest
 
-_PATHS = ("data.train_files", "data.val_files")
-
 
 def known_keys(config: type, prefix: str = "") -> dict[str, Any]:
     """Every key of the configuration with its type, sections too, as `model.fsdp_config.model_dtype`."""
@@ -43,8 +41,6 @@ def sentence(key: str, problem: Any, values: Mapping[str, Any], known: Mapping[s
     if problem["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", str(problem["ctx"]["expected"]))
         return f"{key}={value}: must be one of {', '.join(choices)}.{nearest(str(value), choices)}"
-    if key in _PATHS:
-        return f"{key}={value!r}: must be a path or a list of paths"
     what = problem["msg"].replace("Input should be ", "must be ").replace("Tuple", "tuple").partition(", ")[0]
     for theirs, ours in (
         ("a valid string", "text; put quotes around it"), ("a valid number", "a number"), ("a valid tuple", "a list"),

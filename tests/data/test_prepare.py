@@ -19,7 +19,7 @@ from rm_gallery.data import workers
 from rm_gallery.data.formats import CustomClassConfig
 from rm_gallery.data.prepare import PrepareConfig, prepare
 from rm_gallery.data.process_rows import is_wanted
-from rm_gallery.data.source import SourceConfig, resolve_files
+from rm_gallery.data.source import SourceConfig, entries_of, resolve_files
 from rm_gallery.data.token_data import hash_prompt
 from rm_gallery.data.token_store import Store
 from rm_gallery.errors import UserError
@@ -37,8 +37,8 @@ def files(in_tmp: Path) -> Path:
 
 def run(tokenizer: Any, files: Any = "a.parquet", *, share: Any = None, **options: Any) -> Store:
     config = PrepareConfig(cache_dir="cache", **options)
-    resolved = resolve_files(SourceConfig(train_files=files), key=KEY)
-    return prepare(resolved, config, tokenizer, key=KEY, share=share)
+    source = SourceConfig(train_files=files)
+    return prepare(resolve_files(source, key=KEY), entries_of(source, KEY), config, tokenizer, key=KEY, share=share)
 
 
 def stores() -> list[str]:

@@ -14,7 +14,7 @@ from rm_gallery.modeling.export import InputRecord, read_record
 from rm_gallery.schema import Message
 from rm_gallery.scoring import RewardScorer
 from rm_gallery.training.config import TrainConfig, load_config
-from rm_gallery.training.inputs import load_data
+from rm_gallery.training.inputs import Side, load_side
 from tests.small import make_model, text_pairs, write_pairs
 from tests.spec.text import code_blocks
 from tests.templates import TEMPLATES, make_templated
@@ -58,7 +58,7 @@ def conversations(file: str) -> list[list[Message]]:
 def trained_tokens(config: TrainConfig) -> list[list[int]]:
     """Every text of the training file as the trainer reads it."""
     tokenizer = load_tokenizer(config.model.partial_pretrain)
-    data = load_data(config.data, config.data.train_files, "data.train_files", tokenizer).data
+    data = load_side(Side("data.train_files"), config.data, tokenizer).data
     return [
         [*group.prefix.tolist(), *tail.tolist()]
         for group in map(data.__getitem__, range(len(data)))

@@ -123,8 +123,8 @@ def test_a_format_of_its_own_is_said_in_training_and_in_scoring(
         text = f"user: 0\nbot: {row['chosen']}<|im_end|>\n"
         [unit] = scorer.engine.encode([PreferenceGroup("", [text])])[0]  # type: ignore[union-attr]
     from rm_gallery.data.tokenize import load_tokenizer
-    from rm_gallery.training.inputs import load_data
+    from rm_gallery.training.inputs import Side, load_side
 
     config = load_config(None, settings(qwen2_folder))
-    group = load_data(config.data, "train.parquet", "data.train_files", load_tokenizer(str(qwen2_folder))).data[0]
+    group = load_side(Side("data.train_files"), config.data, load_tokenizer(str(qwen2_folder))).data[0]
     assert unit.tokens.tails[0].tolist() == [*group.prefix.tolist(), *group.tails[0].tolist()]

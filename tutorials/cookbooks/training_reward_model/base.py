@@ -20,7 +20,7 @@ from rm_gallery.data.custom import DataSection, Renderer, build_pair, read_row, 
 from rm_gallery.data.dropped import BadRow
 from rm_gallery.data.formats import as_messages, read_cell
 from rm_gallery.data.formats.values import read_name
-from rm_gallery.data.source import Row, find_files, read_rows
+from rm_gallery.data.source import Row, SourceConfig, read_rows, resolve_files
 from rm_gallery.errors import UserError
 from rm_gallery.schema import Message, PreferenceGroup
 
@@ -130,5 +130,5 @@ class BaseTrainDataset(Sequence[PreferenceGroup]):
     @cached_property
     def _file_rows(self) -> list[Row]:
         """All rows, read when they are first asked for."""
-        files = find_files([str(each) for each in self.data_files], key="data_files") if self.data_files else []
-        return list(read_rows(files, key="data_files"))
+        config = SourceConfig(train_files=tuple(str(each) for each in self.data_files))
+        return list(read_rows(resolve_files(config, key="data_files"), key="data_files"))

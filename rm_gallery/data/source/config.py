@@ -1,0 +1,124 @@
+"""The keys of `data` that say where the preference pairs lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from rm_gallery.errors import UserError, nearest
+
+Role = Literal["train", "val"]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One entry of `train_files` or `val_files`; a plain path means an entry with only that."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    path: str = ""
+    """File, folder, glob, URL, or data set of the Hugging Face hub."""
+    weight: float = 1.0
+    """How often a pair of it is used in an epoch: 2 is twice, 0.5 another half each epoch."""
+    split: str | None = None
+    """Split of a hub data set or of a folder that holds several; none takes `data.train_split` or `data.val_split`."""
+    subset: str | None = None
+    """Subset (configuration) of a hub data set that has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; none takes `data.revision`."""
+    name: str | None = None
+    """What metrics by source call it."""
+    format: str | None = None
+    """How its rows are read, instead of `data.format`."""
+
+
+Files = str | FileEntry | tuple[str | FileEntry, ...]
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Part of `data`: where the preference pairs lie."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    train_files: Files = ""
+    """File (parquet, JSON lines, CSV, Arrow), folder, glob, URL, hub data set (`org/name` or `org/name/train.parquet`),
+    or a list of these; an entry may be a section of keys: `{path: org/name, split: train, weight: 0.5}`."""
+    val_files: Files = ""
+    """The same for validation; empty for none."""
+    val_fraction: float = 0.0
+    """Share of the training prompts that is held out for validation when `val_files` is empty, 0 to below 1."""
+    train_split: str | None = None
+    """Split for entries of `train_files` that name none; by default `train` where there are several."""
+    val_split: str | None = None
+    """The same for `val_files`; by default `validation`, else `test`."""
+    revision: str | None = None
+    """Branch, tag or commit of hub data sets for entries that name none; by default the newest state."""
+
+
+def role_of(key: str) -> Role:
+    """Whether a key such as `data.val_files` names data for training or for validation."""
+    return "val" if key.endswith("val_files") else "train"
+
+
+def entries_of(config: SourceConfig, key: str) -> tuple[FileEntry, ...]:
+    """Entries of `data.train_files` or `data.val_files`, a plain path as an entry; `DataFile.entry` counts them."""
+    return as_entries(config.val_files if role_of(key) == "val" else config.train_files)
+
+
+def as_entries(files: Files | Sequence[str | FileEntry]) -> tuple[FileEntry, ...]:
+    """A path, an entry or several as entries; an empty path alone means none."""
+    if isinstance(files, str):
+        return (FileEntry(files),) if files else ()
+    if isinstance(files, FileEntry):
+        return (files,)
+    return tuple(FileEntry(each) if isinstance(each, str) else each for each in files)
+
+
+def entry_problems(value: Any, key: str) -> list[str]:
+    """What is wrong with the plain value of a key such as `data.train_files`, as sentences; it may be of any type."""
+    if value is None or isinstance(value, str | FileEntry):
+        return []
+    if isinstance(value, Mapping):
+        return _section_problems(value, key)
+    if not isinstance(value, list | tuple):
+        return [f"{key}={value!r}: must be a path, a list of paths, or entries such as {{path: a.parquet, weight: 2}}"]
+    problems = []
+    for place, each in enumerate(value):
+        if isinstance(each, Mapping):
+            problems += _section_problems(each, f"{key}[{place}]")
+        elif not isinstance(each, str | FileEntry):
+            problems.append(f"{key}[{place}]={each!r}: must be a path or an entry such as {{path: a.parquet}}")
+    return problems
+
+
+def _section_problems(section: Mapping[Any, Any], key: str) -> list[str]:
+    known = [field.name for field in fields(FileEntry)]
+    problems = [
+        f"{key}.{name}: unknown key.{nearest(str(name), known)} Known are {', '.join(known)}"
+        for name in section
+        if name not in known
+    ]
+    if not isinstance(section.get("path"), str) or not section["path"].strip():
+        problems.append(f"{key}: an entry needs its path, as {{path: a.parquet, weight: 2}}")
+    for name in known[2:]:
+        if not isinstance(section.get(name), str | None):
+            problems.append(f"{key}.{name}={section[name]!r}: must be text; put quotes around it")
+    weight = section.get("weight", 1.0)
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or not math.isfinite(weight) or weight <= 0:
+        problems.append(f"{key}.weight={weight!r}: must be a number above 0; leave the entry out to use none of it")
+    return problems
+
+
+def check_val_fraction(config: SourceConfig) -> None:
+    """Raise UserError for a share out of range, and for one beside validation files."""
+    share = config.val_fraction
+    if not 0 <= share < 1:
+        raise UserError(f"data.val_fraction={share}: must be at least 0 and below 1")
+    if share and config.val_files:
+        raise UserError(
+            f"data.val_fraction={share} with data.val_files: set one of the two (data.val_files= names no files)"
+        )

@@ -1,0 +1,191 @@
+"""Splits: which files of a folder or of a hub data set belong together, by its README's YAML or by their names.
+
+The rules are those of the `datasets` library, so that a split here is the split that people know from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from rm_gallery.data.source.config import Role
+from rm_gallery.data.source.names import data_files
+from rm_gallery.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
+
+Splits = dict[str, list[str]]
+"""Paths by split; the split '' holds all files where names tell no splits apart."""
+
+_KEYWORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_WORD = re.compile(rf"(?<![A-Za-z])({'|'.join(word for words in _KEYWORDS.values() for word in words)})(?![A-Za-z])")
+_SPLIT_OF_WORD = {word: split for split, words in _KEYWORDS.items() for word in words}
+_SHARD = re.compile(r"(?:data/)?(?P<split>\w[\w.]*)-\d{5}-of-\d{5}[^/]*")
+_CONVERTED = re.compile(r"(?P<subset>[^/]+)/(?P<split>[^/]+)/\d{4}\.parquet")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Subsets of a data set, each with its splits."""
+
+    subsets: dict[str, Splits]
+    default: str | None
+    """The subset that is meant when none is named; None when one must be."""
+
+
+def layout_of(paths: Sequence[str], readme: str = "") -> Layout:
+    """How a data set is laid out; the `configs` in the YAML block of its README win over the names of its files."""
+    found = data_files(paths)
+    configs = _configs(readme)
+    if configs:
+        subsets = {str(config["config_name"]): _config_splits(config, found) for config in configs}
+        flagged = [str(config["config_name"]) for config in configs if config.get("default") is True]
+        return _layout({name: splits for name, splits in subsets.items() if splits}, flagged)
+    converted = [_CONVERTED.fullmatch(path) for path in found]
+    if found and all(converted):  # the hub's own conversion, revision refs/convert/parquet
+        subsets = {}
+        for match in converted:
+            assert match is not None
+            subsets.setdefault(match["subset"], {}).setdefault(match["split"], []).append(match[0])
+        return _layout(subsets, [])
+    return _layout({"default": splits_by_name(found)} if found else {}, [])
+
+
+def _layout(subsets: dict[str, Splits], flagged: Sequence[str]) -> Layout:
+    default = next((name for name in (*flagged, "default") if name in subsets), None)
+    return Layout(subsets, next(iter(subsets)) if len(subsets) == 1 else default)
+
+
+def _configs(readme: str) -> list[Mapping[str, Any]]:
+    """`configs` of the YAML block that a README begins with."""
+    import yaml
+
+    block = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", readme.replace("\r\n", "\n"), re.DOTALL)
+    if block is None:
+        return []
+    try:
+        header = yaml.safe_load(block[1])
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        log.warning("README.md: its YAML block cannot be read (%s); splits are taken from file names", error)
+        return []
+    configs = header.get("configs") if isinstance(header, dict) else None
+    configs = configs if isinstance(configs, list) else []
+    return [config for config in configs if isinstance(config, dict) and "config_name" in config]
+
+
+def _config_splits(config: Mapping[str, Any], paths: Sequence[str]) -> Splits:
+    folder = str(config.get("data_dir") or "").strip("./")
+    if folder:
+        paths = [path for path in paths if path.startswith(f"{folder}/")]
+    patterns = config.get("data_files")
+    if patterns is None:
+        start = f"{folder}/" if folder else ""
+        inside = splits_by_name([path.removeprefix(start) for path in paths])
+        return {split: [start + path for path in each] for split, each in inside.items()}
+    found: Splits = {}
+    for split, pattern in _patterns(patterns):
+        full = f"{folder}/{pattern}" if folder else pattern
+        matching = [path for path in matching_paths(full, paths) if path not in found.get(split, ())]
+        if matching:
+            found.setdefault(split, []).extend(matching)
+    return found
+
+
+def _patterns(value: Any) -> list[tuple[str, str]]:
+    """(split, pattern) pairs of `data_files`: a pattern, a list of them, a mapping by split, or split-path sections."""
+    if isinstance(value, str):
+        return [("train", value)]
+    if isinstance(value, dict):
+        return [(str(split), pattern) for split, each in value.items() for _, pattern in _patterns(each)]
+    if not isinstance(value, list):
+        return []
+    found = []
+    for each in value:
+        if isinstance(each, dict) and "path" in each:
+            found += [(str(each.get("split", "train")), pattern) for _, pattern in _patterns(each["path"])]
+        elif isinstance(each, str):
+            found.append(("train", each))
+    return found
+
+
+def matching_paths(pattern: str, paths: Sequence[str]) -> list[str]:
+    """Paths that a glob pattern means, sorted; `*` stays within a folder, `**` does not."""
+    from fsspec.utils import glob_translate
+
+    pattern = re.sub(r"^(\./|/)+", "", pattern)
+    expression = re.compile(glob_translate(pattern))
+    return sorted(path for path in paths if path == pattern or expression.match(path))
+
+
+def splits_by_name(paths: Sequence[str]) -> Splits:
+    """Splits that folder and file names tell apart; {'': all} when they tell none, {} for no paths.
+
+    Shards come first (`train_sft-00000-of-00002.parquet`, there any word is a split), then folders called like a
+    split (`val/a.csv`), then files (`my_test.jsonl`). A file that does not tell its split is in none then.
+    """
+    found: Splits = {}
+    for path in paths:
+        if match := _SHARD.fullmatch(path):
+            found.setdefault(match["split"], []).append(path)
+    if len(found) > 1 or any(_WORD.search(split) for split in found):
+        return found
+    for told_by in (_folder_word, _file_word):
+        found = {}
+        for path in paths:
+            if word := told_by(PurePosixPath(path.lower())):
+                found.setdefault(_SPLIT_OF_WORD[word], []).append(path)
+        if found:
+            return found
+    return {"": list(paths)} if paths else {}
+
+
+def _folder_word(path: PurePosixPath) -> str:
+    """The word for a split in the folders of a path, the innermost one; '' for none."""
+    return next((match[1] for part in reversed(path.parts[:-1]) if (match := _WORD.search(part))), "")
+
+
+def _file_word(path: PurePosixPath) -> str:
+    """The first word for a split in the name of a file; '' for none."""
+    match = _WORD.search(path.name)
+    return match[1] if match else ""
+
+
+def choose_subset(layout: Layout, subset: str | None, what: str) -> Splits:
+    """The splits of a subset; raises UserError, naming those that exist, when it is not clear which is meant."""
+    names = ", ".join(layout.subsets)
+    chosen = layout.default if subset is None else subset
+    if chosen is None:
+        raise UserError(f"{what}: holds several subsets ({names}); name one in an entry, as {{path: ..., subset: ...}}")
+    if chosen not in layout.subsets:
+        raise UserError(f"{what}: has no subset {chosen!r}; it has {names}.{nearest(chosen, layout.subsets)}")
+    return layout.subsets[chosen]
+
+
+def choose_split(splits: Splits, wanted: str | None, role: Role, what: str) -> list[str]:
+    """Files of the split that is wanted, else of `train` for training and of `validation` or `test` for validation.
+
+    Raises UserError, naming the splits that exist, when there is none of that name.
+    """
+    names = {split or "train": paths for split, paths in splits.items()}
+    tried = (wanted,) if wanted is not None else ("train",) if role == "train" else ("validation", "test")
+    for split in tried:
+        if split in names:
+            return names[split]
+        alike = [name for name in names if _SPLIT_OF_WORD.get(name) == _SPLIT_OF_WORD.get(split, split)]
+        if len(alike) == 1:
+            return names[alike[0]]
+    asked = " or ".join(repr(split) for split in tried)
+    hint = nearest(tried[0], names)
+    held_out = role == "val" or (wanted is not None and _SPLIT_OF_WORD.get(wanted) in ("validation", "test"))
+    rest = ", or leave data.val_files empty and set data.val_fraction to hold out a share" if held_out else ""
+    raise UserError(
+        f"{what}: has no split {asked}; it has {', '.join(sorted(names))}.{hint} Name one of these as split{rest}"
+    )
