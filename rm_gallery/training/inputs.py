@@ -87,6 +87,8 @@ def check_inputs(config: TrainConfig) -> None:
             else:
                 groups = _read_custom(rows, custom, Dropped(), config.data.bad_rows)
                 tokenize_groups(groups, tokenizer, config.data, dropped=Dropped(), render_chat=custom.render)
+    for warning in custom.facts.warnings() if custom is not None else ():
+        log.warning(warning)
 
 
 def load_data(config: DataConfig, paths: str | Sequence[str], key: str, tokenizer: Any) -> Loaded:
