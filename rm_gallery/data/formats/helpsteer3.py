@@ -13,8 +13,8 @@ from rm_gallery.data.dropped import BadRow
 from rm_gallery.data.formats.cells import read_cell
 from rm_gallery.data.formats.config import FormatConfig
 from rm_gallery.data.formats.draft import Column, Draft
-from rm_gallery.data.formats.pairs import read_prompt
-from rm_gallery.data.formats.values import read_list, read_number
+from rm_gallery.data.formats.pairs import check_prompted, read_prompt
+from rm_gallery.data.formats.values import is_nothing, read_list, read_number
 from rm_gallery.schema import Comparison
 
 
@@ -29,17 +29,15 @@ def read_helpsteer3(values: Mapping[str, Any], config: FormatConfig) -> Draft:
         raise BadRow(f"{columns.overall_preference} that is a tie")
     better = 0 if overall < 0 else 1
     share = _share(values, columns.individual_preference, overall)
-    return Draft(
-        read_prompt(values, columns.context),
-        [read_cell(values.get(name), name) for name in names],
-        (Comparison(better, 1 - better, margin=abs(overall), p_better=share),),
-        names,
-    )
+    prompt, responses = read_prompt(values, columns.context), [read_cell(values.get(name), name) for name in names]
+    check_prompted(prompt, responses, columns.context)
+    comparison = Comparison(better, 1 - better, margin=abs(overall), p_better=share)
+    return Draft(prompt, responses, (comparison,), names)
 
 
 def _share(values: Mapping[str, Any], name: str | None, overall: float) -> float | None:
     """Share of people whose preference agrees with the overall one, a tie counting half; None without any."""
-    if name is None or values.get(name) is None:
+    if name is None or is_nothing(values.get(name)):
         return None
     people = read_list(values[name], name)
     if not all(isinstance(person, Mapping) and "score" in person for person in people):
@@ -55,7 +53,7 @@ def helpsteer3_columns(config: FormatConfig) -> list[Column]:
     """Columns of the format `helpsteer3`."""
     columns = config.columns
     return [
-        Column("columns.context", columns.context, "cell"),
+        Column("columns.context", columns.context, "cell", needed=columns.context is not None),
         Column("columns.response1", columns.response1, "cell", needed=True),
         Column("columns.response2", columns.response2, "cell", needed=True),
         Column("columns.overall_preference", columns.overall_preference, "number", needed=True),

@@ -14,7 +14,7 @@ from rm_gallery.data.dropped import BadRow
 from rm_gallery.data.formats.cells import Cell, read_cell
 from rm_gallery.data.formats.config import FormatConfig
 from rm_gallery.data.formats.draft import Column, Draft
-from rm_gallery.data.formats.pairs import read_prompt
+from rm_gallery.data.formats.pairs import check_prompted, read_prompt
 from rm_gallery.data.formats.ranked import check_count, compare
 from rm_gallery.data.formats.values import is_number, read_list, read_number
 from rm_gallery.schema import Comparison, Message
@@ -34,8 +34,8 @@ def read_nested(values: Mapping[str, Any], config: FormatConfig) -> Draft:
 
 
 def read_completions(values: Mapping[str, Any], config: FormatConfig) -> Draft:
-    """Format `completions`; the prompt is in `instruction`, or else in the usual prompt column."""
-    has_instruction = values.get(config.columns.instruction or "") is not None
+    """Format `completions`; the prompt is in `instruction` or, in a file without it, in the usual prompt column."""
+    has_instruction = config.columns.instruction is not None and config.columns.instruction in values
     prompt = config.columns.instruction if has_instruction else config.prompt_key
     return _read(values, config, prompt, config.columns.completions)
 
@@ -53,9 +53,9 @@ def _read(values: Mapping[str, Any], config: FormatConfig, prompt: str | None, n
         label, score = _verdict(fields, name, config.columns.score)
         preferred.append(label)
         scores.append(score)
-    return Draft(
-        read_prompt(values, prompt), responses, _comparisons(preferred, scores, name), ["response"] * len(responses)
-    )
+    before = read_prompt(values, prompt)
+    check_prompted(before, responses, prompt)
+    return Draft(before, responses, _comparisons(preferred, scores, name), ["response"] * len(responses))
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,15 +113,15 @@ def _comparisons(preferred: list[bool | None], scores: list[float | None], name:
     """
     labels = [float(label) for label in preferred if label is not None]
     numbers = [score for score in scores if score is not None]
-    has_scores = len(numbers) == len(scores)
-    if len(labels) == len(preferred) and len(set(labels)) > 1:
+    has_labels, has_scores = len(labels) == len(preferred), len(numbers) == len(scores)
+    if has_labels and len(set(labels)) > 1:
         comparisons = compare(labels, "")
         if has_scores:
             comparisons = [_with_margin(each, numbers) for each in comparisons]
         return comparisons
     if has_scores:
         return compare(numbers, f"all labels or scores in {name} equal", with_margins=True)
-    raise BadRow(f"all labels in {name} equal" if labels else f"{name} with a response that has no label or score")
+    raise BadRow(f"all labels in {name} equal" if has_labels else f"{name} with a response that has no label or score")
 
 
 def _with_margin(comparison: Comparison, scores: list[float]) -> Comparison:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rm_gallery.data.dropped import BadRow
@@ -40,9 +40,7 @@ def read_prompted(values: Mapping[str, Any], config: FormatConfig) -> Draft:
     A row without a prompt can be used when both responses are conversations, which then hold it.
     """
     draft = _read(values, config)
-    has_prompt = bool(draft.prompt.strip() if isinstance(draft.prompt, str) else draft.prompt)
-    if not has_prompt and any(isinstance(response, str) for response in draft.responses):
-        raise BadRow(f"empty {config.prompt_key}")
+    check_prompted(draft.prompt, draft.responses, config.prompt_key)
     return draft
 
 
@@ -60,6 +58,17 @@ def _read(values: Mapping[str, Any], config: FormatConfig, *, bare: bool = False
 def read_prompt(values: Mapping[str, Any], name: str | None) -> Cell:
     """Text or messages of the prompt column; '' where the row has none."""
     return "" if name is None else read_cell(values.get(name), name, required=False)
+
+
+def check_prompted(prompt: Cell, responses: Sequence[Cell], name: str | None) -> None:
+    """Raise BadRow for responses that are texts without the prompt that they answer, from the column of this name.
+
+    Such a row among chats would be a bare text, in another style than the rest of its file. Where there are no prompts
+    at all, the configuration says so with a null name.
+    """
+    has_prompt = bool(prompt.strip() if isinstance(prompt, str) else prompt)
+    if name is not None and not has_prompt and any(isinstance(response, str) for response in responses):
+        raise BadRow(f"text responses without {name}")
 
 
 def pair_columns(config: FormatConfig) -> list[Column]:

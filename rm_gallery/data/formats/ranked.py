@@ -9,7 +9,7 @@ from rm_gallery.data.dropped import BadRow
 from rm_gallery.data.formats.cells import Cell, read_cell
 from rm_gallery.data.formats.config import FormatConfig
 from rm_gallery.data.formats.draft import Column, Draft
-from rm_gallery.data.formats.pairs import read_prompt
+from rm_gallery.data.formats.pairs import check_prompted, read_prompt
 from rm_gallery.data.formats.values import read_list, read_number
 from rm_gallery.schema import Comparison
 
@@ -19,25 +19,28 @@ MAX_RESPONSES = 256
 
 def read_scored(values: Mapping[str, Any], config: FormatConfig) -> Draft:
     """Format `scored`: a list of responses with a list of scores; higher is better, the difference is the margin."""
-    responses = _responses(values, config)
+    prompt, responses = _prompt_and_responses(values, config)
     scores = _numbers(values, config.scores_key or "", len(responses))
     comparisons = compare(scores, f"all {config.scores_key} equal", with_margins=True)
-    return Draft(read_prompt(values, config.prompt_key), responses, comparisons, ["response"] * len(responses))
+    return Draft(prompt, responses, comparisons, ["response"] * len(responses))
 
 
 def read_ranked(values: Mapping[str, Any], config: FormatConfig) -> Draft:
     """Format `ranked`: a list of responses with a list of ranks; the lowest is best."""
-    responses = _responses(values, config)
+    prompt, responses = _prompt_and_responses(values, config)
     ranks = _numbers(values, config.ranks_key or "", len(responses))
     comparisons = compare([-rank for rank in ranks], f"all {config.ranks_key} equal")
-    return Draft(read_prompt(values, config.prompt_key), responses, comparisons, ["response"] * len(responses))
+    return Draft(prompt, responses, comparisons, ["response"] * len(responses))
 
 
-def _responses(values: Mapping[str, Any], config: FormatConfig) -> list[Cell]:
+def _prompt_and_responses(values: Mapping[str, Any], config: FormatConfig) -> tuple[Cell, list[Cell]]:
     name = config.responses_key or ""
-    responses = read_list(values.get(name), name)
-    check_count(responses, name)
-    return [read_cell(response, "response") for response in responses]
+    cells = read_list(values.get(name), name)
+    check_count(cells, name)
+    responses = [read_cell(cell, "response") for cell in cells]
+    prompt = read_prompt(values, config.prompt_key)
+    check_prompted(prompt, responses, config.prompt_key)
+    return prompt, responses
 
 
 def check_count(responses: Sequence[Any], name: str) -> None:

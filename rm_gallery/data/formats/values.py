@@ -19,6 +19,7 @@ _LARGEST = 1e38  # the loss computes in 32 bits, which must hold the difference 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 _LONGEST_NUMBER = 64  # characters
+_LONGEST_INTEGER = 1024  # bits; beyond 4,300 digits Python refuses to print one
 
 
 def check_text(text: str) -> str:
@@ -56,12 +57,15 @@ def read_number(value: Any, name: str) -> float:
     return number
 
 
+def is_nothing(value: Any) -> bool:
+    """Whether a cell is empty: null or, as CSV writes it, no text."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def optional_number(values: Mapping[str, Any], name: str | None) -> float | None:
-    """The number in a column, or None where the row has none: no such column, null or (in CSV) nothing."""
+    """The number in a column, or None where the row has none."""
     value = values.get(name) if name is not None else None
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
-    return read_number(value, name or "")
+    return None if is_nothing(value) else read_number(value, name or "")
 
 
 def read_list(value: Any, name: str) -> Sequence[Any]:
@@ -85,11 +89,11 @@ def _parsed(text: str, name: str) -> Any:
 def read_name(values: Mapping[str, Any], name: str | None) -> str:
     """The text in a column of names, or '' where the row has none; a number is a name too, NaN is none."""
     value = values.get(name) if name is not None else None
-    if value is None or value != value:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, str):
         return check_text(value)
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and abs(value) < _LARGEST:
         return str(value)
     raise BadRow(f"{name} that is not text")
 
@@ -97,7 +101,7 @@ def read_name(values: Mapping[str, Any], name: str | None) -> str:
 def read_tools(values: Mapping[str, Any], name: str | None) -> list[Any]:
     """Tool definitions in a column, as plain JSON values; none for no such column, null, an empty text or list."""
     value = values.get(name) if name is not None else None
-    if value is None or (isinstance(value, str) and value.strip() in ("", "null")):
+    if is_nothing(value) or (isinstance(value, str) and value.strip() == "null"):
         return []
     assert name is not None
     tools = read_list(value, name)
@@ -125,6 +129,8 @@ def plain_json(value: Any, name: str, *, keep_nulls: bool = False) -> Any:
         }
     if isinstance(value, list):
         return [plain_json(item, name, keep_nulls=keep_nulls) for item in value]
-    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+    if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, int) and value.bit_length() <= _LONGEST_INTEGER:
         return value
     raise BadRow(f"{name} with a value that is not JSON")

@@ -17,7 +17,7 @@ from tests.data.formats.rows import assistant, configured, numbered, read, user
 
 CHATS = {"chosen": [user("hi"), assistant("a")], "rejected": [user("hi"), assistant("b")]}
 TEXTS = {"chosen": "a", "rejected": "b"}
-RANKED: dict[str, Any] = {"responses": ["a", "b"], "scores": [1, 2]}
+RANKED: dict[str, Any] = {"prompt": "hi", "responses": ["a", "b"], "scores": [1, 2]}
 OUTPUT = [{"content": "a", "label": 1}, {"content": "b", "label": 0}]
 PUBLISHED: dict[str, Any] = {"context": [user("hi")], "response1": "a", "response2": "b", "overall_preference": 1}
 
@@ -29,11 +29,11 @@ EXAMPLES: dict[str, tuple[dict[str, Any], str]] = {
         "chosen, rejected hold JSON strings of lists of messages, and there is no prompt",
     ),
     "prompt": ({"prompt": "hi", **TEXTS}, "prompt holds text, and chosen, rejected hold text"),
-    "scored": (RANKED, "it has responses, scores"),
-    "ranked": ({"responses": ["a", "b"], "ranks": [1, 2]}, "it has responses, ranks"),
-    "helpsteer3": (PUBLISHED, "it has response1, response2, overall_preference; read too: context"),
+    "scored": (RANKED, "it has responses, scores; read too: prompt"),
+    "ranked": ({"prompt": "hi", "responses": ["a", "b"], "ranks": [1, 2]}, "it has responses, ranks; read too: prompt"),
+    "helpsteer3": (PUBLISHED, "it has context, response1, response2, overall_preference"),
     "nested": ({"input": "hi", "output": OUTPUT}, "it has input, output"),
-    "completions": ({"completions": OUTPUT}, "it has completions"),
+    "completions": ({"instruction": "hi", "completions": OUTPUT}, "it has completions; read too: instruction"),
 }
 
 
@@ -106,10 +106,10 @@ def test_columns_of_any_of_the_first_rows_count() -> None:
 
 
 def test_pairs_come_first_where_several_formats_fit_and_the_others_are_named() -> None:
-    both = {**TEXTS, **RANKED, "source": "s"}
+    both = {**RANKED, **TEXTS, "source": "s"}
     assert choose(both) == (
-        "text",
-        "chosen, rejected hold text, and there is no prompt; read too: source; scored would fit too",
+        "prompt",
+        "prompt holds text, and chosen, rejected hold text; read too: source; scored would fit too",
     )
     assert choose(both, format="scored")[0] == "scored"
     assert choose(both, chosen_key=None)[0] == "scored"

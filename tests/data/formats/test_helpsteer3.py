@@ -67,6 +67,7 @@ def test_helpsteer2_preferences_are_read_under_their_own_names() -> None:
         ({"overall_preference": -100}, "overall_preference outside -3 to 3"),
         ({"overall_preference": math.nan}, "overall_preference that is not finite"),
         ({"response1": None}, "null response1"),
+        ({"context": None}, "text responses without context"),
         ({"response2": "one"}, "response1 equal to response2"),
         ({"context": [{"content": "x"}]}, "context with a message that has no role"),
         ({"individual_preference": [{"reasoning": "x"}]}, "individual_preference without a score of each person"),

@@ -125,6 +125,8 @@ def test_completions_of_ultrafeedback_are_read_by_their_fine_grained_score() -> 
         ([answer("a", label=1), None], "output with a response that is no record"),
         ([answer("a", label=1), answer("b")], "output with a response that has no label or score"),
         ([answer("a", label="A"), answer("b", label="B")], "output with a response that has no label or score"),
+        ([answer("a", label=True), answer("b")], "output with a response that has no label or score"),
+        ([answer("a", label=True), answer("b", label=0.5)], "output with a response that has no label or score"),
         ([answer("a", label=True), answer("b", label=True)], "all labels in output equal"),
         ([answer("a", label=2), answer("b", label=2)], "all labels or scores in output equal"),
         ([answer("a", score=1), answer("b", score=math.nan)], "score in output that is not finite"),
@@ -141,3 +143,12 @@ def test_a_row_that_cannot_be_used_is_left_out_with_its_reason(output: Any, reas
     groups, dropped = read(good, {"input": "hi", "output": output})
     assert len(groups) == 1
     assert dropped.counts == {reason: 1}
+
+
+def test_texts_need_the_prompt_that_they_answer() -> None:
+    nested = row(answer("a", label=1), answer("b", label=0))
+    assert why({**nested, "input": ""}) == "text responses without input"
+    completions = {"completions": nested["output"]}
+    assert why({"instruction": None, **completions}) == "text responses without instruction"
+    assert why(completions) == "text responses without prompt"
+    assert read_one(completions, prompt_key=None).style == "text"

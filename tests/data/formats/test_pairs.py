@@ -186,7 +186,7 @@ def test_a_row_without_its_prompt_is_left_out_unless_the_responses_hold_it() -> 
     for nothing in (None, "", "  ", []):
         groups, dropped = read(texts, {**texts, "prompt": nothing}, whole)
         assert [group.where for group in groups] == ["a.parquet:0", "a.parquet:2"]
-        assert dropped.counts == {"empty prompt": 1}
+        assert dropped.counts == {"text responses without prompt": 1}
 
 
 def test_format_text_joins_a_prompt_directly_even_where_a_template_could_make_a_chat() -> None:

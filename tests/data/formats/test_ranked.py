@@ -29,17 +29,17 @@ def test_rank_1_is_best_and_a_rank_is_no_margin() -> None:
 
 @pytest.mark.parametrize("labels", [{"scores": [2, 2, 1]}, {"ranks": [1, 1, 2]}])
 def test_ties_are_not_compared(labels: dict[str, Any]) -> None:
-    assert order(read_one({"responses": ["a", "b", "c"], **labels})) == [(0, 2), (1, 2)]
+    assert order(read_one({"prompt": "hi", "responses": ["a", "b", "c"], **labels})) == [(0, 2), (1, 2)]
 
 
 def test_all_tied_leaves_the_row_out() -> None:
-    assert why({"responses": ["a", "b"], "scores": [1, 1.0]}) == "all scores equal"
-    assert why({"responses": ["a", "b"], "ranks": [1, 1]}) == "all ranks equal"
+    assert why({"prompt": "hi", "responses": ["a", "b"], "scores": [1, 1.0]}) == "all scores equal"
+    assert why({"prompt": "hi", "responses": ["a", "b"], "ranks": [1, 1]}) == "all ranks equal"
 
 
 def test_equal_responses_are_not_compared() -> None:
-    assert order(read_one({"responses": ["a", "a", "b"], "scores": [3, 2, 1]})) == [(0, 2), (1, 2)]
-    assert why({"responses": ["a", "a"], "scores": [3, 2]}) == "responses that are compared are equal"
+    assert order(read_one({"prompt": "hi", "responses": ["a", "a", "b"], "scores": [3, 2, 1]})) == [(0, 2), (1, 2)]
+    assert why({"prompt": "hi", "responses": ["a", "a"], "scores": [3, 2]}) == "responses that are compared are equal"
 
 
 @pytest.mark.parametrize("write", [lambda value: value, json.dumps])
@@ -50,22 +50,23 @@ def test_responses_are_texts_or_messages_or_lists_of_messages_or_their_json(writ
     assert groups == [[user("hi"), assistant(text)] for text in ("a", "b", "c", "c")]
 
 
-def test_without_a_prompt_conversations_hold_it_and_texts_stay_bare() -> None:
+def test_conversations_need_no_prompt_beside_them() -> None:
     whole = [[user("hi"), assistant(text)] for text in "ab"]
     assert conversations({"responses": whole, "scores": [0, 1]}) == whole
-    group = read_one({"responses": ["hi a", "hi b"], "scores": [0, 1]})
-    assert (group.style, group.prompt, group.responses) == ("text", "", ["hi a", "hi b"])
+    assert conversations({"prompt": None, "responses": whole, "scores": [0, 1]}) == whole
 
 
 def test_weight_and_source_are_read_and_each_comparison_gets_the_weight() -> None:
-    group = read_one({"responses": ["a", "b", "c"], "scores": [1, 2, 3], "weight": 0.5, "source": "s", "margin": 9})
+    group = read_one(
+        {"prompt": "hi", "responses": ["a", "b", "c"], "scores": [1, 2, 3], "weight": 0.5, "source": "s", "margin": 9}
+    )
     assert [each.weight for each in group.comparisons] == [0.5] * 3
     assert [each.margin for each in group.comparisons] == [1, 2, 1]
     assert group.source == "s"
 
 
 def test_names_of_columns_can_be_changed() -> None:
-    row = {"answers": ["a", "b"], "stars": [1, 2], "place": [1, 2]}
+    row = {"prompt": "hi", "answers": ["a", "b"], "stars": [1, 2], "place": [1, 2]}
     assert order(read_one(row, responses_key="answers", scores_key="stars")) == [(1, 0)]
     assert order(read_one(row, responses_key="answers", ranks_key="place")) == [(0, 1)]
     assert configured(scores_key=None).scores_key is None
@@ -97,7 +98,16 @@ def test_names_of_columns_can_be_changed() -> None:
     ],
 )
 def test_a_row_that_cannot_be_used_is_left_out_with_its_reason(responses: Any, scores: Any, reason: str) -> None:
-    good = {"responses": ["a", "b"], "scores": [1, 2]}
-    groups, dropped = read(good, {"responses": responses, "scores": scores}, good)
+    good = {"prompt": "hi", "responses": ["a", "b"], "scores": [1, 2]}
+    groups, dropped = read(good, {"prompt": "hi", "responses": responses, "scores": scores}, good)
     assert len(groups) == 2
     assert dropped.counts == {reason: 1}
+
+
+def test_texts_need_a_prompt_unless_the_configuration_says_that_there_is_none() -> None:
+    good = {"prompt": "hi", "responses": ["a", "b"], "scores": [1, 2]}
+    texts = {"responses": ["hi a", "hi b"], "scores": [0, 1]}
+    groups, dropped = read(good, {**good, "prompt": None}, {**good, "prompt": " "}, texts)
+    assert (len(groups), dropped.counts) == (1, {"text responses without prompt": 3})
+    group = read_one(texts, prompt_key=None)
+    assert (group.style, group.prompt, group.responses) == ("text", "", ["hi a", "hi b"])
