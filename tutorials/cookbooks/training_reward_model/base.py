@@ -130,5 +130,6 @@ class BaseTrainDataset(Sequence[PreferenceGroup]):
     @cached_property
     def _file_rows(self) -> list[Row]:
         """All rows, read when they are first asked for."""
-        files = find_files([str(each) for each in self.data_files], key="data_files") if self.data_files else []
-        return list(read_rows(files, key="data_files"))
+        key = "data.train_files"
+        files = find_files([str(each) for each in self.data_files], key=key) if self.data_files else []
+        return list(read_rows(files, key=key))
