@@ -112,6 +112,8 @@ def test_a_file_that_is_missing_or_broken_is_one_sentence(
 def test_a_format_of_its_own_is_said_in_training_and_in_scoring(
     qwen2_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert run("validate-config", NUMBERED + OWN, qwen2_folder) == 0
+    assert "data.custom_cls: _apply_chat_template writes something else than the " in capsys.readouterr().err
     assert run("train", NUMBERED + OWN, qwen2_folder) == 0
     [warning] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("W ")]
     assert "data.train_files: data.custom_cls: _apply_chat_template writes something else than the " in warning

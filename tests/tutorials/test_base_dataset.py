@@ -70,7 +70,7 @@ def test_it_is_a_sequence_of_groups(files: Path) -> None:
         dataset[5]
     with pytest.raises(UserError, match=r"^data/b\.parquet:1: null rejected; training leaves this row out$"):
         dataset[4]
-    with pytest.raises(UserError, match=r"^data_files=nope\.parquet: no such file or folder"):
+    with pytest.raises(UserError, match=r"^data\.train_files=nope\.parquet: no such file or folder"):
         len(BaseTrainDataset("nope.parquet"))
 
 

@@ -54,7 +54,7 @@ def load_custom_class(config: CustomClassConfig) -> type:
     found = getattr(module, config.name or "", None)
     if not isinstance(found, type):
         classes = [name for name, value in vars(module).items() if _is_class_of(value, module)]
-        what = "has no class of that name" if found is None else f"that is a {type(found).__name__}, not a class"
+        what = "no class of that name" if found is None else f"that is a {type(found).__name__}, not a class,"
         raise UserError(
             f"data.custom_cls.name={config.name}: {what} in {config.path} "
             f"(classes there: {', '.join(classes) or 'none'}).{nearest(config.name or '', classes)}"

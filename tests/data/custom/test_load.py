@@ -163,10 +163,10 @@ def test_a_class_that_is_not_there_names_those_that_are(in_tmp: Path) -> None:
     write(BASED + "class Other: ...\ndef function(): ...\n")
     where = "in mine.py (classes there: Mine, Other)."
     assert refused(CustomClassConfig("mine.py", "Mien")) == (
-        f"data.custom_cls.name=Mien: has no class of that name {where} Did you mean 'Mine'?"
+        f"data.custom_cls.name=Mien: no class of that name {where} Did you mean 'Mine'?"
     )
     assert refused(CustomClassConfig("mine.py", "function")) == (
-        f"data.custom_cls.name=function: that is a function, not a class {where}"
+        f"data.custom_cls.name=function: that is a function, not a class, {where}"
     )
     assert refused(CustomClassConfig("mine.py", "Other")) == (
         "data.custom_cls.name=Other: the class has neither _build_messages nor build_group; derive it from "

@@ -131,4 +131,4 @@ class BaseTrainDataset(Sequence[PreferenceGroup]):
     def _file_rows(self) -> list[Row]:
         """All rows, read when they are first asked for."""
         config = SourceConfig(train_files=tuple(str(each) for each in self.data_files))
-        return list(read_rows(resolve_files(config, key="data_files"), key="data_files"))
+        return list(read_rows(resolve_files(config, key="data.train_files"), key="data.train_files"))
