@@ -110,7 +110,7 @@ def _check_message(message: Any, name: str) -> Message:
 def _tool_calls(value: Any, name: str) -> Any:
     if not isinstance(value, list) or not all(isinstance(call, Mapping) for call in value):
         raise BadRow(f"{name} with tool calls that are no list of calls")
-    return plain_json(value, name)
+    return plain_json(value, f"tool call in {name}")
 
 
 def _joined(parts: Sequence[Any], name: str) -> str:

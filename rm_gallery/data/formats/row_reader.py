@@ -58,7 +58,8 @@ class RowReader:
         answers = [as_messages(response, "assistant") for response in draft.responses]
         for answer, name in zip(answers, draft.names, strict=True):
             check_answer(answer[-1], name)
-        turns, answers = without_repeats(as_messages(draft.prompt, "user"), answers)
+        is_blank = isinstance(draft.prompt, str) and not draft.prompt.strip()
+        turns, answers = without_repeats([] if is_blank else as_messages(draft.prompt, "user"), answers)
         comparisons = _between_different(comparisons, answers, draft)
         return PreferenceGroup(turns, answers, tuple(comparisons), "chat", **about)
 

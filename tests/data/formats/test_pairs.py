@@ -186,6 +186,7 @@ def test_a_row_without_its_prompt_is_left_out_unless_the_responses_hold_it() -> 
     for nothing in (None, "", "  ", []):
         groups, dropped = read(texts, {**texts, "prompt": nothing}, whole)
         assert [group.where for group in groups] == ["a.parquet:0", "a.parquet:2"]
+        assert conversations({**whole, "prompt": nothing}, format="prompt") == [GOOD, BAD]
         assert dropped.counts == {"text responses without prompt": 1}
 
 
@@ -226,6 +227,12 @@ def test_null_arguments_that_other_rows_brought_into_a_tool_call_are_left_out() 
     call = {"function": {"name": "f", "arguments": {"x": 1, "y": None}}, "id": None}
     row = {"chosen": [user("hi"), {"role": "assistant", "content": "", "tool_calls": [call]}], "rejected": BAD}
     assert conversations(row)[0][-1]["tool_calls"] == [{"function": {"name": "f", "arguments": {"x": 1}}}]
+
+
+def test_a_tool_call_that_no_json_can_hold_leaves_the_row_out() -> None:
+    call = {"function": {"name": "f", "arguments": {"x": math.inf}}}
+    row = {"chosen": [{"role": "assistant", "tool_calls": [call]}], "rejected": BAD}
+    assert why(row) == "tool call in chosen with a value that is not JSON"
 
 
 def test_turns_that_differ_in_their_tool_calls_are_no_repeats() -> None:
