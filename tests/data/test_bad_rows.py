@@ -16,12 +16,14 @@ import pytest
 
 from rm_gallery.data.dropped import BadRow, Dropped
 from rm_gallery.data.formats import FormatConfig, RowReader, prompt_key, read_groups
-from rm_gallery.data.source import Row, read_rows
+from rm_gallery.data.source import Row, SourceConfig, read_rows, resolve_files
 from rm_gallery.errors import UserError
 from rm_gallery.schema import PreferenceGroup
 from tests.data.damage import FAULTS, HARMLESS, MISSING, SAMPLES, Place, Sample, damaged, places
 
 FILE = "a.jsonl"
+
+KEY = "data.train_files"
 
 
 def read(rows: Sequence[dict[str, Any]], **options: Any) -> tuple[list[PreferenceGroup], Dropped]:
@@ -140,7 +142,7 @@ def test_a_fault_in_a_column_of_a_parquet_file_ends_in_words(fault: str, tmp_pat
                 table = pa.Table.from_pylist(rows)
             pq.write_table(table, file)
             dropped = Dropped()
-            read_back = read_rows([file], key="data.train_files")
+            read_back = read_rows(resolve_files(SourceConfig(str(file)), key=KEY), key=KEY)
             try:
                 groups = list(
                     read_groups(read_back, FormatConfig(format=sample.format), has_chat_template=True, dropped=dropped)

@@ -8,7 +8,7 @@ import pytest
 
 from rm_gallery.cli import main
 from rm_gallery.data.custom import CustomReader
-from rm_gallery.data.source import find_files, read_rows
+from rm_gallery.data.source import SourceConfig, read_rows, resolve_files
 from rm_gallery.data.tokenize import load_tokenizer
 from rm_gallery.modeling.export import InputRecord, read_record
 from rm_gallery.schema import Message
@@ -18,6 +18,8 @@ from rm_gallery.training.inputs import Side, load_side
 from tests.small import make_model, text_pairs, write_pairs
 from tests.spec.text import code_blocks
 from tests.templates import TEMPLATES, make_templated
+
+KEY = "data.train_files"
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def conversations(file: str) -> list[list[Message]]:
     """Both conversations of each row, as a person would write them down."""
     return [
         [{"role": "user", "content": row.values["query"]}, {"role": "assistant", "content": row.values[key]}]
-        for row in read_rows(find_files(file, key="file"), key="file")
+        for row in read_rows(resolve_files(SourceConfig(file), key=KEY), key=KEY)
         for key in ("chosen", "rejected")
     ]
 
@@ -96,10 +98,10 @@ def test_training_sees_the_tokens_that_scoring_the_messages_gives(
 def test_sources_and_ground_truth_are_those_of_the_hooks(folder: Path, qwen2_folder: Path) -> None:
     config = load_config("trainer.yaml", arguments(qwen2_folder)[2:])
     reader = CustomReader.from_config(config.data, load_tokenizer(str(qwen2_folder)))
-    groups = [reader.read(row) for row in read_rows(find_files("train.parquet", key="file"), key="file")]
+    groups = [reader.read(row) for row in read_rows(resolve_files(SourceConfig("train.parquet"), key=KEY), key=KEY)]
     assert [group.source for group in groups] == ["other", "made"] * 4
     assert [group.metadata for group in groups] == [{"ground_truth": f"label {number}"} for number in range(8)]
-    for row in read_rows(find_files("val.parquet", key="file"), key="file"):
+    for row in read_rows(resolve_files(SourceConfig("val.parquet"), key=KEY), key=KEY):
         group = reader.read(row)
         assert (group.source, group.metadata) == ("custom", {"ground_truth": ""}), "the specification's defaults"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from rm_gallery.data.dropped import BadRow
+from rm_gallery.data.encode import Encoder
 from rm_gallery.data.source import Row
-from rm_gallery.data.tokenize import TokenizeConfig, encode
+from rm_gallery.data.tokenize import TokenizeConfig
 from rm_gallery.errors import UserError
 from rm_gallery.schema import Message
 from tests.data.custom.classes import ROW, USER, Own, Plain, Templated, raising, reader_of, said, with_hook
@@ -146,7 +147,7 @@ def test_an_encoder_gets_its_own_tokens_around_the_text() -> None:
     reader = reader_of(Templated, tokenizer)
     group = reader.read(Row(ROW, "a.parquet", 0))
     expected = [tokenizer(f"Why?\n\n{answer}")["input_ids"] for answer in ("So.", "No.")]
-    assert encode(group, tokenizer, TokenizeConfig(), reader.render) == expected
+    assert Encoder(tokenizer, TokenizeConfig(), render=reader.render).encode(group) == expected
     assert not reader.append_eos
 
 

@@ -130,5 +130,7 @@ class BaseTrainDataset(Sequence[PreferenceGroup]):
     @cached_property
     def _file_rows(self) -> list[Row]:
         """All rows, read when they are first asked for."""
+        if not self.data_files:
+            return []
         config = SourceConfig(train_files=tuple(str(each) for each in self.data_files))
         return list(read_rows(resolve_files(config, key="data.train_files"), key="data.train_files"))
