@@ -16,6 +16,7 @@ CONFIG_FILE = ROOT / "rm_gallery/training/config.py"
 
 # Keys that are accepted and checked but change nothing, with the reason. Empty is best.
 CHECKED_ONLY: dict[str, str] = {
+    "data.val_fraction": "the hold-out by prompt reads it where groups become tokens",
     "data.custom_cls": "custom data set classes are refused in words until they can be run",
 }
 

@@ -17,7 +17,7 @@ from rm_gallery.data.source import DataFile, Row, SourceConfig, read_rows, resol
 
 KEY = "data.train_files"
 Rows = Sequence[dict[str, Any]]
-PAIRS: Rows = [{"chosen": f"good {number} \U0001f600, \"yes\"\nok", "rejected": f"bad {number}"} for number in range(5)]
+PAIRS: Rows = [{"chosen": f'good {number} \U0001f600, "yes"\nok', "rejected": f"bad {number}"} for number in range(5)]
 
 
 def lines(rows: Rows) -> bytes:
