@@ -100,17 +100,18 @@ def test_workers_give_the_same_store_as_one_process(
     files: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [*text_pairs(3000), {"chosen": None, "rejected": "b"}, *text_pairs(200, seed=1)]
-    write_pairs(files / "b.parquet", rows)
-    alone = run(tokenizer, ["b.parquet", "b.parquet"], num_workers=0)
+    for name in ("b.parquet", "c.parquet"):
+        write_pairs(files / name, rows)
+    alone = run(tokenizer, ("b.parquet", "c.parquet"), num_workers=0)
     monkeypatch.setattr(workers, "_CHUNKS_ALONE", 1)
     monkeypatch.setattr(module, "_STORE_VERSION", -1)
-    several = run(tokenizer, ["b.parquet", "b.parquet"], num_workers=2)
+    several = run(tokenizer, ("b.parquet", "c.parquet"), num_workers=2)
     assert len(stores()) == 2
     assert several.data.fingerprint() == alone.data.fingerprint()
     assert [several.data.where(index) for index in (0, 3000, 6399)] == [
         "b.parquet:0",
         "b.parquet:3001",
-        "b.parquet:3200",
+        "c.parquet:3200",
     ]
     assert several.dropped == alone.dropped and several.facts == alone.facts
 
@@ -222,7 +223,7 @@ def test_a_cache_folder_that_cannot_be_made_is_named(files: Path, tokenizer: Any
 def test_chats_mixed_with_bare_texts_stop_the_run_with_both_places(files: Path, tokenizer: Any) -> None:
     write_pairs(files / "b.parquet", text_pairs(3))
     with pytest.raises(UserError, match=r"mix chat messages \(a\.parquet:0\) with bare texts \(b\.parquet:0\)"):
-        run(tokenizer, ["a.parquet", "b.parquet"])
+        run(tokenizer, ("a.parquet", "b.parquet"))
 
 
 def test_the_hold_out_takes_whole_prompts_whatever_their_order(files: Path, tokenizer: Any) -> None:

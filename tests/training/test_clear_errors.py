@@ -79,7 +79,7 @@ def test_data_that_cannot_be_used_are_refused(run: Run, columns: dict[str, Any],
     [
         (["data.train_files=nope.parquet"], "data.train_files=nope.parquet: no such file or folder"),
         (["data.val_files=nope.parquet"], "data.val_files=nope.parquet: no such file or folder"),
-        (["data.train_files=empty"], "data.train_files=empty: the folder holds no *.parquet file"),
+        (["data.train_files=empty"], "data.train_files=empty: the folder holds no data file (parquet, "),
         (["data.train_files=broken.parquet"], "broken.parquet: cannot be read as parquet ("),
         (["data.max_length=3"],
          "data.train_files: none of 6 rows can be used: 6 longer than data.max_length=3 (first: train.parquet:0); "),

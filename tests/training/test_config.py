@@ -138,7 +138,7 @@ def test_values_are_read_as_people_write_them(override: str, key: str, value: An
         ("data.train_batch_size=2.5", "data.train_batch_size=2.5: must be a whole number"),
         ("data.shuffle=maybe", "data.shuffle='maybe': must be true or false"),
         ("data.train_files={a:1}", "data.train_files={a:1}: no such file or folder (working directory "),
-        ("+data.val_files={a:1}", "data.val_files={'a': 1}: must be a path or a list of paths"),
+        ("+data.val_files={path:a,b:1}", "data.val_files.b: unknown key. Known are path, weight, split, subset, "),
         ("trainer.seed=-1", "trainer.seed=-1: must be greater than or equal to 0"),
         ("trainer.logger=[console,wandbb]",
          "trainer.logger=wandbb: must be one of console, tensorboard, wandb, swanlab. Did you mean 'wandb'?"),

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import glob
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rm_gallery.data.source.config import FileEntry, Role
+from rm_gallery.data.source.hub_errors import endpoint, failures, hub_sentence, is_passing
 from rm_gallery.data.source.local import has_pattern
 from rm_gallery.data.source.names import checked_kind, data_files, kind_of, of_one_kind, suffixes
 from rm_gallery.data.source.reasons import reason_of
@@ -146,7 +146,7 @@ class _Repository:
             tree = get_cached_repo_tree(self.name, repo_type="dataset", revision=self.commit)
             return [file.path for file in tree]
         except CachedRepoTreeNotFoundError:  # a cache that cannot be written to, or that an older client filled
-            api = HfApi(endpoint=_endpoint())
+            api = HfApi(endpoint=endpoint())
             listed = self._tried(lambda: api.list_repo_files(self.name, repo_type="dataset", revision=self.commit))
             return list(listed)
 
@@ -155,7 +155,7 @@ class _Repository:
 
         return self._tried(
             lambda: snapshot_download(
-                self.name, repo_type="dataset", revision=revision, allow_patterns=list(patterns), endpoint=_endpoint()
+                self.name, repo_type="dataset", revision=revision, allow_patterns=list(patterns), endpoint=endpoint()
             )
         )
 
@@ -164,83 +164,10 @@ class _Repository:
         for wait in (*_WAITS, None):
             try:
                 return call()
-            except _failures() as error:
-                if wait is None or not _is_passing(error):
+            except failures() as error:
+                if wait is None or not is_passing(error):
                     where = f"{self.name} at revision {self._revision!r}" if self._revision else self.name
                     raise UserError(f"{self._what}: {hub_sentence(error, self.name, where)}") from error
                 log.warning("%s: %s; trying again", self.name, reason_of(error))
                 time.sleep(wait)
         raise AssertionError("the last try returns or raises")
-
-
-def _endpoint() -> str | None:
-    """The hub to ask, read when it is asked; None for the client's default."""
-    return os.environ.get("HF_ENDPOINT") or None
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """What calls to the hub raise: the client's errors are OSErrors, those of its HTTP library share one base class,
-    and a name that the client does not allow is a ValueError."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return (OSError, ValueError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
-
-
-def _is_passing(error: BaseException) -> bool:
-    """Whether another try may help: the connection broke off, or the server had a bad moment."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code >= 500
-    known = (LocalEntryNotFoundError, FileNotFoundError, PermissionError, ValueError)
-    is_full_disk = isinstance(error, OSError) and error.errno is not None
-    return not isinstance(error, known) and not is_full_disk
-
-
-def hub_sentence(error: BaseException, repo: str, where: str) -> str:
-    """What went wrong with a data set of the hub and what to do, without the key that it stands under.
-
-    where: the data set with its revision.
-    """
-    from huggingface_hub import constants, errors
-
-    chain = _chain(error)
-    endpoint = _endpoint() or constants.ENDPOINT
-
-    def met(*kinds: Any) -> Any:
-        return next((each for each in chain if isinstance(each, kinds)), None)
-
-    if met(errors.GatedRepoError):
-        return f"{repo} is gated: accept its terms at {endpoint}/datasets/{repo} and set HF_TOKEN to a token of yours"
-    if met(errors.RevisionNotFoundError):
-        return f"{repo} has no such revision; name a branch, a tag or a full commit hash"
-    if met(errors.RepositoryNotFoundError):
-        return (
-            f"no local file or folder (working directory {Path.cwd()}), and {endpoint} has no data set {repo}; correct "
-            "the name, or set HF_TOKEN if it is private"
-        )
-    if met(errors.DisabledRepoError):
-        return f"access to {repo} is disabled by the hub; name another data set"
-    if isinstance(error, errors.IncompleteSnapshotError):
-        return f"{where} is only partly in the cache and the hub cannot be reached; run once with a network"
-    answer = met(errors.HfHubHTTPError)
-    if answer is not None and answer.response.status_code in (401, 403):
-        return f"{endpoint} refuses access to {repo}; set HF_TOKEN to a token that may read it and accept its terms"
-    if met(errors.OfflineModeIsEnabled):
-        return f"no local file or folder, and {where} is not in the cache while HF_HUB_OFFLINE is set; unset it once"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return (
-            f"no local file or folder (working directory {Path.cwd()}), and {where} is not in the cache while "
-            f"{endpoint} cannot be reached ({reason_of(chain[-1])}); check the path and the network"
-        )
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"{where} cannot be put into the cache {constants.HF_HUB_CACHE} ({error.strerror}); mend that"
-    return f"{where} cannot be downloaded ({reason_of(error)}); run the same command again"
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """The error and those behind it."""
-    found = [error]
-    while (behind := found[-1].__cause__ or found[-1].__context__) is not None and behind not in found:
-        found.append(behind)
-    return found

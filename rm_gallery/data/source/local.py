@@ -17,12 +17,14 @@ from rm_gallery.errors import UserError
 
 log = logging.getLogger(__name__)
 
+LOCAL_SCHEMES = ("file", "local")
 _END_BYTES = 64 << 10
 
 
 def local_path(text: str) -> Path:
-    """The path that a text names: `~` is the home folder, `file://` in front is taken off."""
-    return Path(text.removeprefix("file://")).expanduser()
+    """The path that a text names: `~` is the home folder, the schemes `file` and `local` are taken off."""
+    scheme, mark, rest = text.partition("://")
+    return Path(rest if mark and scheme in LOCAL_SCHEMES else text).expanduser()
 
 
 def exists_here(text: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,7 +12,8 @@ from contextlib import ExitStack, contextmanager
 from typing import IO, Any
 
 from rm_gallery.data.source.config import FileEntry, Role
-from rm_gallery.data.source.hub import hub_sentence
+from rm_gallery.data.source.hub_errors import endpoint, hub_sentence
+from rm_gallery.data.source.local import LOCAL_SCHEMES
 from rm_gallery.data.source.names import checked_kind, data_files, of_one_kind, without_query
 from rm_gallery.data.source.reasons import reason_of
 from rm_gallery.data.source.splits import choose_split, splits_by_name
@@ -38,8 +38,9 @@ _MARKS = (
 
 
 def is_url(text: str) -> bool:
-    """Whether a text is a URL to open through fsspec; `file://` is a local path."""
-    return "://" in text and not text.startswith("file://")
+    """Whether a text is a URL to open through fsspec, not one of a local file."""
+    scheme, mark, _ = text.partition("://")
+    return bool(mark) and scheme not in LOCAL_SCHEMES
 
 
 def expand_remote(entry: FileEntry, split: str | None, role: Role, what: str) -> list[tuple[str, str]]:
@@ -88,7 +89,7 @@ def _file_system(url: str, what: str) -> tuple[Any, str]:
 
     scheme = url.partition("://")[0].rpartition("::")[2]
     # The hub's file system would take the endpoint that was set when it was imported.
-    options = {"endpoint": os.environ["HF_ENDPOINT"]} if scheme == "hf" and os.environ.get("HF_ENDPOINT") else {}
+    options = {"endpoint": endpoint()} if scheme == "hf" and endpoint() else {}
     try:
         fs, path = url_to_fs(url, **options)
     except ImportError as error:
@@ -110,13 +111,12 @@ def _failing(url: str, what: str, doing: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if url.startswith("hf://"):
-            repo = "/".join(url.split("/")[3:5]).partition("@")[0]
-            sentence = hub_sentence(error.__cause__ or error, repo, url)
-            raise UserError(f"{what}: {sentence}") from error
         if isinstance(error, FileNotFoundError) and error.__cause__ is None:
             raise UserError(f"{what}: no such file; check the URL") from error
-        reason = reason_of(error.__cause__ or error)
+        if url.startswith("hf://"):
+            repo = "/".join(url.split("/")[3:5]).partition("@")[0]
+            raise UserError(f"{what}: {hub_sentence(error, repo, url)}") from error
+        reason = reason_of(error.__cause__ or error).replace(url, file_name(url))
         raise UserError(f"{what}: cannot be {doing} ({reason}); check the URL, the network and your rights") from error
 
 
@@ -160,7 +160,7 @@ def _copy(fs: Any, path: str, url: str) -> IO[bytes]:
                 stack.pop_all()
                 return file
         except Exception as error:  # each file system has errors of its own
-            _wait_or_give_up(wait, url, file_name(url), error)
+            _wait_or_give_up(wait, url, error)
     raise AssertionError("the last try returns or raises")
 
 
@@ -169,9 +169,12 @@ def file_name(url: str) -> str:
     return without_query(url)
 
 
-def _wait_or_give_up(wait: float | None, url: str, name: str, error: Exception) -> None:
-    if wait is None:
-        with _failing(url, name, "read on: the connection broke off"):
+def _wait_or_give_up(wait: float | None, url: str, error: Exception) -> None:
+    name = file_name(url)
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    is_refused = isinstance(error, FileNotFoundError | PermissionError) or (status is not None and status < 500)
+    if wait is None or is_refused:
+        with _failing(url, name, "read" if is_refused else "read on: the connection broke off"):
             raise error
     log.warning("%s: the connection broke off (%s); trying again", name, reason_of(error))
     time.sleep(wait)
@@ -211,7 +214,7 @@ class _RemoteFile(io.RawIOBase):
                 return len(data)
             except Exception as error:  # each file system has errors of its own
                 self._close_file()
-                _wait_or_give_up(wait, self._url, file_name(self._url), error)
+                _wait_or_give_up(wait, self._url, error)
         raise AssertionError("the last try returns or raises")
 
     def _read(self, size: int) -> bytes:

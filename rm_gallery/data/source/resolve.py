@@ -50,6 +50,9 @@ def _named(entries: Sequence[FileEntry], key: str) -> Sequence[FileEntry]:
         raise UserError(f"{key} names no file; set it to a file, a folder, a hub data set or a list of these")
     if any(not entry.path.strip() for entry in entries):
         raise UserError(f"{key} names an empty path; take it out or name a file")
+    for entry in entries:
+        if "\0" in entry.path:
+            raise UserError(f"{key}={entry.path!r}: no path holds a NUL character; take it out")
     return entries
 
 

@@ -183,7 +183,7 @@ def choose_split(splits: Splits, wanted: str | None, role: Role, what: str) -> l
         if len(alike) == 1:
             return names[alike[0]]
     asked = " or ".join(repr(split) for split in tried)
-    hint = nearest(tried[0], names)
+    hint = "" if wanted is None else nearest(wanted, names)
     held_out = role == "val" or (wanted is not None and _SPLIT_OF_WORD.get(wanted) in ("validation", "test"))
     rest = ", or leave data.val_files empty and set data.val_fraction to hold out a share" if held_out else ""
     raise UserError(
