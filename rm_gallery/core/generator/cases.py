@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rm_gallery.core.generator.case_files import RawCase
 from rm_gallery.core.generator.results import PAIR, RunnerResults
 from rm_gallery.core.generator.scores import NoScore, Scores, read_ranks, read_result, read_score, read_scores
-from rm_gallery.core.generator.texts import Text, content_key, is_nothing, read_answer, read_text, to_utf8
+from rm_gallery.core.generator.texts import Text, content_key, is_nothing, read_answer, read_text, split_turns, to_utf8
 from rm_gallery.core.graders.prompt import is_messages
 from rm_gallery.core.utils.mapping import Mapper, check_mapper, get_value_by_path
 from rm_gallery.data.dropped import BadRow, Dropped
@@ -138,11 +138,10 @@ def _read_case(
     prompt = _first(fields, PROMPTS)
     form, responses = _find_responses(fields)
     if not form:  # a conversation, whose last turn is judged
-        turns = read_text(prompt, "messages") if prompt is fields.get("messages") else ""
-        if not isinstance(turns, list) or len(turns) < 2:
+        if is_nothing(fields.get("messages")):
             there = ", ".join(map(str, list(fields)[:_MAX_SHOWN])) or "none"
             raise BadRow(f"no response_a and response_b, responses or response (the fields are {there})")
-        prompt, responses = turns[:-1], [turns[-1:]]
+        prompt, responses = None, [fields["messages"]]
     scores = _find_scores(fields, form, len(responses), judged)
     before = "" if prompt is None else read_text(prompt, "prompt")
     own = _first(fields, ("source",))
@@ -160,11 +159,15 @@ def _read_case(
             _count(dropped, error, where)
     if len(answers) < min(2, len(responses)):
         return None
+    before, texts = split_turns(before, [answer.text for answer in answers])
     if len(responses) == 1 and not before:
         raise BadRow("a single response without a prompt, which nothing can be compared with")
     if len(responses) == 1 and scores.is_rank:
         raise BadRow("the place of a single response, which says nothing beside others")
     key = content_key(before, "user") if before else b""
+    for place, text in enumerate(texts):
+        if text is not answers[place].text:
+            answers[place] = answers[place]._replace(text=text, key=content_key(text, "assistant"))
     return Case(where, before, key, answers, scores.is_rank)
 
 

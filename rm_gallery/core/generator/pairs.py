@@ -14,9 +14,10 @@ from typing import NamedTuple, TypeAlias
 
 from rm_gallery.core.generator.cases import Answer, Case
 from rm_gallery.core.generator.options import ExportOptions
-from rm_gallery.core.generator.texts import Text
+from rm_gallery.core.generator.texts import Text, shared_beginning
 from rm_gallery.errors import UserError
 
+MAX_RESPONSES = 256  # of one row: all of them are compared with each other when it is read
 MAX_PAIRS = 10_000_000  # of one prompt, and of all that are kept: about 2 GB of records beside the texts
 
 
@@ -73,6 +74,10 @@ class Group(NamedTuple):
     prompt: Text
     answers: list[Answer]
     is_rank: bool
+
+    @property
+    def contest(self) -> bytes:
+        return self.key
 
     @property
     def source(self) -> str | None:
@@ -173,8 +178,7 @@ def _compare(contest: Contest, options: ExportOptions, tally: Tally) -> Iterator
         elif difference < options.min_difference and not math.isclose(difference, options.min_difference):
             tally.too_close += 1
         else:
-            margin = None if contest.is_rank or math.isinf(difference) else difference
-            yield Pair(contest.prompt, better, worse, margin, contest.key)
+            yield Pair(contest.prompt, better, worse, None if contest.is_rank else difference, contest.key)
 
 
 def _pairs(contests: Iterable[Contest], options: ExportOptions, tally: Tally) -> list[Pair]:
@@ -223,6 +227,11 @@ def _groups(contests: Iterable[Contest], options: ExportOptions, tally: Tally) -
         best: dict[bytes, Answer] = {}
         for answer in contest.answers:
             best[answer.key] = max(best.get(answer.key, answer), answer, key=lambda answer: answer.score)
+        if len(best) > MAX_RESPONSES:
+            raise UserError(
+                f"a prompt has {len(best):,} responses, and a row of layout='groups' holds at most {MAX_RESPONSES}; "
+                "take layout='pairs'"
+            )
         group = Group(contest.key, contest.prompt, list(best.values()), contest.is_rank)
         tally.duplicates += contest.key in kept
         kept[contest.key] = min(kept[contest.key], group, key=repr) if contest.key in kept else group
@@ -231,7 +240,7 @@ def _groups(contests: Iterable[Contest], options: ExportOptions, tally: Tally) -
 
 
 def _connected(rows: list[Row]) -> list[Unit]:
-    """Rows without a prompt, in units that share no response."""
+    """Rows without a prompt, in units that share no response, no case, and no beginning that may be a prompt."""
     parent: dict[bytes, bytes] = {}
 
     def root(key: bytes) -> bytes:
@@ -241,10 +250,12 @@ def _connected(rows: list[Row]) -> list[Unit]:
         return key
 
     for row in rows:
-        first = root(row.answers[0].key)
-        for answer in row.answers[1:]:
-            parent[root(answer.key)] = first
+        own = root(row.contest)
+        texts = [answer.text for answer in row.answers if isinstance(answer.text, str)]
+        beginning = shared_beginning(texts) if len(texts) == len(row.answers) else ""
+        for key in (*(answer.key for answer in row.answers), *([beginning.encode()] if beginning else ())):
+            parent[root(key)] = own
     parts: dict[bytes, list[Row]] = {}
     for row in rows:
-        parts.setdefault(root(row.answers[0].key), []).append(row)
+        parts.setdefault(root(row.contest), []).append(row)
     return [Unit(min(answer.key for row in part for answer in row.answers), part) for part in parts.values()]

@@ -12,7 +12,9 @@ from rm_gallery.core.graders.reward import places
 from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
 from rm_gallery.data.dropped import BadRow
 
+MAX_SCORE = 1e38  # so that a difference of two still is a number in the 32 bits that a trainer computes with
 MISSING = "no score"
+TOO_LARGE = f"a score beyond {MAX_SCORE:.0e}"
 GRADER_ERROR = "an error of the grader instead of a score"
 
 
@@ -60,10 +62,12 @@ def read_score(value: Any) -> Given:
     try:
         score = float(value)
     except (OverflowError, ValueError):
-        return NoScore("a score that is too large a number")
+        return NoScore(TOO_LARGE)
     if math.isnan(score):
         return NoScore("a score that is NaN")
-    return score if math.isfinite(score) else NoScore("a score that is infinite")
+    if math.isinf(score):
+        return NoScore("a score that is infinite")
+    return score if abs(score) <= MAX_SCORE else NoScore(TOO_LARGE)
 
 
 def read_scores(values: Any, num_responses: int) -> Scores:

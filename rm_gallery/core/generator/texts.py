@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from rm_gallery.data.dropped import BadRow
-from rm_gallery.data.formats import as_messages, read_cell
+from rm_gallery.data.formats import as_messages, read_cell, without_repeats
 from rm_gallery.schema import Message
 
 Text: TypeAlias = str | list[Message]
@@ -46,6 +46,42 @@ def read_answer(value: Any) -> Text:
         if not (last.get("content") or "").strip() and not last.get("tool_calls"):
             raise BadRow("empty response")
     return text
+
+
+def split_turns(prompt: Text, responses: Sequence[Text]) -> tuple[Text, list[Text]]:
+    """Prompt and responses, where the turns that all responses begin with belong to the prompt, once.
+
+    The last turn of a response is always its own. Texts stay as they are.
+    """
+    if all(isinstance(response, str) for response in responses):
+        return prompt, list(responses)
+    turns, answers = without_repeats(
+        as_messages(prompt, "user"), [as_messages(text, "assistant") for text in responses]
+    )
+    shared = 0
+    while all(len(answer) > shared + 1 for answer in answers):
+        if len({content_key(answer[shared : shared + 1], "") for answer in answers}) > 1:
+            break
+        shared += 1
+    if not shared and turns == as_messages(prompt, "user"):
+        return prompt, list(responses)
+    return [*turns, *answers[0][:shared]], [answer[shared:] for answer in answers]
+
+
+def shared_beginning(texts: Sequence[str]) -> str:
+    """What two or more texts have in common from the start, up to its last line break; '' without one.
+
+    Where a prompt is not given by itself, this is it, as far as anybody can tell.
+    """
+    first, last = min(texts), max(texts)  # what these share, those between them share too
+    size, most = 0, len(first)
+    while size < most:  # halving what is left, as texts may be long
+        middle = (size + most + 1) // 2
+        if last.startswith(first[size:middle], size):
+            size = middle
+        else:
+            most = middle - 1
+    return first[: first.rfind("\n", 0, size) + 1].strip()
 
 
 def to_lists(value: Any, depth: int = 0) -> Any:
