@@ -93,7 +93,7 @@ def _checked(results: Any) -> Mapping[str, Any]:
 
 
 def _choose(grader: GraderChoice, known: list[str], where: str) -> str | dict[str, str]:
-    names = ", ".join(map(repr, known))
+    names = ", ".join(map(repr, sorted(known, key=str)))
     if grader is None:
         if len(known) != 1:
             raise UserError(f"{where}: there are results of {names}; choose a grader")
