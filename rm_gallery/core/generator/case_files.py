@@ -36,6 +36,8 @@ def find_files(cases: Any) -> list[Path] | None:
         cases = [cases]
     if not isinstance(cases, Sequence) or not cases or not all(isinstance(item, str | os.PathLike) for item in cases):
         return None
+    if not all(os.fspath(item) for item in cases):
+        raise UserError("one of the inputs is an empty path; name a file or a folder")
     files = [file for item in cases for file in _expand(Path(item).expanduser())]
     seen: set[Path] = set()
     for file in files:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from rm_gallery.core.generator.pairs import Group, Pair, Row
+from rm_gallery.core.generator.rows import Group, Pair, Row
 from rm_gallery.core.generator.texts import Text, as_json
 from rm_gallery.data.formats import as_messages
 from rm_gallery.errors import UserError

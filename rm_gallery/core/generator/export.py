@@ -21,8 +21,9 @@ from rm_gallery.core.generator.cases import check_case_mapper, read_cases
 from rm_gallery.core.generator.columns import Columns
 from rm_gallery.core.generator.command import run_command
 from rm_gallery.core.generator.options import DEFAULT_SPLIT, ExportOptions
-from rm_gallery.core.generator.pairs import Row, Tally, Unit, make_units
+from rm_gallery.core.generator.pairs import Tally, make_units
 from rm_gallery.core.generator.results import GraderChoice, RunnerResults
+from rm_gallery.core.generator.rows import Row, Unit
 from rm_gallery.core.generator.split import split_units
 from rm_gallery.core.generator.summary import ExportSummary, Side
 from rm_gallery.core.generator.write import plan_files, write_files
@@ -80,7 +81,7 @@ def export_data(
 
     What cannot be used is counted in the summary. A side that gets nothing is warned of, and has no file.
     Raises UserError, and writes nothing, for options, files and results that cannot be used, when no case gives a
-    pair, and when a file cannot be written. All texts are in memory once, and about 1 kB for each case.
+    pair, and when a file cannot be written. All texts are in memory once, and about 1.5 kB for each case.
     """
     options = ExportOptions.create(
         formats=formats,
@@ -94,35 +95,19 @@ def export_data(
         source=source,
         overwrite=overwrite,
     )
+    judged = _open_results(results, grader)
     check_case_mapper(mapper)
-    if grader is not None and results is None:
-        raise UserError(f"grader is {grader!r}, but there are no results to choose from; give results=... too")
     inputs = find_files(cases)
     folder = _folder(output_dir)
     outputs = plan_files(folder, list(options.split), options.formats, overwrite=options.overwrite)
     _refuse_inputs(outputs, [*(inputs or ()), *([Path(results)] if isinstance(results, str | os.PathLike) else ())])
-    judged = None if results is None else RunnerResults(results, grader)
 
     dropped, tally = Dropped(), Tally()
     raw = iter_cases(cases) if inputs is None else read_files(inputs)
     found, num_cases = read_cases(raw, dropped, mapper=mapper, results=judged, source=options.source)
     units = make_units(found, options, tally)
     files, sides = _split(units, options, outputs)
-    summary = ExportSummary(
-        num_cases=num_cases,
-        sides=sides,
-        ties=tally.ties,
-        too_close=tally.too_close,
-        identical=tally.identical,
-        duplicates=tally.duplicates,
-        contradictions=tally.contradictions,
-        contradictions_dropped=options.contradictions == "drop",
-        over_limit=tally.over_limit,
-        unpaired=tally.unpaired,
-        failures=dropped.counts,
-        examples=dropped.examples,
-        layout=options.layout,
-    )
+    summary = _summary(num_cases, sides, tally, dropped, options)
     if not units:
         why = "; ".join(summary.left_out()[:_MOST_REASONS])
         raise UserError(f"no pair can be made of {num_cases:,} cases: {why}" if num_cases else "there are no cases")
@@ -130,6 +115,14 @@ def export_data(
     for name in summary.empty_sides:
         log.warning("the side %r is empty, and has no file: there are too few prompts to split so", name)
     return summary
+
+
+def _open_results(results: Any, grader: GraderChoice) -> RunnerResults | None:
+    if results is not None:
+        return RunnerResults(results, grader)
+    if grader is not None:
+        raise UserError(f"grader is {grader!r}, but there are no results to choose from; give results=... too")
+    return None
 
 
 def _folder(output_dir: Any) -> Path:
@@ -159,6 +152,26 @@ def _split(
         files.update(dict.fromkeys(paths, rows))
         sides[name] = Side(shares[index], len(rows), len(own), tuple(paths) if rows else ())
     return files, sides
+
+
+def _summary(
+    num_cases: int, sides: Mapping[str, Side], tally: Tally, dropped: Dropped, options: ExportOptions
+) -> ExportSummary:
+    return ExportSummary(
+        num_cases=num_cases,
+        sides=sides,
+        ties=tally.ties,
+        too_close=tally.too_close,
+        identical=tally.identical,
+        duplicates=tally.duplicates,
+        contradictions=tally.contradictions,
+        contradictions_dropped=options.contradictions == "drop",
+        over_limit=tally.over_limit,
+        unpaired=tally.unpaired,
+        failures=dropped.counts,
+        examples=dropped.examples,
+        layout=options.layout,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
-from typing import NamedTuple, TypeAlias
 
 from rm_gallery.core.generator.cases import Answer, Case
 from rm_gallery.core.generator.options import ExportOptions
+from rm_gallery.core.generator.rows import Contest, Group, Pair, Row, Unit
 from rm_gallery.core.generator.texts import Text, shared_beginning
 from rm_gallery.errors import UserError
 
@@ -32,66 +32,6 @@ class Tally:
     contradictions: int = 0
     over_limit: int = 0
     unpaired: int = 0
-
-
-class Contest(NamedTuple):
-    """Responses that may be compared with each other."""
-
-    key: bytes
-    """The same for the same responses with the same scores."""
-    prompt: Text
-    answers: list[Answer]
-    is_rank: bool
-
-
-class Pair(NamedTuple):
-    """One row of layout `pairs`."""
-
-    prompt: Text
-    chosen: Answer
-    rejected: Answer
-    margin: float | None
-    """Difference of the scores; None where these are places."""
-    contest: bytes
-
-    @property
-    def source(self) -> str | None:
-        return self.chosen.source if self.chosen.source == self.rejected.source else None
-
-    @property
-    def answers(self) -> list[Answer]:
-        return [self.chosen, self.rejected]
-
-    @property
-    def key(self) -> bytes:
-        return self.chosen.key + self.rejected.key
-
-
-class Group(NamedTuple):
-    """One row of layout `groups`."""
-
-    key: bytes
-    prompt: Text
-    answers: list[Answer]
-    is_rank: bool
-
-    @property
-    def contest(self) -> bytes:
-        return self.key
-
-    @property
-    def source(self) -> str | None:
-        return self.answers[0].source if len({answer.source for answer in self.answers}) == 1 else None
-
-
-Row: TypeAlias = Pair | Group
-
-
-class Unit(NamedTuple):
-    """Rows that belong on one side of a split: those of one prompt, or without a prompt those that share responses."""
-
-    key: bytes
-    rows: list[Row]
 
 
 def make_units(cases: Iterable[Case], options: ExportOptions, tally: Tally) -> list[Unit]:

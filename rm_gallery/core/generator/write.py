@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rm_gallery.core.generator.columns import Columns
-from rm_gallery.core.generator.pairs import Row
+from rm_gallery.core.generator.rows import Row
 from rm_gallery.errors import UserError
 
 

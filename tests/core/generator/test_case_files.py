@@ -128,6 +128,12 @@ def test_a_file_that_cannot_be_read_is_one_sentence(name: str, make: Any, what: 
     assert not (tmp_path / "out").exists()
 
 
+def test_an_empty_path_is_not_the_working_directory(in_tmp: Path) -> None:
+    write(in_tmp / "cases.jsonl")
+    with pytest.raises(UserError, match="empty path"):
+        export_data("", "out")
+
+
 def test_a_file_named_twice_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "in/cases.jsonl")
     with pytest.raises(UserError, match="named twice"):
