@@ -94,7 +94,18 @@ def read_cases(
             cases.append(case)
     if results:
         results.check_length(num_cases)
-    return cases, num_cases
+    return _of_one_style(cases, dropped), num_cases
+
+
+def _of_one_style(cases: list[Case], dropped: Dropped) -> list[Case]:
+    """Without bare texts where other cases are chats: nothing would say to a trainer that they are to be read so."""
+    bare = [not case.prompt and any(isinstance(answer.text, str) for answer in case.answers) for case in cases]
+    if all(bare):
+        return cases
+    for case, is_bare in zip(cases, bare, strict=True):
+        if is_bare:
+            dropped.add("texts without a prompt, among cases that have one", case.where)
+    return [case for case, is_bare in zip(cases, bare, strict=True) if not is_bare]
 
 
 def _count(dropped: Dropped, error: BadRow, where: str) -> None:

@@ -56,13 +56,6 @@ class Columns:
         """Columns that hold all these rows. Raises UserError for rows of which no file can hold both."""
         prompt = _text_column((row.prompt for row in rows if row.prompt), "user")
         response = _text_column((answer.text for row in rows for answer in row.answers), "assistant")
-        if response.kind == "messages":
-            for row in rows:
-                if not row.prompt and any(isinstance(answer.text, str) for answer in row.answers):
-                    raise UserError(
-                        "some cases hold texts without a prompt, which a model reads as they are, others messages, "
-                        "which it reads as a chat: no file can hold both; export them apart, or give the texts prompts"
-                    )
         ranked = {row.is_rank for row in rows if isinstance(row, Group)}
         if len(ranked) > 1:
             raise UserError(

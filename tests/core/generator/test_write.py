@@ -51,12 +51,17 @@ def test_columns_have_plain_types(tmp_path: Path) -> None:
 
 def test_one_case_with_messages_makes_all_prompts_messages(tmp_path: Path) -> None:
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "R"}]
-    rows, _ = export([CASE, {**CASE, "prompt": chat}, {**CASE, "prompt": "", "response_a": "x"}], tmp_path)
-    assert sorted(map(repr, (row["prompt"] for row in rows))) == sorted(
-        map(repr, (chat, [{"role": "user", "content": "Q"}], None))
-    )
+    whole = {**CASE, "prompt": "", "response_a": [{"role": "assistant", "content": "g"}]}
+    whole["response_b"] = [{"role": "assistant", "content": "b"}]
+    rows, _ = export([CASE, {**CASE, "prompt": chat}], tmp_path)
+    prompts = sorted((row["prompt"] for row in rows), key=len)
+    assert prompts == [[{"role": "user", "content": "Q"}], chat]
+    assert {row["chosen"] for row in rows} == {"g"}, "responses may be text beside prompts of messages"
     assert read_back(tmp_path / "all.parquet") == rows
-    assert {row["chosen"] for row in rows} == {"g", "x"}, "responses may be text beside prompts of messages"
+    rows, _ = export([CASE, whole], tmp_path)
+    assert sorted(row["prompt"] or "" for row in rows) == ["", "Q"]
+    assert {str(row["chosen"]) for row in rows} == {str(whole["response_a"])}
+    assert read_back(tmp_path / "all.parquet") == rows
 
 
 def test_one_response_with_messages_makes_all_responses_messages(tmp_path: Path) -> None:
@@ -67,11 +72,15 @@ def test_one_response_with_messages_makes_all_responses_messages(tmp_path: Path)
     assert read_back(tmp_path / "all.parquet") == rows
 
 
-def test_bare_texts_beside_messages_are_refused(tmp_path: Path) -> None:
-    chat = {**CASE, "response_a": [{"role": "assistant", "content": "g"}]}
-    with pytest.raises(UserError, match="some cases hold texts without a prompt"):
-        export_data([{**CASE, "prompt": None}, chat], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("other", [CASE, {**CASE, "prompt": "", "response_a": [{"role": "assistant", "content": "g"}]}])
+def test_bare_texts_beside_chats_are_left_out_and_counted(other: Any, tmp_path: Path) -> None:
+    bare = {**CASE, "prompt": None, "response_a": "bare"}
+    if not other["prompt"]:
+        other = {**other, "response_b": [{"role": "assistant", "content": "b"}]}
+    rows, summary = export([bare, other, bare], tmp_path)
+    assert len(rows) == 1 and "bare" not in str(rows)
+    assert summary.failures == {"texts without a prompt, among cases that have one": 2}
+    assert export([bare], tmp_path)[1].num_failures == 0
 
 
 def test_messages_with_names_and_tool_calls_lose_nothing(tmp_path: Path) -> None:
