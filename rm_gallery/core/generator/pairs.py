@@ -156,23 +156,25 @@ def _limited(pairs: list[Pair], options: ExportOptions, tally: Tally, *, by_cont
 
 
 def _groups(contests: Iterable[Contest], options: ExportOptions, tally: Tally) -> list[Group]:
-    """One row per contest that has a better and a worse response."""
+    """One row per contest that has a better and a worse response; of two scores of one response the higher holds."""
     kept: dict[bytes, Group] = {}
     either_way: set[bytes] = set()
     for contest in contests:
+        best: dict[bytes, Answer] = {}
+        for answer in contest.answers:
+            best[answer.key] = max(best.get(answer.key, answer), answer, key=lambda answer: answer.score)
+        tally.identical += len(contest.answers) - len(best)
+        contest = contest._replace(answers=list(best.values()))
         ways = [pair.key for pair in _compare(contest, options, tally)]
         if not ways:
             continue
         either_way.update(ways)
-        best: dict[bytes, Answer] = {}
-        for answer in contest.answers:
-            best[answer.key] = max(best.get(answer.key, answer), answer, key=lambda answer: answer.score)
         if len(best) > MAX_RESPONSES:
             raise UserError(
                 f"a prompt has {len(best):,} responses, and a row of layout='groups' holds at most {MAX_RESPONSES}; "
                 "take layout='pairs'"
             )
-        group = Group(contest.key, contest.prompt, list(best.values()), contest.is_rank)
+        group = Group(contest.key, contest.prompt, contest.answers, contest.is_rank)
         tally.duplicates += contest.key in kept
         kept[contest.key] = min(kept[contest.key], group, key=repr) if contest.key in kept else group
     tally.contradictions += sum(way[16:] + way[:16] in either_way for way in either_way) // 2

@@ -140,6 +140,14 @@ def test_groups_hold_all_responses_with_scores(tmp_path: Path) -> None:
     assert "3 groups of responses" in str(summary)
 
 
+def test_a_response_is_in_a_group_once(tmp_path: Path) -> None:
+    twice = {"prompt": "Q", "responses": ["a", "a ", "b"], "scores": [3, 1, 2]}
+    rows, summary = export([twice], tmp_path, layout="groups")
+    assert rows == [{"prompt": "Q", "responses": ["a", "b"], "scores": [3, 2]}] and summary.identical == 1
+    with pytest.raises(UserError, match="1 ties"):
+        export_data([{**twice, "scores": [2, 1, 2]}], tmp_path / "ties", layout="groups")
+
+
 def test_groups_of_ranks_and_repeated_groups(tmp_path: Path) -> None:
     ranked = {"prompt": "Q", "responses": ["a", "b", "c"], "ranks": [2, 1, 2]}
     flipped = {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, 2]}
