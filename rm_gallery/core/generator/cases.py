@@ -156,6 +156,8 @@ def _read_case(
     scores = _find_scores(fields, form, len(responses), judged)
     before = "" if prompt is None else read_text(prompt, "prompt")
     own = _first(fields, ("source",))
+    if not isinstance(own, str | int | float | None):
+        raise BadRow(f"a source that is {type(own).__name__}, not text")
     name = source if own is None else str(own)
     to_utf8(name or "")
     answers = []

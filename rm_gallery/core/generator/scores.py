@@ -61,8 +61,10 @@ def read_score(value: Any) -> Given:
         return NoScore(f"a {type(value).__name__} instead of a score")
     try:
         score = float(value)
-    except (OverflowError, ValueError):
+    except OverflowError:
         return NoScore(TOO_LARGE)
+    except ValueError:  # a signalling NaN
+        score = math.nan
     if math.isnan(score):
         return NoScore("a score that is NaN")
     if math.isinf(score):

@@ -103,10 +103,11 @@ def content_key(value: Text, role: str) -> bytes:
     """
     digest = hashlib.blake2b(digest_size=16)
     for message in as_messages(value, role):
-        for name in sorted(message, key=str):
-            content = message[name]
+        if not all(isinstance(name, str) for name in message):
+            raise BadRow("a message with a field whose name is no text")
+        for name, content in sorted(message.items()):
             part = to_utf8(content.strip() if isinstance(content, str) else as_json(content))
-            digest.update(b"%b %d " % (to_utf8(str(name)), len(part)))
+            digest.update(b"%b %d " % (to_utf8(name), len(part)))
             digest.update(part)
         digest.update(b"\n")
     return digest.digest()

@@ -140,7 +140,7 @@ SCORES: list[tuple[Any, str]] = [
     (np.float64("nan"), "a score that is NaN"),
     (float("inf"), "a score that is infinite"),
     (-float("inf"), "a score that is infinite"),
-    (Decimal("sNaN"), "a score beyond 1e+38"),
+    (Decimal("sNaN"), "a score that is NaN"),
     (10**400, "a score beyond 1e+38"),
     (1e200, "a score beyond 1e+38"),
     (True, "a truth value instead of a score"),
@@ -248,6 +248,38 @@ def test_a_case_that_cannot_be_used_is_counted_and_is_an_error_where_there_is_no
     assert "\n" not in str(caught.value) and "first: case 0" in str(caught.value)
     assert found in str(caught.value)
     assert not (tmp_path / "none").exists()
+
+
+DAMAGE: list[Any] = [
+    None, "", " \n", 0, -1.5, float("nan"), float("inf"), True, b"x", 10**500, 1j, [], {}, [None], [[]], [{}], (1, 2),
+    {1}, {"role": None}, [{"role": "assistant"}], [{"role": "assistant", "content": None, "tool_calls": []}],
+    [{"role": "assistant", "content": "x", 3: "y"}], [{"role": "assistant", "content": "x", "y": {1: 2, "b": 3}}],
+    "\ud800", "a\0b", "[" * 20_000, '[{"role": "assistant", "content": "\\ud800"}]', np.array([1, 2]), np.array(3.0),
+    np.nan, pd.NA, pd.NaT, pd.Series([1, 2]), pd.DataFrame({"a": [1]}), range(3), iter("ab"), object, object(),
+    ValueError("x"), Decimal("NaN"), GraderError(error="e"), GraderScore(score=1), GraderRank(rank=[1, 2]),
+    {"score": float("nan")}, {"rank": "ab", "metadata": 3}, {"response": "x", "score": 2}, [{"response": "x"}],
+    nested(500),
+]  # fmt: skip
+WHOLE: list[dict[str, Any]] = [
+    {**PAIR, "source": "s"},
+    {"query": "Q", "responses": ["a", "b", "c"], "scores": [1, 2, 3]},
+    {"messages": [USER], "responses": ["a", "b"], "ranks": [1, 2]},
+    {"prompt": "Q", "response": "r", "score": 3},
+    {"messages": [USER, GOOD], "reward": 2},
+]
+
+
+def test_damage_at_any_place_costs_no_other_case(tmp_path: Path) -> None:
+    damaged = [{**case, field: value} for case in WHOLE for field in case for value in DAMAGE]
+    good = [{**PAIR, "prompt": f"good {n}", "source": "good"} for n in range(5)]
+    rows, summary = export([*damaged, *good], tmp_path)
+    assert len(damaged) > 800 and summary.num_cases == len(damaged) + 5
+    kept = [row for row in rows if row["source"] == "good"]
+    assert sorted(row["prompt"][0]["content"] for row in kept) == [f"good {n}" for n in range(5)]
+    assert {(row["chosen"][0]["content"], row["rejected"][0]["content"], row["margin"]) for row in kept} == {
+        ("g", "b", 2)
+    }
+    assert summary.num_failures > 700 and all(reason and "\n" not in reason for reason in summary.failures)
 
 
 @pytest.mark.parametrize(
