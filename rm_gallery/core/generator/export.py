@@ -81,7 +81,7 @@ def export_data(
 
     What cannot be used is counted in the summary. A side that gets nothing is warned of, and has no file.
     Raises UserError, and writes nothing, for options, files and results that cannot be used, when no case gives a
-    pair, and when a file cannot be written. All texts are in memory once, and about 1.5 kB for each case.
+    pair, and when a file cannot be written. All texts are in memory once, and less than 2 kB for each case.
     """
     options = ExportOptions.create(
         formats=formats,
