@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from rm_gallery.core.generator.case_files import RawCase
 from rm_gallery.core.generator.results import PAIR, RunnerResults
-from rm_gallery.core.generator.scores import NoScore, Scores, read_ranks, read_result, read_score, read_scores
+from rm_gallery.core.generator.scores import Fault, Scores, read_ranks, read_result, read_score, read_scores
 from rm_gallery.core.generator.texts import Text, content_key, is_nothing, read_answer, read_text, split_turns, to_utf8
 from rm_gallery.core.graders.prompt import is_messages
 from rm_gallery.core.utils.mapping import Mapper, check_mapper, get_value_by_path
@@ -109,7 +109,7 @@ def _of_one_style(cases: list[Case], dropped: Dropped) -> list[Case]:
 
 
 def _count(dropped: Dropped, error: BadRow, where: str) -> None:
-    detail = error.detail if isinstance(error, NoScore) else ""
+    detail = error.detail if isinstance(error, Fault) else ""
     dropped.add(str(error), f"{where}: {detail}" if detail else where)
 
 
@@ -121,7 +121,7 @@ def _fields(values: Mapping[str, Any], mapper: Mapper | None) -> Mapping[str, An
         try:
             made = mapper(values)
         except Exception as error:
-            raise BadRow(f"the mapper failed with {type(error).__name__}: {error}") from None
+            raise Fault(f"the mapper failed with {type(error).__name__}", str(error)) from None
         if not isinstance(made, Mapping):
             raise BadRow(f"the mapper gave {type(made).__name__}, not a dictionary")
         return made
@@ -151,7 +151,7 @@ def _read_case(
     if not form:  # a conversation, whose last turn is judged
         if is_nothing(fields.get("messages")):
             there = ", ".join(map(str, list(fields)[:_MAX_SHOWN])) or "none"
-            raise BadRow(f"no response_a and response_b, responses or response (the fields are {there})")
+            raise Fault("no response_a and response_b, responses or response", f"the fields are {there}")
         prompt, responses = None, [fields["messages"]]
     scores = _find_scores(fields, form, len(responses), judged)
     before = "" if prompt is None else read_text(prompt, "prompt")
@@ -163,7 +163,7 @@ def _read_case(
     answers = []
     for response, score in zip(responses, scores.values, strict=True):
         try:
-            if isinstance(score, NoScore):
+            if isinstance(score, Fault):
                 raise score
             is_scored = isinstance(response, Mapping) and "response" in response
             text = read_answer(response["response"] if is_scored else response)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from rm_gallery.core.generator.rows import Group, Pair, Row
-from rm_gallery.core.generator.texts import Text, as_json
+from rm_gallery.core.generator.texts import Text
 from rm_gallery.data.formats import as_messages
 from rm_gallery.errors import UserError
 
@@ -37,7 +38,7 @@ class _TextColumn:
 
     def parquet(self, value: Text) -> Any:
         plain = self.plain(value)
-        return plain if self.kind == "text" or self.fields else as_json(plain)
+        return plain if self.kind == "text" or self.fields else json.dumps(plain, ensure_ascii=False)
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ TOO_LARGE = f"a score beyond {MAX_SCORE:.0e}"
 GRADER_ERROR = "an error of the grader instead of a score"
 
 
-class NoScore(BadRow):
-    """Why there is no score; `detail` is what the grader said of this one."""
+class Fault(BadRow):
+    """Why something cannot be used; `detail` is what is to be said of this one alone."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
         self.detail = " ".join(detail.split())[:200]
 
 
-Given: TypeAlias = float | NoScore
+Given: TypeAlias = float | Fault
 """The score of one response, or why it has none."""
 
 
@@ -45,31 +45,31 @@ def read_score(value: Any) -> Given:
     """
     if isinstance(value, Mapping):
         if value.get("score") is None and value.get("error"):
-            return NoScore(GRADER_ERROR, str(value["error"]))
+            return Fault(GRADER_ERROR, str(value["error"]))
         value = value.get("score")
     if isinstance(value, GraderError):
-        return NoScore(GRADER_ERROR, value.error)
+        return Fault(GRADER_ERROR, value.error)
     if isinstance(value, GraderScore):
         value = value.score
     if value is None or type(value).__name__ == "NAType":  # of pandas
-        return NoScore(MISSING)
+        return Fault(MISSING)
     if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):  # numpy's, too
-        return NoScore("a truth value instead of a score")
+        return Fault("a truth value instead of a score")
     if isinstance(value, str):
-        return NoScore("a text instead of a score")
+        return Fault("a text instead of a score")
     if not isinstance(value, Real | Decimal):
-        return NoScore(f"a {type(value).__name__} instead of a score")
+        return Fault(f"a {type(value).__name__} instead of a score")
     try:
-        score = float(value)
+        score = float(value) + 0.0  # no -0.0, which is the same score and another text
     except OverflowError:
-        return NoScore(TOO_LARGE)
+        return Fault(TOO_LARGE)
     except ValueError:  # a signalling NaN
         score = math.nan
     if math.isnan(score):
-        return NoScore("a score that is NaN")
+        return Fault("a score that is NaN")
     if math.isinf(score):
-        return NoScore("a score that is infinite")
-    return score if abs(score) <= MAX_SCORE else NoScore(TOO_LARGE)
+        return Fault("a score that is infinite")
+    return score if abs(score) <= MAX_SCORE else Fault(TOO_LARGE)
 
 
 def read_scores(values: Any, num_responses: int) -> Scores:
@@ -80,7 +80,7 @@ def read_scores(values: Any, num_responses: int) -> Scores:
 def read_ranks(values: Any, num_responses: int) -> Scores:
     """Places of the responses of one case, 1 for the best; ties are allowed. Raises BadRow as `read_scores`."""
     given = [read_score(value) for value in _one_each(values, num_responses, "ranks")]
-    return Scores([value if isinstance(value, NoScore) else -value for value in given], is_rank=True)
+    return Scores([value if isinstance(value, Fault) else 0.0 - value for value in given], is_rank=True)
 
 
 def read_result(result: Any, num_responses: int) -> Scores:
@@ -96,7 +96,7 @@ def read_result(result: Any, num_responses: int) -> Scores:
     elif isinstance(result, GraderRank):
         return _read_rank(result.rank, result.metadata, num_responses)
     score = read_score(result)
-    if isinstance(score, NoScore):
+    if isinstance(score, Fault):
         raise score
     if num_responses != 1:
         raise BadRow("one score for several responses")
@@ -110,7 +110,7 @@ def _read_rank(rank: Any, metadata: Any, num_responses: int) -> Scores:
         if not isinstance(made_of, Sequence) or len(made_of) != num_responses:
             continue
         scores = [read_score(value) for value in made_of]
-        numbers = [score for score in scores if not isinstance(score, NoScore)]
+        numbers = [score for score in scores if not isinstance(score, Fault)]
         if len(numbers) == num_responses and places(numbers) == list(rank):
             return Scores(scores)
     return ranks

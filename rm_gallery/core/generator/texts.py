@@ -106,15 +106,14 @@ def content_key(value: Text, role: str) -> bytes:
         if not all(isinstance(name, str) for name in message):
             raise BadRow("a message with a field whose name is no text")
         for name, content in sorted(message.items()):
-            part = to_utf8(content.strip() if isinstance(content, str) else as_json(content))
+            part = to_utf8(content.strip() if isinstance(content, str) else _as_json(content))
             digest.update(b"%b %d " % (to_utf8(name), len(part)))
             digest.update(part)
         digest.update(b"\n")
     return digest.digest()
 
 
-def as_json(value: Any) -> str:
-    """JSON in one line. Raises BadRow where there is none."""
+def _as_json(value: Any) -> str:
     try:
         return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError):

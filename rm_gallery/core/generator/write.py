@@ -21,13 +21,10 @@ def plan_files(folder: Path, sides: Sequence[str], formats: Sequence[str], *, ov
     files = [folder / f"{side}.{suffix}" for side in sides for suffix in formats]
     _check_folder(folder)
     for file in files:
-        if os.path.lexists(file) and not (overwrite and file.is_file()):
-            what = (
-                "is no ordinary file; move it away"
-                if overwrite
-                else "is there already; set overwrite=True (--overwrite)"
-            )
-            raise UserError(f"{file}: {what}, or name another output_dir")
+        if not overwrite and os.path.lexists(file):
+            raise UserError(f"{file}: is there already; set overwrite=True (--overwrite), or name another output_dir")
+        if os.path.lexists(file) and not file.is_file():
+            raise UserError(f"{file}: is no ordinary file; move it away, or name another output_dir")
     return files
 
 

@@ -216,8 +216,8 @@ CASES: list[tuple[Any, str]] = [
     (None, "a case that is NoneType, not a dictionary"),
     (7, "a case that is int, not a dictionary"),
     ([1, 2], "a case that is list, not a dictionary"),
-    ({}, "no response_a and response_b, responses or response .the fields are none."),
-    ({"prompt": "Q", "output": "x"}, "no response_a and response_b.*the fields are prompt, output"),
+    ({}, "no response_a and response_b, responses or response .first: case 0: the fields are none."),
+    ({"prompt": "Q", "output": "x"}, "no response_a and response_b.*: the fields are prompt, output"),
     ({**PAIR, "prompt": 7}, "a prompt that is int"),
     ({**PAIR, "prompt": [{"role": 3}]}, "prompt with a message that has no role"),
     ({"prompt": "Q", "responses": None, "scores": [1]}, "null responses"),
@@ -286,7 +286,7 @@ def test_damage_at_any_place_costs_no_other_case(tmp_path: Path) -> None:
     ("mapper", "reason"),
     [
         ({"prompt": "q"}, "nothing at 'q', where the mapper looks for prompt"),
-        (lambda case: case["q"], "the mapper failed with KeyError: 'q'"),
+        (lambda case: case["q"], "the mapper failed with KeyError .first: case 0: 'q'."),
         (lambda case: [case], "the mapper gave list, not a dictionary"),
     ],
 )

@@ -166,7 +166,9 @@ def test_the_order_of_the_cases_changes_no_byte(options: dict[str, Any], tmp_pat
     cases += [
         {"responses": [f"r{n % 7}", f"r{n % 5}", f" r{n % 5}"], "scores": [n % 3, n % 4, n % 4]} for n in range(40)
     ]
-    cases += [pair("x", "y", scores=(n, 0.5)) for n in range(4)]
+    cases += [pair("x", "y", scores=(n, 0.5)) for n in range(4)] + [
+        pair("p", "q", "Z", (zero, 1)) for zero in (0.0, -0.0)
+    ]
     folders = []
     for turn in range(4):
         random.Random(turn).shuffle(cases)

@@ -85,7 +85,7 @@ def test_messages_with_names_and_tool_calls_lose_nothing(tmp_path: Path) -> None
     named = [{"role": "user", "content": "Q", "name": "Ada"}]
     call = {
         "role": "assistant",
-        "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {"x": 1.5, "y": [None]}}}],
+        "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {"z": 1.5, "y": [None]}}}],
     }
     tool = {"role": "tool", "content": "42", "tool_call_id": "1"}
     other = {"role": "assistant", "tool_calls": [{"function": {"name": "g", "arguments": {}}}]}
@@ -95,9 +95,7 @@ def test_messages_with_names_and_tool_calls_lose_nothing(tmp_path: Path) -> None
     assert {json.dumps(row["prompt"]) for row in rows} == {json.dumps(case["prompt"]) for case in cases}
     assert [call, tool, {"role": "assistant", "content": "42"}] in [row["chosen"] for row in rows]
     in_parquet = read_back(tmp_path / "all.parquet")
-    assert [json.loads(row["chosen"]) for row in in_parquet] == [row["chosen"] for row in rows], (
-        "as JSON, for tool calls"
-    )
+    assert [row["chosen"] for row in in_parquet] == [json.dumps(row["chosen"]) for row in rows], "JSON, in this order"
     assert {turn.get("name") for row in in_parquet for turn in row["prompt"]} == {"Ada", None}
 
 
