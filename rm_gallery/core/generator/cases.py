@@ -1,0 +1,241 @@
+"""Cases: a row of any accepted form becomes a prompt with scored responses, or a counted reason why it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from rm_gallery.core.generator.case_files import RawCase
+from rm_gallery.core.generator.results import PAIR, RunnerResults
+from rm_gallery.core.generator.scores import Fault, Scores, read_ranks, read_result, read_score, read_scores
+from rm_gallery.core.generator.texts import Text, content_key, is_nothing, read_answer, read_text, split_turns, to_utf8
+from rm_gallery.core.graders.prompt import is_messages
+from rm_gallery.core.utils.mapping import Mapper, check_mapper, get_value_by_path
+from rm_gallery.data.dropped import BadRow, Dropped
+from rm_gallery.errors import UserError, nearest
+
+PROMPTS = ("prompt", "query", "messages")
+PAIR_SCORES = ("score_a", "score_b")
+LIST_SCORES = ("scores", "rewards", "ranks")
+SINGLE_SCORE = ("score", "reward")
+# What a case may hold, the first that it has something of: where its responses are, where their scores.
+FORMS = ((PAIR, PAIR_SCORES), (("responses",), LIST_SCORES), (("response",), SINGLE_SCORE))
+FIELDS = ("prompt", *PAIR, *PAIR_SCORES, "responses", "scores", "ranks", "response", "score", "source")
+"""What a mapper may give."""
+_RESULTS_LINE = {"index", "grader", "sample", "kind", "result"}
+_MAX_SHOWN = 12
+
+
+class Answer(NamedTuple):
+    """A response with its score."""
+
+    text: Text
+    key: bytes
+    """The same for the same content, whatever white space is around it."""
+    score: float
+    source: str | None
+    """Name of the data set that it is from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What a row offers for comparison."""
+
+    where: str
+    prompt: Text
+    """Empty for none."""
+    prompt_key: bytes
+    """The same for the same prompt, whatever white space is around it; empty for none."""
+    answers: list[Answer]
+    """Two or more; one when the case is a response that is compared with those of other cases."""
+    is_rank: bool
+    """The scores are places, negated."""
+
+
+def check_case_mapper(mapper: Any) -> None:
+    """Raise UserError for what can be no mapper of cases."""
+    check_mapper(mapper, "the cases")
+    for field in mapper if isinstance(mapper, Mapping) else ():
+        if field not in FIELDS:
+            hint = nearest(str(field), FIELDS)
+            raise UserError(f"the mapper gives {field!r}, but a case has {', '.join(FIELDS)}.{hint}")
+
+
+def read_cases(
+    raw: Iterable[RawCase],
+    dropped: Dropped,
+    *,
+    mapper: Mapper | None = None,
+    results: RunnerResults | None = None,
+    source: str | None = None,
+) -> tuple[list[Case], int]:
+    """The usable cases in order, and how many there were; what cannot be used of one is added to `dropped`.
+
+    source: name of the data set for cases that do not name theirs.
+    Raises UserError when results do not belong to the cases, and when the cases are results.
+    """
+    cases, num_cases = [], 0
+    for index, (where, values) in enumerate(raw):
+        num_cases += 1
+        try:
+            if isinstance(values, BadRow):
+                raise values
+            if not isinstance(values, Mapping):
+                raise BadRow(f"a case that is {type(values).__name__}, not a dictionary")
+            if values.keys() >= _RESULTS_LINE:
+                raise UserError(f"{where}: this is a result of a GradingRunner: give it as results, not as a case")
+            judged = (results.take(index, values),) if results else ()
+            case = _read_case(_fields(values, mapper), where, judged, source, dropped)
+        except BadRow as error:
+            _count(dropped, error, where)
+            continue
+        if case is not None:
+            cases.append(case)
+    if results:
+        results.check_length(num_cases)
+    return _of_one_style(cases, dropped), num_cases
+
+
+def _of_one_style(cases: list[Case], dropped: Dropped) -> list[Case]:
+    """Without bare texts where other cases are chats: nothing would say to a trainer that they are to be read so."""
+    bare = [not case.prompt and any(isinstance(answer.text, str) for answer in case.answers) for case in cases]
+    if all(bare):
+        return cases
+    for case, is_bare in zip(cases, bare, strict=True):
+        if is_bare:
+            dropped.add("texts without a prompt, among cases that have one", case.where)
+    return [case for case, is_bare in zip(cases, bare, strict=True) if not is_bare]
+
+
+def _count(dropped: Dropped, error: BadRow, where: str) -> None:
+    detail = error.detail if isinstance(error, Fault) else ""
+    dropped.add(str(error), f"{where}: {detail}" if detail else where)
+
+
+def _fields(values: Mapping[str, Any], mapper: Mapper | None) -> Mapping[str, Any]:
+    """The fields of a case: those that the mapper gives, and of the others what they do not stand in for."""
+    if mapper is None:
+        return values
+    if not isinstance(mapper, Mapping):
+        try:
+            made = mapper(values)
+        except Exception as error:
+            raise Fault(f"the mapper failed with {type(error).__name__}", str(error)) from None
+        if not isinstance(made, Mapping):
+            raise BadRow(f"the mapper gave {type(made).__name__}, not a dictionary")
+        return made
+    mapped = {}
+    for field, path in mapper.items():
+        try:
+            mapped[field] = get_value_by_path(values, path)
+        except UserError:
+            raise BadRow(f"nothing at {path!r}, where the mapper looks for {field}") from None
+    whole = [responses + scores for responses, scores in FORMS]
+    is_form_mapped = any(field in form for form in whole for field in mapped)
+    hidden = {name for form in whole if is_form_mapped and mapped.keys().isdisjoint(form) for name in form}
+    for names in (PROMPTS, LIST_SCORES, SINGLE_SCORE):
+        hidden.update(names if not mapped.keys().isdisjoint(names) else ())
+    return {**{name: value for name, value in values.items() if name not in hidden}, **mapped}
+
+
+def _read_case(
+    fields: Mapping[str, Any], where: str, judged: tuple[Any, ...], source: str | None, dropped: Dropped
+) -> Case | None:
+    """None when too little is left of the case after its faults, which are counted.
+
+    judged: what the grader said of the case, or () when the scores are in the case itself.
+    """
+    prompt = _first(fields, PROMPTS)
+    form, responses = _find_responses(fields)
+    if not form:  # a conversation, whose last turn is judged
+        if is_nothing(fields.get("messages")):
+            there = ", ".join(map(str, list(fields)[:_MAX_SHOWN])) or "none"
+            raise Fault("no response_a and response_b, responses or response", f"the fields are {there}")
+        prompt, responses = None, [fields["messages"]]
+    scores = _find_scores(fields, form, len(responses), judged)
+    before = "" if prompt is None else read_text(prompt, "prompt")
+    own = _first(fields, ("source",))
+    if not isinstance(own, str | int | float | None):
+        raise BadRow(f"a source that is {type(own).__name__}, not text")
+    name = source if own is None else str(own)
+    to_utf8(name or "")
+    answers = []
+    for response, score in zip(responses, scores.values, strict=True):
+        try:
+            if isinstance(score, Fault):
+                raise score
+            is_scored = isinstance(response, Mapping) and "response" in response
+            text = read_answer(response["response"] if is_scored else response)
+            answers.append(Answer(text, content_key(text, "assistant"), score, name))
+        except BadRow as error:
+            _count(dropped, error, where)
+    if len(answers) < min(2, len(responses)):
+        return None
+    before, texts = split_turns(before, [answer.text for answer in answers])
+    if len(responses) == 1 and not before:
+        raise BadRow("a single response without a prompt, which nothing can be compared with")
+    if len(responses) == 1 and scores.is_rank:
+        raise BadRow("the place of a single response, which says nothing beside others")
+    key = content_key(before, "user") if before else b""
+    for place, text in enumerate(texts):
+        if text is not answers[place].text:
+            answers[place] = answers[place]._replace(text=text, key=content_key(text, "assistant"))
+    return Case(where, before, key, answers, scores.is_rank)
+
+
+def _first(fields: Mapping[str, Any], names: Iterable[str]) -> Any:
+    """The first of these fields that holds something; white space, an empty list and an empty cell are nothing."""
+    for name in names:
+        value = _plain(fields.get(name))
+        if is_nothing(value) or (isinstance(value, list | tuple) and not value):
+            continue
+        if not isinstance(value, str) or value.strip():
+            return value
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """Lists for arrays, as pandas reads lists from parquet."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _find_responses(fields: Mapping[str, Any]) -> tuple[tuple[str, ...], list[Any]]:
+    """(fields that hold the responses, the responses as they are given); nothing where the case has none of FORMS."""
+    names: list[tuple[str, ...]] = [responses for responses, _ in FORMS]
+    form = next((form for form in names if any(not is_nothing(fields.get(name)) for name in form)), ())
+    form = form or next((form for form in names if any(name in fields for name in form)), ())
+    if form in ((), PAIR):
+        return form, [fields.get(name) for name in form]
+    value = _plain(fields.get(form[0]))
+    is_list = isinstance(value, list | tuple)
+    if form == ("response",) and (not is_list or is_messages(value)):
+        return form, [value]
+    if not is_list or not value:
+        raise BadRow("null responses" if is_nothing(value) else f"{'empty' if is_list else 'no list of'} responses")
+    return form, list(value)
+
+
+def _find_scores(fields: Mapping[str, Any], form: tuple[str, ...], count: int, judged: tuple[Any, ...]) -> Scores:
+    """The scores of the `count` responses. Raises BadRow when they do not fit these."""
+    if judged and isinstance(judged[0], Mapping) and set(judged[0]) == set(PAIR):
+        if form != PAIR:
+            raise BadRow("no response_a and response_b, which the graders were chosen for")
+        return Scores([read_score(judged[0][name]) for name in PAIR])
+    if judged:
+        return read_result(judged[0], count)
+    if form == PAIR:
+        return Scores([read_score(fields.get(name)) for name in PAIR_SCORES])
+    if form != ("responses",) and count == 1:
+        return Scores([read_score(_own_score(fields))])
+    for name in LIST_SCORES:
+        if not is_nothing(fields.get(name)):
+            return (read_ranks if name == "ranks" else read_scores)(fields[name], count)
+    return Scores([read_score(_own_score(item)) for item in _plain(fields[form[0]])])
+
+
+def _own_score(fields: Any) -> Any:
+    """The score that stands beside a response, in a case or in an item of a list."""
+    return (
+        next((fields[name] for name in SINGLE_SCORE if name in fields), None) if isinstance(fields, Mapping) else None
+    )
