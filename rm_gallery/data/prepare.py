@@ -82,12 +82,16 @@ def prepare(
         ) from error
 
 
-def peek(file: DataFile, entries: Sequence[FileEntry], config: PrepareConfig, tokenizer: Any, *, key: str) -> None:
+def peek(
+    file: DataFile, entries: Sequence[FileEntry], config: PrepareConfig, tokenizer: Any, *, key: str
+) -> CustomFacts:
     """Read the first rows of a file as training would; raises UserError as `prepare` does."""
+    custom = CustomFacts()
     for task in islice(_tasks([file], entries, config, key, set()), 1):
         processor = RowProcessor(Work(config, tokenizer))
         rows = islice(task.chunk.rows(), _CHECK_ROWS)
-        processor.process(rows, processor.reader(task.format_name), task.source)
+        custom = processor.process(rows, processor.reader(task.format_name), task.source).custom
+    return custom
 
 
 def _cache_folder(config: PrepareConfig) -> Path:

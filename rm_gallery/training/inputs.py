@@ -89,7 +89,8 @@ def check_inputs(config: TrainConfig) -> None:
     for side in sides_of(config.data):
         entries = entries_of(config.data, side.key)
         for file in resolve_files(config.data, key=side.key):
-            peek(file, entries, config.data, tokenizer, key=side.key)
+            for warning in peek(file, entries, config.data, tokenizer, key=side.key).warnings():
+                log.warning("%s: %s", side.key, warning)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def test_training_sees_the_tokens_that_scoring_the_messages_gives(
     make_templated(template).save_pretrained(model)
     assert main(["train", *arguments(model)]) == 0
     printed = capsys.readouterr().err
-    assert "8 pairs as chat" in printed and "custom_cls" not in printed, "no warning"
+    assert "8 comparisons as chat" in printed and "custom_cls" not in printed, "no warning"
     checkpoint = folder / "out/bt/global_step_2"
     expected = InputRecord("chat", max_length=200)
     if template.startswith("none"):
