@@ -53,6 +53,8 @@ class Baseline:
 
     key: str
     title: str
+    on: str
+    """Which pairs were asked about: `training` (cross-validated) or `validation`."""
     accuracy: float
     """A tie counts half."""
     standard_error: float
@@ -90,11 +92,11 @@ def baseline_report(train: Reservoir[SampledPair], val: Reservoir[SampledPair] |
     folds = np.random.default_rng([seed, 5]).permutation(int(groups.max()) + 1)[groups] % FOLDS
     length = np.concatenate([_by_length(ratios[folds != fold], ratios[folds == fold]) for fold in range(FOLDS)])
     grouped = np.concatenate([groups[folds == fold] for fold in range(FOLDS)])
-    found = [_baseline("length", "length alone", length, grouped, _LENGTH)]
+    found = [_baseline("length", length, grouped)]
     words = _Words(pairs) if has_words else None
     if words is not None:
         right = [words.train(folds != fold, seed).right(words, folds == fold) for fold in range(FOLDS)]
-        found.append(_baseline("words", "bag of words", np.concatenate(right), grouped, _WORDS))
+        found.append(_baseline("words", np.concatenate(right), grouped))
     if val is not None and val.items:
         found += _from_train_to_val(ratios, words, val.in_order(), seed)
         if val.num_offered > len(val.items):
@@ -102,8 +104,13 @@ def baseline_report(train: Reservoir[SampledPair], val: Reservoir[SampledPair] |
     return BaselineReport(tuple(found), tuple(notes))
 
 
-_LENGTH = "always prefers the longer (or always the shorter) response"
-_WORDS = "knows which words occur more in chosen than in rejected, and the lengths; no word order, no prompt"
+_RULES = {
+    "length": ("length alone", "always prefers the longer, or always the shorter, response"),
+    "words": (
+        "bag of words",
+        "knows which words and word pairs stand in chosen rather than in rejected, and the lengths; sees no prompt",
+    ),
+}
 
 
 def _groups(prompts: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -120,10 +127,11 @@ def _by_length(known: np.ndarray, asked: np.ndarray) -> np.ndarray:
     return 0.5 + 0.5 * np.sign(direction * asked)
 
 
-def _baseline(key: str, title: str, right: np.ndarray, groups: np.ndarray, why: str) -> Baseline:
+def _baseline(key: str, right: np.ndarray, groups: np.ndarray, *, on: str = "training") -> Baseline:
     accuracy = float(right.mean())
     sums = np.bincount(np.unique(groups, return_inverse=True)[1], weights=right - accuracy)
-    return Baseline(key, title, accuracy, float(math.sqrt((sums**2).sum()) / len(right)), len(right), why)
+    title, why = _RULES[key]
+    return Baseline(key, title, on, accuracy, float(math.sqrt((sums**2).sum()) / len(right)), len(right), why)
 
 
 def _from_train_to_val(
@@ -131,11 +139,11 @@ def _from_train_to_val(
 ) -> list[Baseline]:
     groups, _ = _groups(np.array([pair.prompt for pair in val], np.uint64))
     right = _by_length(ratios, np.array([pair.log_ratio for pair in val]))
-    found = [_baseline("length_val", "length alone, on validation", right, groups, "learned on training pairs")]
+    found = [_baseline("length", right, groups, on="validation")]
     if words is not None:
         model = words.train(np.ones(len(ratios), bool), seed)
         right = model.right(words.also(val), np.ones(len(val), bool))
-        found.append(_baseline("words_val", "bag of words, on validation", right, groups, "learned on training pairs"))
+        found.append(_baseline("words", right, groups, on="validation"))
     return found
 
 

@@ -68,6 +68,8 @@ class Chart:
     unit: str
     mark: int | None = None
     """`data.max_length`, where it applies."""
+    is_main: bool = False
+    """Whether it is drawn where there is little room, in a terminal."""
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rm_gallery.data.length import fit_length
 from rm_gallery.data.tokenize import TokenizeConfig, encode_many
+from rm_gallery.inspection.views import WordIds
 from rm_gallery.schema import Message, PreferenceGroup
 
 
@@ -96,23 +96,27 @@ class WordEncoder:
     unit = "words"
     max_length: int | None = None
 
+    def __init__(self) -> None:
+        self._ids = WordIds()
+
     def encode(self, groups: Sequence[PreferenceGroup]) -> list[list[list[int]]]:
-        return [[[_id(word) for word in words] for words in self._words(group)] for group in groups]
+        return [self._encode(group) for group in groups]
+
+    def _encode(self, group: PreferenceGroup) -> list[list[int]]:
+        prompt, *responses = ([self._ids[word] for word in words] for words in _words(group))
+        return [prompt + response for response in responses]
 
     def fit(self, texts: list[list[int]], group: PreferenceGroup) -> list[list[int]]:
         return texts
 
     def pieces(self, ids: Sequence[int], group: PreferenceGroup) -> list[Piece]:
-        known = {_id(word): word for words in self._words(group) for word in words}
+        known = {self._ids[word]: word for words in _words(group) for word in words}
         return [Piece(known[each], (each,)) for each in ids]
 
-    def _words(self, group: PreferenceGroup) -> list[list[str]]:
-        prompt = _plain(group.prompt)
-        return [_WORD_WITH_SPACE.findall(prompt + _plain(response)) for response in group.responses]
 
-
-def _id(word: str) -> int:
-    return zlib.crc32(word.encode("utf-8", "surrogatepass")) >> 1  # ids are int32
+def _words(group: PreferenceGroup) -> list[list[str]]:
+    """Words of the prompt, then of each response."""
+    return [_WORD_WITH_SPACE.findall(_plain(part)) for part in (group.prompt, *group.responses)]
 
 
 def _plain(part: str | Sequence[Message]) -> str:

@@ -11,7 +11,7 @@ from rm_gallery.data.token_data import GroupSizes
 from rm_gallery.inspection.measure import Lengths
 from rm_gallery.inspection.table import Table
 
-NUM_BINS = 16
+NUM_BINS = 14
 PADDED_BATCH = 8  # pairs of the batch that others pad to its longest
 _PLANNED_STEPS = 16
 

@@ -6,12 +6,12 @@ take gigabytes for a million pairs, this takes 64 bytes a pair.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from rm_gallery.inspection.components import connected
+from rm_gallery.inspection.views import WordIds
 
 # N groups, S segments (texts), W words, H hashes of a signature
 
@@ -33,6 +33,7 @@ class Signatures:
     """Collects groups, and turns them into signatures a batch at a time."""
 
     def __init__(self) -> None:
+        self._ids = WordIds()
         self._segments: list[np.ndarray] = []
         self._counts: list[int] = []
         self._parts: list[np.ndarray] = []
@@ -43,7 +44,7 @@ class Signatures:
         own = [words[:MAX_WORDS] for words in responses]
         room = sum(len(words) for words in own)
         segments = [prompt[max(0, len(prompt) - room) :], *own]
-        self._segments += [np.array([zlib.crc32(w.encode("utf-8", "replace")) for w in s], np.uint64) for s in segments]
+        self._segments += [np.array([self._ids[word] for word in words], np.uint64) for words in segments]
         self._counts.append(len(segments))
         if len(self._counts) >= _BATCH:
             self._flush()

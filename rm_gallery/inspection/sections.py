@@ -17,15 +17,14 @@ from rm_gallery.inspection.verdicts import percent, verdicts
 def page_of(report: Report) -> Page:
     """The report in words; files go by their names without folders where these tell them apart."""
     report = with_short_names(report)
-    sections: list[Section] = []
-    for side in report.sides:
-        sections += _side_sections(side, report)
+    train = report.sides[0]
+    sections = [*_facts(train, report), *_learning(train, report)]
     if len(report.sides) > 1:
         sections.append(_overlap(report))
-    sections.append(_baselines(report.baselines))
-    for side in report.sides:
-        if side.samples:
-            sections.append(_samples(side, report.unit))
+    sections += _doubts(train)
+    for side in report.sides[1:]:
+        sections += [*_facts(side, report), *_doubts(side)]
+    sections += [_samples(side, report.unit) for side in report.sides if side.samples]
     return Page("What the model will see", tuple(_lead(report)), tuple(verdicts(report)), tuple(sections))
 
 
@@ -42,7 +41,7 @@ def _lead(report: Report) -> Iterable[str]:
         )
 
 
-def _side_sections(side: SideReport, report: Report) -> Iterable[Section]:
+def _facts(side: SideReport, report: Report) -> Iterable[Section]:
     yield Section(f"Rows of {side.name}", "What was read, and what was left out of training and why.", _rows(side))
     if len(side.sources) > 1:
         yield Section(f"Sources of {side.name}", "Where the pairs come from.", (_sources(side.sources),))
@@ -51,13 +50,19 @@ def _side_sections(side: SideReport, report: Report) -> Iterable[Section]:
         f"In {report.unit}. What all responses of a row begin with (its prompt, for the most part) is computed once.",
         tuple(_lengths(side.lengths)),
     )
-    if side.name == "training":
-        yield Section("Cost of one epoch", f"How many {report.unit} a model computes.", tuple(_cost(side.cost)))
-        yield Section(
-            "Is the longer one chosen?",
-            "Far from 50%, a model can score well by looking at nothing but length.",
-            (_longer(side.longer),),
-        )
+
+
+def _learning(side: SideReport, report: Report) -> Iterable[Section]:
+    yield Section("Cost of one epoch", f"How many {report.unit} a model computes.", tuple(_cost(side.cost)))
+    yield Section(
+        "Is the longer one chosen?",
+        "Far from 50%, a model can score well by looking at nothing but length.",
+        (_longer(side.longer),),
+    )
+    yield _baselines(report.baselines)
+
+
+def _doubts(side: SideReport) -> Iterable[Section]:
     yield Section(
         f"Duplicates in {side.name}", "Pairs that say the same, or the opposite.", (_findings(side.duplicates),)
     )
@@ -111,7 +116,8 @@ def _lengths(report: LengthReport) -> Iterable[Block]:
     yield Grid(header, tuple(rows))
     yield "90%: nine of ten are at most this long."
     for each in report.spreads:
-        yield Chart(each.title, each.histogram, report.unit, report.max_length if each.key == "whole" else None)
+        is_whole = each.key == "whole"
+        yield Chart(each.title, each.histogram, report.unit, report.max_length if is_whole else None, is_whole)
 
 
 def _cost(cost: CostReport) -> Iterable[Block]:
@@ -178,12 +184,21 @@ def _baselines(report: BaselineReport) -> Section:
     blocks: list[Block] = []
     if report.baselines:
         bars = [
-            Bar(each.title, each.accuracy, f"{each.accuracy:.3f} +-{each.standard_error:.3f}", each.standard_error)
+            Bar(
+                f"{each.title}, {each.on}",
+                each.accuracy,
+                f"{each.accuracy:.3f} +-{each.standard_error:.3f}",
+                each.standard_error,
+            )
             for each in report.baselines
         ]
         blocks.append(Bars(tuple(bars), start=0.4, end=1.0, mark=(0.5, "a coin")))
-        blocks += [f"{each.title[0].upper()}{each.title[1:]}: {each.why}." for each in report.baselines]
-        blocks.append("+- is one standard error. Five folds: learned on four fifths, asked about the rest, five times.")
+        rules = {each.title: each.why for each in report.baselines}
+        blocks += [f"{title[0].upper()}{title[1:]}: {why}." for title, why in rules.items()]
+        blocks.append("On training: learned from four fifths of the pairs, asked about the rest, five times over.")
+        if any(each.on == "validation" for each in report.baselines):
+            blocks.append("On validation: learned from training pairs.")
+        blocks.append("+- is one standard error.")
     blocks += [f"{note[0].upper()}{note[1:]}." for note in report.notes]
     return Section(
         "What a reward model has to beat",

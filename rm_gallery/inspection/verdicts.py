@@ -51,23 +51,23 @@ def _of_side(side: SideReport, report: Report) -> Iterator[Verdict]:
     )
     if opposed and opposed.count:
         level: Level = "act" if opposed.share > 0.001 else "know"
-        yield Verdict(level, f"{_count(opposed, 'pair')} of {side.name} contradict another one{_first(opposed)}.")
+        yield Verdict(level, f"Contradictory labels: {_count(opposed, 'pair')} of {side.name}{_first(opposed)}.")
     if repeated and repeated.share > 0.01:
         yield Verdict("act", f"{percent(repeated.share)} of the {side.name} pairs are exact copies{_first(repeated)}.")
     elif repeated and repeated.count:
-        yield Verdict("know", f"{_count(repeated, 'pair')} of {side.name} repeat an earlier one{_first(repeated)}.")
+        yield Verdict("know", f"Exact copies: {_count(repeated, 'pair')} of {side.name}{_first(repeated)}.")
     if near and near.share > 0.02:
         yield Verdict("know", f"{percent(near.share)} of the {side.name} rows nearly repeat another{_first(near)}.")
     for key, what in (
-        ("p_below_half", "are labelled against what most people preferred"),
-        ("negative_margin", "have a negative margin"),
-        ("same_words", "hold two responses with the same letters and digits"),
-        ("no_words", "hold a response without a word"),
+        ("p_below_half", "Labelled against what most people preferred"),
+        ("negative_margin", "Negative margins"),
+        ("same_words", "Both responses with the same letters and digits"),
+        ("no_words", "A response without a word"),
     ):
         suspicious = find(side.suspicious, key)
         if suspicious and suspicious.count:
-            level = "act" if suspicious.share > 0.005 else "know"
-            yield Verdict(level, f"{_count(suspicious, 'pair')} of {side.name} {what}{_first(suspicious)}.")
+            level = "act" if suspicious.share > 0.005 and suspicious.count >= 10 else "know"
+            yield Verdict(level, f"{what}: {_count(suspicious, 'pair')} of {side.name}{_first(suspicious)}.")
     yield from _of_cuts(side)
     if side.name == "training":
         yield from _of_length(side)
@@ -147,13 +147,13 @@ def _of_overlap(report: Report) -> Iterator[Verdict]:
 
 
 def _of_baselines(report: Report) -> Iterator[Verdict]:
-    on_val = [each for each in report.baselines.baselines if each.key.endswith("_val")]
+    on_val = [each for each in report.baselines.baselines if each.on == "validation"]
     best: Baseline | None = max(on_val or report.baselines.baselines, key=lambda each: each.accuracy, default=None)
     if best is not None:
         yield Verdict(
             "know",
-            f"A reward model has to beat {best.accuracy:.3f} (+-{2 * best.standard_error:.3f}): that is what "
-            f"{best.title} reaches.",
+            f"A reward model has to beat {best.accuracy:.3f} (standard error {best.standard_error:.3f}): "
+            f"that is the accuracy of {best.title} on {best.on} pairs.",
         )
 
 
