@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from rm_gallery.data.packing import PackingConfig, epoch_order, plan_step, split_steps
 from rm_gallery.data.token_data import GroupSizes
+from rm_gallery.inspection.findings import MAX_EXAMPLES
 from rm_gallery.inspection.measure import Lengths
 from rm_gallery.inspection.table import Table
 
+LongTexts = Literal["left out", "cut", "refused"]
 NUM_BINS = 14
 PADDED_BATCH = 8  # pairs of the batch that others pad to its longest
 _PLANNED_STEPS = 16
@@ -49,7 +52,11 @@ class LengthReport:
     max_length: int | None
     num_encoded: int
     num_beyond: int
-    """Groups with a text longer than `max_length`, whether left out, cut or refused."""
+    """Groups with a text longer than `max_length`."""
+    long_texts: LongTexts
+    """What training does with those."""
+    examples: tuple[str, ...]
+    """`file:row` of the first ones that are not left out."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,9 @@ class CostReport:
     """Whether the model is one that pads."""
 
 
-def length_report(lengths: Lengths, table: Table, *, unit: str, max_length: int | None) -> LengthReport:
+def length_report(
+    lengths: Lengths, table: Table, *, unit: str, max_length: int | None, long_texts: LongTexts
+) -> LengthReport:
     """Spreads of the parts, and how many texts are too long."""
     spreads = [spread("prompt", "common prefix (prompt)", lengths.prefix)]
     if table.num_pairs:
@@ -81,8 +90,10 @@ def length_report(lengths: Lengths, table: Table, *, unit: str, max_length: int 
             spread("rejected", "rejected, behind the prefix", lengths.tails[table.worse]),
         ]
     spreads.append(spread("whole", "longest whole text of a row", lengths.longest))
-    beyond = 0 if max_length is None else int((lengths.longest > max_length).sum())
-    return LengthReport(unit, tuple(spreads), max_length, len(lengths.longest), beyond)
+    is_beyond = np.zeros(len(lengths.longest), bool) if max_length is None else lengths.longest > max_length
+    examples = [table.where(int(group)) for group in np.flatnonzero(is_beyond[lengths.is_kept])[:MAX_EXAMPLES]]
+    num_beyond = int(is_beyond.sum())
+    return LengthReport(unit, tuple(spreads), max_length, len(is_beyond), num_beyond, long_texts, tuple(examples))
 
 
 def spread(key: str, title: str, values: np.ndarray) -> Spread:

@@ -18,6 +18,7 @@ from rm_gallery.data.source import find_files, read_rows
 from rm_gallery.data.tokenize import load_tokenizer
 from rm_gallery.errors import UserError
 from rm_gallery.inspection.encoders import Encoder, TokenEncoder, WordEncoder
+from rm_gallery.inspection.lengths import LongTexts
 from rm_gallery.inspection.report import Report, ReportOptions, build_report
 from rm_gallery.inspection.survey import Side, Survey, survey
 from rm_gallery.schema import PreferenceGroup
@@ -48,7 +49,7 @@ def inspect_data(config: TrainConfig, *, num_samples: int) -> Report:
         seed=config.trainer.seed,
         pads=bool(path) and _pads(path, config.model.trust_remote_code),
         tokenizer=path,
-        refuses_long=not data.filter_overlong_prompts and data.truncation == "error",
+        long_texts=_long_texts(data),
     )
     surveys = []
     for name, key, paths in (
@@ -81,6 +82,12 @@ def _check(found: Survey, key: str) -> None:
         f"{key}: none of {dropped.total} rows can be used: {dropped.describe()}; mend the data, or raise "
         "data.max_length where texts are too long"
     )
+
+
+def _long_texts(config: DataConfig) -> LongTexts:
+    if config.filter_overlong_prompts:
+        return "left out"
+    return "refused" if config.truncation == "error" else "cut"
 
 
 def _pads(path: str, trust_remote_code: bool) -> bool:

@@ -31,6 +31,8 @@ class Lengths:
     """[N + 1] int64: where each group's responses begin."""
     longest: np.ndarray
     """[E] int64: the longest whole text of each group before anything was left out or cut."""
+    is_kept: np.ndarray
+    """[E] bool: which of those are among the N."""
 
     def sizes(self, num_comparisons: np.ndarray) -> GroupSizes:
         """The same as packing wants it; num_comparisons: [N] int64."""
@@ -52,24 +54,32 @@ class LengthsBuilder:
 
     def __init__(self) -> None:
         self._prefix, self._tails = array("q"), array("q")
-        self._first, self._longest = array("q", [0]), array("q")
+        self._first, self._longest, self._is_kept = array("q", [0]), array("q"), array("b")
 
     def saw(self, longest: int) -> None:
         """A group was encoded; its longest text."""
         self._longest.append(longest)
+        self._is_kept.append(0)
 
     def keep(self, prefix: int, tails: list[int]) -> None:
         """The group that was seen last is kept."""
+        self._is_kept[-1] = 1
         self._prefix.append(prefix)
         self._tails.extend(tails)
         self._first.append(self._first[-1] + len(tails))
 
     def finish(self) -> Lengths:
-        arrays = [
-            np.frombuffer(values, np.int64) if len(values) else np.zeros(0, np.int64)
-            for values in (self._prefix, self._tails, self._first, self._longest)
-        ]
-        return Lengths(*arrays)
+        return Lengths(
+            prefix=_numbers(self._prefix),
+            tails=_numbers(self._tails),
+            first_response=_numbers(self._first),
+            longest=_numbers(self._longest),
+            is_kept=np.array(self._is_kept, bool),
+        )
+
+
+def _numbers(values: array[int]) -> np.ndarray:
+    return np.frombuffer(values, np.int64) if len(values) else np.zeros(0, np.int64)
 
 
 def measure(

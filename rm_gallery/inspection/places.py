@@ -31,6 +31,7 @@ def with_short_names(report: Report) -> Report:
             dropped=findings(side.dropped),
             duplicates=findings(side.duplicates),
             suspicious=findings(side.suspicious),
+            lengths=replace(side.lengths, examples=tuple(map(short, side.lengths.examples))),
             samples=tuple(replace(each, where=short(each.where)) for each in side.samples),
         )
 

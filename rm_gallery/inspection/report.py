@@ -13,7 +13,7 @@ from rm_gallery.inspection.baselines import BaselineReport, baseline_report
 from rm_gallery.inspection.duplicates import duplicate_findings, overlap_findings
 from rm_gallery.inspection.encoders import Encoder
 from rm_gallery.inspection.findings import Finding, dropped_findings
-from rm_gallery.inspection.lengths import CostReport, LengthReport, cost_report, length_report
+from rm_gallery.inspection.lengths import CostReport, LengthReport, LongTexts, cost_report, length_report
 from rm_gallery.inspection.longer import LongerReport, SourceReport, longer_report, source_reports
 from rm_gallery.inspection.samples import Sample, make_sample
 from rm_gallery.inspection.survey import Survey
@@ -55,8 +55,6 @@ class Report:
     sides: tuple[SideReport, ...]
     overlap: tuple[Finding, ...]
     baselines: BaselineReport
-    refuses_long: bool
-    """Whether training stops at a text that is too long."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -74,7 +72,7 @@ class ReportOptions:
     pads: bool
     """Whether the model is one that pads (an encoder)."""
     tokenizer: str
-    refuses_long: bool
+    long_texts: LongTexts
 
 
 def build_report(surveys: Sequence[Survey], encoder: Encoder, options: ReportOptions) -> Report:
@@ -87,7 +85,6 @@ def build_report(surveys: Sequence[Survey], encoder: Encoder, options: ReportOpt
         sides=tuple(_side(each, encoder, options) for each in surveys),
         overlap=tuple(overlap_findings(train.table, val.table)) if val else (),
         baselines=baseline_report(train.pairs, val.pairs if val else None, seed=options.seed),
-        refuses_long=options.refuses_long,
     )
 
 
@@ -108,7 +105,9 @@ def _side(survey: Survey, encoder: Encoder, options: ReportOptions) -> SideRepor
         dropped=tuple(dropped_findings(side.dropped, table.num_groups)),
         duplicates=tuple(duplicate_findings(table)),
         suspicious=tuple(suspicious_findings(table)),
-        lengths=length_report(lengths, table, unit=encoder.unit, max_length=encoder.max_length),
+        lengths=length_report(
+            lengths, table, unit=encoder.unit, max_length=encoder.max_length, long_texts=options.long_texts
+        ),
         cost=cost_report(
             lengths,
             table,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from rm_gallery.inspection.baselines import BaselineReport
 from rm_gallery.inspection.blocks import Bar, Bars, Block, Chart, Figure, Figures, Grid, Page, Samples, Section
 from rm_gallery.inspection.findings import Finding
-from rm_gallery.inspection.lengths import CostReport, LengthReport
+from rm_gallery.inspection.lengths import CostReport, LengthReport, LongTexts
 from rm_gallery.inspection.longer import LongerReport, SourceReport
 from rm_gallery.inspection.places import with_short_names
 from rm_gallery.inspection.report import Report, SideReport
@@ -95,6 +95,13 @@ def _sources(sources: Sequence[SourceReport]) -> Grid:
     return Grid(("source", "pairs", "share", "longer is chosen"), tuple(rows))
 
 
+_LONG_TEXTS: dict[LongTexts, str] = {
+    "left out": "they are left out (data.filter_overlong_prompts=true)",
+    "cut": "they are cut (data.truncation), which may take the end of an answer or the question away",
+    "refused": "training stops at the first of them (data.truncation=error)",
+}
+
+
 def _lengths(report: LengthReport) -> Iterable[Block]:
     if report.max_length is not None:
         share = report.num_beyond / report.num_encoded if report.num_encoded else 0.0
@@ -103,8 +110,9 @@ def _lengths(report: LengthReport) -> Iterable[Block]:
                 Figure(
                     f"rows longer than data.max_length={report.max_length:,}",
                     f"{report.num_beyond:,} ({percent(share)})",
-                    "left out, cut or refused, as data.filter_overlong_prompts and data.truncation say",
-                    stands_out=report.num_beyond > 0,
+                    _LONG_TEXTS[report.long_texts],
+                    report.examples,
+                    report.num_beyond > 0,
                 ),
             )
         )

@@ -9,6 +9,7 @@ from typing import Literal
 from rm_gallery.inspection.baselines import Baseline
 from rm_gallery.inspection.duplicates import CONSTANT_SHARE
 from rm_gallery.inspection.findings import Finding, find
+from rm_gallery.inspection.lengths import LengthReport
 from rm_gallery.inspection.report import Report, SideReport
 
 Level = Literal["act", "know", "good"]
@@ -25,7 +26,7 @@ class Verdict:
 
 def verdicts(report: Report) -> list[Verdict]:
     """At least one; those to act on first."""
-    found = [each for side in report.sides for each in _of_side(side, report)]
+    found = [each for side in report.sides for each in _of_side(side)]
     found += _of_overlap(report)
     found += _of_baselines(report)
     if not any(each.level == "act" for each in found):
@@ -44,8 +45,8 @@ def percent(share: float) -> str:
     return f"{share:.1%}" if share < 0.1 or share > 0.99 else f"{share:.0%}"
 
 
-def _of_side(side: SideReport, report: Report) -> Iterator[Verdict]:
-    yield from _of_reading(side, report)
+def _of_side(side: SideReport) -> Iterator[Verdict]:
+    yield from _of_reading(side)
     repeated, opposed, near = (
         find(side.duplicates, key) for key in ("repeated_pairs", "contradictions", "near_duplicates")
     )
@@ -73,7 +74,7 @@ def _of_side(side: SideReport, report: Report) -> Iterator[Verdict]:
         yield from _of_length(side)
 
 
-def _of_reading(side: SideReport, report: Report) -> Iterator[Verdict]:
+def _of_reading(side: SideReport) -> Iterator[Verdict]:
     dropped = sum(each.count for each in side.dropped)
     if dropped:
         share = dropped / side.num_rows
@@ -85,11 +86,12 @@ def _of_reading(side: SideReport, report: Report) -> Iterator[Verdict]:
         )
     if len(side.styles) > 1:
         yield Verdict("act", f"The {side.name} files mix chats with bare texts; training refuses that.")
-    beyond, limit = side.lengths.num_beyond, side.lengths.max_length
-    if beyond and report.refuses_long:
-        yield Verdict(
-            "act", f"Training stops at the first of {beyond:,} {side.name} rows longer than data.max_length={limit}."
-        )
+    lengths = side.lengths
+    if lengths.num_beyond and lengths.long_texts != "left out":
+        does = "are cut to" if lengths.long_texts == "cut" else "stop training: they are longer than"
+        rows = f"{lengths.num_beyond:,} {side.name} rows ({percent(lengths.num_beyond / lengths.num_encoded)})"
+        level: Level = "act" if lengths.long_texts == "refused" or lengths.num_beyond > 0.01 * side.num_rows else "know"
+        yield Verdict(level, f"{rows} {does} data.max_length={lengths.max_length}{_first(lengths)}.")
     if side.num_prompts > 1 and side.prompt_share > CONSTANT_SHARE:
         yield Verdict("know", f"One prompt stands in {percent(side.prompt_share)} of the {side.name} rows.")
 
@@ -161,5 +163,5 @@ def _count(finding: Finding, thing: str) -> str:
     return f"{finding.count:,} {thing}{'' if finding.count == 1 else 's'} ({percent(finding.share)})"
 
 
-def _first(finding: Finding) -> str:
+def _first(finding: Finding | LengthReport) -> str:
     return f" (first: {finding.examples[0]})" if finding.examples else ""
