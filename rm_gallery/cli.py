@@ -1,4 +1,4 @@
-"""The command line: `rm-gallery train | validate-config | score`.
+"""The command line: `rm-gallery train | validate-config | show-data | score`.
 
 Heavy modules are imported by the command that needs them.
 """
@@ -62,12 +62,33 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
         ("validate-config", _validate_config, "check a configuration, its files included, without training"),
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration values, as optim.lr=1e-6")
-        command.add_argument("--config", default=default_config, metavar="FILE", help="YAML file to start from")
-        command.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
+        _add_config(command, default_config)
         command.set_defaults(run=run, words="overrides", when_stopped="checkpoints that were written are whole")
+    _add_show_data(commands, default_config)
     _add_score(commands)
     return parser
+
+
+def _add_config(command: argparse.ArgumentParser, default_config: str | None) -> None:
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration values, as optim.lr=1e-6")
+    command.add_argument("--config", default=default_config, metavar="FILE", help="YAML file to start from")
+    command.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
+
+
+def _add_show_data(commands: Any, default_config: str | None) -> None:
+    command = commands.add_parser(
+        "show-data",
+        help="show what the model will see: lengths, duplicates, leaks, baselines, samples",
+        description=(
+            "Read the data of a configuration as training would and show what is in it. Takes the same words as train; "
+            "data.train_files is enough, and with model.partial_pretrain lengths are in that model's tokens."
+        ),
+    )
+    _add_config(command, default_config)
+    command.add_argument("--html", metavar="FILE", help="write the report as one HTML file as well")
+    command.add_argument("--json", action="store_true", help="print every figure as JSON instead")
+    command.add_argument("--samples", type=int, default=3, metavar="N", help="rows shown as text (default: 3)")
+    command.set_defaults(run=_show_data, words="overrides", when_stopped="nothing was written")
 
 
 def _add_score(commands: Any) -> None:
@@ -114,6 +135,14 @@ def _validate_config(arguments: argparse.Namespace) -> None:
 
     check_inputs(config)
     print(f"configuration is valid; the run folder will be {config.trainer.run_dir}")
+
+
+def _show_data(arguments: argparse.Namespace) -> None:
+    from rm_gallery.inspection.show import show_data
+
+    show_data(
+        arguments.config, arguments.overrides, html=arguments.html, as_json=arguments.json, samples=arguments.samples
+    )
 
 
 def _score(arguments: argparse.Namespace) -> None:

@@ -87,7 +87,7 @@ def peek(
 ) -> CustomFacts:
     """Read the first rows of a file as training would; raises UserError as `prepare` does."""
     custom = CustomFacts()
-    for task in islice(_tasks([file], entries, config, key, set()), 1):
+    for task in islice(tasks_of([file], entries, config, key, set()), 1):
         processor = RowProcessor(Work(config, tokenizer))
         rows = islice(task.chunk.rows(), _CHECK_ROWS)
         custom = processor.process(rows, processor.reader(task.format_name), task.source).custom
@@ -148,7 +148,7 @@ def _build(
     chosen: set[str] = set()
     totals = _Totals(key)
     with StoreWriter(folder) as writer:
-        tasks = _tasks(files, entries, config, key, chosen)
+        tasks = tasks_of(files, entries, config, key, chosen)
         for processed in process_in_order(tasks, work, num_workers=config.num_workers):
             totals.add(processed)
             writer.append(processed.chunk)
@@ -159,7 +159,7 @@ def _build(
     return store
 
 
-def _tasks(
+def tasks_of(
     files: Sequence[DataFile], entries: Sequence[FileEntry], config: PrepareConfig, key: str, chosen: set[str]
 ) -> Iterator[Task]:
     """The chunks of all files; says once how files are read, and why."""

@@ -73,14 +73,16 @@ class TrainConfig:
         return OmegaConf.to_yaml(OmegaConf.create(self.as_dict()))
 
 
-def load_config(file: str | None, overrides: Sequence[str]) -> TrainConfig:
+def load_config(file: str | None, overrides: Sequence[str], *, only_data: bool = False) -> TrainConfig:
     """Read a YAML file through Hydra, apply `key=value` overrides, and check everything.
 
     file: path of the YAML file, or None for the defaults of the code.
+    only_data: for commands that read data and train nothing. No model has to be named then, and what is wrong with
+    the values of `optim` and `trainer` is left to training; unknown keys and wrong types are refused all the same.
     Raises UserError that lists all problems, one a line.
     """
     text_keys = {key for key, hint in known_keys(TrainConfig).items() if str in (hint, *get_args(hint))}
-    config = check_config(compose(file, overrides, text_keys=text_keys))
+    config = check_config(compose(file, overrides, text_keys=text_keys), only_data=only_data)
     if config.data.filter_overlong_prompts and config.data.truncation != "error":
         log.warning(
             "data.truncation=%s does nothing while data.filter_overlong_prompts=true leaves long texts out; "
@@ -90,8 +92,8 @@ def load_config(file: str | None, overrides: Sequence[str]) -> TrainConfig:
     return config
 
 
-def check_config(values: Mapping[str, Any]) -> TrainConfig:
-    """Typed configuration from nested plain values.
+def check_config(values: Mapping[str, Any], *, only_data: bool = False) -> TrainConfig:
+    """Typed configuration from nested plain values; `only_data` as for `load_config`.
 
     Raises UserError that lists every unknown key, wrong type, value out of range and contradiction, one a line.
     """
@@ -114,7 +116,8 @@ def check_config(values: Mapping[str, Any]) -> TrainConfig:
         for key in problems:
             _remove(values, key)
         config = adapter.validate_python(values)
-    sentences = [*problems.values(), *(text for text in _problems(config) if not _is_about(text, problems))]
+    found = [text for text in _problems(config) if not only_data or _concerns_data(text, config)]
+    sentences = [*problems.values(), *(text for text in found if not _is_about(text, problems))]
     if sentences:
         raise UserError("\n".join(sentences))
     return config
@@ -161,6 +164,11 @@ def _remove(values: dict[str, Any], key: str) -> None:
 def _is_about(sentence: str, keys: Iterable[str]) -> bool:
     """Whether a sentence, which begins with its key, is about one of these keys or a key in such a section."""
     return any(re.match(rf"{re.escape(key)}(?!\w)", sentence) for key in keys)
+
+
+def _concerns_data(sentence: str, config: TrainConfig) -> bool:
+    """Whether a problem stops a command that only reads data."""
+    return _is_about(sentence, ("data", "model.partial_pretrain") if config.model.partial_pretrain else ("data",))
 
 
 def _problems(config: TrainConfig) -> list[str]:

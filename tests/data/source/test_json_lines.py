@@ -167,12 +167,12 @@ def test_a_compressed_file_of_several_parts_is_read_whole(in_tmp: Path, name: st
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.jsonl", gzip.compress(GOOD), "a.jsonl: holds gzip, which its name does not say; convert or rename it ("),
+        ("a.jsonl", gzip.compress(GOOD, mtime=0), "a.jsonl: holds gzip, which its name does not say; convert or rename it ("),
         ("a.jsonl", b"PAR1....", "a.jsonl: holds parquet, which its name does not say; convert or rename it ("),
         ("a.json", b"PK\x03\x04....", "a.json: holds a zip archive, which its name does not say; convert or "),
         ("a.jsonl.gz", GOOD, "a.jsonl.gz: cannot be read as JSON lines in .gz (zlib inflate failed: incorrect header"),
         ("a.jsonl.zst", GOOD, "a.jsonl.zst: cannot be read as JSON lines in .zst ("),
-        ("a.jsonl.gz", gzip.compress(b"PAR1"), "a.jsonl.gz: holds parquet, which its name does not say; convert or "),
+        ("a.jsonl.gz", gzip.compress(b"PAR1", mtime=0), "a.jsonl.gz: holds parquet, which its name does not say; convert or "),
     ],
 )  # fmt: skip
 def test_a_wrong_ending_is_named(in_tmp: Path, name: str, content: bytes, sentence: str) -> None:
