@@ -14,6 +14,7 @@ from rm_gallery.errors import UserError
 from tests.data.source.writing import faults_of, rows_of, values_of
 
 GOOD = b'{"chosen": "a", "rejected": "b"}'
+GZIPPED, GZIPPED_PARQUET = (gzip.compress(content, mtime=0) for content in (GOOD, b"PAR1"))  # without the time
 
 FAULTY: dict[str, tuple[bytes, str]] = {
     "text": (b"not json", "line that is not valid JSON"),
@@ -167,12 +168,12 @@ def test_a_compressed_file_of_several_parts_is_read_whole(in_tmp: Path, name: st
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.jsonl", gzip.compress(GOOD, mtime=0), "a.jsonl: holds gzip, which its name does not say; convert or rename it ("),
+        ("a.jsonl", GZIPPED, "a.jsonl: holds gzip, which its name does not say; convert or rename it ("),
         ("a.jsonl", b"PAR1....", "a.jsonl: holds parquet, which its name does not say; convert or rename it ("),
         ("a.json", b"PK\x03\x04....", "a.json: holds a zip archive, which its name does not say; convert or "),
         ("a.jsonl.gz", GOOD, "a.jsonl.gz: cannot be read as JSON lines in .gz (zlib inflate failed: incorrect header"),
         ("a.jsonl.zst", GOOD, "a.jsonl.zst: cannot be read as JSON lines in .zst ("),
-        ("a.jsonl.gz", gzip.compress(b"PAR1", mtime=0), "a.jsonl.gz: holds parquet, which its name does not say; convert or "),
+        ("a.jsonl.gz", GZIPPED_PARQUET, "a.jsonl.gz: holds parquet, which its name does not say; convert or "),
     ],
 )  # fmt: skip
 def test_a_wrong_ending_is_named(in_tmp: Path, name: str, content: bytes, sentence: str) -> None:
