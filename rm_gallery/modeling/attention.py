@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from rm_gallery.data.batch import PackedBatch
 from rm_gallery.errors import UserError
+from rm_gallery.modeling.attention_plain import plain_attention
 
 # T tokens, B groups of a bucket, L longest group of it, H heads, D head dimension
 
 NAME = "rm_gallery_packed"
+_PLAIN_UP_TO = {torch.bfloat16: 2048, torch.float32: 256}  # tokens of a pack's longest group
 _LEAST_FILL = 0.75  # a bucket's shortest group has at least this share of its longest one's tokens
 
 
@@ -54,6 +56,8 @@ class PackLayout:
     """[T] where each token went in the buckets' rows, laid one after the other."""
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     """(bucket, window) -> bool [B, 1, L, L], filled as layers ask."""
+    biases: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
+    """The same with a type: 0 and minus infinity."""
 
     def mask(self, bucket: int, window: int | None) -> Tensor:
         key = (bucket, window)
@@ -61,6 +65,15 @@ class PackLayout:
             labels = self.buckets[bucket].labels
             self.masks[key] = visible(labels, labels, window).unsqueeze(1)
         return self.masks[key]
+
+    def bias(self, bucket: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        key = (bucket, window, dtype)
+        if key not in self.biases:
+            mask = self.mask(bucket, window)
+            self.biases[key] = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+                ~mask, float("-inf")
+            )
+        return self.biases[key]
 
 
 def lay_out(batch: PackedBatch) -> PackLayout:
@@ -95,7 +108,7 @@ def packed_attention(
     packed: PackLayout, scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
     softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """The kernel, with the signature of transformers' attention interface: one call per bucket.
+    """The kernel, with the signature of transformers' attention interface: plain products or one call per bucket.
 
     query: [1, H, T, D]; key, value: [1, H_kv, T, D]. Returns [1, T, H, D].
     """
@@ -104,6 +117,14 @@ def packed_attention(
     if not packed.buckets:
         return query.transpose(1, 2), None
     tokens = [part[0].transpose(0, 1) for part in (query, key, value)]  # each [T, heads, D]
+    if not dropout and _is_plain_faster(query, packed):
+        return plain_attention(
+            *tokens,
+            indices=[bucket.index for bucket in packed.buckets],
+            restore=packed.restore,
+            biases=[packed.bias(number, sliding_window, query.dtype) for number in range(len(packed.buckets))],
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        ).unsqueeze(0), None
     repeats = query.shape[1] // key.shape[1]
     outputs = []
     for number, bucket in enumerate(packed.buckets):
@@ -117,6 +138,12 @@ def packed_attention(
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # [B x L, H, D]
     return torch.cat(outputs).index_select(0, packed.restore).unsqueeze(0), None
+
+
+def _is_plain_faster(query: Tensor, packed: PackLayout) -> bool:
+    """By measurement on a CPU (docs/log.md); on a GPU the fused kernels are."""
+    longest = max(bucket.index.shape[1] for bucket in packed.buckets)
+    return query.device.type == "cpu" and longest <= _PLAIN_UP_TO.get(query.dtype, 0)
 
 
 def reference_attention(

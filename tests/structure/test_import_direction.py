@@ -36,6 +36,7 @@ LAYERS = [
     "rm_gallery.data.packing",
     "rm_gallery.data.batch",
     "rm_gallery.data.loader",
+    "rm_gallery.modeling.attention_plain",
     "rm_gallery.modeling.attention",
     "rm_gallery.modeling.reward_model",
     "rm_gallery.modeling.parallel",
