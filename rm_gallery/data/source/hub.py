@@ -155,7 +155,13 @@ class _Repository:
 
         return self._tried(
             lambda: snapshot_download(
-                self.name, repo_type="dataset", revision=revision, allow_patterns=list(patterns), endpoint=endpoint()
+                self.name,
+                repo_type="dataset",
+                revision=revision,
+                allow_patterns=list(patterns),
+                endpoint=endpoint(),
+                # When one of several threads loses its connection, the client closes those of the others too.
+                max_workers=1,
             )
         )
 
