@@ -103,9 +103,7 @@ def read_parquet(file: DataFile) -> Iterator[Chunk]:
     with open_bytes(file) as stream:
         source: Any = stream if remote else file.path
         buffer = _REMOTE_BUFFER if remote else _LOCAL_BUFFER
-        with pq.ParquetFile(
-            source, buffer_size=buffer, pre_buffer=False, page_checksum_verification=True
-        ) as parquet:
+        with pq.ParquetFile(source, buffer_size=buffer, pre_buffer=False, page_checksum_verification=True) as parquet:
             check_names(file.name, parquet.schema_arrow.names)
             first = 0
             for group in range(parquet.metadata.num_row_groups):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import IO, Any
 
-from rm_gallery.data.source.config import FileEntry, Role
+from rm_gallery.data.source.config import FileEntry, Role, refuse_keys
 from rm_gallery.data.source.hub_errors import endpoint, hub_sentence
 from rm_gallery.data.source.local import LOCAL_SCHEMES
 from rm_gallery.data.source.names import checked_kind, data_files, of_one_kind, without_query
@@ -49,12 +49,16 @@ def expand_remote(entry: FileEntry, split: str | None, role: Role, what: str) ->
     split: the split wanted of a folder with several, or None for the one that fits `role`.
     what: begins each sentence. Raises UserError for what cannot be reached or holds no data.
     """
+    refuse_keys(entry, what, "subset", "revision")
     fs, path = _file_system(entry.path, what)
     with _failing(entry.path, what, "looked up"):
         if "::" in entry.path or not _names_several(fs, entry.path, path):
+            refuse_keys(entry, what, "split")
             checked_kind(entry.path.partition("::")[0], what=what)
             return [(entry.path, _identity(fs, entry.path, path))]
         is_pattern = _has_pattern(entry.path)
+        if is_pattern:
+            refuse_keys(entry, what, "split")
         found = data_files(fs.glob(path) if is_pattern else _relative(fs.find(path), path))
         if not found:
             raise UserError(f"{what}: no data file there; name a file, a folder or a pattern that holds some")

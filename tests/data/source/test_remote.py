@@ -9,7 +9,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from rm_gallery.data.source import read_rows, remote
+from rm_gallery.data.source import FileEntry, SourceConfig, read_rows, remote, resolve_files
 from rm_gallery.errors import UserError
 from tests.data.source.stand_in import TOKEN, Repository, StandIn, serving
 from tests.data.source.writing import KEY, PAIRS, WRITERS, lines, resolve, rows_of, values_of, write
@@ -118,6 +118,24 @@ def test_folders_and_globs_of_a_file_system(site: StandIn, memory: fsspec.Abstra
     assert [file.name for file in resolve("memory://set/train*")] == train
     assert [file.name for file in resolve("memory://set", key="data.val_files")] == ["memory:///set/test.jsonl"]
     assert values_of("memory://set") == [PAIRS[0]] * 2
+
+
+def test_folders_and_globs_of_a_page_with_links(site: StandIn) -> None:
+    names = ["train-0.jsonl", "train-1.jsonl", "test.jsonl"]
+    site.files["/files/"] = "".join(f'<a href="{name}">{name}</a>' for name in names).encode()
+    for name in names:
+        site.files[f"/files/{name}"] = lines(PAIRS)
+    train = [f"{site.url}/files/{name}" for name in names[:2]]
+    assert [file.path for file in resolve(f"{site.url}/files/")] == train
+    assert [file.path for file in resolve(f"{site.url}/files/tr*.jsonl")] == train
+
+
+@pytest.mark.parametrize("name", ["split", "subset", "revision"])
+def test_what_says_nothing_about_a_url_is_refused(site: StandIn, name: str) -> None:
+    site.files["/files/a.jsonl"] = lines(PAIRS)
+    entry = FileEntry(f"{site.url}/files/a.jsonl", **{name: "x"})
+    with pytest.raises(UserError, match=rf": {name} says nothing about such a path; take it out of the entry$"):
+        resolve_files(SourceConfig(entry), key=KEY)
 
 
 def test_a_file_of_an_archive_is_read(site: StandIn) -> None:
