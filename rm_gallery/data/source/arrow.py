@@ -8,7 +8,7 @@ from typing import Any
 
 from rm_gallery.data.source.opening import open_bytes
 from rm_gallery.data.source.records import CHUNK_BYTES, CHUNK_ROWS, Chunk, DataFile, Row
-from rm_gallery.data.source.remote import is_url
+from rm_gallery.data.source.remote_file import is_url
 from rm_gallery.errors import UserError
 
 NOT_UTF8 = "text that is not valid UTF-8"

@@ -9,7 +9,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from rm_gallery.data.source import FileEntry, SourceConfig, read_rows, remote, resolve_files
+from rm_gallery.data.source import FileEntry, SourceConfig, read_rows, remote_file, resolve_files
 from rm_gallery.errors import UserError
 from tests.data.source.stand_in import TOKEN, Repository, StandIn, serving
 from tests.data.source.writing import KEY, PAIRS, WRITERS, lines, resolve, rows_of, values_of, write
@@ -23,7 +23,7 @@ def site(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(in_tmp / "no_token"))
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    monkeypatch.setattr(remote, "_WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(remote_file, "_WAITS", (0.0, 0.0, 0.0))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     HfFileSystem.clear_instance_cache()
     with serving() as state:
@@ -65,9 +65,19 @@ def test_reading_goes_on_where_the_connection_broke_off(site: StandIn, name: str
     assert [row.values for row in read_rows(files, key=KEY)] == PAIRS * 50
     assert site.cuts == 0
     site.cuts = 10_000
-    with pytest.raises(UserError, match=rf"^{site.url}/files/{name}: cannot be read on: the connection broke off \("):
+    with pytest.raises(UserError, match=rf"^{site.url}/files/{name}: cannot be read on \("):
         list(read_rows(files, key=KEY))
     assert 10_000 - site.cuts < 10
+
+
+def test_a_bad_moment_of_the_server_is_waited_out(site: StandIn) -> None:
+    site.files["/files/a.jsonl"] = lines(PAIRS)
+    site.statuses = [503, 502, 503]  # a look-up asks twice by itself
+    assert values_of(f"{site.url}/files/a.jsonl") == PAIRS
+    assert site.statuses == []
+    site.statuses = [503] * 10_000
+    assert "cannot be looked up (503, message=" in refused(f"{site.url}/files/a.jsonl")
+    assert len(site.statuses) > 9_980
 
 
 def test_the_query_of_a_url_is_no_part_of_its_name(site: StandIn) -> None:
