@@ -10,7 +10,7 @@ from dataclasses import dataclass
 GIB = 2**30
 GIGA, TERA = 1e9, 1e12
 USABLE = 0.93
-"""Share of a GPU's memory that tensors can fill; the rest is the driver's, error correction's, and lost to fragments."""
+"""Share of a memory that tensors can fill; the rest goes to the driver, to error correction and to fragments."""
 
 
 @dataclass(frozen=True)

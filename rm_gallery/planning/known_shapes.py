@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Hub repository, model type, then layers, hidden, intermediate, heads, key heads, head dimension, vocabulary, positions.
+# Hub repository, model type, and the values that _NAMES names.
 _ROWS: tuple[tuple[str, str, int, int, int, int, int, int, int, int], ...] = (
     ("Qwen/Qwen2.5-0.5B", "qwen2", 24, 896, 4864, 14, 2, 64, 151936, 32768),
     ("Qwen/Qwen2.5-1.5B", "qwen2", 28, 1536, 8960, 12, 2, 128, 151936, 131072),
@@ -42,7 +42,8 @@ _MORE: dict[str, dict[str, Any]] = {
     "roberta": {"type_vocab_size": 1},
     "deberta-v2": {
         "relative_attention": True, "position_buckets": 256, "pos_att_type": ["p2c", "c2p"], "share_att_key": True,
-        "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0, "max_relative_positions": -1,
+        "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
+        "max_relative_positions": -1,
     },
 }  # fmt: skip
 _TAILS = ("-instruct", "-chat", "-base", "-uncased", "-cased")

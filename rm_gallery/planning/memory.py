@@ -123,7 +123,7 @@ def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: floa
     """The peak of a training step.
 
     Static parts are those of Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter
-    Models", section 3.1 and stage 3 of section 5, with float32 gradients as `MasterWeights` sums them. The peak is either
+    Models", section 3.1 and stage 3 of section 5, with float32 gradients as `MasterWeights` sums them. The peak is
     where the backward pass begins, with all activations, or where it ends, with the embedding's gradient.
     """
     w, shards = layout.width, layout.shards if layout.sharded else 1
@@ -136,10 +136,13 @@ def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: floa
     host = layout.offload_weights * weights + layout.offload_gradients * gradients
     host += layout.offload_optimizer * optimizer
     kept = activations(shape, pack, w, checkpointing=layout.checkpointing)
-    begin = _gradients_of_activations(shape, pack, w) + (layer_bytes(shape, pack, w) if layout.checkpointing else 0)
+    recomputed = layer_bytes(shape, pack, w) if layout.checkpointing else 0
+    begin = max(_last_norm(shape, pack), recomputed + _mlp_gradients(shape, pack, w))
     # A gradient is made in the compute type and summed in float32; sharding does both for a layer at once.
     summed = w + (4 if w < 4 or layout.sharded else 0)
     begin += summed * (shape.layer_parameters if layout.sharded else shape.largest_matrix)
+    if not layout.sharded and layout.one_micro_batch:
+        summed = w if w < 4 else 0  # the first gradient is the sum itself
     end = summed * (shape.outer_parameters if layout.sharded else shape.largest_embedding)
     device_gradients = 0 if layout.offload_gradients else gradients
     early_gradients = 0 if layout.one_micro_batch else device_gradients
@@ -156,6 +159,12 @@ def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: floa
     )
 
 
-def _gradients_of_activations(shape: ModelShape, pack: Pack, w: int) -> float:
-    """Live at once in the backward pass: in the last norm 18 bytes a number, or in the MLP two intermediates."""
-    return pack.tokens * max(18 * shape.hidden, 2 * w * shape.intermediate)
+def _last_norm(shape: ModelShape, pack: Pack) -> float:
+    """Gradients of a decoder's last norm, which computes in float32: about 18 bytes a number live at once."""
+    return 0 if shape.padded else 18 * shape.hidden * pack.tokens
+
+
+def _mlp_gradients(shape: ModelShape, pack: Pack, w: int) -> float:
+    """Gradients live at once in an MLP, less what it kept and gave up by then: two intermediates if gated, else one."""
+    is_gated = not shape.padded or shape.model_type == "modernbert"
+    return w * pack.tokens * ((2 if is_gated else 1) * shape.intermediate - shape.hidden)

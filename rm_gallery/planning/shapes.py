@@ -1,4 +1,4 @@
-"""What a model's configuration says about its size: parameters counted on the meta device, where weights take no room."""
+"""What a model's configuration says about its size, counted on the meta device, where weights take no room."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ from torch import nn
 
 from rm_gallery.errors import UserError, nearest
 from rm_gallery.modeling import attention
-from rm_gallery.modeling.reward_model import DECODERS, RewardModel, check_model_config, first_line, quiet_transformers
-from rm_gallery.planning.known_shapes import KNOWN, known_config
+from rm_gallery.modeling.reward_model import (
+    DECODERS,
+    RewardModel,
+    check_model_config,
+    first_line,
+    max_positions,
+    quiet_transformers,
+)
+from rm_gallery.planning.known_shapes import KNOWN, known_config, short_name
 
 _MOST_LAYERS = 1000  # a configuration with more is a slip of the pen; building it would take minutes
 
@@ -86,6 +93,8 @@ def _find_config(model: str, key: str, trust_remote_code: bool) -> tuple[str, An
         if (known := known_config(model)) is not None:
             return f"published config.json of {known[0]}", known[1]
         file = Path(model)
+        if "/" not in model:
+            raise UserError(_unknown(model, key))
     from transformers import AutoConfig
 
     try:
@@ -97,10 +106,15 @@ def _find_config(model: str, key: str, trust_remote_code: bool) -> tuple[str, An
             raise UserError(
                 f"{key}={model}: not a configuration that transformers reads ({first_line(error)})"
             ) from error
-        raise UserError(
-            f"{key}={model}: neither a folder with config.json, nor a known shape, nor a model that the hub gives."
-            f"{nearest(model.lower(), KNOWN)} Known shapes: {', '.join(KNOWN)}"
-        ) from error
+        raise UserError(f"{_unknown(model, key)}; the hub does not give it either ({first_line(error)})") from error
+
+
+def _unknown(model: str, key: str) -> str:
+    found = nearest(short_name(model), KNOWN)
+    return (
+        f"{key}={model}: neither a folder with config.json nor a known shape.{found} Known: {', '.join(KNOWN)}; "
+        "others by a path or as owner/name of the hub"
+    )
 
 
 def measure(config: Any, *, name: str, source: str) -> ModelShape:
@@ -137,7 +151,7 @@ def measure(config: Any, *, name: str, source: str) -> ModelShape:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         windows=_windows(config),
         relative_span=span or (config.max_position_embeddings if relative else 0),
-        max_positions=getattr(config, "max_position_embeddings", None),
+        max_positions=max_positions(model),
         parameters=_count(model),
         head_parameters=_count(model.head),
         layer_parameters=max(_count(layer) for layer in layers),

@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from rm_gallery.data.formats import FormatConfig, check_custom_class
 from rm_gallery.data.packing import PackingConfig
@@ -71,14 +71,16 @@ class TrainConfig:
         return OmegaConf.to_yaml(OmegaConf.create(self.as_dict()))
 
 
+Config = TypeVar("Config", bound=TrainConfig)
+
+
 def load_config(file: str | None, overrides: Sequence[str]) -> TrainConfig:
     """Read a YAML file through Hydra, apply `key=value` overrides, and check everything.
 
     file: path of the YAML file, or None for the defaults of the code.
     Raises UserError that lists all problems, one a line.
     """
-    text_keys = {key for key, hint in known_keys(TrainConfig).items() if str in (hint, *get_args(hint))}
-    config = check_config(compose(file, overrides, text_keys=text_keys))
+    config: TrainConfig = check_config(read_values(file, overrides, TrainConfig))
     if config.data.filter_overlong_prompts and config.data.truncation != "error":
         log.warning(
             "data.truncation=%s does nothing while data.filter_overlong_prompts=true leaves long texts out; "
@@ -88,16 +90,28 @@ def load_config(file: str | None, overrides: Sequence[str]) -> TrainConfig:
     return config
 
 
-def check_config(values: Mapping[str, Any]) -> TrainConfig:
+def read_values(file: str | None, overrides: Sequence[str], kind: type[TrainConfig]) -> dict[str, Any]:
+    """Nested plain values of a YAML file with overrides applied, for the keys of this kind of configuration."""
+    text_keys = {key for key, hint in known_keys(kind).items() if str in (hint, *get_args(hint))}
+    return compose(file, overrides, text_keys=text_keys)
+
+
+def check_config(
+    values: Mapping[str, Any],
+    kind: type[Config] = TrainConfig,  # type: ignore[assignment]
+    *,
+    unused: Sequence[str] = (),
+) -> Config:
     """Typed configuration from nested plain values.
 
+    unused: keys and sections whose contradictions and missing files do not matter here.
     Raises UserError that lists every unknown key, wrong type, value out of range and contradiction, one a line.
     """
     from pydantic import TypeAdapter, ValidationError
 
     values = _tidied(values)
-    known = known_keys(TrainConfig)
-    adapter = TypeAdapter(TrainConfig)
+    known = known_keys(kind)
+    adapter = TypeAdapter(kind)
     problems = _switches_for_numbers(values, known)
     try:
         config = adapter.validate_python(values)
@@ -109,7 +123,7 @@ def check_config(values: Mapping[str, Any]) -> TrainConfig:
         for key in problems:
             _remove(values, key)
         config = adapter.validate_python(values)
-    sentences = [*problems.values(), *(text for text in _problems(config) if not _is_about(text, problems))]
+    sentences = [*problems.values(), *(text for text in _problems(config) if not _is_about(text, [*problems, *unused]))]
     if sentences:
         raise UserError("\n".join(sentences))
     return config

@@ -45,6 +45,7 @@ LAYERS = [
     "rm_gallery.training.config",
     "rm_gallery.training.inputs",
     "rm_gallery.training.build",
+    "rm_gallery.planning",
     "rm_gallery.scoring",
     "rm_gallery.evaluation",
     "rm_gallery.core.utils",

@@ -1,0 +1,115 @@
+"""The configuration of a plan: that of a training run, and what it would run on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+
+from rm_gallery.errors import UserError
+from rm_gallery.modeling.parallel import DTYPES
+from rm_gallery.planning.devices import GIB, Device, device
+from rm_gallery.planning.memory import Layout
+from rm_gallery.planning.shapes import ModelShape
+from rm_gallery.training.config import TrainConfig, check_config, read_values
+
+_SHORT = {"model": "model.partial_pretrain", "data": "data.train_files"}
+# A plan needs no weights, no validation data and no run folder.
+_UNUSED = ("model.partial_pretrain", "data.train_files", "data.val_files", "trainer")
+
+
+@dataclass(frozen=True)
+class EstimateConfig(TrainConfig):
+    """A training run's configuration and what it would run on; sections are the trainer's own."""
+
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # type: ignore[dict-item]
+
+    n_gpus: Annotated[int, Ge(1)] = 1
+    """Processes, one for each GPU, over all machines."""
+    gpu: Literal["h200", "h100", "a100-80", "a100-40", "l40s", "4090", "cpu"] = "h100"
+    """What each of them has; `cpu` splits this machine."""
+    gpus_per_node: Annotated[int, Ge(1)] = 8
+    """GPUs of one machine."""
+    gpu_memory_gib: Annotated[float, Gt(0)] | None = None
+    """Memory that tensors and libraries may fill, instead of the table's."""
+    mfu: Annotated[float, Gt(0), Le(1)] = 0.4
+    """Share of the device's published rate of matrix products that training reaches."""
+    pairs: Annotated[int, Ge(1)] | None = None
+    """Pairs of an epoch, instead of the data's; 100,000 without data."""
+    prompt_tokens: Annotated[int, Ge(0)] = 300
+    """Without data: tokens of a prompt."""
+    response_tokens: Annotated[int, Ge(1)] = 350
+    """Without data: tokens of each response."""
+    tokenizer: str = ""
+    """Folder of the tokenizer that counts the data's tokens; by default the model's folder, if it holds one."""
+    chars_per_token: Annotated[float, Gt(0)] = 4.0
+    """Without a tokenizer: characters of a token."""
+
+
+def load_estimate_config(file: str | None, overrides: Sequence[str]) -> EstimateConfig:
+    """Read a training configuration and what stands beside it; `model=X` and `data=X` are short for their paths.
+
+    Raises UserError that lists all problems, one a line.
+    """
+    values = read_values(file, [_written_out(override) for override in overrides], EstimateConfig)
+    if isinstance(values.get("gpu"), str | int):
+        values["gpu"] = str(values["gpu"]).lower()  # 4090 is read as a number
+    config = check_config(values, EstimateConfig, unused=_UNUSED)
+    problems = []
+    if not config.model.partial_pretrain:
+        problems.append("model is not set; name a folder with config.json, a configuration file, or a known shape")
+    group = config.model.fsdp_config.fsdp_size
+    if group == 0 or group < -1 or (group > 0 and config.n_gpus % group):
+        problems.append(f"model.fsdp_config.fsdp_size={group}: must divide n_gpus={config.n_gpus}, or be -1 for all")
+    if not config.data.train_files and config.prompt_tokens + config.response_tokens > config.data.max_length:
+        problems.append(
+            f"prompt_tokens={config.prompt_tokens} and response_tokens={config.response_tokens}: together more than "
+            f"data.max_length={config.data.max_length}"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _written_out(override: str) -> str:
+    key, equals, value = override.partition("=")
+    return f"{_SHORT.get(key, key)}{equals}{value}"
+
+
+def layout_of(config: EstimateConfig, *, one_micro_batch: bool) -> Layout:
+    """How weights and work are spread; `auto` shards (fsdp2) when there is more than one process."""
+    model, fsdp = config.model, config.model.fsdp_config
+    sharded = model.strategy in ("fsdp", "fsdp2") or (model.strategy == "auto" and config.n_gpus > 1)
+    can_offload = sharded and config.gpu != "cpu"
+    offload = can_offload and fsdp.cpu_offload
+    offload_weights = offload or (can_offload and fsdp.param_offload)
+    offload_optimizer = offload or (can_offload and fsdp.optimizer_offload)
+    return Layout(
+        num_processes=config.n_gpus,
+        sharded=sharded and (config.n_gpus > 1 or offload_weights or offload_optimizer),
+        shards=config.n_gpus if fsdp.fsdp_size < 1 else fsdp.fsdp_size,
+        width=DTYPES[fsdp.model_dtype].itemsize,
+        checkpointing=model.enable_gradient_checkpointing,
+        offload_weights=offload_weights,
+        offload_gradients=offload,
+        offload_optimizer=offload_optimizer,
+        one_micro_batch=one_micro_batch,
+    )
+
+
+def device_of(config: EstimateConfig) -> Device:
+    """The device of each process, with the memory that the configuration gives it."""
+    found = device(config.gpu, num_processes=config.n_gpus, dtype=config.model.fsdp_config.model_dtype)
+    return found if config.gpu_memory_gib is None else replace(found, memory=config.gpu_memory_gib * GIB)
+
+
+def check_positions(config: EstimateConfig, shape: ModelShape) -> str | None:
+    """A sentence when texts may be longer than the model has positions for, else None."""
+    if shape.max_positions is None or config.data.max_length <= shape.max_positions:
+        return None
+    return (
+        f"data.max_length={config.data.max_length}, but the model has positions for {shape.max_positions} tokens; "
+        f"set data.max_length={shape.max_positions}"
+    )
