@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import combinations, islice
 from typing import Any
 
-from rm_gallery.planning.config import EstimateConfig
+from rm_gallery.planning.config import EstimateConfig, layout_of
 from rm_gallery.planning.estimate import Estimate, largest_that_fits, memory_at
-from rm_gallery.planning.memory import MemoryUse
+from rm_gallery.planning.memory import Layout, MemoryUse
 
 _MOST_GPUS = 4096
 _MOST_TOGETHER = 4
@@ -63,6 +63,9 @@ class _Search:
         # With other settings a step may be cut otherwise, so its gradients count in full.
         return memory_at(config, found.shape, found.lengths, found.device, tokens=tokens, one_micro_batch=False)
 
+    def layout(self, config: EstimateConfig) -> Layout:
+        return layout_of(config, self.found.shape, self.found.device, one_micro_batch=False)
+
     def fits(self, config: EstimateConfig, tokens: int | None = None) -> bool:
         return self.memory(config, tokens).total <= self.found.device.memory
 
@@ -93,9 +96,17 @@ def _set_model(text: str, **values: Any) -> Change:
 
 
 def _shard(search: _Search, config: EstimateConfig) -> tuple[str, EstimateConfig] | None:
-    if config.model.strategy in ("fsdp", "fsdp2") or (config.model.strategy == "auto" and config.n_gpus > 1):
+    if search.layout(config).strategy != "ddp" or config.model.strategy in ("fsdp", "fsdp2"):
         return None
     return "model.strategy=fsdp2", replace(config, model=replace(config.model, strategy="fsdp2"))
+
+
+def _offload(search: _Search, config: EstimateConfig) -> tuple[str, EstimateConfig] | None:
+    fsdp = config.model.fsdp_config
+    if config.gpu == "cpu" or search.layout(config).offload or (config.model.strategy == "ddp" and config.n_gpus > 1):
+        return None
+    model = replace(config.model, fsdp_config=replace(fsdp, cpu_offload=True))
+    return "model.fsdp_config.cpu_offload=true", replace(config, model=model)
 
 
 def _more_gpus(search: _Search, config: EstimateConfig) -> tuple[str, EstimateConfig] | None:
@@ -123,7 +134,7 @@ _CHANGES: tuple[Change, ...] = (
     _shard,
     _set_model("model.fsdp_config.fsdp_size=-1", fsdp_size=-1),
     _set_model("model.fsdp_config.optimizer_offload=true", optimizer_offload=True),
-    _set_model("model.fsdp_config.cpu_offload=true", cpu_offload=True),
+    _offload,
     _more_gpus,
     _smaller_micro_batch,
 )

@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le
 
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.parallel import DTYPES
-from rm_gallery.planning.devices import GIB, Device, device
+from rm_gallery.planning.devices import GIB, USABLE, Device, device
 from rm_gallery.planning.memory import Layout
 from rm_gallery.planning.shapes import ModelShape
 from rm_gallery.training.config import TrainConfig, check_config, read_values
@@ -60,8 +60,12 @@ def load_estimate_config(file: str | None, overrides: Sequence[str]) -> Estimate
     problems = []
     if not config.model.partial_pretrain:
         problems.append("model is not set; name a folder with config.json, a configuration file, or a known shape")
-    group = config.model.fsdp_config.fsdp_size
-    if group == 0 or group < -1 or (group > 0 and config.n_gpus % group):
+    fsdp = config.model.fsdp_config
+    group = fsdp.fsdp_size
+    offloads = fsdp.cpu_offload or fsdp.offload_params or fsdp.param_offload
+    if config.model.strategy == "ddp" and offloads and config.gpu != "cpu" and config.n_gpus > 1:
+        problems.append("model.strategy=ddp cannot offload weights; set model.strategy=fsdp2, or the offload to false")
+    if group < -1 or (group > 0 and config.n_gpus % group):
         problems.append(f"model.fsdp_config.fsdp_size={group}: must divide n_gpus={config.n_gpus}, or be -1 for all")
     if not config.data.train_files and config.prompt_tokens + config.response_tokens > config.data.max_length:
         problems.append(
@@ -78,23 +82,28 @@ def _written_out(override: str) -> str:
     return f"{_SHORT.get(key, key)}{equals}{value}"
 
 
-def layout_of(config: EstimateConfig, *, one_micro_batch: bool) -> Layout:
-    """How weights and work are spread; `auto` shards (fsdp2) when there is more than one process."""
-    model, fsdp = config.model, config.model.fsdp_config
-    sharded = model.strategy in ("fsdp", "fsdp2") or (model.strategy == "auto" and config.n_gpus > 1)
-    can_offload = sharded and config.gpu != "cpu"
-    offload = can_offload and fsdp.cpu_offload
-    offload_weights = offload or (can_offload and fsdp.param_offload)
-    offload_optimizer = offload or (can_offload and fsdp.optimizer_offload)
+def layout_of(config: EstimateConfig, shape: ModelShape, device: Device, *, one_micro_batch: bool) -> Layout:
+    """How weights and work are spread: the choices that training makes on its processes."""
+    fsdp = config.model.fsdp_config
+    on_gpu = config.gpu != "cpu"
+    offload = on_gpu and (fsdp.cpu_offload or fsdp.offload_params or fsdp.param_offload)
+    strategy: str = config.model.strategy
+    if config.n_gpus == 1:
+        strategy = "fsdp2" if offload else "none"
+    elif strategy == "auto":
+        needed = shape.parameters * (16 + (2 if fsdp.model_dtype == "bf16" else 0))
+        strategy = "ddp" if 4 * needed <= device.memory / USABLE and not offload else "fsdp2"
+    if strategy != "none" and fsdp.fsdp_size == 1 and config.n_gpus > 1:
+        strategy = "ddp"
+    group = fsdp.fsdp_size if 0 < fsdp.fsdp_size <= config.n_gpus else config.n_gpus
     return Layout(
+        strategy=strategy,
         num_processes=config.n_gpus,
-        sharded=sharded and (config.n_gpus > 1 or offload_weights or offload_optimizer),
-        shards=config.n_gpus if fsdp.fsdp_size < 1 else fsdp.fsdp_size,
+        shards=group if strategy in ("fsdp", "fsdp2") else 1,
         width=DTYPES[fsdp.model_dtype].itemsize,
-        checkpointing=model.enable_gradient_checkpointing,
-        offload_weights=offload_weights,
-        offload_gradients=offload,
-        offload_optimizer=offload_optimizer,
+        checkpointing=config.model.enable_gradient_checkpointing,
+        offload=offload and strategy in ("fsdp", "fsdp2"),
+        offload_optimizer=on_gpu and fsdp.optimizer_offload and not offload,
         one_micro_batch=one_micro_batch,
     )
 

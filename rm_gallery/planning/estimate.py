@@ -82,13 +82,13 @@ def _estimate(config: EstimateConfig, shape: ModelShape, lengths: Lengths, devic
     workload = plan_workload(
         lengths, config.data, token_budget=budget, num_processes=config.n_gpus, padded=shape.padded
     )
-    one_micro_batch = workload.micro_batches_per_step <= 1
-    layout = layout_of(config, one_micro_batch=one_micro_batch)
+    # Without data nobody knows how full a step is, so that its micro-batches may be, and may be several.
+    one_micro_batch = bool(config.data.train_files) and workload.micro_batches_per_step <= 1
+    layout = layout_of(config, shape, device, one_micro_batch=one_micro_batch)
 
     def memory(tokens: int) -> MemoryUse:
         return memory_at(config, shape, lengths, device, tokens=tokens, one_micro_batch=one_micro_batch)
 
-    # Without data nobody knows how full a step is, so that its micro-batches may be.
     micro_batch = min(budget, workload.largest_pack) if config.data.train_files else budget
     pack = fullest_pack(micro_batch, lengths, padded=shape.padded)
     sizes = lengths.sizes
@@ -127,7 +127,8 @@ def memory_at(
     """Memory of each process when its fullest micro-batch has so many tokens."""
     pack = fullest_pack(tokens, lengths, padded=shape.padded)
     overhead = device.overhead + (device.overhead_many if config.n_gpus > 1 else 0)
-    return step_memory(shape, layout_of(config, one_micro_batch=one_micro_batch), pack, overhead=overhead)
+    layout = layout_of(config, shape, device, one_micro_batch=one_micro_batch)
+    return step_memory(shape, layout, pack, overhead=overhead)
 
 
 def largest_that_fits(fits: Callable[[int], bool]) -> int:
@@ -147,7 +148,7 @@ def _communication(
 ) -> float:
     """Seconds of an epoch that sending takes; what spans machines goes at the network's pace."""
     inside, across = bytes_per_step(shape, layout, workload.micro_batches_per_step)
-    shards = layout.shards if layout.sharded else 1
+    shards = layout.shards
     link = device.link
     # Data enter a machine once, through the ports of all its GPUs, however many of them take it.
     machine = min(link, device.network * config.gpus_per_node)

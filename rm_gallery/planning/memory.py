@@ -8,12 +8,14 @@ layer over the vocabulary, rewards read at one token of a response. tests/planni
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from rm_gallery.planning.shapes import ModelShape
 
 # w: bytes of a number in the compute type, 2 or 4; D hidden, I intermediate, Q query heads x head dim, K key heads x it
+
+_BUCKET = 2**25  # numbers that ddp sums over processes at a time
 
 PerToken: TypeAlias = tuple[float, float, float]
 """Bytes that a layer keeps: for each token, for each place in attention's buckets, for each cell of their masks."""
@@ -35,28 +37,35 @@ class Pack:
 class Layout:
     """How a run spreads over processes and memories."""
 
+    strategy: str
+    """That runs in the end: none (one process), ddp, fsdp, fsdp2."""
     num_processes: int
-    sharded: bool
-    """fsdp, fsdp2: weights, gradients and optimizer state are split over `shards` processes."""
     shards: int
+    """Processes that weights, gradients and optimizer state are cut over; 1 for a whole copy in each."""
     width: int
     """Bytes of a number in the compute type."""
     checkpointing: bool
-    offload_weights: bool
-    offload_gradients: bool
+    offload: bool
+    """Weights, gradients and optimizer state lie in host memory."""
     offload_optimizer: bool
+    """Only the optimizer state does, and comes to the GPU for its step."""
     one_micro_batch: bool
     """A step has a single micro-batch on each process: gradients come into being while activations go."""
+
+    @property
+    def sharded(self) -> bool:
+        return self.strategy in ("fsdp", "fsdp2")
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes at the peak of a step, on one process."""
+    """Bytes at one moment of a step, on one process."""
 
+    moment: str
     weights: float
     """float32, updated by the optimizer."""
     compute_copy: float
-    """bfloat16 copy, or the whole layers that sharding gathers."""
+    """bfloat16 copy, or the layers that sharding has gathered."""
     gradients: float
     """float32."""
     optimizer: float
@@ -70,7 +79,8 @@ class MemoryUse:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, each.name) for each in fields(self) if each.name != "host")
+        parts = (self.weights, self.compute_copy, self.gradients, self.optimizer, self.activations, self.temporary)
+        return sum(parts) + self.overhead
 
 
 def layer_activations(shape: ModelShape, w: int) -> PerToken:
@@ -120,43 +130,51 @@ def layer_bytes(shape: ModelShape, pack: Pack, w: int) -> float:
 
 
 def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: float) -> MemoryUse:
-    """The peak of a training step.
+    """The moment of a training step that takes most memory.
 
     Static parts are those of Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter
-    Models", section 3.1 and stage 3 of section 5, with float32 gradients as `MasterWeights` sums them. The peak is
-    where the backward pass begins, with all activations, or where it ends, with the embedding's gradient.
+    Models", section 3.1 and stage 3 of section 5, with float32 gradients as `MasterWeights` sums them.
     """
-    w, shards = layout.width, layout.shards if layout.sharded else 1
-    weights = 4 * shape.parameters / shards
-    if layout.sharded:  # the layer that computes, the next one on its way, and what lies outside the layers
-        copy = w * (2 * shape.layer_parameters + shape.outer_parameters)
-    else:
-        copy = w * (shape.parameters - shape.head_parameters) if w < 4 else 0
-    gradients, optimizer = weights, 2 * weights
-    host = layout.offload_weights * weights + layout.offload_gradients * gradients
-    host += layout.offload_optimizer * optimizer
+    w, sharded = layout.width, layout.sharded
+    weights = 4 * shape.parameters / layout.shards
+    gathered, copy = 0.0, 0.0
+    if sharded:  # the layer that computes, the next one on its way, and what lies outside the layers
+        gathered = w * (2 * shape.layer_parameters + shape.outer_parameters)
+    elif w < 4:
+        copy = w * (shape.parameters - shape.head_parameters)
+    resident = 0 if layout.offload else 1
+    gradients, optimizer = resident * weights, resident * 2 * weights
+    between_steps = 0 if layout.offload_optimizer else optimizer
+    host = (0 if resident else 4 * weights) + optimizer - between_steps
     kept = activations(shape, pack, w, checkpointing=layout.checkpointing)
+    begin, end = _temporaries(shape, layout, pack)
+
+    def at(moment: str, compute: float, grads: float, moments: float, kept: float, temporary: float) -> MemoryUse:
+        return MemoryUse(moment, resident * weights, compute, grads, moments, kept, temporary, overhead, host)
+
+    early = 0 if layout.one_micro_batch else gradients
+    return max(
+        at("the backward pass begins", gathered + copy, early, between_steps, kept, begin),
+        at("the backward pass ends", gathered + copy, gradients, between_steps, 0, end),
+        at("the optimizer steps", copy, gradients, optimizer, 0, 0),
+        key=lambda use: use.total,
+    )
+
+
+def _temporaries(shape: ModelShape, layout: Layout, pack: Pack) -> tuple[float, float]:
+    """Largest temporary where the backward pass begins, and where it ends."""
+    w, sharded = layout.width, layout.sharded
     recomputed = layer_bytes(shape, pack, w) if layout.checkpointing else 0
     begin = max(_last_norm(shape, pack), recomputed + _mlp_gradients(shape, pack, w))
     # A gradient is made in the compute type and summed in float32; sharding does both for a layer at once.
-    summed = w + (4 if w < 4 or layout.sharded else 0)
-    begin += summed * (shape.layer_parameters if layout.sharded else shape.largest_matrix)
-    if not layout.sharded and layout.one_micro_batch:
+    summed = w + (4 if w < 4 or sharded else 0)
+    begin += summed * (shape.layer_parameters if sharded else shape.largest_matrix)
+    if not sharded and layout.one_micro_batch:
         summed = w if w < 4 else 0  # the first gradient is the sum itself
-    end = summed * (shape.outer_parameters if layout.sharded else shape.largest_embedding)
-    device_gradients = 0 if layout.offload_gradients else gradients
-    early_gradients = 0 if layout.one_micro_batch else device_gradients
-    at_end = device_gradients + end > early_gradients + kept + begin
-    return MemoryUse(
-        weights=0 if layout.offload_weights else weights,
-        compute_copy=copy,
-        gradients=device_gradients if at_end else early_gradients,
-        optimizer=0 if layout.offload_optimizer else optimizer,
-        activations=0 if at_end else kept,
-        temporary=end if at_end else begin,
-        overhead=overhead,
-        host=host,
-    )
+    end = summed * (shape.outer_parameters if sharded else shape.largest_embedding)
+    if layout.strategy == "ddp":  # gradients are summed over processes in buckets; a large one has its own
+        end = max(end, 4 * max(shape.largest_embedding, min(_BUCKET, shape.parameters)))
+    return begin, end
 
 
 def _last_norm(shape: ModelShape, pack: Pack) -> float:

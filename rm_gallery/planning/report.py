@@ -34,8 +34,9 @@ def as_text(found: Estimate, advice: Advice | None) -> str:
 def _what(found: Estimate) -> list[str]:
     shape, device, config = found.shape, found.device, found.config
     dtype = config.model.fsdp_config.model_dtype
-    spread = f"sharded over {found.layout.shards}" if found.layout.sharded else "a whole copy on each"
-    spread = "one process" if config.n_gpus == 1 else spread
+    spread = {"none": "one process", "ddp": "ddp, a whole copy on each"}.get(
+        found.layout.strategy, f"{found.layout.strategy}, cut over {found.layout.shards}"
+    )
     layers = f"{shape.num_layers} layers of {_count(shape.layer_parameters)}"
     rate = f"{device.flops(dtype) / 1e12:.3g} TFLOP/s in {dtype}"
     checkpointing = "on" if found.layout.checkpointing else "off"
@@ -53,8 +54,7 @@ def _what(found: Estimate) -> list[str]:
 
 def _memory(found: Estimate) -> list[str]:
     use = found.memory
-    owner = "process" if found.config.gpu == "cpu" else "GPU"
-    lines = [f"memory of each {owner} at {found.micro_batch:,} tokens in a micro-batch, GiB"]
+    lines = [f"memory of each {_owner(found)} at {found.micro_batch:,} tokens in a micro-batch, GiB"]
     lines += [f"  {text:<26}{_gib(getattr(use, name)):>8}" for name, text in _KINDS.items()]
     if found.layout.sharded:
         lines[2] = f"  {'layers gathered to compute':<26}{_gib(use.compute_copy):>8}"
@@ -64,10 +64,9 @@ def _memory(found: Estimate) -> list[str]:
     if use.host:
         host = use.host * min(found.config.n_gpus, found.config.gpus_per_node)
         lines.append(f"  {'offloaded':<26}{_gib(use.host):>8}  in host memory; {_gib(host)} on each machine")
-    if not use.activations:
-        lines.append("  (the peak is at the end of the backward pass, where activations are gone)")
-    elif not use.gradients and not found.layout.offload_gradients:
-        lines.append("  (with one micro-batch in a step, gradients come into being while activations go)")
+    lines.append(f"  at the moment when {use.moment}")
+    if use.activations and not use.gradients and not found.layout.offload:
+        lines[-1] += "; with one micro-batch in a step, gradients come into being while activations go"
     return lines
 
 
@@ -92,10 +91,10 @@ def _time(found: Estimate) -> list[str]:
     timing, work, config = found.timing, found.workload, found.config
     rate = f"{config.mfu:.0%} of the published rate (assumed, mfu={config.mfu:g})"
     steps = f"{work.steps:,.0f} steps of {config.data.train_batch_size} pairs"
-    each = f"{work.micro_batches_per_step:.3g} micro-batches each"
+    each = f"micro-batches of a step on each {_owner(found)}: {work.micro_batches_per_step:.3g}"
     lines = [
         f"epoch        {_duration(timing.seconds)}: {timing.flops:.3g} operations at {rate}",
-        f"             {steps}, {each}; {1 - work.balance:.0%} of the time they wait for each other",
+        f"             {steps}; {each}; time they wait for each other: {1 - work.balance:.0%}",
     ]
     more = "data.train_batch_size" if work.micro_batches_per_step <= 1 else "data.max_tokens_per_micro_batch"
     if timing.communication_seconds > timing.compute_seconds:
@@ -155,6 +154,10 @@ def _step(step: Step) -> dict[str, Any]:
 
 def _use(memory: MemoryUse) -> dict[str, float]:
     return {**asdict(memory), "total": memory.total}
+
+
+def _owner(found: Estimate) -> str:
+    return "process" if found.config.gpu == "cpu" else "GPU"
 
 
 def _gib(size: float) -> str:

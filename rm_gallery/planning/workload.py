@@ -114,7 +114,7 @@ def bytes_per_step(shape: ModelShape, layout: Layout, micro_batches: float) -> t
     Sharding gathers the weights for the forward and the backward pass of each micro-batch and scatters float32
     gradients (Rajbhandari et al. 2020, section 7.2.2); copies of the model sum gradients once a step, twice their size.
     """
-    shards = layout.shards if layout.sharded else 1
+    shards = layout.shards
     copies = layout.num_processes // shards
     inside = micro_batches * (2 * layout.width + 4) * shape.parameters * (shards - 1) / shards
     across = 2 * 4 * shape.parameters / shards * (copies - 1) / copies
