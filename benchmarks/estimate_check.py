@@ -4,8 +4,9 @@
 
 Each row trains two steps of a random model on made-up pairs in processes of their own, through the same entry as
 `rm-gallery train`. On CPUs the measure is the highest resident memory before the first checkpoint, less what the
-process held when it had trained a tiny model of the same kind, so that memory of libraries is on neither side; where
-there is a GPU, `torch.cuda.max_memory_allocated`. Of several processes the fullest counts. glibc is told to hand back
+process held when it had trained a tiny model of the same kind, so that memory of libraries is on neither side, and
+less pages of mapped files, which the system takes back when it needs them: the model's file stays mapped. Where there
+is a GPU, `torch.cuda.max_memory_allocated`. Of several processes the fullest counts. glibc is told to hand back
 freed blocks of 64 KiB and more at once (MALLOC_MMAP_THRESHOLD_): by its own rule, what stays resident depends on the
 order of all that was freed before. Needs Linux and 6 GiB of free memory.
 """
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -155,13 +155,13 @@ def train(folder: Path) -> None:
         run_training(load_config(None, settings("tiny")))  # libraries take what they need
     except UserError as error:
         sys.exit(str(error))
-    before = _resident()
+    before, files_before = _kib("VmRSS"), _kib("RssFile")
     save = Checkpoints.save
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
     def recording(self: Checkpoints, *arguments: Any, **options: Any) -> Any:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        peak = 1024 * (_kib("VmHWM") - before - (_kib("RssFile") - files_before))
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated()
         (folder / _RECORD.format(os.environ.get("RANK", "0"))).write_text(json.dumps(peak))
@@ -171,9 +171,10 @@ def train(folder: Path) -> None:
     run_training(load_config(None, settings("full")))
 
 
-def _resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def _kib(name: str) -> int:
+    """A line of what the system says of this process: VmRSS now, RssFile of it mapped files, VmHWM its highest."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def run(row: Row) -> dict[str, Any]:

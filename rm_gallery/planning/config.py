@@ -38,14 +38,23 @@ class EstimateConfig(TrainConfig):
     """Share of the device's published rate of matrix products that training reaches."""
     pairs: Annotated[int, Ge(1)] | None = None
     """Pairs of an epoch, instead of the data's; 100,000 without data."""
-    prompt_tokens: Annotated[int, Ge(0)] = 300
-    """Without data: tokens of a prompt."""
-    response_tokens: Annotated[int, Ge(1)] = 350
-    """Without data: tokens of each response."""
+    prompt_tokens: Annotated[int, Ge(0)] | None = None
+    """Without data: tokens of a prompt; 300, or less where `data.max_length` is small."""
+    response_tokens: Annotated[int, Ge(1)] | None = None
+    """Without data: tokens of each response; 350, or what the prompt leaves of `data.max_length`."""
     tokenizer: str = ""
     """Folder of the tokenizer that counts the data's tokens; by default the model's folder, if it holds one."""
     chars_per_token: Annotated[float, Gt(0)] = 4.0
     """Without a tokenizer: characters of a token."""
+
+    @property
+    def assumed_tokens(self) -> tuple[int, int]:
+        """Tokens of a prompt and of each response, without data."""
+        most = self.data.max_length
+        prompt = self.prompt_tokens
+        if prompt is None:
+            prompt = max(0, min(300, most * 300 // 650, most - (self.response_tokens or 1)))
+        return prompt, self.response_tokens or max(1, min(350, most - prompt))
 
 
 def load_estimate_config(file: str | None, overrides: Sequence[str]) -> EstimateConfig:
@@ -67,9 +76,10 @@ def load_estimate_config(file: str | None, overrides: Sequence[str]) -> Estimate
         problems.append("model.strategy=ddp cannot offload weights; set model.strategy=fsdp2, or the offload to false")
     if group < -1 or (group > 0 and config.n_gpus % group):
         problems.append(f"model.fsdp_config.fsdp_size={group}: must divide n_gpus={config.n_gpus}, or be -1 for all")
-    if not config.data.train_files and config.prompt_tokens + config.response_tokens > config.data.max_length:
+    prompt, response = config.assumed_tokens
+    if not config.data.train_files and prompt + response > config.data.max_length:
         problems.append(
-            f"prompt_tokens={config.prompt_tokens} and response_tokens={config.response_tokens}: together more than "
+            f"prompt_tokens={prompt} with response_tokens={response}: together more than "
             f"data.max_length={config.data.max_length}"
         )
     if problems:

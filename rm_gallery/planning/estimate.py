@@ -66,9 +66,10 @@ def estimate(config: EstimateConfig) -> Estimate:
 
 def _lengths(config: EstimateConfig) -> Lengths:
     if not config.data.train_files:
+        prompt, response = config.assumed_tokens
         return assumed_lengths(
-            prompt=config.prompt_tokens,
-            response=config.response_tokens,
+            prompt=prompt,
+            response=response,
             num_pairs=config.pairs or 100_000,
             max_length=config.data.max_length,
         )

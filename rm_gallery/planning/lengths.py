@@ -101,10 +101,8 @@ def _text(value: Any) -> str:
 
 def _sizes(parts: list[Any]) -> GroupSizes:
     """Sizes of pairs from (prefix, tail, tail); every tail has at least one token."""
-    prefixes = np.array([each[0] for each in parts], np.int64)
-    tails = np.maximum(1, np.array([each[1:] for each in parts], np.int64).reshape(len(parts), -1))
-    if not len(parts):
-        tails = np.ones((0, 2), np.int64)
+    table = np.array(parts, np.int64).reshape(len(parts), -1 if parts else 3)  # [N, 1 + K]
+    prefixes, tails = table[:, 0], np.maximum(1, table[:, 1:])
     ones = np.ones(len(parts), np.int64)
     return GroupSizes(
         tokens=prefixes + tails.sum(1),

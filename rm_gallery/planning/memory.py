@@ -171,7 +171,9 @@ def _temporaries(shape: ModelShape, layout: Layout, pack: Pack) -> tuple[float, 
     begin += summed * (shape.layer_parameters if sharded else shape.largest_matrix)
     if not sharded and layout.one_micro_batch:
         summed = w if w < 4 else 0  # the first gradient is the sum itself
-    end = summed * (shape.outer_parameters if sharded else shape.largest_embedding)
+    end: float = summed * (shape.outer_parameters if sharded else shape.largest_embedding)
+    if sharded and not layout.one_micro_batch:  # this process's part of the sum, before it is added to those before
+        end += 4 * shape.outer_parameters / layout.shards
     if layout.strategy == "ddp":  # gradients are summed over processes in buckets; a large one has its own
         end = max(end, 4 * max(shape.largest_embedding, min(_BUCKET, shape.parameters)))
     return begin, end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,7 @@ def load_shape(model: str, *, key: str = "model.partial_pretrain", trust_remote_
     """
     source, config = _find_config(model, key, trust_remote_code)
     check_model_config(config, model, key=key)
-    layers = getattr(config, "num_hidden_layers", 0)
-    if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
-        raise UserError(f"{key}={model}: num_hidden_layers={layers!r} must be a number from 1 to {_MOST_LAYERS}")
+    _check_layers(getattr(config, "num_hidden_layers", None), model, key)
     try:
         return measure(config, name=model, source=source)
     except Exception as error:  # sizes that do not fit together end in any of torch's and the library's errors
@@ -98,15 +97,25 @@ def _find_config(model: str, key: str, trust_remote_code: bool) -> tuple[str, An
     from transformers import AutoConfig
 
     try:
+        if file.is_file():  # before the library, which takes its time over millions of layers
+            values = json.loads(file.read_text(encoding="utf-8"))
+            _check_layers(values.get("num_hidden_layers", 1), model, key)
         with quiet_transformers():
             # A name with a folder part ends up at the hub, which gives the configuration alone.
             return f"{file}", AutoConfig.from_pretrained(os.fspath(file), trust_remote_code=trust_remote_code)
+    except UserError:
+        raise
     except Exception as error:
         if file.is_file():
             raise UserError(
                 f"{key}={model}: not a configuration that transformers reads ({first_line(error)})"
             ) from error
         raise UserError(f"{_unknown(model, key)}; the hub does not give it either ({first_line(error)})") from error
+
+
+def _check_layers(layers: Any, model: str, key: str) -> None:
+    if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
+        raise UserError(f"{key}={model}: num_hidden_layers={layers!r} must be a number from 1 to {_MOST_LAYERS}")
 
 
 def _unknown(model: str, key: str) -> str:
@@ -121,6 +130,10 @@ def measure(config: Any, *, name: str, source: str) -> ModelShape:
     """Build the reward model of a configuration on the meta device and count."""
     from transformers import AutoModelForSequenceClassification
 
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if min(config.hidden_size, config.intermediate_size, config.vocab_size, heads, kv_heads) < 1 or heads % kv_heads:
+        raise ValueError("its sizes must be at least 1, and its heads a multiple of its key heads")
     config.num_labels = 1
     config.problem_type = "regression"
     extra = {}
@@ -135,7 +148,6 @@ def measure(config: Any, *, name: str, source: str) -> ModelShape:
     )
     matrices = [part.weight.numel() for part in layers.modules() if isinstance(part, nn.Linear)]
     embeddings = [part.weight.numel() for part in model.modules() if isinstance(part, nn.Embedding)]
-    heads = config.num_attention_heads
     relative = config.model_type == "deberta-v2" and config.relative_attention
     span = config.position_buckets if relative and config.position_buckets > 0 else 0
     return ModelShape(
@@ -147,7 +159,7 @@ def measure(config: Any, *, name: str, source: str) -> ModelShape:
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
         num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        num_kv_heads=kv_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         windows=_windows(config),
         relative_span=span or (config.max_position_embeddings if relative else 0),
