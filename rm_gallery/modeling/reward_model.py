@@ -181,6 +181,12 @@ def load_model_config(path: str, *, key: str = "model.partial_pretrain", trust_r
     supported, and a classifier with more than one label.
     """
     config = read_model_config(path, key=key, trust_remote_code=trust_remote_code)
+    check_model_config(config, path, key=key)
+    return config
+
+
+def check_model_config(config: Any, path: str, *, key: str) -> None:
+    """Raise UserError for a configuration that no reward model is made of: see `load_model_config`."""
     if config.model_type not in DECODERS + ENCODERS:
         raise UserError(
             f"{key}={path}: architecture {config.model_type!r} is not supported; "
@@ -191,7 +197,6 @@ def load_model_config(path: str, *, key: str = "model.partial_pretrain", trust_r
         raise UserError(
             f"{key}={path}: the decoder attends both ways (use_bidirectional_attention), which cannot be packed"
         )
-    return config
 
 
 def check_one_label(config: Any, path: str, *, key: str, hint: str) -> None:

@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from rm_gallery.data.custom import check_custom_class
 from rm_gallery.data.packing import PackingConfig
@@ -73,6 +73,9 @@ class TrainConfig:
         return OmegaConf.to_yaml(OmegaConf.create(self.as_dict()))
 
 
+Config = TypeVar("Config", bound=TrainConfig)
+
+
 def load_config(file: str | None, overrides: Sequence[str], *, only_data: bool = False) -> TrainConfig:
     """Read a YAML file through Hydra, apply `key=value` overrides, and check everything.
 
@@ -81,8 +84,8 @@ def load_config(file: str | None, overrides: Sequence[str], *, only_data: bool =
     the values of `optim` and `trainer` is left to training; unknown keys and wrong types are refused all the same.
     Raises UserError that lists all problems, one a line.
     """
-    text_keys = {key for key, hint in known_keys(TrainConfig).items() if str in (hint, *get_args(hint))}
-    config = check_config(compose(file, overrides, text_keys=text_keys), only_data=only_data)
+    values = read_values(file, overrides, TrainConfig)
+    config: TrainConfig = check_config(values, only_data=only_data)
     if config.data.filter_overlong_prompts and config.data.truncation != "error":
         log.warning(
             "data.truncation=%s does nothing while data.filter_overlong_prompts=true leaves long texts out; "
@@ -92,16 +95,29 @@ def load_config(file: str | None, overrides: Sequence[str], *, only_data: bool =
     return config
 
 
-def check_config(values: Mapping[str, Any], *, only_data: bool = False) -> TrainConfig:
+def read_values(file: str | None, overrides: Sequence[str], kind: type[TrainConfig]) -> dict[str, Any]:
+    """Nested plain values of a YAML file with overrides applied, for the keys of this kind of configuration."""
+    text_keys = {key for key, hint in known_keys(kind).items() if str in (hint, *get_args(hint))}
+    return compose(file, overrides, text_keys=text_keys)
+
+
+def check_config(
+    values: Mapping[str, Any],
+    kind: type[Config] = TrainConfig,  # type: ignore[assignment]
+    *,
+    only_data: bool = False,
+    unused: Sequence[str] = (),
+) -> Config:
     """Typed configuration from nested plain values; `only_data` as for `load_config`.
 
+    unused: keys and sections whose contradictions and missing files do not matter here.
     Raises UserError that lists every unknown key, wrong type, value out of range and contradiction, one a line.
     """
     from pydantic import TypeAdapter, ValidationError
 
     values = _tidied(values)
-    known = known_keys(TrainConfig)
-    adapter = TypeAdapter(TrainConfig)
+    known = known_keys(kind)
+    adapter = TypeAdapter(kind)
     problems = {**_switches_for_numbers(values, known), **_entry_problems(values)}
     for key in _FILES:
         if key in problems:  # pydantic would say the same once for each type that an entry may have
@@ -117,7 +133,7 @@ def check_config(values: Mapping[str, Any], *, only_data: bool = False) -> Train
             _remove(values, key)
         config = adapter.validate_python(values)
     found = [text for text in _problems(config) if not only_data or _concerns_data(text, config)]
-    sentences = [*problems.values(), *(text for text in found if not _is_about(text, problems))]
+    sentences = [*problems.values(), *(text for text in found if not _is_about(text, [*problems, *unused]))]
     if sentences:
         raise UserError("\n".join(sentences))
     return config

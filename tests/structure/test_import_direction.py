@@ -54,6 +54,7 @@ LAYERS = [
     "rm_gallery.training.inputs",
     "rm_gallery.training.build",
     "rm_gallery.inspection",
+    "rm_gallery.planning",
     "rm_gallery.scoring",
     "rm_gallery.evaluation",
     "rm_gallery.core.utils",
