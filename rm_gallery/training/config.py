@@ -18,7 +18,7 @@ from rm_gallery.data.source import SourceConfig, find_files
 from rm_gallery.data.tokenize import TokenizeConfig
 from rm_gallery.errors import UserError, nearest
 from rm_gallery.modeling.parallel import ModelConfig
-from rm_gallery.training.checkpoint import CheckpointConfig
+from rm_gallery.training.checkpoint import CheckpointConfig, refuse_earlier_run
 from rm_gallery.training.compose import compose
 from rm_gallery.training.optim import OptimConfig
 from rm_gallery.training.problems import key_of, known_keys, sentence
@@ -47,6 +47,14 @@ class TrainerConfig(LoopConfig, CheckpointConfig, TrackerConfig):
         """`default_local_dir`, with `experiment_name` appended unless it ends with it already."""
         folder = Path(self.default_local_dir).expanduser()
         return folder if folder.name == self.experiment_name else folder / self.experiment_name
+
+    @property
+    def copies_url(self) -> str | None:
+        """`default_hdfs_dir`, with `experiment_name` appended likewise; None without one."""
+        if self.default_hdfs_dir is None:
+            return None
+        url = self.default_hdfs_dir.rstrip("/")
+        return url if url.rpartition("/")[2] == self.experiment_name else f"{url}/{self.experiment_name}"
 
 
 @dataclass(frozen=True)
@@ -190,6 +198,15 @@ def _problems(config: TrainConfig) -> list[str]:
         problems.append(f"trainer.log_freq={trainer.log_freq}: must be at least 1")
     if trainer.experiment_name in ("", ".", "..") or "/" in trainer.experiment_name:
         problems.append(f"trainer.experiment_name={trainer.experiment_name!r}: must be a folder name without '/'")
+    try:
+        refuse_earlier_run(trainer.run_dir, anyway=trainer.resume_mode == "disable")
+    except UserError as error:
+        problems.append(str(error))
+    if trainer.resume_mode not in ("auto", "disable") and not re.search(r"/|^global_step_", trainer.resume_mode):
+        problems.append(
+            f"trainer.resume_mode={trainer.resume_mode}: must be auto, disable or the path of a global_step_N folder."
+            f"{nearest(trainer.resume_mode, ('auto', 'disable'))}"
+        )
     try:
         check_custom_class(data.custom_cls)
     except UserError as error:

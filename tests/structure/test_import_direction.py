@@ -37,6 +37,8 @@ LAYERS = [
     "rm_gallery.training.optim",
     "rm_gallery.training.trackers",
     "rm_gallery.training.run_folder",
+    "rm_gallery.training.ranks",
+    "rm_gallery.training.stopping",
     "rm_gallery.training.checkpoint",
     "rm_gallery.training.validate",
     "rm_gallery.training.trainer",
