@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.small import make_model, text_pairs, write_pairs
-from tests.training.short_runs import assert_same_run, rows, send, train, when_logged
+from tests.small import text_pairs, write_pairs
+from tests.training.short_runs import assert_same_run, send, train, when_logged
 
 
 @pytest.fixture
