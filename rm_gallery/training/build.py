@@ -14,18 +14,20 @@ from rm_gallery.data.loader import load_steps
 from rm_gallery.data.packing import Plan
 from rm_gallery.data.token_data import TokenData
 from rm_gallery.data.tokenize import load_tokenizer
-from rm_gallery.distributed import World, seed_everything, start
+from rm_gallery.distributed import World, processes, seed_apart, seed_everything
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.export import InputRecord
-from rm_gallery.modeling.parallel import DTYPES, MasterWeights, apply
+from rm_gallery.modeling.parallel import DTYPES, TrainedWeights, apply, offload_optimizer
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import OBJECTIVES
+from rm_gallery.training.agreement import agree_on_plan, agree_on_run
 from rm_gallery.training.checkpoint import Checkpoints, refuse_earlier_run
 from rm_gallery.training.config import TrainConfig
-from rm_gallery.training.inputs import Loaded, build_model, check_data, load_data
+from rm_gallery.training.inputs import Loaded, check_data, load_data
 from rm_gallery.training.optim import build_optimizer, build_schedule
 from rm_gallery.training.run_folder import draw_curves, write_run_facts
-from rm_gallery.training.trackers import RunInfo, Trackers
+from rm_gallery.training.start_model import StartModel, start_model
+from rm_gallery.training.trackers import NoTrackers, RunInfo, Trackers
 from rm_gallery.training.trainer import Intervals, Trainer
 from rm_gallery.training.validate import validate
 
@@ -46,22 +48,29 @@ class RunResult:
 def run_training(config: TrainConfig) -> RunResult:
     """Train as configured, from nothing to the last checkpoint.
 
-    Raises UserError for anything a person can mend; checkpoints that were written before stay.
+    Under torchrun every process calls it, and rank 0 writes. Raises UserError for anything a person can mend;
+    checkpoints that were written before stay.
     """
-    world = start(config.trainer.device)
-    refuse_earlier_run(config.trainer.run_dir)
+    with processes(config.trainer.device, timeout_seconds=config.trainer.timeout_seconds) as world:
+        return _run(agree_on_run(config, world), world)
+
+
+def _run(config: TrainConfig, world: World) -> RunResult:
+    if world.is_main:
+        refuse_earlier_run(config.trainer.run_dir)
     tokenizer = load_tokenizer(
         config.model.partial_pretrain,
         trust_remote_code=config.model.trust_remote_code,
         chat_template=config.data.chat_template,
     )
     seed_everything(config.trainer.seed)
-    model = build_model(config, tokenizer)  # before the data, which may take long: a bad folder is said at once
+    start = start_model(config, tokenizer, world)  # before the data, which may take long: a bad folder is said at once
     data = config.data
     train = load_data(data, data.train_files, "data.train_files", tokenizer)
     val = load_data(data, data.val_files, "data.val_files", tokenizer) if data.val_files else None
-    check_data(config, model, train, val)
-    weights = apply(model, config.model, world)
+    check_data(config, start.model, train, val)
+    model, weights = apply(start.model, config.model, world, strategy=start.strategy, files=start.files)
+    seed_apart(config.trainer.seed, world)
     plan = Plan(
         train.data.sizes,
         config.data,
@@ -70,8 +79,10 @@ def run_training(config: TrainConfig) -> RunResult:
         world_size=world.world_size,
         padded=model.padded,
     )
+    agree_on_plan(plan)
     total_steps = _count_steps(plan, config, train.data)
-    _write_facts(config, world, model, plan, train, val, total_steps)
+    if world.is_main:
+        _write_facts(config, world, start, plan, train, val, total_steps)
     checkpoints = _build_checkpoints(config, model, weights, tokenizer, train.data)
     run = RunInfo(
         config.trainer.project_name,
@@ -80,7 +91,7 @@ def run_training(config: TrainConfig) -> RunResult:
         config.as_dict(),
         total_steps,
     )
-    trackers = Trackers(config.trainer.logger, run)
+    trackers = Trackers(config.trainer.logger, run) if world.is_main else NoTrackers()
     failed = True
     try:
         trainer = _build_trainer(config, world, model, weights, plan, train, val, total_steps, checkpoints, trackers)
@@ -88,7 +99,8 @@ def run_training(config: TrainConfig) -> RunResult:
         failed = False
     finally:
         trackers.close(failed=failed)
-    draw_curves(run.run_dir)
+    if world.is_main:
+        draw_curves(run.run_dir)
     return RunResult(run.run_dir, checkpoints.saved[-1], val_metrics)
 
 
@@ -104,7 +116,7 @@ def _count_steps(plan: Plan, config: TrainConfig, data: TokenData) -> int:
 def _write_facts(
     config: TrainConfig,
     world: World,
-    model: RewardModel,
+    start: StartModel,
     plan: Plan,
     train: Loaded,
     val: Loaded | None,
@@ -113,10 +125,11 @@ def _write_facts(
     facts = {
         "device": str(world.device),
         "world_size": world.world_size,
+        "strategy": start.strategy,
         "total_steps": total_steps,
         "model": {
-            "type": model.network.config.model_type,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "type": start.model.network.config.model_type,
+            "parameters": start.num_parameters,
         },
         "data": {"train": train.facts(), "val": val and val.facts(), "plan_fingerprint": plan.fingerprint()},
     }
@@ -126,7 +139,7 @@ def _write_facts(
 
 
 def _build_checkpoints(
-    config: TrainConfig, model: RewardModel, weights: MasterWeights, tokenizer: Any, data: TokenData
+    config: TrainConfig, model: RewardModel, weights: TrainedWeights, tokenizer: Any, data: TokenData
 ) -> Checkpoints:
     wanted = config.trainer.export_dtype
     shortest = np.argsort(data.sizes.longest_text, kind="stable")[:_NUM_PROBES]
@@ -147,14 +160,16 @@ def _build_checkpoints(
 
 
 def _build_trainer(
-    config: TrainConfig, world: World, model: RewardModel, weights: MasterWeights, plan: Plan, train: Loaded,
-    val: Loaded | None, total_steps: int, checkpoints: Checkpoints, trackers: Trackers,
+    config: TrainConfig, world: World, model: RewardModel, weights: TrainedWeights, plan: Plan, train: Loaded,
+    val: Loaded | None, total_steps: int, checkpoints: Checkpoints, trackers: Trackers | NoTrackers,
 ) -> Trainer:  # fmt: skip
     objective = OBJECTIVES["bradley_terry"]
+    optimizer = build_optimizer(weights.named_parameters(), config.optim, is_matrix=weights.is_matrix)
+    offload_optimizer(optimizer, config.model.fsdp_config, world.device)
 
     def run_validation() -> dict[str, float]:
         assert val is not None
-        return validate(model, val.data, objective, token_budget=config.data.budget)
+        return validate(model, val.data, objective, token_budget=config.data.budget, device=world.device)
 
     if val is not None:
         padded = " padded" if model.padded else ""
@@ -163,7 +178,7 @@ def _build_trainer(
         model=model,
         weights=weights,
         objective=objective,
-        optimizer=build_optimizer(weights.named_parameters(), config.optim),
+        optimizer=optimizer,
         schedule=build_schedule(config.optim, total_steps),
         clip_grad=config.optim.clip_grad or math.inf,
         steps=load_steps(train.data, plan, rank=world.rank),

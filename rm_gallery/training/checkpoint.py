@@ -13,9 +13,10 @@ import torch
 
 from rm_gallery.data.batch import collate
 from rm_gallery.data.token_data import TokenGroup
+from rm_gallery.distributed import from_main, rank
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.export import InputRecord, check_manifest, check_rewards, export_folder
-from rm_gallery.modeling.parallel import DTYPES, MasterWeights
+from rm_gallery.modeling.parallel import DTYPES, TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Checkpoints:
     """Saves the model of a run; the first and the last save are checked by rescoring, the others by their hashes."""
 
     def __init__(
-        self, run_dir: Path, model: RewardModel, weights: MasterWeights, tokenizer: Any, record: InputRecord,
+        self, run_dir: Path, model: RewardModel, weights: TrainedWeights, tokenizer: Any, record: InputRecord,
         *, dtype: torch.dtype, probes: Sequence[TokenGroup],
     ) -> None:  # fmt: skip
         """probes: a few short groups that are rescored."""
@@ -64,7 +65,7 @@ class Checkpoints:
         self.saved: list[Path] = []
 
     def save(self, step: int, *, is_last: bool = False) -> Path:
-        """Write `global_step_N` and check it.
+        """Write `global_step_N` and check it. Every process must call it; rank 0 writes.
 
         Raises UserError when it cannot be written or does not give the trainer's rewards; earlier ones stay whole.
         """
@@ -73,7 +74,7 @@ class Checkpoints:
             export_folder(
                 folder, self.model, self.weights.state_dict(self.model), self.tokenizer, self.dtype, self.record
             )
-            damaged = check_manifest(folder)
+            damaged = from_main(check_manifest(folder) if rank() == 0 else [])
         except OSError as error:
             raise UserError(
                 f"{folder}: the checkpoint could not be written ({error}); earlier ones are whole"
@@ -87,9 +88,9 @@ class Checkpoints:
         return folder
 
     def _check(self, folder: Path) -> None:
-        device = next(self.model.parameters()).device
         texts = [[*group.prefix.tolist(), *tail.tolist()] for group in self.probes for tail in group.tails]
         with self.model.inference():
-            expected = self.model(collate(self.probes).to(device)).tolist()
-        computes = next(getattr(self.model.network, self.model.network.base_model_prefix).parameters()).dtype
-        check_rewards(folder, texts, expected, exact=self.dtype == computes == DTYPES["fp32"])
+            expected = self.model(collate(self.probes).to(self.weights.device)).tolist()
+        if rank() == 0:
+            exact = self.dtype == self.weights.compute_dtype == DTYPES["fp32"]
+            check_rewards(folder, texts, expected, exact=exact)

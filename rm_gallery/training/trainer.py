@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from torch import nn
 
 from rm_gallery.data.loader import StepBatches
+from rm_gallery.distributed import sum_numbers
 from rm_gallery.errors import TrainingStopped
 from rm_gallery.metrics import Sums, means
-from rm_gallery.modeling.parallel import MasterWeights
+from rm_gallery.modeling.parallel import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
 from rm_gallery.training.checkpoint import Checkpoints
@@ -45,6 +46,8 @@ class LoopConfig:
     """Of the new reward head, the order of data, and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto` takes a GPU when there is one."""
+    timeout_seconds: Annotated[float, Gt(0)] = 1800.0
+    """Several processes: stop when one has been waited for so long; the message names it."""
 
 
 class MetricSink(Protocol):
@@ -76,7 +79,7 @@ class Trainer:
     """Trains one model; every part is built elsewhere and can be tested alone."""
 
     def __init__(
-        self, *, model: RewardModel, weights: MasterWeights, objective: Objective, optimizer: torch.optim.Optimizer,
+        self, *, model: RewardModel, weights: TrainedWeights, objective: Objective, optimizer: torch.optim.Optimizer,
         schedule: Schedule, clip_grad: float, steps: Iterator[StepBatches], total_steps: int, intervals: Intervals,
         max_bad_steps: int, validate: Callable[[], dict[str, float]] | None, checkpoints: Checkpoints, sink: MetricSink,
     ) -> None:  # fmt: skip
@@ -132,21 +135,21 @@ class Trainer:
         """Forward and backward of every micro-batch, then one update, unless something is not finite.
 
         The loss of each micro-batch is a sum over its comparisons divided by the comparisons of the whole step,
-        so the result does not depend on how the step was cut.
+        so the result does not depend on how the step was cut, nor over how many processes. All of them get the same
+        loss and gradient norm, and so all skip the same steps.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        device = self.parameters[0].device
+        device = self.weights.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         step_sums = Sums()
-        for batch in batches.batches:
+        for number, batch in enumerate(batches.batches, start=1):
             batch = batch.to(device)
             loss, metric_sums = self.objective(self.model(batch), batch)
-            (loss / batches.num_comparisons).backward()
+            self.weights.backward(loss / batches.num_comparisons, is_last=number == len(batches.batches))
             total += loss.detach()
             step_sums.add(metric_sums)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_grad, foreach=True)
-        loss_value, grad_norm = torch.stack([total / batches.num_comparisons, norm.double()]).tolist()
+        loss_value, grad_norm = self.weights.gather_gradients(total / batches.num_comparisons, self.clip_grad)
         is_finite = math.isfinite(loss_value) and math.isfinite(grad_norm)
         if is_finite:
             self.optimizer.step()
@@ -200,9 +203,10 @@ class _Window:
 
     def close(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._start
+        [tokens] = sum_numbers(self._tokens)
         rates = {
             "perf/pairs_per_second": self._comparisons / seconds,
-            "perf/tokens_per_second": self._tokens / seconds,
+            "perf/tokens_per_second": tokens / seconds,
             "perf/step_seconds": seconds / self._steps,
         }
         self._restart()
