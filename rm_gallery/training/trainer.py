@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Annotated, Literal, NoReturn, Protocol
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from torch import nn
 
 from rm_gallery.data.loader import StepBatches
+from rm_gallery.distributed import sum_numbers
 from rm_gallery.errors import StoppedBySignal, TrainingStopped
 from rm_gallery.metrics import Sums, means
-from rm_gallery.modeling.parallel import MasterWeights
+from rm_gallery.modeling.parallel import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
 from rm_gallery.training.checkpoint import Progress, Start, random_state, set_random_state
@@ -50,6 +52,8 @@ class LoopConfig:
     """Of the new reward head, the order of data, and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto` takes a GPU when there is one."""
+    timeout_seconds: Annotated[float, Gt(0)] = 1800.0
+    """Several processes: stop when one has been waited for so long; the message names it."""
 
 
 class MetricSink(Protocol):
@@ -93,7 +97,7 @@ class Trainer:
     """Trains one model; every part is built elsewhere and can be tested alone."""
 
     def __init__(
-        self, *, model: RewardModel, weights: MasterWeights, objective: Objective, optimizer: torch.optim.Optimizer,
+        self, *, model: RewardModel, weights: TrainedWeights, objective: Objective, optimizer: torch.optim.Optimizer,
         schedule: Schedule, clip_grad: float, steps: Iterator[StepBatches], total_steps: int, intervals: Intervals,
         max_bad_steps: int, validate: Callable[[], dict[str, float]] | None, checkpoints: Saver, sink: MetricSink,
         ranks: Ranks, start: Start | None = None, stop: StopSignal | None = None, save_best: bool = False,
@@ -108,7 +112,7 @@ class Trainer:
         self.progress = self.start.progress
         self.parameters: list[nn.Parameter] = [parameter for _, parameter in weights.named_parameters()]
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
-        self.window = _Window(self.start.sums, self.parameters[0].device)
+        self.window = _Window(self.start.sums, weights.device)
         self._saved_step = self.progress.step  # of the newest checkpoint
 
     def train(self, *, val_before_train: bool = False) -> dict[str, float]:
@@ -156,31 +160,30 @@ class Trainer:
         """Forward and backward of every micro-batch, then one update, unless something is not finite on some rank.
 
         The loss of each micro-batch is a sum over its comparisons divided by the comparisons of the whole step,
-        so the result does not depend on how the step was cut.
+        so the result does not depend on how the step was cut, nor over how many processes. All of them get the same
+        loss and gradient norm, and so all skip the same steps.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        device = self.parameters[0].device
+        device = self.weights.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         step_sums = Sums()
+        count = len(batches.batches)
         for index, batch in enumerate(batches.batches):
-            if _is_look(index, len(batches.batches)):
+            if _is_look(index, count):
                 self._look()
             batch = batch.to(device)
             loss, metric_sums = self.objective(self.model(batch), batch)
-            (loss / batches.num_comparisons).backward()
+            self.weights.backward(loss / batches.num_comparisons, is_last=index == count - 1)
             total += loss.detach()
             step_sums.add(metric_sums)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_grad, foreach=True)
-        # One reduction and one copy to the host: all ranks see the same values, and skip the same steps.
-        is_bad = ~(total.isfinite() & norm.isfinite())
-        total, bad = self.ranks.sum(torch.stack([total, is_bad.double()]))
-        loss_value, num_bad, grad_norm = torch.stack([total / batches.num_comparisons, bad, norm.double()]).tolist()
-        if not num_bad:
+        loss_value, grad_norm = self.weights.gather_gradients(total / batches.num_comparisons, self.clip_grad)
+        is_finite = math.isfinite(loss_value) and math.isfinite(grad_norm)
+        if is_finite:
             self.optimizer.step()
             self.weights.publish()
             sums.merge(step_sums)
-        return StepResult(loss_value, grad_norm, not num_bad)
+        return StepResult(loss_value, grad_norm, is_finite)
 
     def _look(self) -> None:
         """Whether to go on: no signal came to any rank, and no save beside the training has failed."""
@@ -285,10 +288,8 @@ class _Window:
         self._restart()
 
     def peek(self) -> dict[str, float]:
-        """The sums of now, which stay."""
-        values = self.sums.read()
-        self._put(values)
-        return values
+        """The sums of this process, which stay."""
+        return self.sums.peek()
 
     def _put(self, values: Mapping[str, float]) -> None:
         self.sums.add({name: torch.tensor(value, dtype=torch.float64, device=self._device)
@@ -305,9 +306,10 @@ class _Window:
 
     def close(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._start
+        [tokens] = sum_numbers(self._tokens)
         rates = {
             "perf/pairs_per_second": self._comparisons / seconds,
-            "perf/tokens_per_second": self._tokens / seconds,
+            "perf/tokens_per_second": tokens / seconds,
             "perf/step_seconds": seconds / self._steps,
         }
         self._restart()

@@ -179,10 +179,11 @@ def _load(choice: _Choice, identity: RunIdentity, tensors: RunTensors, ranks: Ra
             "going on with %d processes, saved by %d: random states are new, and results agree up to rounding",
             ranks.world_size, saved["world_size"],
         )  # fmt: skip
-        random, sums = None, {}
+        # All sums go to one rank; the others hold nothing under the same names.
+        random, sums = None, {name: 0.0 for part in parts for name in part["sums"]}
         for part in parts if ranks.rank == 0 else []:
             for name, value in part["sums"].items():
-                sums[name] = sums.get(name, 0.0) + value
+                sums[name] += value
     log.info("going on after step %d from %s", progress.step, folder)
     return Start(folder, progress, random, sums, choice.origin)
 

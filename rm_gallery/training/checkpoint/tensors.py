@@ -7,7 +7,6 @@ another number of processes or another strategy reads the same files.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from rm_gallery.modeling.parallel import MasterWeights
+from rm_gallery.modeling.parallel import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 
-_BYTES_AT_ONCE = 1 << 30  # that `read_weights` holds beside what it gives back
+_MODEL = "model.network."  # what stands before the library's names
 
 
 class RunTensors:
     """The weights that the optimizer updates, and its state."""
 
-    def __init__(self, model: RewardModel, weights: MasterWeights, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: RewardModel, weights: TrainedWeights, optimizer: torch.optim.Optimizer) -> None:
         self.weights, self.optimizer = weights, optimizer
         self._module = _trained_module(model, weights)
 
@@ -73,43 +72,40 @@ class RunTensors:
         self.weights.publish()
 
 
-def read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Whole weights from a checkpoint's `training_state`, under the names of the library's model, on the host.
+class SavedWeights:
+    """The whole weights in a checkpoint's `training_state`, under the names of the library's model.
 
-    One process does this alone, from files that all ranks have written: no GPU ever holds the whole model.
+    One process reads them alone, one at a time, from files that all ranks have written: no device and no host ever
+    holds the whole model for that.
     """
-    weights: dict[str, Tensor] = {}
-    quiet()
-    reader = dcp.FileSystemReader(folder)
-    entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    for names in _portions({name: entry for name, entry in entries.items() if name.startswith("model.")}):
-        part = {name: torch.empty(entries[name].size, dtype=entries[name].properties.dtype) for name in names}
-        dcp.load(part, storage_reader=reader, no_dist=True)
-        for name, value in part.items():
-            library_name = name.removeprefix("model.").removeprefix("network.")
-            weights[library_name] = value.to(dtype) if value.is_floating_point() else value
-    return weights
 
+    def __init__(self, folder: Path) -> None:
+        quiet()
+        self._reader = dcp.FileSystemReader(folder)
+        entries: dict[str, Any] = self._reader.read_metadata().state_dict_metadata
+        self._names = {name.removeprefix(_MODEL): name for name in entries if name.startswith(_MODEL)}
+        self._entries = entries
 
-def _portions(entries: dict[str, Any]) -> Iterator[list[str]]:
-    names: list[str] = []
-    room = _BYTES_AT_ONCE
-    for name, entry in entries.items():
-        size = entry.size.numel() * entry.properties.dtype.itemsize
-        if names and size > room:
-            yield names
-            names, room = [], _BYTES_AT_ONCE
-        names.append(name)
-        room -= size
-    if names:
-        yield names
+    def outline(self) -> dict[str, Tensor]:
+        """Tensors without values."""
+        return {short: self._empty(name, "meta") for short, name in self._names.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One of them, on the host."""
+        found = {self._names[name]: self._empty(self._names[name], "cpu")}
+        dcp.load(found, storage_reader=self._reader, no_dist=True)
+        return found[self._names[name]]
+
+    def _empty(self, name: str, device: str) -> Tensor:
+        entry = self._entries[name]
+        return torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
 
 
 def _saved_names(folder: Path) -> set[str]:
     return set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
 
 
-def _trained_module(model: RewardModel, weights: MasterWeights) -> nn.Module:
+def _trained_module(model: RewardModel, weights: TrainedWeights) -> nn.Module:
     """A module whose parameters are the ones that the optimizer updates: the model, unless it computes with copies."""
     own = set(model.parameters())
     masters = dict(weights.named_parameters())

@@ -12,9 +12,9 @@ import torch
 
 from rm_gallery.data.batch import collate
 from rm_gallery.data.token_data import TokenGroup
-from rm_gallery.modeling.export import InputRecord, check_manifest, check_rewards, export_folder
+from rm_gallery.modeling.export import InputRecord, check_manifest, check_rewards, write_folder
 from rm_gallery.modeling.reward_model import RewardModel
-from rm_gallery.training.checkpoint.tensors import read_weights
+from rm_gallery.training.checkpoint.tensors import SavedWeights
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class WeightsFolder:
     record: InputRecord
     dtype: torch.dtype
     """Of the written weights."""
+    device: torch.device
+    """Where the model computes."""
     exact: bool
     """Whether the model computes in float32 and the files hold it, so that no rounding hides a difference."""
     probes: Sequence[TokenGroup]
@@ -37,7 +39,8 @@ class WeightsFolder:
         Raises OSError when the disk is full or a file came out damaged.
         """
         inner = folder / "model"
-        export_folder(inner, self.model, read_weights(state, self.dtype), self.tokenizer, self.dtype, self.record)
+        saved = SavedWeights(state)
+        write_folder(inner, self.model, saved.outline(), self.tokenizer, self.dtype, self.record, read=saved.read)
         damaged = check_manifest(inner)
         if damaged:
             raise OSError(f"{damaged[0]} came out damaged; check the disk")
@@ -49,9 +52,8 @@ class WeightsFolder:
 
     def expected(self) -> list[float]:
         """What the model gives the probes now. Every rank calls it at the same place."""
-        device = next(self.model.parameters()).device
         with self.model.inference():
-            rewards: list[float] = self.model(collate(self.probes).to(device)).tolist()
+            rewards: list[float] = self.model(collate(self.probes).to(self.device)).tolist()
         return rewards
 
     def check(self, folder: Path, expected: Sequence[float]) -> None:
