@@ -50,11 +50,12 @@ def run_training(config: TrainConfig) -> RunResult:
     Under torchrun every process calls it, and rank 0 writes. Raises UserError for anything a person can mend, and
     StoppedBySignal when SIGTERM or Ctrl-C came; checkpoints that were written before stay.
     """
-    with processes(config.trainer.device, timeout_seconds=config.trainer.timeout_seconds) as world:
-        return _run(agree_on_run(config, world), world)
+    stop, trainer = StopSignal(), config.trainer
+    with stop.listening(), processes(trainer.device, timeout_seconds=trainer.timeout_seconds) as world:
+        return _run(agree_on_run(config, world), world, stop)
 
 
-def _run(config: TrainConfig, world: World) -> RunResult:
+def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
     tokenizer = load_tokenizer(
         config.model.partial_pretrain,
         trust_remote_code=config.model.trust_remote_code,
@@ -94,7 +95,7 @@ def _run(config: TrainConfig, world: World) -> RunResult:
         if world.is_main:
             _write_facts(config, world, start, plan, train, val, total_steps, begin.progress.step)
         checkpoints = build_checkpoints(config, model, weights, tensors, tokenizer, train.data, ranks, identity, begin)
-        loop = _Loop(world, ranks, model, weights, optimizer, plan, train, val, total_steps)
+        loop = _Loop(world, ranks, stop, model, weights, optimizer, plan, train, val, total_steps)
         val_metrics = _train(config, loop, begin, checkpoints)
         if world.is_main:
             draw_curves(run_dir)
@@ -108,6 +109,7 @@ class _Loop:
 
     world: World
     ranks: Ranks
+    stop: StopSignal
     model: RewardModel
     weights: TrainedWeights
     optimizer: torch.optim.Optimizer
@@ -182,7 +184,6 @@ def _build_trainer(
     config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Checkpoints, trackers: Trackers | NoTrackers
 ) -> Trainer:
     objective = OBJECTIVES["bradley_terry"]
-    stop = StopSignal()
     model, val = loop.model, loop.val
 
     def run_validation() -> dict[str, float]:
@@ -208,6 +209,6 @@ def _build_trainer(
         sink=trackers,
         ranks=loop.ranks,
         start=begin,
-        stop=stop,
+        stop=loop.stop,
         save_best=config.trainer.save_best,
     )

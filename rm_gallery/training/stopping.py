@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -13,13 +14,15 @@ _SAME_KEY_PRESS = 1.0  # seconds: a launcher passes on what the terminal has sen
 
 
 class StopSignal:
-    """Remembers that a signal came. SIGTERM may come many times (launcher and scheduler each send it); the second
-    Ctrl-C ends the run without saving.
+    """Remembers that a signal came, once `begin` was called; before, there is nothing to save and it ends the process.
+
+    SIGTERM may come many times (launcher and scheduler each send it); the second Ctrl-C ends the run without saving.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._when = 0.0
+        self._has_begun = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -34,9 +37,18 @@ class StopSignal:
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
+    def begin(self) -> None:
+        """From now on the run looks at `received`, and ends by itself."""
+        self._has_begun = True
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.received is None:
+        if not self._has_begun:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif self.received is None:
             self.received, self._when = signal.Signals(number), now
         elif number == signal.SIGINT and now - self._when > _SAME_KEY_PRESS:
             raise KeyboardInterrupt

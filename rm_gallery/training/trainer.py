@@ -121,15 +121,15 @@ class Trainer:
         Raises TrainingStopped after `max_bad_steps` steps in a row that are not finite, and StoppedBySignal when
         SIGTERM or Ctrl-C came and the run was saved.
         """
-        with self.stop.listening():
-            if self.start.random is not None:
-                set_random_state(self.start.random)
-            if not self.progress.step and val_before_train and self.validate:
-                self._validate()
-            if self.progress.validation_pending:
-                self._validate()
-            while self.progress.step < self.total_steps:
-                self._next_step()
+        self.stop.begin()
+        if self.start.random is not None:
+            set_random_state(self.start.random)
+        if not self.progress.step and val_before_train and self.validate:
+            self._validate()
+        if self.progress.validation_pending:
+            self._validate()
+        while self.progress.step < self.total_steps:
+            self._next_step()
         return self.progress.last_val
 
     def _next_step(self) -> None:
