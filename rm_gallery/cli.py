@@ -15,14 +15,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from rm_gallery import __version__
-from rm_gallery.errors import UserError
+from rm_gallery.errors import StoppedBySignal, UserError
 from rm_gallery.log import setup_logging
 
 log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None, *, default_config: str | None = None) -> int:
-    """Run one command; returns its exit status: 0, 2 for a mistake that a person can mend, 130 for Ctrl-C.
+    """Run one command; returns its exit status: 0, 2 for a mistake that a person can mend, 130 for Ctrl-C, 143
+    for SIGTERM after the run was saved.
 
     default_config: YAML file that `--config` starts from; recipes give their own.
     """
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
         for line in str(error).splitlines():
             print(f"rm-gallery: error: {line}", file=sys.stderr)
         return 2
+    except StoppedBySignal as stopped:
+        print(f"rm-gallery: {stopped}", file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print(f"rm-gallery: stopped by Ctrl-C; {arguments.when_stopped}", file=sys.stderr)
         return 130

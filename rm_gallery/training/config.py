@@ -18,7 +18,7 @@ from rm_gallery.data.prepare import PrepareConfig
 from rm_gallery.data.source import SourceConfig, check_val_fraction, entry_problems, find_files
 from rm_gallery.errors import UserError, nearest
 from rm_gallery.modeling.parallel import ModelConfig
-from rm_gallery.training.checkpoint import CheckpointConfig
+from rm_gallery.training.checkpoint import CheckpointConfig, refuse_earlier_run
 from rm_gallery.training.compose import compose
 from rm_gallery.training.optim import OptimConfig
 from rm_gallery.training.problems import key_of, known_keys, sentence
@@ -49,6 +49,14 @@ class TrainerConfig(LoopConfig, CheckpointConfig, TrackerConfig):
         """`default_local_dir`, with `experiment_name` appended unless it ends with it already."""
         folder = Path(self.default_local_dir).expanduser()
         return folder if folder.name == self.experiment_name else folder / self.experiment_name
+
+    @property
+    def copies_url(self) -> str | None:
+        """`default_hdfs_dir`, with `experiment_name` appended likewise; None without one."""
+        if self.default_hdfs_dir is None:
+            return None
+        url = self.default_hdfs_dir.rstrip("/")
+        return url if url.rpartition("/")[2] == self.experiment_name else f"{url}/{self.experiment_name}"
 
 
 @dataclass(frozen=True)
@@ -230,7 +238,16 @@ def _problems(config: TrainConfig) -> list[str]:
         problems.append("data.input_style=text: data.custom_cls gives messages; leave one of the two out")
     if data.custom_cls.name and data.format != "auto":
         problems.append(f"data.format={data.format}: data.custom_cls reads the rows; leave one of the two out")
-    for check in (lambda: check_val_fraction(data), lambda: check_custom_class(data.custom_cls)):
+    if trainer.resume_mode not in ("auto", "disable") and not re.search(r"/|^global_step_", trainer.resume_mode):
+        problems.append(
+            f"trainer.resume_mode={trainer.resume_mode}: must be auto, disable or the path of a global_step_N folder."
+            f"{nearest(trainer.resume_mode, ('auto', 'disable'))}"
+        )
+    for check in (
+        lambda: refuse_earlier_run(trainer.run_dir, anyway=trainer.resume_mode == "disable"),
+        lambda: check_val_fraction(data),
+        lambda: check_custom_class(data.custom_cls),
+    ):
         try:
             check()
         except UserError as error:

@@ -178,8 +178,10 @@ def test_run_folder_explains_itself(data: Path, qwen2_folder: Path) -> None:
 def test_an_earlier_run_is_not_overwritten(data: Path, qwen2_folder: Path, capsys: Any) -> None:
     run = train(qwen2_folder)
     before = (run / "metrics.jsonl").read_bytes()
-    train(qwen2_folder, status=2)
+    train(qwen2_folder, "trainer.resume_mode=disable", status=2)
     assert "holds an earlier run (newest checkpoint global_step_3)" in capsys.readouterr().err
+    train(qwen2_folder)
+    assert capsys.readouterr().out == "checkpoint: runs/run/global_step_3\n", "it is complete"
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
