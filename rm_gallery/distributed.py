@@ -91,7 +91,11 @@ def processes(device: str = "auto", *, timeout_seconds: float = 1800.0) -> Itera
         watch.report("stopped by Ctrl-C")
         raise
     except Exception as error:
-        cause = watch.wait_for_cause(20) if _comes_from_others(error) else None
+        cause = None
+        if _comes_from_others(error):
+            if watch.speaks:
+                log.error("lost the connection to another process; finding out which")
+            cause = watch.wait_for_cause(20)
         if cause is not None:
             raise UserError(cause) from error
         watch.report(_first_line(error))

@@ -43,6 +43,8 @@ class RunResult:
     run_dir: Path
     checkpoint: Path
     val_metrics: dict[str, float]
+    is_main: bool = True
+    """Whether this process is the one that talks to people."""
 
 
 def run_training(config: TrainConfig) -> RunResult:
@@ -101,7 +103,7 @@ def _run(config: TrainConfig, world: World) -> RunResult:
         trackers.close(failed=failed)
     if world.is_main:
         draw_curves(run.run_dir)
-    return RunResult(run.run_dir, checkpoints.saved[-1], val_metrics)
+    return RunResult(run.run_dir, checkpoints.saved[-1], val_metrics, world.is_main)
 
 
 def _count_steps(plan: Plan, config: TrainConfig, data: TokenData) -> int:

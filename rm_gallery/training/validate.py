@@ -10,7 +10,7 @@ import torch
 from rm_gallery.data.batch import collate
 from rm_gallery.data.packing import plan_step
 from rm_gallery.data.token_data import TokenData
-from rm_gallery.distributed import rank, turn, world_size
+from rm_gallery.distributed import rank, world_size
 from rm_gallery.metrics import Sums, means
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
@@ -30,7 +30,6 @@ def validate(
     sums = Sums()
     with model.inference():
         for pack in plan_packs(data, token_budget=token_budget, padded=model.padded):
-            turn("validation")
             batch = collate([data[index] for index in pack]).to(device)
             sums.add(objective(model(batch), batch)[1])
     return means(sums.read(), "val")
