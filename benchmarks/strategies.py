@@ -2,8 +2,8 @@
 
     python benchmarks/strategies.py [--steps 30] [--only NAME ...] [--output FILE.json]
 
-A tiny Qwen2 model is trained on made-up pairs in float32 at a learning rate of 1e-4, by one process, and by two and
-four processes of this machine under torchrun (gloo, CPU); "two nodes" are two torchruns that meet over 127.0.0.1.
+A tiny Qwen2 model is trained on made-up pairs in float32 at a learning rate of 1e-4 by one, two and four processes of
+this machine (gloo, CPU); "two nodes" are two torchruns that meet over 127.0.0.1.
 Printed are the largest differences to the run of one process: of the loss curve, the gradient norms, the figures of
 three validations, and the weights of the exported folder.
 """
@@ -85,7 +85,7 @@ def arguments(folder: Path, case: Case, steps: int) -> list[str]:
 
 
 def work(folder: Path, cases: list[Case], steps: int) -> None:
-    """What each process of a launch does: one run after the other."""
+    """What each process does: one run after the other."""
     from rm_gallery.cli import main as rm_gallery
 
     for case in cases:
@@ -93,35 +93,56 @@ def work(folder: Path, cases: list[Case], steps: int) -> None:
             sys.exit(status)
 
 
+def fork(folder: Path, cases: list[Case], steps: int) -> None:
+    """Make the processes of one machine from one that has loaded torch, which takes longer than their runs."""
+    from rm_gallery.training import build
+
+    assert build
+    variables = {"WORLD_SIZE": str(cases[0].processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    children = []
+    for rank in range(cases[0].processes):
+        child = os.fork()
+        if not child:
+            if len(cases) > 1 or cases[0] != ONE:
+                os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
+            work(folder, cases, steps)
+            sys.stdout.flush()
+            os._exit(0)
+        children.append(child)
+    if any(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children):
+        sys.exit(1)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def launch(folder: Path, cases: list[Case], steps: int) -> None:
-    """Run cases of equal processes and nodes in one start of them, since loading torch takes longer than the runs."""
+    """Run cases of equal processes and nodes in one start of them. Raises RuntimeError with the log when one fails."""
     nodes, processes = cases[0].nodes, cases[0].processes
-    if (nodes, processes) == (1, 1):
-        meeting = None
-    elif nodes == 1:
-        meeting = ["--standalone"]
-    else:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        meeting = [f"--nnodes={nodes}", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    own = [__file__, "--work", str(folder), "--steps", str(steps), "--only", *(case.name for case in cases)]
+    own = [__file__, "--folder", str(folder), "--steps", str(steps), "--only", *(case.name for case in cases)]
+    commands = [[sys.executable, *own, "--mode", "fork"]]
+    if nodes > 1:
+        meeting = [f"--nnodes={nodes}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+        run = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc_per_node={processes}"]
+        commands = [[*run, f"--node_rank={node}", *own, "--mode", "work"] for node in range(nodes)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    logs = [folder / f"{cases[0].name}.{node}.log" for node in range(nodes)]
     started = []
-    for node in range(nodes):
-        run = ["-m", "torch.distributed.run", *(meeting or []), f"--nproc_per_node={processes}", f"--node_rank={node}"]
-        command = [sys.executable, *(run if meeting else []), *own]
-        output = (folder / f"{cases[0].name}.{node}.log").open("wb")
-        started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
-        output.close()
+    for command, log in zip(commands, logs, strict=True):
+        with log.open("wb") as output:
+            started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
     try:
-        failed = [node for node, process in enumerate(started) if process.wait(timeout=600)]
+        failed = [log for process, log in zip(started, logs, strict=True) if process.wait(timeout=600)]
     finally:
         for process in started:
             process.kill()
     if failed:
-        log = (folder / f"{cases[0].name}.{failed[0]}.log").read_text(errors="replace")
-        raise RuntimeError(f"{', '.join(case.shown for case in cases)} failed:\n{log[-4000:]}")
+        raise RuntimeError(
+            f"{', '.join(case.shown for case in cases)}: {failed[0].read_text(errors='replace')[-4000:]}"
+        )
 
 
 def metrics(run: Path) -> dict[tuple[int, str], float]:
@@ -151,7 +172,7 @@ def compare(folder: Path, case: Case, steps: int) -> Difference:
 
 
 def run_table(folder: Path, cases: tuple[Case, ...] = CASES, steps: int = 30) -> dict[Case, Difference]:
-    """Run one process and all cases, those with equal processes in one launch; the differences by case."""
+    """Run one process and all cases, those with equal processes in one start of them; the differences by case."""
     make_inputs(folder)
     launches: dict[tuple[int, int], list[Case]] = {}
     for case in (ONE, *cases):
@@ -166,11 +187,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[case.name for case in (ONE, *CASES)])
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--mode", choices=["table", "fork", "work"], default="table", help=argparse.SUPPRESS)
     options = parser.parse_args()
     chosen = tuple(case for case in (ONE, *CASES) if not options.only or case.name in options.only)
-    if options.work:
-        work(options.work, list(chosen), options.steps)
+    if options.mode != "table":
+        (fork if options.mode == "fork" else work)(options.folder, list(chosen), options.steps)
         return
     with tempfile.TemporaryDirectory() as name:
         found = run_table(Path(name), tuple(case for case in chosen if case != ONE), options.steps)

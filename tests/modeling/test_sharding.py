@@ -103,7 +103,7 @@ def test_what_does_nothing_on_a_cpu_is_said_in_one_line(monkeypatch: pytest.Monk
 
 def test_a_gpu_cannot_offload_weights_that_are_not_cut() -> None:
     config = ModelConfig(strategy="ddp", fsdp_config=FsdpConfig(cpu_offload=True))
-    with pytest.raises(UserError, match="model.strategy=ddp cannot offload weights"):
+    with pytest.raises(UserError, match=r"model.strategy=ddp cannot offload weights"):
         choose_strategy(config, World(0, 2, torch.device("cuda", 0)), 1)
     alone = World(0, 1, torch.device("cuda", 0))
     assert choose_strategy(config, alone, 1) == "fsdp2", "one GPU offloads through fsdp2"
