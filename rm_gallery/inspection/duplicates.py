@@ -90,7 +90,8 @@ def _near_duplicates(table: Table) -> Finding:
     )
     return Finding(
         "near_duplicates", "nearly repeat an earlier one", len(later), table.num_groups,
-        "about 80% or more of the word triples are the same (an estimate from 32 hashes of up to 300 words a response)",
+        "about 80% of the word triples of prompt and responses together agree, as when a long response stands in both "
+        "(an estimate from 32 hashes)",
         examples,
     )  # fmt: skip
 

@@ -52,6 +52,7 @@ LAYERS = [
     "rm_gallery.core.graders",
     "rm_gallery.core.runner",
     "rm_gallery.core.generator",
+    "rm_gallery.inspection",
     "rm_gallery.cli",
 ]
 
