@@ -15,7 +15,7 @@ from rm_gallery.inspection.svg import bars_svg, chart_svg
 MARKER = "rm-gallery show-data"
 """Stands near the beginning of every report, so that one can be told from other files."""
 
-_LEVELS = {"act": "mend before training", "know": "keep in mind", "good": "fine"}
+_LEVELS = {"act": "mend first", "know": "keep in mind", "good": "fine"}
 _KINDS = {"both": "shared", "all": "shared", "chosen": "chosen", "rejected": "rejected"}
 
 

@@ -25,7 +25,7 @@ section > .why { margin-bottom: 12px; }
 .verdicts { list-style: none; margin: 0; padding: 0; }
 .verdicts li { display: flex; gap: 14px; background: var(--card); border: 1px solid var(--line); border-left: 5px solid;
   border-radius: 6px; padding: 7px 12px; margin-bottom: 6px; }
-.verdicts b { flex: 0 0 150px; } .verdicts span { color: var(--ink); overflow-wrap: anywhere; }
+.verdicts b { flex: 0 0 118px; } .verdicts span { color: var(--ink); overflow-wrap: anywhere; }
 .act { border-left-color: var(--act) !important; } .act b { color: var(--act); }
 .know { border-left-color: var(--know) !important; } .know b { color: var(--know); }
 .good { border-left-color: var(--good) !important; } .good b { color: var(--good); }

@@ -53,7 +53,7 @@ def chart_svg(block: Chart) -> str:
     """A histogram; bins that lie beyond the mark are drawn in another colour."""
     edges, counts = block.histogram.edges, block.histogram.counts
     step = _PLOT_WIDTH / len(counts)
-    parts = [_text(_LEFT, 12, f"most rows in one bar: {max(counts):,}", "start", "small")]
+    parts = [_text(_LEFT, 12, f"tallest bar: {max(counts):,}", "start", "small")]
     floor = _TOP + _PLOT_HEIGHT
     for place, (low, count) in enumerate(zip(edges, counts, strict=True)):
         height = max(1.0 if count else 0.0, _PLOT_HEIGHT * count / max(counts))

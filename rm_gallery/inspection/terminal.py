@@ -18,7 +18,7 @@ from rm_gallery.inspection.samples import Sample, Stretch
 
 MAX_WIDTH = 100
 _LEVELS = {"act": ("!!", "bold red"), "know": ("! ", "yellow"), "good": ("ok", "green")}
-_LEGEND = "!! mend before training   ! keep in mind   ok fine"
+_LEGEND = "!! mend first   ! keep in mind   ok fine"
 _COLORS = {"both": "cyan", "all": "cyan", "chosen": "green", "rejected": "red"}
 
 

@@ -59,15 +59,15 @@ def _of_side(side: SideReport) -> Iterator[Verdict]:
         yield Verdict("know", f"Exact copies: {_count(repeated, 'pair')} of {side.name}{_first(repeated)}.")
     if near and near.share > 0.02:
         yield Verdict("know", f"{percent(near.share)} of the {side.name} rows nearly repeat another{_first(near)}.")
-    for key, what in (
-        ("p_below_half", "Labelled against what most people preferred"),
-        ("negative_margin", "Negative margins"),
-        ("same_words", "Both responses with the same letters and digits"),
-        ("no_words", "A response without a word"),
+    for key, what, is_fault in (
+        ("p_below_half", "Labelled against what most people preferred", True),
+        ("negative_margin", "Negative margins", True),
+        ("no_words", "A response without a word", True),
+        ("same_words", "Both responses with the same letters and digits", False),
     ):
         suspicious = find(side.suspicious, key)
         if suspicious and suspicious.count:
-            level = "act" if suspicious.share > 0.005 and suspicious.count >= 10 else "know"
+            level = "act" if is_fault and suspicious.share > 0.005 and suspicious.count >= 10 else "know"
             yield Verdict(level, f"{what}: {_count(suspicious, 'pair')} of {side.name}{_first(suspicious)}.")
     yield from _of_cuts(side)
     if side.name == "training":
