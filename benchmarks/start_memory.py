@@ -88,7 +88,8 @@ def work(folder: Path, strategy: str, dtype: str, steps: int) -> None:
     status = main([
         "train", f"model.partial_pretrain={folder / 'model'}", f"model.fsdp_config.model_dtype={dtype}",
         f"model.strategy={strategy}", f"data.train_files={folder / 'train.parquet'}", "data.max_length=64",
-        "data.train_batch_size=8", "data.max_tokens_per_micro_batch=4096", "trainer.device=cpu", f"trainer.total_training_steps={steps}",
+        "data.train_batch_size=8", "data.max_tokens_per_micro_batch=4096", "trainer.device=cpu",
+        f"trainer.total_training_steps={steps}",
         f"trainer.default_local_dir={folder}", f"trainer.experiment_name={strategy}-{world_size}",
     ])  # fmt: skip
     if status:
@@ -112,6 +113,15 @@ def make_inputs(folder: Path) -> int:
     tokenizer.save_pretrained(folder / "model")
     write_pairs(folder / "train.parquet", text_pairs(32))
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_room(count: int, processes: int) -> None:
+    """Stop rather than push this machine into killing processes."""
+    with open("/proc/meminfo") as lines:
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    needed = 20 * count + int(1.5 * 2**30) * processes
+    if needed > free:
+        sys.exit(f"{processes} processes need about {needed / 2**30:.0f} GiB, and {free / 2**30:.0f} GiB are free")
 
 
 def launch(folder: Path, strategy: str, processes: int, dtype: str, steps: int) -> list[dict[str, int]]:
@@ -149,6 +159,7 @@ def main() -> None:
         print(f"{'strategy':10}{'processes':>10}" + "".join(f"{phase:>12}" for phase in PHASES))
         for strategy in arguments.strategies:
             for processes in arguments.processes:
+                check_room(count, processes)
                 peaks = launch(Path(name), strategy, processes, arguments.dtype, arguments.steps)
                 largest = {phase: max(peak[phase] for peak in peaks) for phase in PHASES}
                 results.append({"strategy": strategy, "processes": processes, "ranks": peaks})
