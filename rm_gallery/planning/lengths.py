@@ -112,6 +112,8 @@ def _sizes(parts: list[Any]) -> GroupSizes:
     )
 
 
-def tokenizer_in(folder: str) -> str | None:
-    """The folder itself when it holds a fast tokenizer, else None."""
-    return folder if (Path(folder).expanduser() / "tokenizer.json").is_file() else None
+def tokenizer_in(model: str) -> str | None:
+    """The model's folder, or that of its configuration file, when it holds a fast tokenizer, else None."""
+    path = Path(model).expanduser()
+    folder = path.parent if path.is_file() else path
+    return str(folder) if (folder / "tokenizer.json").is_file() else None

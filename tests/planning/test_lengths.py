@@ -109,4 +109,5 @@ def test_assumed_pairs_are_all_alike() -> None:
 
 def test_a_folder_with_a_tokenizer_is_told(tokenizer_folder: Path, tmp_path: Path) -> None:
     assert tokenizer_in(str(tokenizer_folder)) == str(tokenizer_folder)
+    assert tokenizer_in(str(tokenizer_folder / "tokenizer_config.json")) == str(tokenizer_folder)
     assert tokenizer_in(str(tmp_path)) is None
