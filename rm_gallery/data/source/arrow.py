@@ -8,11 +8,11 @@ from typing import Any
 
 from rm_gallery.data.source.opening import open_bytes
 from rm_gallery.data.source.records import CHUNK_BYTES, CHUNK_ROWS, Chunk, DataFile, Row
-from rm_gallery.data.source.remote import is_url
+from rm_gallery.data.source.remote_file import is_url
 from rm_gallery.errors import UserError
 
 NOT_UTF8 = "text that is not valid UTF-8"
-# Of each column of a parquet file so much is read ahead; without it a whole column of a row group would be.
+# Of each column of a parquet file so much is read ahead; without it, or with `pre_buffer`, a whole row group would be.
 _LOCAL_BUFFER, _REMOTE_BUFFER = 1 << 20, 4 << 20
 
 
@@ -103,7 +103,7 @@ def read_parquet(file: DataFile) -> Iterator[Chunk]:
     with open_bytes(file) as stream:
         source: Any = stream if remote else file.path
         buffer = _REMOTE_BUFFER if remote else _LOCAL_BUFFER
-        with pq.ParquetFile(source, buffer_size=buffer, page_checksum_verification=True) as parquet:
+        with pq.ParquetFile(source, buffer_size=buffer, pre_buffer=False, page_checksum_verification=True) as parquet:
             check_names(file.name, parquet.schema_arrow.names)
             first = 0
             for group in range(parquet.metadata.num_row_groups):

@@ -113,6 +113,13 @@ def _section_problems(section: Mapping[Any, Any], key: str) -> list[str]:
     return problems
 
 
+def refuse_keys(entry: FileEntry, what: str, *names: str) -> None:
+    """Raise UserError for the first of these keys that the entry sets although its path leaves nothing to choose."""
+    for name in names:
+        if getattr(entry, name) is not None:
+            raise UserError(f"{what}: {name} says nothing about such a path; take it out of the entry")
+
+
 def check_val_fraction(config: SourceConfig) -> None:
     """Raise UserError for a share out of range, and for one beside validation files."""
     share = config.val_fraction

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from rm_gallery.data.source.config import FileEntry, Role
+from rm_gallery.data.source.config import FileEntry, Role, refuse_keys
 from rm_gallery.data.source.hub_errors import endpoint, failures, hub_sentence, is_passing
 from rm_gallery.data.source.local import has_pattern
 from rm_gallery.data.source.names import checked_kind, data_files, kind_of, of_one_kind, suffixes
@@ -54,8 +54,11 @@ def download(entry: FileEntry, split: str | None, revision: str | None, role: Ro
     """
     match = _NAME.fullmatch(entry.path)
     assert match is not None
+    inside = match["inside"] or ""
+    if kind_of(inside) is not None or has_pattern(inside):
+        refuse_keys(entry, what, "split")
     repo = _Repository(match["repo"], revision, what)
-    chosen = choose_paths(repo.paths, repo.readme, match["inside"] or "", entry.subset, split, role, what)
+    chosen = choose_paths(repo.paths, repo.readme, inside, entry.subset, split, role, what)
     return [
         HubFile(f"{repo.name}/{path}", local, repo.commit)
         for path, local in zip(chosen, repo.fetch(chosen), strict=True)

@@ -10,8 +10,9 @@ from rm_gallery.data.source.records import LONGEST_ROW
 from rm_gallery.errors import UserError
 
 _READ = 1 << 20
-_OUTSIDE = re.compile(rb'["\[\]{},]')
-_INSIDE = re.compile(rb'["\\]')
+_MARKS = re.compile(rb'["\[\]{},]')
+_MARKS_WITHIN = re.compile(rb'["\[\]{}]')  # inside an element, where commas separate nothing of ours
+_BACKSLASH = ord("\\")
 _BLANK = b" \t\r\n"
 
 
@@ -56,22 +57,18 @@ class _Scan:
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Elements that end within `data`."""
         place = begin = 0
-        while not self._ended:
-            if self._skip:
-                place, self._skip = place + 1, False
-            match = (_INSIDE if self._in_string else _OUTSIDE).search(data, place)
+        while not self._ended and place < len(data):
+            if self._in_string:
+                place = self._string_end(data, place)
+                continue
+            match = (_MARKS_WITHIN if self.depth > 1 else _MARKS).search(data, place)
             if match is None:
                 break
             mark, place = match[0], match.end()
-            if self._in_string:
-                self._in_string = mark != b'"'
-                self._skip = mark == b"\\"
-                if self._skip and place == len(data):
-                    break
-                continue
             if mark == b'"':
                 self._in_string = True
-            elif mark in b"[{":
+                continue
+            if mark in b"[{":
                 self.depth += 1
                 if self.depth == 1:
                     begin = place
@@ -88,3 +85,23 @@ class _Scan:
             self.rest = (self.rest + data[begin:].strip(_BLANK))[:100]
         else:
             self._element += data[begin:]
+
+    def _string_end(self, data: bytes, place: int) -> int:
+        """The place after the string in which the scan stands, or the end of the data."""
+        first = place + self._skip  # what a backslash stands before is no end
+        while (end := data.find(b'"', first)) >= 0:
+            if _is_escaped(data, first, end):
+                first = end + 1
+                continue
+            self._in_string = self._skip = False
+            return end + 1
+        self._skip = _is_escaped(data, first, len(data))
+        return len(data)
+
+
+def _is_escaped(data: bytes, first: int, place: int) -> bool:
+    """Whether an odd number of backslashes stands before a place, none of them before `first`."""
+    start = place
+    while start > first and data[start - 1] == _BACKSLASH:
+        start -= 1
+    return (place - start) % 2 == 1

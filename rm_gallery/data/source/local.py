@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rm_gallery.data.source.config import FileEntry, Role
+from rm_gallery.data.source.config import FileEntry, Role, refuse_keys
 from rm_gallery.data.source.names import checked_kind, data_files, kind_of, of_one_kind
 from rm_gallery.data.source.splits import choose_split, splits_by_name
 from rm_gallery.errors import UserError
@@ -41,6 +41,7 @@ def expand_local(entry: FileEntry, split: str | None, role: Role, what: str) -> 
     split: the split wanted of a folder with several, or None for the one that fits `role`.
     what: begins each sentence. Raises UserError for a path that does not exist or names no data.
     """
+    refuse_keys(entry, what, "subset", "revision")
     try:
         found = _expand(entry, split, role, what)
     except OSError as error:  # a name that is too long, a folder that may not be read
@@ -56,7 +57,7 @@ def _expand(entry: FileEntry, split: str | None, role: Role, what: str) -> list[
         return _expand_folder(path, split, role, what)
     if path.is_file():
         checked_kind(path.name, what=what)
-        _refuse_split(entry, what)
+        refuse_keys(entry, what, "split")
         return [path]
     if path.exists():
         raise UserError(f"{what}: neither a file nor a folder; write the rows to a file and name that")
@@ -68,12 +69,6 @@ def has_pattern(text: str) -> bool:
     return any(mark in text for mark in "*?[")
 
 
-def _refuse_split(entry: FileEntry, what: str) -> None:
-    for name in ("split", "subset", "revision"):
-        if getattr(entry, name) is not None:
-            raise UserError(f"{what}: {name} says nothing about local files named one by one; take it out of the entry")
-
-
 def _expand_glob(path: Path, entry: FileEntry, what: str) -> list[Path]:
     matching = [name for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
     if not matching:
@@ -82,7 +77,7 @@ def _expand_glob(path: Path, entry: FileEntry, what: str) -> list[Path]:
     found = [name for name in matching if data_files([Path(name).name])]
     if not found:
         checked_kind(matching[0], what=f"{what}: matches only {Path(matching[0]).name}")
-    _refuse_split(entry, what)
+    refuse_keys(entry, what, "split")
     return [Path(name) for name in of_one_kind(found, what=what, where=f"{Path(found[0]).parent}/")]
 
 

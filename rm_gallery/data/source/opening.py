@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from rm_gallery.data.source.names import COMPRESSIONS, KNOWN, suffixes
 from rm_gallery.data.source.records import DataFile
-from rm_gallery.data.source.remote import is_url, open_remote
+from rm_gallery.data.source.remote_file import is_url, open_remote
 from rm_gallery.errors import UserError
 
 _BUFFER = 1 << 20

@@ -7,12 +7,14 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from rm_gallery.data.source import hub, remote
+from rm_gallery.data.source import hub
 from rm_gallery.data.source.config import FileEntry, Files, SourceConfig, as_entries, entries_of, role_of
 from rm_gallery.data.source.local import exists_here, expand_local, has_pattern, identity_of, local_path
 from rm_gallery.data.source.names import checked_kind
 from rm_gallery.data.source.reasons import reason_of
 from rm_gallery.data.source.records import DataFile
+from rm_gallery.data.source.remote import expand_remote
+from rm_gallery.data.source.remote_file import file_name, is_url
 from rm_gallery.errors import UserError
 
 
@@ -60,14 +62,14 @@ def _place_of(text: str) -> str:
     """`local`, `remote` or `hub`; what lies on this machine is local, whatever it looks like."""
     if exists_here(text):
         return "local"
-    if remote.is_url(text):
+    if is_url(text):
         return "remote"
     is_local_pattern = has_pattern(text) and bool(glob.glob(str(local_path(text)), recursive=True))
     return "hub" if hub.is_hub_name(text) and not is_local_pattern else "local"
 
 
 def _what(entry: FileEntry, key: str) -> str:
-    return f"{key}={remote.file_name(entry.path)}"
+    return f"{key}={file_name(entry.path)}"
 
 
 def _resolve(entry: FileEntry, place: int, config: SourceConfig, key: str) -> list[DataFile]:
@@ -76,8 +78,8 @@ def _resolve(entry: FileEntry, place: int, config: SourceConfig, key: str) -> li
     where = _place_of(entry.path)
     if where == "remote":
         return [
-            DataFile(url, remote.file_name(url), checked_kind(url.partition("::")[0], what=what), place, identity)
-            for url, identity in remote.expand_remote(entry, split, role, what)
+            DataFile(url, file_name(url), checked_kind(url.partition("::")[0], what=what), place, identity)
+            for url, identity in expand_remote(entry, split, role, what)
         ]
     if where == "hub":
         return [

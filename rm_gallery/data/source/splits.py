@@ -1,6 +1,6 @@
 """Splits: which files of a folder or of a hub data set belong together, by its README's YAML or by their names.
 
-The rules are those of the `datasets` library, so that a split here is the split that people know from there.
+The rules follow those of the `datasets` library, so that a split here is the split that people know from there.
 """
 
 from __future__ import annotations
@@ -131,10 +131,13 @@ def splits_by_name(paths: Sequence[str]) -> Splits:
     Shards come first (`train_sft-00000-of-00002.parquet`, there any word is a split), then folders called like a
     split (`val/a.csv`), then files (`my_test.jsonl`). A file that does not tell its split is in none then.
     """
+    in_data = [path for path in paths if path.startswith("data/") and _SHARD.fullmatch(path)]
+    are_shards = in_data or (paths if all(_SHARD.fullmatch(path) for path in paths) else [])
     found: Splits = {}
-    for path in paths:
-        if match := _SHARD.fullmatch(path):
-            found.setdefault(match["split"], []).append(path)
+    for path in are_shards:
+        match = _SHARD.fullmatch(path)
+        assert match is not None
+        found.setdefault(match["split"], []).append(path)
     if len(found) > 1 or any(_WORD.search(split) for split in found):
         return found
     for told_by in (_folder_word, _file_word):

@@ -189,6 +189,18 @@ def test_chunks_of_long_rows_stay_small(in_tmp: Path, name: str) -> None:
     assert [row.values for chunk in chunks for row in chunk.rows()] == rows
 
 
+def test_a_long_row_group_is_not_held_in_memory(in_tmp: Path) -> None:
+    text = random.Random(0).randbytes(16_000_000).hex()
+    texts = [text[place : place + 4000] for place in range(0, len(text), 4000)]
+    pq.write_table(pa.table({"chosen": texts}), "a.parquet", row_group_size=len(texts), compression="none")
+    del text
+    before, most, rows = pa.total_allocated_bytes(), 0, 0
+    for chunk in read_chunks(resolve("a.parquet")[0], key=KEY):
+        most, rows = max(most, pa.total_allocated_bytes() - before), rows + len(chunk)
+    assert rows == len(texts)
+    assert most < 16_000_000  # of 32 MB
+
+
 @pytest.mark.parametrize("kind", [pa.string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
 def test_a_chunk_of_a_long_batch_is_pickled_without_its_neighbours(in_tmp: Path, kind: Any) -> None:
     texts = pa.array([f"text number {number:060}" for number in range(20_000)])

@@ -130,6 +130,12 @@ def test_what_is_not_there_is_named_with_what_is(
     assert refused(path, **options).startswith(sentence)
 
 
+@pytest.mark.parametrize("path", ["org/pairs/train.parquet", "org/pairs/data/*.parquet"])
+def test_a_split_beside_a_path_that_says_it_is_refused(site: StandIn, path: str) -> None:
+    with pytest.raises(UserError, match=r": split says nothing about such a path; take it out of the entry$"):
+        resolve_files(SourceConfig(FileEntry(path, split="test")), key=KEY)
+
+
 def test_a_repository_without_data_files_names_the_conversion(site: StandIn) -> None:
     site.repositories["org/images"] = Repository({"main": {"README.md": b"", "a.png": b"", "b.zip": b""}})
     assert refused("org/images") == (

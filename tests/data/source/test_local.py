@@ -206,8 +206,9 @@ def test_a_file_that_is_named_twice_is_refused(in_tmp: Path) -> None:
 @pytest.mark.parametrize("name", ["split", "subset", "revision"])
 def test_what_says_nothing_about_a_lone_file_is_refused(in_tmp: Path, name: str) -> None:
     write(Path("a.parquet"))
-    with pytest.raises(UserError, match=rf": {name} says nothing about local files named one by one; take it out"):
-        find_files([FileEntry("a.parquet", **{name: "x"})], key=KEY)
+    for path in ("a.parquet", "*.parquet"):
+        with pytest.raises(UserError, match=rf": {name} says nothing about such a path; take it out of the entry$"):
+            find_files([FileEntry(path, **{name: "x"})], key=KEY)
     assert len(resolve("a.parquet", train_split="x", revision="x")) == 1  # meant for other entries
 
 

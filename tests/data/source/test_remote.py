@@ -9,7 +9,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from rm_gallery.data.source import read_rows, remote
+from rm_gallery.data.source import FileEntry, SourceConfig, read_rows, remote_file, resolve_files
 from rm_gallery.errors import UserError
 from tests.data.source.stand_in import TOKEN, Repository, StandIn, serving
 from tests.data.source.writing import KEY, PAIRS, WRITERS, lines, resolve, rows_of, values_of, write
@@ -23,7 +23,7 @@ def site(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(in_tmp / "no_token"))
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    monkeypatch.setattr(remote, "_WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(remote_file, "_WAITS", (0.0, 0.0, 0.0))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     HfFileSystem.clear_instance_cache()
     with serving() as state:
@@ -65,9 +65,19 @@ def test_reading_goes_on_where_the_connection_broke_off(site: StandIn, name: str
     assert [row.values for row in read_rows(files, key=KEY)] == PAIRS * 50
     assert site.cuts == 0
     site.cuts = 10_000
-    with pytest.raises(UserError, match=rf"^{site.url}/files/{name}: cannot be read on: the connection broke off \("):
+    with pytest.raises(UserError, match=rf"^{site.url}/files/{name}: cannot be read on \("):
         list(read_rows(files, key=KEY))
     assert 10_000 - site.cuts < 10
+
+
+def test_a_bad_moment_of_the_server_is_waited_out(site: StandIn) -> None:
+    site.files["/files/a.jsonl"] = lines(PAIRS)
+    site.statuses = [503, 502, 503]  # a look-up asks twice by itself
+    assert values_of(f"{site.url}/files/a.jsonl") == PAIRS
+    assert site.statuses == []
+    site.statuses = [503] * 10_000
+    assert "cannot be looked up (503, message=" in refused(f"{site.url}/files/a.jsonl")
+    assert len(site.statuses) > 9_980
 
 
 def test_the_query_of_a_url_is_no_part_of_its_name(site: StandIn) -> None:
@@ -118,6 +128,24 @@ def test_folders_and_globs_of_a_file_system(site: StandIn, memory: fsspec.Abstra
     assert [file.name for file in resolve("memory://set/train*")] == train
     assert [file.name for file in resolve("memory://set", key="data.val_files")] == ["memory:///set/test.jsonl"]
     assert values_of("memory://set") == [PAIRS[0]] * 2
+
+
+def test_folders_and_globs_of_a_page_with_links(site: StandIn) -> None:
+    names = ["train-0.jsonl", "train-1.jsonl", "test.jsonl"]
+    site.files["/files/"] = "".join(f'<a href="{name}">{name}</a>' for name in names).encode()
+    for name in names:
+        site.files[f"/files/{name}"] = lines(PAIRS)
+    train = [f"{site.url}/files/{name}" for name in names[:2]]
+    assert [file.path for file in resolve(f"{site.url}/files/")] == train
+    assert [file.path for file in resolve(f"{site.url}/files/tr*.jsonl")] == train
+
+
+@pytest.mark.parametrize("name", ["split", "subset", "revision"])
+def test_what_says_nothing_about_a_url_is_refused(site: StandIn, name: str) -> None:
+    site.files["/files/a.jsonl"] = lines(PAIRS)
+    entry = FileEntry(f"{site.url}/files/a.jsonl", **{name: "x"})
+    with pytest.raises(UserError, match=rf": {name} says nothing about such a path; take it out of the entry$"):
+        resolve_files(SourceConfig(entry), key=KEY)
 
 
 def test_a_file_of_an_archive_is_read(site: StandIn) -> None:

@@ -1,0 +1,194 @@
+"""Opening a file behind a URL through fsspec, so that reading survives a connection that breaks off."""
+
+from __future__ import annotations
+
+import io
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import IO, Any, TypeVar
+
+from rm_gallery.data.source.hub_errors import endpoint, hub_sentence
+from rm_gallery.data.source.local import LOCAL_SCHEMES
+from rm_gallery.data.source.names import without_query
+from rm_gallery.data.source.reasons import reason_of
+from rm_gallery.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_WAITS = (0.5, 1.0, 2.0, 4.0)
+"""Seconds before each further try when a connection broke off."""
+_BLOCK = 4 << 20
+_PACKAGES = {
+    "http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs",
+    "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "sftp": "paramiko", "ssh": "paramiko",
+}  # fmt: skip
+_IN_EXTRA = ("aiohttp", "s3fs")
+_Result = TypeVar("_Result")
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is a URL to open through fsspec, not one of a local file."""
+    scheme, mark, _ = text.partition("://")
+    return bool(mark) and scheme not in LOCAL_SCHEMES
+
+
+def file_system(url: str, what: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path that it knows the file by."""
+    from fsspec.core import url_to_fs
+
+    scheme = url.partition("://")[0].rpartition("::")[2]
+    # The hub's file system would take the endpoint that was set when it was imported.
+    options = {"endpoint": endpoint()} if scheme == "hf" and endpoint() else {}
+    try:
+        fs, path = url_to_fs(url, **options)
+    except ImportError as error:
+        package = _PACKAGES.get(scheme)
+        if package is None:
+            raise UserError(f"{what}: {scheme}:// needs a package that is missing ({reason_of(error)})") from error
+        install = "'rm-gallery[remote]'" if package in _IN_EXTRA else package
+        raise UserError(f"{what}: {scheme}:// needs the package {package}; run pip install {install}") from error
+    except ValueError as error:
+        raise UserError(f"{what}: {scheme}:// cannot be opened ({reason_of(error)}); check the URL") from error
+    return fs, str(path)
+
+
+@contextmanager
+def failing(url: str, what: str, doing: str) -> Iterator[None]:
+    """Turn whatever a file system raises into a sentence: each one has errors of its own, with no common base."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, FileNotFoundError) and error.__cause__ is None:
+            raise UserError(f"{what}: no such file; check the URL") from error
+        if url.startswith("hf://"):
+            repo = "/".join(url.split("/")[3:5]).partition("@")[0]
+            raise UserError(f"{what}: {hub_sentence(error, repo, url)}") from error
+        reason = reason_of(error.__cause__ or error).replace(url, file_name(url))
+        raise UserError(f"{what}: cannot be {doing} ({reason}); check the URL, the network and your rights") from error
+
+
+def tried(url: str, call: Callable[[], _Result]) -> _Result:
+    """What the call gives; tried again a few times when it fails in a way that may pass."""
+    for wait in (*_WAITS, None):
+        try:
+            return call()
+        except Exception as error:  # each file system has errors of its own
+            if wait is None or _is_final(error):
+                raise
+            log.warning("%s: the connection broke off (%s); trying again", file_name(url), reason_of(error))
+            time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another try would end the same: the file is not there, or may not be read."""
+    if isinstance(error, UserError | PermissionError | IsADirectoryError):
+        return True
+    if isinstance(error, FileNotFoundError) and error.__cause__ is None:
+        return True
+    for each in (error, error.__cause__):
+        status = getattr(each, "status", None) or getattr(getattr(each, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status < 500 and status not in (408, 429)
+    return False
+
+
+def open_remote(url: str) -> IO[bytes]:
+    """The file behind a URL, which can seek; goes on by itself where a connection broke off.
+
+    A server that sends no parts of a file has it copied to a temporary file first.
+    Reading raises UserError when it stays broken off.
+    """
+    name = file_name(url)
+    fs, path = file_system(url, name)
+    with failing(url, name, "opened"):
+        info = tried(url, lambda: fs.info(path))
+    has_parts = not url.startswith(("http://", "https://")) or bool(info.get("partial"))
+    if has_parts and info.get("size") is not None:
+        return io.BufferedReader(_RemoteFile(fs, path, url, info["size"]), _BLOCK)
+    return _copy(fs, path, url)
+
+
+def _copy(fs: Any, path: str, url: str) -> IO[bytes]:
+    """The whole file in a temporary file that goes with its file object."""
+    with ExitStack() as stack:
+        file = stack.enter_context(tempfile.TemporaryFile())
+
+        def copy() -> None:
+            file.seek(0)
+            file.truncate()
+            with fs.open(path, "rb", block_size=0) as stream:
+                while part := stream.read(_BLOCK):
+                    file.write(part)
+
+        with failing(url, file_name(url), "read on"):
+            tried(url, copy)
+        file.seek(0)
+        stack.pop_all()
+        return file
+
+
+def file_name(url: str) -> str:
+    """A URL as messages call it: without its query, which may hold a key."""
+    return without_query(url)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A remote file of known size that opens itself again where reading failed."""
+
+    def __init__(self, fs: Any, path: str, url: str, size: int) -> None:
+        self._fs, self._path, self._url, self._size = fs, path, url, size
+        self._place = 0
+        self._file: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        self._place = max(0, start + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._place)
+        if wanted <= 0:
+            return 0
+        with failing(self._url, file_name(self._url), "read on"):
+            data = tried(self._url, lambda: self._read(wanted))
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+    def _read(self, size: int) -> bytes:
+        try:
+            if self._file is None:
+                self._file = self._fs.open(self._path, "rb", block_size=_BLOCK, cache_type="none")
+            if self._file.tell() != self._place:
+                self._file.seek(self._place)
+            data: bytes = self._file.read(size)
+            if not data:
+                raise OSError(f"ended after {self._place} of {self._size} bytes")
+            return data
+        except Exception:
+            self._close_file()  # the next try opens it again
+            raise
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def close(self) -> None:
+        self._close_file()
+        super().close()
