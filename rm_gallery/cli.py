@@ -16,7 +16,7 @@ from typing import Any
 
 from rm_gallery import __version__
 from rm_gallery.errors import StoppedBySignal, UserError
-from rm_gallery.log import setup_logging
+from rm_gallery.log import setup_logging, speak_in_turn
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,9 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
     except UserError as error:
         if arguments.debug:
             traceback.print_exc()
+        rank = speak_in_turn()
         for line in str(error).splitlines():
-            print(f"rm-gallery: error: {line}", file=sys.stderr)
+            print(f"{rank}rm-gallery: error: {line}", file=sys.stderr)
         return 2
     except StoppedBySignal as stopped:
         print(f"rm-gallery: {stopped}", file=sys.stderr)
@@ -148,7 +149,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from rm_gallery.training.build import run_training
 
     result = run_training(config)
-    print(f"checkpoint: {result.checkpoint}")
+    if result.is_main:
+        print(f"checkpoint: {result.checkpoint}")
 
 
 def _validate_config(arguments: argparse.Namespace) -> None:

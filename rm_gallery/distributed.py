@@ -63,6 +63,7 @@ class _Meeting:
 
 
 _meeting: _Meeting | None = None
+_rendezvous: Any = None  # one store for all meetings of this process: rank 0 may be its host
 _num_meetings = 0
 
 
@@ -83,19 +84,25 @@ def processes(device: str = "auto", *, timeout_seconds: float = 1800.0) -> Itera
     assert _meeting is None, "the processes of this run have met already"
     _meeting = _join(world, timeout_seconds)
     watch = _meeting.watch
+    stopped: StoppedBySignal | None = None
     try:
-        yield world
+        try:
+            yield world
+        except StoppedBySignal as error:  # it comes to every process, after the run was saved
+            stopped = error
         barrier("the end of the run")
         dist.destroy_process_group()
-    except StoppedBySignal:  # on every process, after the run was saved
-        barrier("the end of the run")
-        dist.destroy_process_group()
-        raise
+        watch.stop()
+        _leave(_meeting)
     except KeyboardInterrupt:
         watch.report("stopped by Ctrl-C")
         raise
     except Exception as error:
-        cause = watch.wait_for_cause(20) if _comes_from_others(error) else None
+        cause = None
+        if _comes_from_others(error):
+            if watch.speaks:
+                log.error("lost the connection to another process; finding out which")
+            cause = watch.wait_for_cause(20)
         if cause is not None:
             raise UserError(cause) from error
         watch.report(_first_line(error))
@@ -104,6 +111,8 @@ def processes(device: str = "auto", *, timeout_seconds: float = 1800.0) -> Itera
     finally:
         watch.stop()
         _meeting = None
+    if stopped is not None:
+        raise stopped
 
 
 def _world(device: str) -> World:
@@ -138,17 +147,18 @@ def _number(name: str, default: int) -> int:
 
 
 def _join(world: World, timeout_seconds: float) -> _Meeting:
+    global _rendezvous, _num_meetings
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_START_SECONDS)))
+        if _rendezvous is None:
+            _rendezvous, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_START_SECONDS)))
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"rank {world.rank} cannot reach the other processes ({_first_line(error)}); look at MASTER_ADDR="
             f"{os.environ.get('MASTER_ADDR')} and MASTER_PORT={os.environ.get('MASTER_PORT')}, or start with torchrun"
         ) from error
-    global _num_meetings
     _num_meetings += 1
     # After a restart the launcher's store still holds the keys of the attempt before; they would be taken for today's.
-    store = dist.PrefixStore(f"rm_gallery/{_number('TORCHELASTIC_RESTART_COUNT', 0)}/{_num_meetings}", store)
+    store = dist.PrefixStore(f"rm_gallery/{_number('TORCHELASTIC_RESTART_COUNT', 0)}/{_num_meetings}", _rendezvous)
     _roll_call(store, "start", world, _START_SECONDS, "start")
     watch = RankWatch(
         store.clone(),  # type: ignore[attr-defined]
@@ -166,6 +176,15 @@ def _join(world: World, timeout_seconds: float) -> _Meeting:
         device_id=world.device if on_gpu else None,
     )
     return _Meeting(store, watch, world)
+
+
+def _leave(meeting: _Meeting) -> None:
+    """Rank 0, which may be the host of the store, goes last."""
+    count = meeting.store.add("left", 1)
+    deadline = time.monotonic() + 10
+    while meeting.world.is_main and count < meeting.world.world_size and time.monotonic() < deadline:
+        time.sleep(0.01)
+        count = meeting.store.add("left", 0)
 
 
 def join_alone() -> None:

@@ -29,8 +29,12 @@ class Pace:
     """Between two beats, and between two looks at the store."""
     silence: float = 18.0
     """A process without a beat for so long is dead, or its machine is."""
-    grace: float = 8.0
-    """What the main thread has to end by itself, once another process failed."""
+    short_silence: float = 5.0
+    """The same, once a collective broke."""
+    grace: float = 12.0
+    """What the main thread has to end by itself once another process failed: a collective breaks when that one ends."""
+    short_grace: float = 3.0
+    """The same where no collective breaks: after silence, and when all stand still."""
 
 
 @dataclass
@@ -61,6 +65,8 @@ class RankWatch:
         self._turns = 0
         self._what = "start"
         self._reported = False
+        self._silence = self.pace.silence
+        self._grace = self.pace.grace
         self._beats = 0
         self._stopping = threading.Event()
         self._told = threading.Event()
@@ -95,7 +101,8 @@ class RankWatch:
         self._write_failure(f"{self.name} failed: {text}")
 
     def wait_for_cause(self, seconds: float) -> str | None:
-        """The cause of another process's end, if it becomes known in so many seconds."""
+        """A collective broke: the cause of another process's end, if it becomes known in so many seconds."""
+        self._silence = self.pace.short_silence
         self._told.wait(seconds)
         return self.cause
 
@@ -111,9 +118,8 @@ class RankWatch:
             except Exception as error:
                 lost_since = lost_since or time.monotonic()
                 if time.monotonic() - lost_since > self.pace.silence / 2:
-                    self._learn(
-                        f"the store of the run cannot be reached ({_line(error)}): node 0 ended; see its output"
-                    )
+                    text = f"the store of the run cannot be reached ({_line(error)}): node 0 ended; see its output"
+                    self._learn(text, self.pace.grace)
             if self.cause is not None:
                 self._end_soon()
                 return
@@ -124,7 +130,7 @@ class RankWatch:
 
     def _look_for_failure(self) -> None:
         if not self._reported and self.store.check([_FAILURE]):
-            self._learn(self.store.get(_FAILURE).decode())
+            self._learn(self.store.get(_FAILURE).decode(), self.pace.grace)
 
     def _look_at_others(self) -> None:
         """Rank 0 looks at all and writes down what it finds; the others look at rank 0 alone."""
@@ -138,7 +144,7 @@ class RankWatch:
                 if turns != seen.turns:
                     self._moved_at = now
                 seen.beat, seen.beat_at, seen.turns = beat, now, turns
-            elif beat != _GONE and other != self.rank and now - seen.beat_at > self.pace.silence:
+            elif beat != _GONE and other != self.rank and now - seen.beat_at > self._silence:
                 self._accuse(other, f"stopped answering {now - seen.beat_at:.0f} s ago: killed, or its machine is gone")
                 return
         if self.rank == 0 and now - self._moved_at > self.timeout_seconds:
@@ -165,7 +171,7 @@ class RankWatch:
         name = self.store.get(f"name/{other}").decode() if self.store.check([f"name/{other}"]) else f"rank {other}"
         text = f"{name}{more} {text}"
         self._write_failure(text)
-        self._learn(text)
+        self._learn(text, self.pace.short_grace)
 
     def _write_failure(self, text: str) -> None:
         try:
@@ -173,16 +179,16 @@ class RankWatch:
         except Exception:  # the store may have gone with its host: there is nobody to tell
             log.debug("the store is gone", exc_info=True)
 
-    def _learn(self, text: str) -> None:
+    def _learn(self, text: str, grace: float) -> None:
         if self.cause is None:
-            self.cause = text
+            self.cause, self._grace = text, grace
             self._told.set()
             if self.speaks:
                 log.error("%s; ending", text)
 
     def _end_soon(self) -> None:
         """End this process, should its main thread not: it may wait in a collective that cannot be interrupted."""
-        if not self._stopping.wait(self.pace.grace):
+        if not self._stopping.wait(self._grace):
             for handler in logging.getLogger("rm_gallery").handlers:
                 handler.flush()
             sys.stderr.flush()

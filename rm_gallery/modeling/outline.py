@@ -7,7 +7,6 @@ over processes, so that none of them ever holds the whole model.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from rm_gallery.modeling.reward_model import (
     quiet_transformers,
 )
 
-log = logging.getLogger(__name__)
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeAlias
 import torch
 from annotated_types import Ge
 
-from rm_gallery.distributed import World, from_main
+from rm_gallery.distributed import World, from_main, turn
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.outline import WeightFiles
 from rm_gallery.modeling.reward_model import RewardModel
@@ -147,18 +147,21 @@ def apply(
     if config.enable_gradient_checkpointing:
         _enable_checkpointing(model)
     dtype = DTYPES[fsdp.model_dtype]
+    weights: TrainedWeights
     if strategy in ("fsdp", "fsdp2"):
-        weights: TrainedWeights
         model, weights = shard(model, files, _cut(strategy, fsdp, dtype, world), world)
-        return model, weights
-    assert files is None, f"{strategy} keeps all weights in each process"
-    if strategy == "none":
-        _say_what_one_process_ignores(config, world)
-    elif fsdp.wrap_policy.min_num_params:
-        log.info("model.fsdp_config.wrap_policy does nothing with ddp")
-    model.to(world.device)
-    copy_from_main(model)
-    return model, MasterWeights(model, dtype)
+    else:
+        assert files is None, f"{strategy} keeps all weights in each process"
+        if strategy == "none":
+            _say_what_one_process_ignores(config, world)
+        elif fsdp.wrap_policy.min_num_params:
+            log.info("model.fsdp_config.wrap_policy does nothing with ddp")
+        model.to(world.device)
+        copy_from_main(model)
+        weights = MasterWeights(model, dtype)
+    if world.world_size > 1:
+        model.register_forward_pre_hook(lambda *_: turn("a forward pass"), prepend=True)
+    return model, weights
 
 
 def _cut(strategy: Literal["fsdp", "fsdp2"], fsdp: FsdpConfig, dtype: torch.dtype, world: World) -> Cut:

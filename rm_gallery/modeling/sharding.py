@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,6 @@ from rm_gallery.modeling.outline import WeightFiles
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.modeling.weights import TrainedWeights, matrix_names
 
-log = logging.getLogger(__name__)
 
 _NETWORK = "network."  # what a RewardModel puts before its network's names
 _WRAPPED = "_fsdp_wrapped_module."  # what FSDP1 puts between them
@@ -184,6 +183,12 @@ class ShardedWeights(TrainedWeights):
             else:
                 self._sums[parameter] = parameter.grad.clone()
             parameter.grad = None
+
+    def _sum_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Both engines did that in the backward pass."""
+
+    def publish(self) -> None:
+        """Both engines gather the updated weights where the model uses them."""
 
     def _over_processes(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         # Each number of the gradient lies in one process of every group: its square is counted once.

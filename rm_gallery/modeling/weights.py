@@ -6,6 +6,7 @@ the processes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,7 +20,7 @@ from rm_gallery.modeling.reward_model import RewardModel
 _BUCKET = 1 << 25  # numbers of one all-reduce: 128 MiB
 
 
-class TrainedWeights:
+class TrainedWeights(ABC):
     """What a training loop does with weights, however they lie.
 
     Each process calls `backward` for its micro-batches (all have equally many), `gather_gradients` once, steps its
@@ -68,6 +69,7 @@ class TrainedWeights:
         loss_value, grad_norm = torch.stack([loss, norm.double()]).tolist()
         return loss_value, grad_norm
 
+    @abstractmethod
     def _sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Sum over the processes what the backward passes left apart."""
 
@@ -75,12 +77,13 @@ class TrainedWeights:
         """Loss and norm of the whole step from this process's loss and the norm of the gradients it holds."""
         return sum_over_ranks(loss, "the end of a step"), norm
 
+    @abstractmethod
     def publish(self) -> None:
         """Give the updated weights to the model that computes."""
 
+    @abstractmethod
     def state_dict(self, model: RewardModel) -> dict[str, Tensor]:
         """The library model's state with float32 weights, for saving; a DTensor where it is cut over processes."""
-        raise NotImplementedError
 
 
 def _local(tensor: Tensor) -> Tensor:

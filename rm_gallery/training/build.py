@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,8 @@ class RunResult:
     run_dir: Path
     checkpoint: Path
     val_metrics: dict[str, float]
+    is_main: bool = True
+    """Whether this process is the one that talks to people."""
 
 
 def run_training(config: TrainConfig) -> RunResult:
@@ -90,7 +93,7 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
         )
         if begin.folder is not None and begin.progress.step == total_steps:
             log.info("the run is complete: %s is its last step", begin.folder)
-            return RunResult(run_dir, begin.folder, begin.progress.last_val)
+            return RunResult(run_dir, begin.folder, begin.progress.last_val, world.is_main)
         if world.is_main:
             _write_facts(config, world, start, plan, train, val, total_steps, begin.progress.step)
         checkpoints = build_checkpoints(config, model, weights, tensors, tokenizer, train, ranks, identity, begin)
@@ -99,7 +102,7 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
         if world.is_main:
             draw_curves(run_dir)
     assert checkpoints.latest is not None
-    return RunResult(run_dir, checkpoints.latest, val_metrics)
+    return RunResult(run_dir, checkpoints.latest, val_metrics, world.is_main)
 
 
 @dataclass(frozen=True)
@@ -185,9 +188,10 @@ def _build_trainer(
     objective = OBJECTIVES["bradley_terry"]
     model, val = loop.model, loop.val
 
-    def run_validation() -> dict[str, float]:
+    def run_validation(before_pack: Callable[[], None]) -> dict[str, float]:
         assert val is not None
-        return validate(model, val.data, objective, token_budget=config.data.budget, device=loop.world.device)
+        budget, device = config.data.budget, loop.world.device
+        return validate(model, val.data, objective, token_budget=budget, device=device, before_pack=before_pack)
 
     if val is not None:
         padded = " padded" if model.padded else ""

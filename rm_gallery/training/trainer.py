@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, Protocol
+from typing import Annotated, Literal, NoReturn, Protocol, TypeAlias
 
 import torch
 from annotated_types import Ge, Gt
@@ -62,6 +62,10 @@ class MetricSink(Protocol):
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
 
+Validation: TypeAlias = Callable[[Callable[[], None]], dict[str, float]]
+"""Gives metrics; calls what it is given before each micro-batch, which may raise to end it."""
+
+
 class Saver(Protocol):
     """Where the loop saves; see `checkpoint.Checkpoints`."""
 
@@ -99,7 +103,7 @@ class Trainer:
     def __init__(
         self, *, model: RewardModel, weights: TrainedWeights, objective: Objective, optimizer: torch.optim.Optimizer,
         schedule: Schedule, clip_grad: float, steps: Iterator[StepBatches], total_steps: int, intervals: Intervals,
-        max_bad_steps: int, validate: Callable[[], dict[str, float]] | None, checkpoints: Saver, sink: MetricSink,
+        max_bad_steps: int, validate: Validation | None, checkpoints: Saver, sink: MetricSink,
         ranks: Ranks, start: Start | None = None, stop: StopSignal | None = None, save_best: bool = False,
     ) -> None:  # fmt: skip
         """steps: those that follow `start`, which says where the run begins."""
@@ -199,7 +203,7 @@ class Trainer:
         progress.validation_pending = True
         with self.window.paused():
             try:
-                metrics = self.validate()
+                metrics = self.validate(self._look)
             except _Asked:
                 self._save_and_stop()
         progress.validation_pending = False

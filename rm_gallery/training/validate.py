@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ import torch
 from rm_gallery.data.batch import collate
 from rm_gallery.data.packing import plan_step
 from rm_gallery.data.token_data import TokenData
-from rm_gallery.distributed import rank, turn, world_size
+from rm_gallery.distributed import rank, world_size
 from rm_gallery.metrics import Sums, means
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
@@ -20,19 +20,21 @@ _GROUPS_AT_ONCE = 4096  # packs are planned over so many groups, so that little 
 
 
 def validate(
-    model: RewardModel, data: TokenData, objective: Objective, *, token_budget: int, device: torch.device | None = None
-) -> dict[str, float]:
+    model: RewardModel, data: TokenData, objective: Objective, *, token_budget: int,
+    device: torch.device | None = None, before_pack: Callable[[], None] = lambda: None,
+) -> dict[str, float]:  # fmt: skip
     """val/loss, val/accuracy and mean rewards over every comparison; with several sources, loss and accuracy of each.
 
     Each process does its share, and gets all figures.
     token_budget: tokens of a micro-batch; the figures do not depend on it (float64 sums of float32 rewards).
-    device: where the model computes, unless its weights lie there too.
+    device: where the model computes, unless its weights lie there too. before_pack: called before each micro-batch;
+    what it raises ends the validation.
     """
     device = device or next(model.parameters()).device
     by_source = {number: Sums() for number in range(len(data.sources))}
     with model.inference():
         for source, pack in plan_packs(data, token_budget=token_budget, padded=model.padded):
-            turn("validation")
+            before_pack()
             batch = collate([data[index] for index in pack]).to(device)
             by_source[source].add(objective(model(batch), batch)[1])
     total = Sums()

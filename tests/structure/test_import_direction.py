@@ -90,7 +90,7 @@ MAY_LOAD_TRANSFORMERS = ("rm_gallery.data.tokenize",)
 
 MAY_IMPORT_HYDRA = ("rm_gallery.training.compose", "rm_gallery.training.config")
 RANK_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"}
-MAY_READ_RANK = {"rm_gallery.distributed": RANK_VARIABLES, "rm_gallery.log": {"RANK"}}
+MAY_READ_RANK = {"rm_gallery.distributed": RANK_VARIABLES, "rm_gallery.log": {"RANK", "LOCAL_RANK"}}
 
 
 def _line_of(module: str) -> int | None:
