@@ -88,7 +88,8 @@ def work(folder: Path, strategy: str, dtype: str, steps: int) -> None:
     status = main([
         "train", f"model.partial_pretrain={folder / 'model'}", f"model.fsdp_config.model_dtype={dtype}",
         f"model.strategy={strategy}", f"data.train_files={folder / 'train.parquet'}", "data.max_length=64",
-        "data.train_batch_size=8", "data.max_tokens_per_micro_batch=4096", "trainer.device=cpu", f"trainer.total_training_steps={steps}",
+        "data.train_batch_size=8", "data.max_tokens_per_micro_batch=4096", "trainer.device=cpu",
+        f"trainer.total_training_steps={steps}",
         f"trainer.default_local_dir={folder}", f"trainer.experiment_name={strategy}-{world_size}",
     ])  # fmt: skip
     if status:

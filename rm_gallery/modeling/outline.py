@@ -29,7 +29,6 @@ from rm_gallery.modeling.reward_model import (
     quiet_transformers,
 )
 
-
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 

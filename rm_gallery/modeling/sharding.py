@@ -15,7 +15,6 @@ from rm_gallery.modeling.outline import WeightFiles
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.modeling.weights import TrainedWeights, matrix_names
 
-
 _NETWORK = "network."  # what a RewardModel puts before its network's names
 _WRAPPED = "_fsdp_wrapped_module."  # what FSDP1 puts between them
 

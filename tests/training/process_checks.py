@@ -24,7 +24,7 @@ import torch
 from rm_gallery import distributed
 from rm_gallery.data.batch import collate
 from rm_gallery.data.loader import StepBatches
-from rm_gallery.data.token_data import TokenData
+from rm_gallery.data.token_data import Origin, TokenData
 from rm_gallery.distributed import World, processes
 from rm_gallery.errors import UserError
 from rm_gallery.metrics import Sums
@@ -38,6 +38,7 @@ from rm_gallery.objectives import bradley_terry
 from rm_gallery.training.agreement import agree_on_run
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.optim import OptimConfig, build_optimizer, build_schedule
+from rm_gallery.training.ranks import Ranks
 from rm_gallery.training.trainer import Intervals, Trainer
 from rm_gallery.training.validate import validate
 from tests.small import make_tokenizer, random_groups
@@ -150,6 +151,13 @@ def types_are_as_configured(folder: Path, world: World) -> Any:
     return found
 
 
+class NoSaves:
+    """Stands where a run has its checkpoints."""
+
+    def has_failed(self) -> bool:
+        return False
+
+
 def a_bad_step_on_one_rank_is_skipped_by_all(folder: Path, world: World) -> Any:
     found = {}
     for strategy in STRATEGIES:
@@ -165,7 +173,7 @@ def a_bad_step_on_one_rank_is_skipped_by_all(folder: Path, world: World) -> Any:
             model=model, weights=weights, objective=objective, steps=iter(()), clip_grad=1.0, total_steps=3,
             optimizer=build_optimizer(weights.named_parameters(), OptimConfig(lr=1e-3), is_matrix=weights.is_matrix),
             schedule=build_schedule(OptimConfig(), 3), intervals=Intervals(1, 0, 0), max_bad_steps=9, validate=None,
-            checkpoints=None, sink=None,  # type: ignore[arg-type]
+            checkpoints=NoSaves(), sink=None, ranks=Ranks(world),  # type: ignore[arg-type]
         )  # fmt: skip
         batch = collate(random_groups(0))
         step = StepBatches([batch], 2 * len(batch.better), batch.num_tokens, 1.0)
@@ -178,7 +186,7 @@ def a_bad_step_on_one_rank_is_skipped_by_all(folder: Path, world: World) -> Any:
 
 
 def figures_of_validation(folder: Path, world: World) -> Any:
-    data = TokenData(((group, "") for seed in range(3) for group in random_groups(seed)), "text")
+    data = TokenData.from_groups((group, Origin()) for seed in range(3) for group in random_groups(seed))
     found = {}
     for strategy in STRATEGIES:
         model, _ = build(folder, world, strategy)

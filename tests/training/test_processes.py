@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rm_gallery.data.token_data import TokenData
+from rm_gallery.data.token_data import Origin, TokenData
 from rm_gallery.distributed import World
 from rm_gallery.modeling.parallel import FsdpConfig
 from rm_gallery.modeling.reward_model import load_reward_model
@@ -113,7 +113,7 @@ def test_a_step_that_is_bad_on_one_rank_is_skipped_by_all(found: list[dict[str, 
 def test_validation_is_shared_and_gives_the_figures_of_one_process(
     found: list[dict[str, Any]], qwen2_folder: Path
 ) -> None:
-    data = TokenData(((group, "") for seed in range(3) for group in random_groups(seed)), "text")
+    data = TokenData.from_groups((group, Origin()) for seed in range(3) for group in random_groups(seed))
     model, _ = build(qwen2_folder, ALONE, "none")
     alone = validate(model, data, bradley_terry, token_budget=400)
     for each in found:
