@@ -38,9 +38,9 @@ def run_identity(config: TrainConfig, data: TokenData, plan: Plan, shape: str, t
     """What makes a run this run: under anything else a checkpoint is refused."""
     return RunIdentity(
         fixed={
-            "data.train_files": f"fingerprint {data.fingerprint()}",
+            "training data": f"fingerprint {data.fingerprint()}",
             "trainer.seed": config.trainer.seed,
-            "model.partial_pretrain": shape,
+            "model": shape,
             PLAN: f"fingerprint {plan.fingerprint()}",
         },
         config=config.as_dict(),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from rm_gallery.cli import main
 from rm_gallery.training.trackers.json_lines import JsonLines
+from tests.small import text_pairs, write_pairs
 
 NOT_COMPARED = ("time", "perf/pairs_per_second", "perf/tokens_per_second", "perf/step_seconds")
 
@@ -39,6 +40,12 @@ def settings(model: Path, name: str, *overrides: str) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
+def write_data() -> None:
+    """24 training and 10 validation pairs in the working directory."""
+    write_pairs(Path("train.parquet"), text_pairs(24))
+    write_pairs(Path("val.parquet"), text_pairs(10, seed=1))
+
+
 def train(model: Path, name: str, *overrides: str, status: int = 0) -> Path:
     """Run it; returns the run folder."""
     assert main(["train", *settings(model, name, *overrides)]) == status
@@ -47,7 +54,7 @@ def train(model: Path, name: str, *overrides: str, status: int = 0) -> Path:
 
 def when_logged(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None], *, val: bool = False) -> None:
     """Do something once, right after the training (or validation) row of a step was written."""
-    original, done = JsonLines.log, []
+    original, done = JsonLines.log, list[int]()
 
     def log(self: JsonLines, metrics: Any, at: int) -> None:
         original(self, metrics, at)
@@ -56,6 +63,14 @@ def when_logged(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[],
             action()
 
     monkeypatch.setattr(JsonLines, "log", log)
+
+
+class Lost(BaseException):
+    """What ends a run at once, as SIGKILL does, but for this process."""
+
+
+def lose() -> None:
+    raise Lost
 
 
 def send(number: signal.Signals) -> Callable[[], None]:

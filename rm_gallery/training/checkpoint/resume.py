@@ -39,7 +39,7 @@ class RunIdentity:
     """What a run is. A checkpoint that was written under another `fixed` is refused."""
 
     fixed: Mapping[str, Any]
-    """Configuration key, or what a person would call it, -> plain value."""
+    """Configuration key, or what a person would call it (without dots), -> plain value."""
     config: Mapping[str, Any]
     """The whole configuration, nested; other changes in it are named in a warning."""
     total_steps: int
@@ -199,22 +199,21 @@ def _check_identity(folder: Path, saved: Mapping[str, Any], identity: RunIdentit
     changed = _changes(saved["config"], json.loads(json.dumps(dict(identity.config), default=str)))
     if differing:
         # What differs may be a hash; the settings that it comes from say more.
-        causes = {key: text for key, text in changed.items() if key.startswith("data.") and key != "data.val_files"}
-        told = {
-            name: f"{name}={_shown(now.get(name))}, was {_shown(was.get(name))}"
+        causes = [text for key, text in changed.items() if key.startswith("data.") and key != "data.val_files"]
+        told = [
+            f"{name}{'=' if '.' in name else ': '}{_shown(now.get(name))}, was {_shown(was.get(name))}"
             for name in differing
             if name != PLAN or not (causes or differing[1:])
-        }
-        told.update({key: text for key, text in causes.items() if key not in told})
+        ]
         raise UserError(
-            f"{folder}: written by another run: {'; '.join(told.values())}. To go on with it, set these back; for a "
-            "new run set another trainer.experiment_name, and model.partial_pretrain to that folder to start from "
-            "its weights"
+            f"{folder}: written by another run: {'; '.join(told + causes)}. To go on with it, set these back; for a new "
+            "run set another trainer.experiment_name, and model.partial_pretrain to that folder to start from its "
+            "weights"
         )
-    harmless = ("trainer.resume_mode", "trainer.total_epochs", "trainer.total_training_steps")
-    told = {key: text for key, text in changed.items() if not key.startswith(harmless)}
-    if told:
-        log.warning("going on with settings that are new: %s", "; ".join(told.values()))
+    length = ("trainer.resume_mode", "trainer.total_epochs", "trainer.total_training_steps")
+    new = [text for key, text in changed.items() if key not in length]
+    if new:
+        log.warning("going on with settings that are new: %s", "; ".join(new))
 
 
 def _changes(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
