@@ -24,16 +24,14 @@ class Copies:
     goes on meanwhile. Held on rank 0.
     """
 
-    def __init__(self, url: str, *, key: str = "trainer.default_hdfs_dir") -> None:
-        """Raises UserError when the place cannot be reached; `key` is where the URL was set."""
+    def __init__(self, url: str) -> None:
+        """Raises UserError when the place cannot be reached."""
         self.url = url.rstrip("/")
         try:
             self._files, self._root = _open(self.url)
             self._files.makedirs(self._root, exist_ok=True)
         except Exception as error:  # each kind of storage has errors of its own
-            raise UserError(
-                f"{key}={url}: cannot be reached ({_words(error)}); mend that, or set it to null"
-            ) from error
+            raise _unreachable(url, error) from error
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="copies")
         self._last: Future[None] | None = None
         self._failed = False
@@ -94,9 +92,7 @@ def newest_copy(url: str) -> str | None:
         whole = (step for step in steps if files.exists(f"{root}/global_step_{step}/{_MARKER}"))
         step = next(whole, None)
     except Exception as error:
-        raise UserError(
-            f"{url}: cannot be read ({_words(error)}); mend that, or set trainer.default_hdfs_dir to null"
-        ) from error
+        raise _unreachable(url, error) from error
     return None if step is None else f"{url.rstrip('/')}/global_step_{step}"
 
 
@@ -126,6 +122,12 @@ def fetch(url: str, run_dir: Path) -> Path:
         raise UserError(f"{url}: cannot be fetched into {run_dir} ({_words(error)})") from error
     log.info("fetched %s", url)
     return folder
+
+
+def _unreachable(url: str, error: Exception) -> UserError:
+    return UserError(
+        f"trainer.default_hdfs_dir={url}: cannot be reached ({_words(error)}); mend that, or set it to null"
+    )
 
 
 def _open(url: str) -> tuple[Any, str]:

@@ -143,7 +143,7 @@ def damage(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
         recorded = json.loads(marker.read_text(encoding="utf-8"))
         hashes, version = recorded["sha256"], recorded["format"]
         names = sorted(hashes)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return f"{MARKER_NAME} cannot be read"
     if version != FORMAT:
         return f"written in format {version!r}, which this version does not read"

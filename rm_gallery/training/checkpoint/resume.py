@@ -206,7 +206,7 @@ def _check_identity(folder: Path, saved: Mapping[str, Any], identity: RunIdentit
             if name != PLAN or not (causes or differing[1:])
         ]
         raise UserError(
-            f"{folder}: written by another run: {'; '.join(told + causes)}. To go on with it, set these back; for a new "
+            f"{folder}: written by another run: {'; '.join(told + causes)}. To go on, set these back; for a new "
             "run set another trainer.experiment_name, and model.partial_pretrain to that folder to start from its "
             "weights"
         )
