@@ -115,6 +115,15 @@ def make_inputs(folder: Path) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def check_room(count: int, processes: int) -> None:
+    """Stop rather than push this machine into killing processes."""
+    with open("/proc/meminfo") as lines:
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    needed = 20 * count + int(1.5 * 2**30) * processes
+    if needed > free:
+        sys.exit(f"{processes} processes need about {needed / 2**30:.0f} GiB, and {free / 2**30:.0f} GiB are free")
+
+
 def launch(folder: Path, strategy: str, processes: int, dtype: str, steps: int) -> list[dict[str, int]]:
     """Peaks of each rank."""
     command = [
@@ -150,6 +159,7 @@ def main() -> None:
         print(f"{'strategy':10}{'processes':>10}" + "".join(f"{phase:>12}" for phase in PHASES))
         for strategy in arguments.strategies:
             for processes in arguments.processes:
+                check_room(count, processes)
                 peaks = launch(Path(name), strategy, processes, arguments.dtype, arguments.steps)
                 largest = {phase: max(peak[phase] for peak in peaks) for phase in PHASES}
                 results.append({"strategy": strategy, "processes": processes, "ranks": peaks})

@@ -166,14 +166,14 @@ def _join(world: World, timeout_seconds: float) -> _Meeting:
         name=f"rank {world.rank} on {socket.gethostname()}", speaks=world.local_rank == 0,
     )  # fmt: skip
     watch.start()
-    on_gpu = world.device.type == "cuda"
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        # Both on GPUs: offloaded weights, and objects, are sent between CPUs. No device_id: groups that are split from
+        # this one would lose the CPU's half.
+        "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),
         rank=world.rank,
         world_size=world.world_size,
         timeout=timedelta(seconds=timeout_seconds + 60),  # the watch comes first: it can name who hangs
-        device_id=world.device if on_gpu else None,
     )
     return _Meeting(store, watch, world)
 

@@ -185,6 +185,15 @@ def test_an_earlier_run_is_not_overwritten(data: Path, qwen2_folder: Path, capsy
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_processes_that_cannot_meet_are_refused_in_words(
+    data: Path, qwen2_folder: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    train(qwen2_folder, status=2)
+    assert "rank 0 cannot reach the other processes" in capsys.readouterr().err
+
+
 def test_saved_rewards_match_whatever_template_the_tokenizer_has(data: Path, tmp_path: Path) -> None:
     """A tokenizer without template and with pad = EOS: both are settled, and text models get a plain template."""
     folder = make_model("llama", tmp_path / "llama")
