@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from rm_gallery.data.batch import PackedBatch, collate
-from rm_gallery.data.token_data import TokenGroup
+from rm_gallery.data.token_group import TokenGroup
 from rm_gallery.modeling import attention
 from rm_gallery.modeling.parallel import MasterWeights
 from rm_gallery.modeling.reward_model import RewardModel

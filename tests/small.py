@@ -108,7 +108,7 @@ def random_groups(seed: int, *, vocab: int = 264, most: int = 40) -> list[Any]:
     """TokenGroups of all shapes: empty prefixes, single tokens, one to five responses."""
     import numpy as np
 
-    from rm_gallery.data.token_data import TokenGroup
+    from rm_gallery.data.token_group import TokenGroup
     from rm_gallery.schema import Comparison
 
     draw = np.random.default_rng(seed)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rm_gallery.data.token_data import TokenGroup
+from rm_gallery.data.token_group import TokenGroup
 
 # T tokens, G groups, R responses, C comparisons
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+_MOST_REASONS = 200  # those of chat templates may quote the row, and must not fill the memory
+_OTHER = "left out for yet another reason"
+
 
 class BadRow(ValueError):
     """A row that cannot be used; the message is the reason, the same for all rows with the same fault."""
@@ -17,7 +20,9 @@ class Dropped:
     examples: dict[str, str] = field(default_factory=dict)
 
     def add(self, reason: str, where: str, count: int = 1) -> None:
-        """Count rows of one reason, the first of them at `where`."""
+        """Count rows of one reason, the first of them at `where`; past a number of reasons the rest are one."""
+        if reason not in self.counts and len(self.counts) >= _MOST_REASONS:
+            reason = _OTHER
         self.counts[reason] = self.counts.get(reason, 0) + count
         self.examples.setdefault(reason, where)
 

@@ -83,14 +83,14 @@ def prepare(
 
 
 def peek(
-    file: DataFile, entries: Sequence[FileEntry], config: PrepareConfig, tokenizer: Any, *, key: str
+    files: Sequence[DataFile], entries: Sequence[FileEntry], config: PrepareConfig, tokenizer: Any, *, key: str
 ) -> CustomFacts:
-    """Read the first rows of a file as training would; raises UserError as `prepare` does."""
-    custom = CustomFacts()
-    for task in islice(tasks_of([file], entries, config, key, set()), 1):
-        processor = RowProcessor(Work(config, tokenizer))
-        rows = islice(task.chunk.rows(), _CHECK_ROWS)
-        custom = processor.process(rows, processor.reader(task.format_name), task.source).custom
+    """Read the first rows of each file as training would; raises UserError as `prepare` does."""
+    processor, chosen, custom = RowProcessor(Work(config, tokenizer)), set[str](), CustomFacts()
+    for file in files:
+        for task in islice(tasks_of([file], entries, config, key, chosen), 1):
+            rows = islice(task.chunk.rows(), _CHECK_ROWS)
+            custom.add(processor.process(rows, processor.reader(task.format_name), task.source).custom)
     return custom
 
 

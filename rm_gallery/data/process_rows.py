@@ -17,7 +17,8 @@ from rm_gallery.data.encode import Encoder
 from rm_gallery.data.formats import FormatConfig, RowReader, prompt_key
 from rm_gallery.data.length import fit_length
 from rm_gallery.data.source import Row
-from rm_gallery.data.token_data import Origin, TokenChunk, TokenGroup, hash_prompt, make_chunk, split_prefix
+from rm_gallery.data.token_arrays import TokenChunk, make_chunk
+from rm_gallery.data.token_group import Origin, TokenGroup, hash_prompt, split_prefix
 from rm_gallery.data.tokenize import TokenizeConfig
 from rm_gallery.errors import UserError
 from rm_gallery.schema import InputStyle, PreferenceGroup

@@ -18,7 +18,8 @@ import numpy as np
 
 from rm_gallery.data.custom import CustomFacts
 from rm_gallery.data.dropped import Dropped
-from rm_gallery.data.token_data import ARRAYS, STARTS, Fingerprint, TokenChunk, TokenData
+from rm_gallery.data.token_arrays import ARRAYS, STARTS, Fingerprint, TokenChunk
+from rm_gallery.data.token_data import TokenData
 from rm_gallery.schema import InputStyle
 
 RECORD_NAME = "store.json"

@@ -17,7 +17,7 @@ from rm_gallery.data.formats import RowReader, prompt_key
 from rm_gallery.data.prepare import tasks_of
 from rm_gallery.data.process_rows import Reader, is_wanted
 from rm_gallery.data.source import entries_of, resolve_files
-from rm_gallery.data.token_data import hash_prompt
+from rm_gallery.data.token_group import hash_prompt
 from rm_gallery.data.tokenize import load_tokenizer
 from rm_gallery.data.workers import Task
 from rm_gallery.errors import UserError

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rm_gallery.data.dropped import BadRow
-from rm_gallery.data.token_data import split_prefix
+from rm_gallery.data.token_group import split_prefix
 from rm_gallery.inspection.encoders import Encoder, Piece
 from rm_gallery.schema import PreferenceGroup
 

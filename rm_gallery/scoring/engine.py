@@ -16,7 +16,7 @@ import torch
 from rm_gallery.data.batch import collate
 from rm_gallery.data.dropped import BadRow
 from rm_gallery.data.encode import Encoder
-from rm_gallery.data.token_data import TokenGroup, split_prefix
+from rm_gallery.data.token_group import TokenGroup, split_prefix
 from rm_gallery.data.tokenize import TokenizeConfig
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring.inputs import check_group

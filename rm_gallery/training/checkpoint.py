@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from rm_gallery.data.batch import collate
-from rm_gallery.data.token_data import TokenGroup
+from rm_gallery.data.token_group import TokenGroup
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.export import InputRecord, check_manifest, check_rewards, export_folder
 from rm_gallery.modeling.parallel import DTYPES, MasterWeights

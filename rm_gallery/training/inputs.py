@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from rm_gallery.data.custom import CustomReader
-from rm_gallery.data.packing import Mixture, check_budget
+from rm_gallery.data.mixture import Mixture
+from rm_gallery.data.packing import check_budget
 from rm_gallery.data.prepare import peek, prepare
 from rm_gallery.data.process_rows import Share
 from rm_gallery.data.source import DataFile, entries_of, resolve_files
@@ -87,10 +88,9 @@ def check_inputs(config: TrainConfig) -> None:
     )
     load_model_config(model.partial_pretrain, trust_remote_code=model.trust_remote_code)
     for side in sides_of(config.data):
-        entries = entries_of(config.data, side.key)
-        for file in resolve_files(config.data, key=side.key):
-            for warning in peek(file, entries, config.data, tokenizer, key=side.key).warnings():
-                log.warning("%s: %s", side.key, warning)
+        files, entries = resolve_files(config.data, key=side.key), entries_of(config.data, side.key)
+        for warning in peek(files, entries, config.data, tokenizer, key=side.key).warnings():
+            log.warning("%s: %s", side.key, warning)
 
 
 @dataclass(frozen=True)

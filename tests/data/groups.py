@@ -8,7 +8,8 @@ from typing import Any
 from rm_gallery.data.dropped import Dropped
 from rm_gallery.data.process_rows import RowProcessor, RowsConfig, Work
 from rm_gallery.data.source import Row
-from rm_gallery.data.token_data import TokenData, with_starts
+from rm_gallery.data.token_arrays import with_starts
+from rm_gallery.data.token_data import TokenData
 from rm_gallery.schema import Comparison, PreferenceGroup
 
 PAIR = (Comparison(0, 1),)

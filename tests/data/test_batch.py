@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rm_gallery.data.batch import collate
-from rm_gallery.data.token_data import split_prefix
+from rm_gallery.data.token_group import split_prefix
 from rm_gallery.schema import Comparison
 from tests.small import random_groups, whole_texts
 

@@ -9,7 +9,8 @@ import pytest
 
 from rm_gallery.data.loader import StepBatches, load_steps
 from rm_gallery.data.packing import PackingConfig, Plan
-from rm_gallery.data.token_data import Origin, TokenData
+from rm_gallery.data.token_data import TokenData
+from rm_gallery.data.token_group import Origin
 from tests.small import random_groups
 
 GROUPS = [group for seed in range(3) for group in random_groups(seed)]

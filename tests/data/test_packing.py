@@ -8,16 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from rm_gallery.data.packing import (
-    Mixture,
-    PackingConfig,
-    Plan,
-    StepPlan,
-    check_budget,
-    epoch_order,
-    plan_step,
-    split_steps,
-)
+from rm_gallery.data.mixture import Mixture
+from rm_gallery.data.packing import PackingConfig, Plan, StepPlan, check_budget, epoch_order, plan_step, split_steps
 from rm_gallery.data.token_data import GroupSizes
 
 

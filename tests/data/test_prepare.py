@@ -20,7 +20,7 @@ from rm_gallery.data.formats import CustomClassConfig
 from rm_gallery.data.prepare import PrepareConfig, prepare
 from rm_gallery.data.process_rows import is_wanted
 from rm_gallery.data.source import SourceConfig, entries_of, resolve_files
-from rm_gallery.data.token_data import hash_prompt
+from rm_gallery.data.token_group import hash_prompt
 from rm_gallery.data.token_store import Store
 from rm_gallery.errors import UserError
 from tests.data.groups import texts_of

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rm_gallery.data.dropped import BadRow
-from rm_gallery.data.token_data import Origin, TokenData, split_prefix
+from rm_gallery.data.token_data import TokenData
+from rm_gallery.data.token_group import Origin, split_prefix
 from tests.data.groups import text_group, tokenized
 from tests.small import random_groups
 

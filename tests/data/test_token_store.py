@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from rm_gallery.data.dropped import Dropped
-from rm_gallery.data.token_data import Origin, TokenData, TokenGroup, make_chunk
+from rm_gallery.data.token_arrays import make_chunk
+from rm_gallery.data.token_data import TokenData
+from rm_gallery.data.token_group import Origin, TokenGroup
 from rm_gallery.data.token_store import Facts, Store, StoreWriter, open_store
 from rm_gallery.schema import Comparison
 from tests.small import random_groups

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rm_gallery.data.batch import PackedBatch, collate
-from rm_gallery.data.token_data import TokenGroup
+from rm_gallery.data.token_group import TokenGroup
 from rm_gallery.objectives.bradley_terry import bradley_terry
 from rm_gallery.schema import Comparison
 

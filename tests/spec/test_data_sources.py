@@ -54,6 +54,7 @@ def test_the_training_file_is_the_split_of_that_name(site: StandIn, names: dict[
     assert facts["train"]["groups"] + facts["val"]["groups"] == 40
     assert facts["train"]["held_out"] == facts["val"]["groups"] > 0
     assert len(facts["train"]["files"]) == 2
+    assert [each.partition(",")[0] for each in facts["train"]["formats"]] == ["text"]
 
 
 def test_a_missing_split_names_those_that_exist_and_the_way_to_hold_out_a_share(

@@ -32,6 +32,9 @@ class Choice:
     name: str
     why: str
 
+    def __str__(self) -> str:
+        return f"{self.name}, since {self.why}"
+
 
 def choose_format(rows: Sequence[Row], config: FormatConfig, *, said: set[str] | None = None) -> Choice:
     """The format of a file: the one that `config` names, or under `auto` the first whose columns it has.
