@@ -1,4 +1,4 @@
-"""The command line: `rm-gallery train | validate-config | show-data | score`.
+"""The command line: `rm-gallery train | validate-config | show-data | estimate | score`.
 
 Heavy modules are imported by the command that needs them.
 """
@@ -6,6 +6,7 @@ Heavy modules are imported by the command that needs them.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -14,14 +15,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from rm_gallery import __version__
-from rm_gallery.errors import UserError
-from rm_gallery.log import setup_logging
+from rm_gallery.errors import StoppedBySignal, UserError
+from rm_gallery.log import setup_logging, speak_in_turn
 
 log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None, *, default_config: str | None = None) -> int:
-    """Run one command; returns its exit status: 0, 2 for a mistake that a person can mend, 130 for Ctrl-C.
+    """Run one command; returns its exit status: 0, 2 for a mistake that a person can mend, 130 for Ctrl-C, 143
+    for SIGTERM after the run was saved.
 
     default_config: YAML file that `--config` starts from; recipes give their own.
     """
@@ -35,9 +37,13 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
     except UserError as error:
         if arguments.debug:
             traceback.print_exc()
+        rank = speak_in_turn()
         for line in str(error).splitlines():
-            print(f"rm-gallery: error: {line}", file=sys.stderr)
+            print(f"{rank}rm-gallery: error: {line}", file=sys.stderr)
         return 2
+    except StoppedBySignal as stopped:
+        print(f"rm-gallery: {stopped}", file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print(f"rm-gallery: stopped by Ctrl-C; {arguments.when_stopped}", file=sys.stderr)
         return 130
@@ -65,6 +71,7 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
         _add_config(command, default_config)
         command.set_defaults(run=run, words="overrides", when_stopped="checkpoints that were written are whole")
     _add_show_data(commands, default_config)
+    _add_estimate(commands, default_config)
     _add_score(commands)
     return parser
 
@@ -89,6 +96,24 @@ def _add_show_data(commands: Any, default_config: str | None) -> None:
     command.add_argument("--json", action="store_true", help="print every figure as JSON instead")
     command.add_argument("--samples", type=int, default=3, metavar="N", help="rows shown as text (default: 3)")
     command.set_defaults(run=_show_data, words="overrides", when_stopped="nothing was written")
+
+
+def _add_estimate(commands: Any, default_config: str | None) -> None:
+    command = commands.add_parser(
+        "estimate",
+        help="memory, micro-batch and time of a run, before it has its machine",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Memory of each GPU by kind, the micro-batch that fits, the time of an epoch, and what to change when it\n"
+            "does not fit. Reads a model's config.json and a sample of the data; no weights.\n"
+            "  rm-gallery estimate model=qwen2.5-7b n_gpus=8 gpu=h200 data=train.parquet\n"
+            "Keys besides those of training: n_gpus, gpu (h200, h100, a100-80, a100-40, l40s, 4090, cpu),\n"
+            "gpus_per_node, gpu_memory_gib, mfu, pairs, prompt_tokens, response_tokens, tokenizer, chars_per_token."
+        ),
+    )
+    _add_config(command, default_config)
+    command.add_argument("--json", action="store_true", help="print values in bytes and seconds instead of text")
+    command.set_defaults(run=_estimate, words="overrides", when_stopped="nothing was written")
 
 
 def _add_score(commands: Any) -> None:
@@ -124,7 +149,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from rm_gallery.training.build import run_training
 
     result = run_training(config)
-    print(f"checkpoint: {result.checkpoint}")
+    if result.is_main:
+        print(f"checkpoint: {result.checkpoint}")
 
 
 def _validate_config(arguments: argparse.Namespace) -> None:
@@ -143,6 +169,19 @@ def _show_data(arguments: argparse.Namespace) -> None:
     show_data(
         arguments.config, arguments.overrides, html=arguments.html, as_json=arguments.json, samples=arguments.samples
     )
+
+
+def _estimate(arguments: argparse.Namespace) -> None:
+    from rm_gallery.planning.config import load_estimate_config
+
+    config = load_estimate_config(arguments.config, arguments.overrides)
+    from rm_gallery.planning.advice import advise
+    from rm_gallery.planning.estimate import estimate
+    from rm_gallery.planning.report import as_text, as_values
+
+    found = estimate(config)
+    advice = None if found.fits else advise(found)
+    print(json.dumps(as_values(found, advice), indent=2) if arguments.json else as_text(found, advice))
 
 
 def _score(arguments: argparse.Namespace) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 
 
 def setup_logging(level: int = logging.INFO) -> None:
-    """Send the package's log to standard error; ranks above 0 only warn, and say who they are.
+    """Send the package's log to standard error; ranks above 0 are quiet but for errors, and say who they are.
 
     Libraries under us stay at WARNING. Called by entry points; calling it again takes today's level and `sys.stderr`.
     """
-    rank = int(os.environ.get("RANK", "0") or 0)
+    rank = _number("RANK")
     logger = logging.getLogger("rm_gallery")
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
@@ -23,4 +24,21 @@ def setup_logging(level: int = logging.INFO) -> None:
     for known in logger.handlers:
         if type(known) is logging.StreamHandler:
             known.stream = sys.stderr  # not setStream: it would flush a stream that may be closed
-    logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
+    logger.setLevel(level if rank == 0 else logging.ERROR)
+
+
+def speak_in_turn(seconds: float = 2.0) -> str:
+    """Before a process says why it ends: what to put in front, `[rank N] ` or nothing.
+
+    The first process of a machine speaks at once. The others wait: mostly they end for the same reason, and torchrun
+    ends them before they repeat it.
+    """
+    if _number("LOCAL_RANK"):
+        time.sleep(seconds)
+    rank = _number("RANK")
+    return f"[rank {rank}] " if rank else ""
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else 0

@@ -1,7 +1,7 @@
 """Metrics: sums kept on the device, divided once when they are read.
 
 A mean of per-batch means is wrong when batches differ in size, and reading a value per micro-batch stalls a
-GPU. So every metric here is a pair (sum, weight) that is added to and divided at the end.
+GPU. So every metric here is a pair (sum, weight) that is added to, summed over the processes and divided at the end.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from rm_gallery.distributed import sum_over_ranks
 
 # C comparisons
 
@@ -31,11 +33,18 @@ class Sums:
         self.add(other._sums)
 
     def read(self) -> dict[str, float]:
-        """All sums as Python floats, with one copy to the host; the sums start again at nothing."""
+        """All sums over all processes as Python floats, with one copy to the host; they start again at nothing.
+
+        Every process must read, with the same names.
+        """
         names = list(self._sums)
-        values = torch.stack([self._sums[name] for name in names]).tolist() if names else []
+        values = sum_over_ranks(torch.stack([self._sums[name] for name in names])).tolist() if names else []
         self._sums = {}
         return dict(zip(names, values, strict=True))
+
+    def peek(self) -> dict[str, float]:
+        """The sums of this process alone, which stay."""
+        return {name: float(value) for name, value in self._sums.items()}
 
 
 def pairwise_sums(better: Tensor, worse: Tensor) -> dict[str, Tensor]:

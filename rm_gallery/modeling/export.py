@@ -9,19 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rm_gallery.distributed import from_main, rank
 from rm_gallery.errors import UserError
+from rm_gallery.modeling.export_weights import write_weights
 from rm_gallery.modeling.reward_model import RewardModel, quiet_transformers
 from rm_gallery.schema import InputStyle
 
@@ -55,17 +58,22 @@ def settle_pad_token(model: RewardModel, tokenizer: Any) -> None:
     Called before training, since the padded forward pass of every consumer looks for the last token that is not
     a pad token.
     """
+    num_rows = model.network.get_input_embeddings().num_embeddings
+    missing = lacking_rows(model, tokenizer)
+    if missing:
+        model.network.resize_token_embeddings(len(tokenizer))
+        log.info("embeddings: %d rows, %d more, for tokens of the tokenizer", num_rows + missing, missing)
+    model.network.config.pad_token_id = tokenizer.pad_token_id
+
+
+def lacking_rows(model: RewardModel, tokenizer: Any) -> int:
+    """Rows that the embeddings lack for the tokenizer, once it has a pad token that is not EOS."""
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         vocabulary = tokenizer.get_vocab()
         known = [token for token in _PAD_CANDIDATES if token in vocabulary and token != tokenizer.eos_token]
         tokenizer.add_special_tokens({"pad_token": known[0] if known else "<|pad|>"})
         log.info("pad token: %s (id %d), since it must differ from EOS", tokenizer.pad_token, tokenizer.pad_token_id)
-    network = model.network
-    rows = network.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        network.resize_token_embeddings(len(tokenizer))
-        log.info("embeddings: %d rows, %d more, for tokens of the tokenizer", len(tokenizer), len(tokenizer) - rows)
-    network.config.pad_token_id = tokenizer.pad_token_id
+    return max(0, len(tokenizer) - model.network.get_input_embeddings().num_embeddings)
 
 
 def export_folder(
@@ -78,29 +86,61 @@ def export_folder(
 ) -> None:
     """Write the folder under a temporary name, check every tensor by its hash, and rename it.
 
-    state: the library model's state dict; floating tensors are written as `dtype`.
-    Raises OSError when the disk is full or a file came out damaged; `folder` does not exist then.
+    state: the library model's state dict; floating tensors are written as `dtype`, and those that are cut over
+    processes are gathered one at a time. Every process must call it; rank 0 writes.
+    Raises OSError, on every process, when the disk is full or a file came out damaged; `folder` does not exist then.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        cast = {
-            name: value.detach().to("cpu", dtype if value.is_floating_point() else None)
-            for name, value in state.items()
-        }
-        with quiet_transformers():
-            model.network.save_pretrained(temporary, state_dict=cast)
-        _finish_config(temporary / "config.json", model, dtype, record)
-        _save_tokenizer(temporary, tokenizer, record)
-        _compare_hashes(temporary, cast)
-        _make_readable(temporary)
-        files = {path.name: _file_hash(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps({"sha256": files}, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, folder)
-    except SafetensorError as error:  # how the library reports a disk that is full
-        raise OSError(str(error)) from error
-    finally:
+    if rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
+    problem: OSError | None = None
+    try:
+        write_weights(temporary, state, dtype)
+        if rank() == 0:
+            _write_rest(temporary, model, tokenizer, dtype, record)
+            os.replace(temporary, folder)
+    except OSError as error:
+        problem = error
+    finally:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+    said = from_main(str(problem) if problem else "")
+    if said:
+        raise problem or OSError(said)
+
+
+def write_folder(
+    folder: Path,
+    model: RewardModel,
+    state: Mapping[str, Tensor],
+    tokenizer: Any,
+    dtype: torch.dtype,
+    record: InputRecord,
+    *,
+    read: Callable[[str], Tensor],
+) -> None:
+    """The same by one process alone, straight into `folder`; no other one need call it.
+
+    state: tensors without values (on the meta device); `read` gives each when its turn comes.
+    """
+    write_weights(folder, state, dtype, read=read)
+    _write_rest(folder, model, tokenizer, dtype, record)
+
+
+def _write_rest(folder: Path, model: RewardModel, tokenizer: Any, dtype: torch.dtype, record: InputRecord) -> None:
+    """All but the weights, and the hashes of all files."""
+    from transformers.dynamic_module_utils import custom_object_save
+
+    network = model.network
+    with quiet_transformers():
+        if getattr(network, "_auto_class", None) is not None:  # the folder brings its code along, as it came
+            custom_object_save(network, folder, config=network.config)
+        network.config.save_pretrained(folder)
+    _finish_config(folder / "config.json", model, dtype, record)
+    _save_tokenizer(folder, tokenizer, record)
+    _make_readable(folder)
+    files = {path.name: _file_hash(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({"sha256": files}, indent=2) + "\n", encoding="utf-8")
 
 
 def _finish_config(path: Path, model: RewardModel, dtype: torch.dtype, record: InputRecord) -> None:
@@ -140,29 +180,12 @@ def _save_tokenizer(folder: Path, tokenizer: Any, record: InputRecord) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _compare_hashes(folder: Path, state: Mapping[str, Tensor]) -> None:
-    seen = set()
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                if name in state and _tensor_hash(tensors.get_tensor(name)) != _tensor_hash(state[name]):
-                    raise OSError(f"{file}: tensor {name} came out damaged; check the disk")
-                seen.add(name)
-    lost = set(state) - seen
-    if lost:
-        raise OSError(f"{folder}: {len(lost)} tensors are missing from the file (first: {min(lost)})")
-
-
 def _make_readable(folder: Path) -> None:
     """Give the files the rights that the user's umask says; safetensors writes them for the owner alone."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.iterdir():
         path.chmod(0o666 & ~umask)
-
-
-def _tensor_hash(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _file_hash(path: Path) -> str:
@@ -206,8 +229,16 @@ def check_rewards(folder: Path, texts: Sequence[Sequence[int]], expected: Sequen
     """Compare the folder's rewards with the trainer's.
 
     exact: float32 throughout, so 1e-4 of difference is too much; with bfloat16 on either side rounding is larger.
-    Raises UserError that names the largest difference.
+    Left out, with a warning, where the host has no room for the float32 model beside all else.
+    Raises UserError that names the first difference.
     """
+    needed, free = _float32_bytes(folder), _free_memory()
+    if needed > free / 2:
+        log.warning(
+            "%s: not rescored, since its %.0f GiB in float32 do not fit easily into %.0f GiB of free memory",
+            folder, needed / 2**30, free / 2**30,
+        )  # fmt: skip
+        return
     absolute, relative = (1e-4, 1e-4) if exact else (0.1, 0.05)
     for number, (found, wanted) in enumerate(zip(rescore(folder, texts), expected, strict=True)):
         if abs(found - wanted) > absolute + relative * abs(wanted):
@@ -215,3 +246,22 @@ def check_rewards(folder: Path, texts: Sequence[Sequence[int]], expected: Sequen
                 f"{folder}: reloaded, it gives text {number} the reward {found:.6f}, the trainer gave {wanted:.6f}; "
                 "the folder cannot be trusted (please report the architecture)"
             )
+
+
+def _float32_bytes(folder: Path) -> int:
+    """Of all weights of the folder."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                total += 4 * math.prod(tensors.get_slice(name).get_shape())
+    return total
+
+
+def _free_memory() -> float:
+    """Bytes that new memory can take without swapping; no limit where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return math.inf
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), math.inf)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 from annotated_types import Ge
-from torch import Tensor, nn
 
-from rm_gallery.distributed import World
+from rm_gallery.distributed import World, from_main, turn
 from rm_gallery.errors import UserError
+from rm_gallery.modeling.outline import WeightFiles
 from rm_gallery.modeling.reward_model import RewardModel
+from rm_gallery.modeling.sharding import Cut, shard
+from rm_gallery.modeling.weights import MasterWeights, TrainedWeights, copy_from_main
+
+__all__ = [
+    "DTYPES", "FsdpConfig", "MasterWeights", "ModelConfig", "TrainedWeights", "WrapPolicyConfig", "apply",
+    "choose_strategy", "offload_optimizer",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +34,7 @@ class WrapPolicyConfig:
     __pydantic_config__ = {"extra": "forbid"}
 
     min_num_params: Annotated[int, Ge(0)] = 0
-    """Least parameters of such a module; 0 shards each transformer layer."""
+    """Least parameters of a module that is gathered on its own; 0 takes each transformer layer."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +46,22 @@ class FsdpConfig:
     model_dtype: Literal["fp32", "bf16"] = "bf16"
     """Type that the backbone computes in. The weights that the optimizer updates are float32 either way."""
     cpu_offload: bool = False
-    """Keep weights, gradients and optimizer state in host memory."""
+    """`fsdp` and `fsdp2`: weights, gradients and optimizer state lie in host memory, where the optimizer runs too."""
     offload_params: bool = False
-    """With `cpu_offload`: weights too (FSDP1's name)."""
+    """The same; FSDP1's name. Neither engine can offload weights without their gradients and optimizer state."""
     param_offload: bool = False
-    """Keep weights in host memory between uses (fsdp2)."""
+    """The same; fsdp2's name."""
     optimizer_offload: bool = False
-    """Keep optimizer state in host memory (fsdp2)."""
-    fsdp_size: int = -1
-    """GPUs of one sharding group; -1 shards over all."""
+    """Only the optimizer state lies in host memory, between its steps. Any strategy, one GPU too."""
+    fsdp_size: Annotated[int, Ge(-1)] = -1
+    """Processes of one sharding group (on GPUs best those of one machine): weights are cut inside a group, and the
+    groups hold copies of each other. -1: all processes are one group."""
     wrap_policy: WrapPolicyConfig = field(default_factory=WrapPolicyConfig)
+
+    @property
+    def offloads_weights(self) -> bool:
+        """Whether weights, gradients and optimizer state lie in host memory."""
+        return self.cpu_offload or self.offload_params or self.param_offload
 
 
 @dataclass(frozen=True)
@@ -64,78 +77,125 @@ class ModelConfig:
     enable_gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
     strategy: Literal["auto", "fsdp", "fsdp2", "ddp"] = "auto"
-    """How several processes share the work; one process needs none of them."""
+    """How several processes share the work: `ddp` keeps all weights in each, `fsdp` (FSDP1) and `fsdp2` cut them.
+    `auto`: `ddp` if weights, gradients and optimizer state take at most a quarter of a process's memory, else `fsdp2`.
+    One process needs none of them."""
     dropout: float = 0.0
     """All dropout rates of the model. Off by default: noise in rewards costs more than it regularizes."""
     fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
 
 
-class MasterWeights:
-    """float32 weights for the optimizer beside a model that computes in another type.
-
-    With weights in bfloat16 of their own, most updates at a learning rate of 5e-7 round to nothing (the figures
-    are in docs/log.md). Gradients of every micro-batch are added up in float32 here, and `publish` copies
-    the weights to the model once a step. Parameters that are float32 in the model are their own masters.
-    """
-
-    def __init__(self, model: RewardModel, dtype: torch.dtype) -> None:
-        head = set(model.head.parameters())
-        self._named: list[tuple[str, nn.Parameter]] = []
-        self._copies: list[tuple[nn.Parameter, nn.Parameter]] = []  # (master, parameter that computes)
-        for name, parameter in model.named_parameters():
-            master = parameter
-            if dtype != torch.float32 and parameter not in head:
-                master = nn.Parameter(parameter.detach().clone())
-                parameter.data = parameter.data.to(dtype)
-                parameter.register_post_accumulate_grad_hook(_adder(master))
-                self._copies.append((master, parameter))
-            self._named.append((name, master))
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """float32 parameters under the model's names; their `.grad` holds the step's summed gradient."""
-        return iter(self._named)
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Copy the float32 weights into the model that computes."""
-        if self._copies:
-            torch._foreach_copy_([copy for _, copy in self._copies], [master for master, _ in self._copies])
-
-    def state_dict(self, model: RewardModel) -> dict[str, Tensor]:
-        """The library model's state, with float32 weights; for saving."""
-        masters = dict(self._named)
-        prefix = "network."
-        return {name: masters.get(prefix + name, value) for name, value in model.network.state_dict().items()}
+Strategy: TypeAlias = Literal["none", "ddp", "fsdp", "fsdp2"]
+"""How it runs in the end; `none` is one process that holds everything on its device."""
 
 
-def _adder(master: nn.Parameter):  # type: ignore[no-untyped-def]
-    def add(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        gradient = parameter.grad.float()
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-        parameter.grad = None
+def choose_strategy(config: ModelConfig, world: World, num_parameters: int) -> Strategy:
+    """The strategy that runs.
 
-    return add
-
-
-def apply(model: RewardModel, config: ModelConfig, world: World) -> MasterWeights:
-    """Move the model to its device and set up precision and activation checkpointing.
-
-    Raises UserError for offload on a GPU, which needs a sharding strategy that is not there yet.
+    Every process must call it, since rank 0 chooses. Raises UserError for group sizes and offloading that do not fit.
     """
     fsdp = config.fsdp_config
-    if fsdp.cpu_offload or fsdp.offload_params or fsdp.param_offload or fsdp.optimizer_offload:
-        if world.device.type != "cpu":
-            raise UserError("model.fsdp_config: offloading is not supported yet; set its *offload* keys to false")
-        log.info("model.fsdp_config: offloading does nothing on a CPU, where all is in host memory already")
+    on_gpu = world.device.type == "cuda"
+    if world.world_size == 1:
+        return "fsdp2" if on_gpu and fsdp.offloads_weights else "none"
+    if config.strategy != "auto":
+        strategy: Strategy = config.strategy
+    else:
+        # float32 weights, gradients and AdamW's two moments, and the weights in the compute type
+        needed = num_parameters * (16 + (2 if fsdp.model_dtype == "bf16" else 0))
+        is_small = 4 * needed <= _memory_of_a_process(world) and not fsdp.offloads_weights
+        strategy = from_main("ddp" if is_small else "fsdp2")
+        log.info(
+            "model.strategy=auto: %s for %d parameters on %d processes", strategy, num_parameters, world.world_size
+        )
+    size = fsdp.fsdp_size
+    if strategy != "ddp" and size > 0 and world.world_size % size:
+        raise UserError(
+            f"model.fsdp_config.fsdp_size={size} does not divide the {world.world_size} processes into equal groups; "
+            "set a divisor, or -1 for one group"
+        )
+    if strategy != "ddp" and size == 1:
+        log.info("model.fsdp_config.fsdp_size=1: groups of one process cut nothing, so each keeps all weights (ddp)")
+        strategy = "ddp"
+    if strategy == "ddp" and fsdp.offloads_weights:
+        if on_gpu:
+            raise UserError(
+                "model.strategy=ddp cannot offload weights; set fsdp2, or cpu_offload=false (optimizer_offload can)"
+            )
+        log.info("model.fsdp_config: %s", _IN_HOST_MEMORY)
+    return strategy
+
+
+_IN_HOST_MEMORY = "offloading does nothing on a CPU, where all is in host memory already"
+
+
+def _memory_of_a_process(world: World) -> int:
+    """Bytes."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_properties(world.device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.local_world_size
+
+
+def apply(
+    model: RewardModel, config: ModelConfig, world: World, *, strategy: Strategy, files: WeightFiles | None = None
+) -> tuple[RewardModel, TrainedWeights]:
+    """Set up strategy, precision and activation checkpointing: the model to call, and its weights.
+
+    files: for a model without weights, where they lie; the strategy cuts them then.
+    """
+    fsdp = config.fsdp_config
+    if config.enable_gradient_checkpointing:
+        _enable_checkpointing(model)
+    dtype = DTYPES[fsdp.model_dtype]
+    weights: TrainedWeights
+    if strategy in ("fsdp", "fsdp2"):
+        model, weights = shard(model, files, _cut(strategy, fsdp, dtype, world), world)
+    else:
+        assert files is None, f"{strategy} keeps all weights in each process"
+        if strategy == "none":
+            _say_what_one_process_ignores(config, world)
+        elif fsdp.wrap_policy.min_num_params:
+            log.info("model.fsdp_config.wrap_policy does nothing with ddp")
+        model.to(world.device)
+        copy_from_main(model)
+        weights = MasterWeights(model, dtype)
+    if world.world_size > 1:
+        model.register_forward_pre_hook(lambda *_: turn("a forward pass"), prepend=True)
+    return model, weights
+
+
+def _cut(strategy: Literal["fsdp", "fsdp2"], fsdp: FsdpConfig, dtype: torch.dtype, world: World) -> Cut:
+    offload = fsdp.offloads_weights
+    if world.device.type == "cpu" and (offload or fsdp.optimizer_offload):
+        log.info("model.fsdp_config: %s", _IN_HOST_MEMORY)
+        offload = offload and strategy == "fsdp2"  # FSDP1 refuses it there; fsdp2 runs the same code as on a GPU
+    size = fsdp.fsdp_size if fsdp.fsdp_size > 0 else world.world_size
+    return Cut(strategy, dtype, size, fsdp.wrap_policy.min_num_params, offload)
+
+
+def _say_what_one_process_ignores(config: ModelConfig, world: World) -> None:
+    fsdp = config.fsdp_config
+    if world.device.type == "cpu" and (fsdp.offloads_weights or fsdp.optimizer_offload):
+        log.info("model.fsdp_config: %s", _IN_HOST_MEMORY)
     if config.strategy != "auto":
         log.info("model.strategy=%s: one process, so the model is not split", config.strategy)
     if fsdp.fsdp_size > 1 or fsdp.wrap_policy.min_num_params:
         log.info("model.fsdp_config.fsdp_size and wrap_policy do nothing in one process")
-    model.to(world.device)
-    if config.enable_gradient_checkpointing:
-        _enable_checkpointing(model)
-    return MasterWeights(model, DTYPES[fsdp.model_dtype])
+
+
+def offload_optimizer(optimizer: torch.optim.Optimizer, config: FsdpConfig, device: torch.device) -> None:
+    """Keep the optimizer's state in host memory between its steps, where the configuration asks for that alone."""
+    if not config.optimizer_offload or config.offloads_weights or device.type == "cpu":
+        return
+
+    def move(to: torch.device | str) -> None:
+        for state in optimizer.state.values():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.ndim:  # the count of steps stays where the kernel wants it
+                    state[name] = value.to(to)
+
+    optimizer.register_step_pre_hook(lambda *_: move(device))
+    optimizer.register_step_post_hook(lambda *_: move("cpu"))
 
 
 def _enable_checkpointing(model: RewardModel) -> None:

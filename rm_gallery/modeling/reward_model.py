@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +67,33 @@ class RewardModel(nn.Module):
 
     def _packed_rewards(self, batch: PackedBatch) -> Tensor:
         backbone = getattr(self.network, self.network.base_model_prefix)
-        input_ids, positions = batch.input_ids, batch.positions
-        if not len(input_ids):
-            # A rank that ran out of data computes one token for nothing, so that collectives still meet.
-            input_ids, positions = input_ids.new_zeros(1), positions.new_zeros(1)
+        if not batch.num_tokens:
+            batch = _one_token(batch)
         hidden = backbone(
-            input_ids=input_ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
+            input_ids=batch.input_ids.unsqueeze(0),
+            position_ids=batch.positions.unsqueeze(0),
             use_cache=False,
             packed=attention.lay_out(batch),
         ).last_hidden_state[0]  # [T, D]
-        return self.head(hidden[batch.reward_index]).squeeze(-1).float()
+        # Not a view of the head's output: FSDP hangs its hooks on what comes out here.
+        return self.head(hidden[batch.reward_index]).squeeze(-1).float().clone()
 
     def _padded_rewards(self, batch: PackedBatch) -> Tensor:
         input_ids, mask = pad_texts(batch, self.network.config.pad_token_id)
         logits = self.network(input_ids=input_ids, attention_mask=mask).logits  # [R or 1, 1]
-        return logits[: len(batch.reward_index), 0].float()
+        return logits[: len(batch.reward_index), 0].float().clone()
+
+
+def _one_token(batch: PackedBatch) -> PackedBatch:
+    """The empty batch with one token and no reward.
+
+    A rank that ran out of data computes it for nothing, so that collectives still meet: every parameter gets its
+    (zero) gradient, those of keys and values too.
+    """
+    zero = batch.input_ids.new_zeros(1)
+    return replace(
+        batch, input_ids=zero, positions=zero, group=zero, response=zero, group_lengths=(1,), tail_lengths=((1,),)
+    )
 
 
 def _cast_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -129,6 +140,28 @@ def load_reward_model(
     from transformers import AutoModelForSequenceClassification
 
     path = os.path.expanduser(path)
+    config, extra = network_class_arguments(path, key=key, trust_remote_code=trust_remote_code, dropout=dropout)
+    try:
+        with quiet_transformers():
+            network, info = AutoModelForSequenceClassification.from_pretrained(
+                path, config=config, dtype=torch.float32, output_loading_info=True,
+                trust_remote_code=trust_remote_code, **extra,
+            )  # fmt: skip
+    except Exception as error:
+        raise UserError(f"{key}={path}: the model cannot be loaded ({first_line(error)})") from error
+    missing = sorted(info["missing_keys"])
+    lost = lost_parts(missing)
+    if lost:
+        raise UserError(
+            f"{key}={path}: the weights lack {len(lost)} tensors (first: {lost[0]}); is the download whole?"
+        )
+    return LoadedModel(RewardModel(network), has_head(missing), tuple(missing))
+
+
+def network_class_arguments(
+    path: str, *, key: str, trust_remote_code: bool, dropout: float
+) -> tuple[Any, dict[str, Any]]:
+    """The folder's configuration with one output and these dropout rates, and what else the library's class takes."""
     config = load_model_config(path, key=key, trust_remote_code=trust_remote_code)
     config.num_labels = 1
     config.problem_type = "regression"
@@ -140,22 +173,17 @@ def load_reward_model(
     if config.model_type in DECODERS:
         attention.install()
         extra["attn_implementation"] = attention.NAME
-    try:
-        with quiet_transformers():
-            network, info = AutoModelForSequenceClassification.from_pretrained(
-                path, config=config, dtype=torch.float32, output_loading_info=True,
-                trust_remote_code=trust_remote_code, **extra,
-            )  # fmt: skip
-    except Exception as error:
-        raise UserError(f"{key}={path}: the model cannot be loaded ({first_line(error)})") from error
-    missing = sorted(info["missing_keys"])
-    lost = [name for name in missing if not name.startswith(_HEAD_PARTS) and ".pooler." not in name]
-    if lost:
-        raise UserError(
-            f"{key}={path}: the weights lack {len(lost)} tensors (first: {lost[0]}); is the download whole?"
-        )
-    has_own_head = not any(name.startswith(HEADS) for name in missing)
-    return LoadedModel(RewardModel(network), has_own_head, tuple(missing))
+    return config, extra
+
+
+def lost_parts(missing: Iterable[str]) -> list[str]:
+    """Those of the missing tensors without which a model is nothing: all but reward head and pooler."""
+    return [name for name in missing if not name.startswith(_HEAD_PARTS) and ".pooler." not in name]
+
+
+def has_head(missing: Iterable[str]) -> bool:
+    """Whether a folder that lacks these tensors has a reward head."""
+    return not any(name.startswith(HEADS) for name in missing)
 
 
 @contextmanager
@@ -181,6 +209,12 @@ def load_model_config(path: str, *, key: str = "model.partial_pretrain", trust_r
     supported, and a classifier with more than one label.
     """
     config = read_model_config(path, key=key, trust_remote_code=trust_remote_code)
+    check_model_config(config, path, key=key)
+    return config
+
+
+def check_model_config(config: Any, path: str, *, key: str) -> None:
+    """Raise UserError for a configuration that no reward model is made of: see `load_model_config`."""
     if config.model_type not in DECODERS + ENCODERS:
         raise UserError(
             f"{key}={path}: architecture {config.model_type!r} is not supported; "
@@ -191,7 +225,6 @@ def load_model_config(path: str, *, key: str = "model.partial_pretrain", trust_r
         raise UserError(
             f"{key}={path}: the decoder attends both ways (use_bidirectional_attention), which cannot be packed"
         )
-    return config
 
 
 def check_one_label(config: Any, path: str, *, key: str, hint: str) -> None:

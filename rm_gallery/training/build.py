@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+import torch
 
 from rm_gallery.data.loader import load_steps
 from rm_gallery.data.packing import Plan
 from rm_gallery.data.token_data import TokenData
 from rm_gallery.data.tokenize import load_tokenizer
-from rm_gallery.distributed import World, seed_everything, start
-from rm_gallery.errors import UserError
-from rm_gallery.modeling.parallel import DTYPES, MasterWeights, apply
+from rm_gallery.distributed import World, processes, seed_apart, seed_everything
+from rm_gallery.errors import StoppedBySignal, UserError
+from rm_gallery.modeling.parallel import TrainedWeights, apply, offload_optimizer
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import OBJECTIVES
-from rm_gallery.training.checkpoint import Checkpoints, refuse_earlier_run
+from rm_gallery.training.agreement import agree_on_plan, agree_on_run
+from rm_gallery.training.checkpoint import Checkpoints, RunTensors, Start, find_start
 from rm_gallery.training.config import TrainConfig
-from rm_gallery.training.inputs import Loaded, build_model, check_data, load_sides, mixture_of
+from rm_gallery.training.inputs import Loaded, check_data, load_sides, mixture_of
 from rm_gallery.training.optim import build_optimizer, build_schedule
-from rm_gallery.training.run_folder import draw_curves, write_run_facts
-from rm_gallery.training.trackers import RunInfo, Trackers
+from rm_gallery.training.ranks import Ranks
+from rm_gallery.training.run_folder import claimed, draw_curves, write_run_facts
+from rm_gallery.training.run_state import build_checkpoints, model_shape, packing, run_identity
+from rm_gallery.training.start_model import StartModel, start_model
+from rm_gallery.training.stopping import StopSignal
+from rm_gallery.training.trackers import NoTrackers, RunInfo, Trackers
 from rm_gallery.training.trainer import Intervals, Trainer
 from rm_gallery.training.validate import validate
 
 log = logging.getLogger(__name__)
-
-_NUM_PROBES = 4  # shortest training groups, rescored from a checkpoint
 
 
 @dataclass(frozen=True)
@@ -40,54 +43,108 @@ class RunResult:
     run_dir: Path
     checkpoint: Path
     val_metrics: dict[str, float]
+    is_main: bool = True
+    """Whether this process is the one that talks to people."""
 
 
 def run_training(config: TrainConfig) -> RunResult:
-    """Train as configured, from nothing to the last checkpoint.
+    """Train as configured, from nothing or the newest checkpoint of the run folder to the last one.
 
-    Raises UserError for anything a person can mend; checkpoints that were written before stay.
+    Under torchrun every process calls it, and rank 0 writes. Raises UserError for anything a person can mend, and
+    StoppedBySignal when SIGTERM or Ctrl-C came; checkpoints that were written before stay.
     """
-    world = start(config.trainer.device)
-    refuse_earlier_run(config.trainer.run_dir)
+    stop, trainer = StopSignal(), config.trainer
+    with stop.listening(), processes(trainer.device, timeout_seconds=trainer.timeout_seconds) as world:
+        return _run(agree_on_run(config, world), world, stop)
+
+
+def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
     tokenizer = load_tokenizer(
         config.model.partial_pretrain,
         trust_remote_code=config.model.trust_remote_code,
         chat_template=config.data.chat_template,
     )
     seed_everything(config.trainer.seed)
-    model = build_model(config, tokenizer)  # before the data, which may take long: a bad folder is said at once
+    start = start_model(config, tokenizer, world)  # before the data, which may take long: a bad folder is said at once
+    shape = model_shape(start.model)
     train, val = load_sides(config.data, tokenizer)
-    check_data(config, model, train, val)
-    weights = apply(model, config.model, world)
+    check_data(config, start.model, train, val)
+    model, weights = apply(start.model, config.model, world, strategy=start.strategy, files=start.files)
+    seed_apart(config.trainer.seed, world)
     plan = Plan(
         train.data.sizes,
-        config.data,
+        packing(config.data),
         token_budget=config.data.budget,
         seed=config.trainer.seed,
         world_size=world.world_size,
         padded=model.padded,
         mixture=mixture_of(train, config.data),
     )
+    agree_on_plan(plan)
     total_steps = _count_steps(plan, config, train.data)
-    _write_facts(config, world, model, plan, train, val, total_steps)
-    checkpoints = _build_checkpoints(config, model, weights, tokenizer, train)
+    optimizer = build_optimizer(weights.named_parameters(), config.optim, is_matrix=weights.is_matrix)
+    offload_optimizer(optimizer, config.model.fsdp_config, world.device)
+    run_dir, ranks = config.trainer.run_dir, Ranks(world)
+    with ranks.first(claimed(run_dir)):
+        tensors = RunTensors(model, weights, optimizer)
+        identity = run_identity(config, train.data, plan, shape, total_steps)
+        begin = find_start(
+            run_dir, config.trainer.resume_mode, identity, tensors, ranks, copies_url=config.trainer.copies_url
+        )
+        if begin.folder is not None and begin.progress.step == total_steps:
+            log.info("the run is complete: %s is its last step", begin.folder)
+            return RunResult(run_dir, begin.folder, begin.progress.last_val, world.is_main)
+        if world.is_main:
+            _write_facts(config, world, start, plan, train, val, total_steps, begin.progress.step)
+        checkpoints = build_checkpoints(config, model, weights, tensors, tokenizer, train, ranks, identity, begin)
+        loop = _Loop(world, ranks, stop, model, weights, optimizer, plan, train, val, total_steps)
+        val_metrics = _train(config, loop, begin, checkpoints)
+        if world.is_main:
+            draw_curves(run_dir)
+    assert checkpoints.latest is not None
+    return RunResult(run_dir, checkpoints.latest, val_metrics, world.is_main)
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """What the training loop is built from."""
+
+    world: World
+    ranks: Ranks
+    stop: StopSignal
+    model: RewardModel
+    weights: TrainedWeights
+    optimizer: torch.optim.Optimizer
+    plan: Plan
+    train: Loaded
+    val: Loaded | None
+    total_steps: int
+
+
+def _train(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Checkpoints) -> dict[str, float]:
+    """Train from where `begin` says to the end; returns the last validation's metrics."""
     run = RunInfo(
         config.trainer.project_name,
         config.trainer.experiment_name,
         config.trainer.run_dir,
         config.as_dict(),
-        total_steps,
+        loop.total_steps,
+        start_step=begin.progress.step,
+        repeats_validation=begin.progress.validation_pending,
     )
-    trackers = Trackers(config.trainer.logger, run)
-    failed = True
+    trackers = Trackers(config.trainer.logger, run) if loop.world.is_main else NoTrackers()
+    failed, hurry = True, False
     try:
-        trainer = _build_trainer(config, world, model, weights, plan, train, val, total_steps, checkpoints, trackers)
+        trainer = _build_trainer(config, loop, begin, checkpoints, trackers)
         val_metrics = trainer.train(val_before_train=config.trainer.val_before_train)
         failed = False
+        return val_metrics
+    except StoppedBySignal:
+        hurry = True
+        raise
     finally:
+        checkpoints.close(hurry=hurry)
         trackers.close(failed=failed)
-    draw_curves(run.run_dir)
-    return RunResult(run.run_dir, checkpoints.saved[-1], val_metrics)
 
 
 def _count_steps(plan: Plan, config: TrainConfig, data: TokenData) -> int:
@@ -102,68 +159,59 @@ def _count_steps(plan: Plan, config: TrainConfig, data: TokenData) -> int:
 def _write_facts(
     config: TrainConfig,
     world: World,
-    model: RewardModel,
+    start: StartModel,
     plan: Plan,
     train: Loaded,
     val: Loaded | None,
     total_steps: int,
+    start_step: int,
 ) -> None:
     facts = {
         "device": str(world.device),
         "world_size": world.world_size,
+        "strategy": start.strategy,
         "total_steps": total_steps,
         "model": {
-            "type": model.network.config.model_type,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "type": start.model.network.config.model_type,
+            "parameters": start.num_parameters,
         },
         "data": {"train": train.facts(), "val": val and val.facts(), "plan_fingerprint": plan.fingerprint()},
     }
-    write_run_facts(config.trainer.run_dir, config.to_yaml(), facts)
+    write_run_facts(config.trainer.run_dir, config.to_yaml(), facts, start_step=start_step)
     steps_per_epoch = len(plan.epoch_steps(0))
     log.info("%d steps (%s epochs of %d)", total_steps, f"{total_steps / steps_per_epoch:g}", steps_per_epoch)
 
 
-def _build_checkpoints(
-    config: TrainConfig, model: RewardModel, weights: MasterWeights, tokenizer: Any, train: Loaded
-) -> Checkpoints:
-    wanted = config.trainer.export_dtype
-    shortest = np.argsort(train.data.sizes.longest_text, kind="stable")[:_NUM_PROBES]
-    return Checkpoints(
-        config.trainer.run_dir,
-        model,
-        weights,
-        tokenizer,
-        train.input_record(config.data, tokenizer),
-        dtype=DTYPES[config.model.fsdp_config.model_dtype if wanted == "auto" else wanted],
-        probes=[train.data[int(index)] for index in shortest],
-    )
-
-
 def _build_trainer(
-    config: TrainConfig, world: World, model: RewardModel, weights: MasterWeights, plan: Plan, train: Loaded,
-    val: Loaded | None, total_steps: int, checkpoints: Checkpoints, trackers: Trackers,
-) -> Trainer:  # fmt: skip
+    config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Checkpoints, trackers: Trackers | NoTrackers
+) -> Trainer:
     objective = OBJECTIVES["bradley_terry"]
+    model, val = loop.model, loop.val
 
-    def run_validation() -> dict[str, float]:
+    def run_validation(before_pack: Callable[[], None]) -> dict[str, float]:
         assert val is not None
-        return validate(model, val.data, objective, token_budget=config.data.budget)
+        budget, device = config.data.budget, loop.world.device
+        return validate(model, val.data, objective, token_budget=budget, device=device, before_pack=before_pack)
 
     if val is not None:
         padded = " padded" if model.padded else ""
         log.info("micro-batches of at most %d%s tokens", config.data.budget, padded)
     return Trainer(
         model=model,
-        weights=weights,
+        weights=loop.weights,
         objective=objective,
-        optimizer=build_optimizer(weights.named_parameters(), config.optim),
-        schedule=build_schedule(config.optim, total_steps),
+        optimizer=loop.optimizer,
+        schedule=build_schedule(config.optim, loop.total_steps),
         clip_grad=config.optim.clip_grad or math.inf,
-        steps=load_steps(train.data, plan, rank=world.rank),
-        total_steps=total_steps,
+        steps=load_steps(loop.train.data, loop.plan, rank=loop.world.rank, start_step=begin.progress.step),
+        total_steps=loop.total_steps,
         intervals=Intervals(config.trainer.log_freq, config.trainer.test_freq, config.trainer.save_freq),
         max_bad_steps=config.trainer.max_bad_steps,
         validate=run_validation if val is not None else None,
         checkpoints=checkpoints,
         sink=trackers,
+        ranks=loop.ranks,
+        start=begin,
+        stop=loop.stop,
+        save_best=config.trainer.save_best,
     )

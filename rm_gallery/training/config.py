@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from rm_gallery.data.custom import check_custom_class
 from rm_gallery.data.packing import PackingConfig
@@ -18,7 +18,7 @@ from rm_gallery.data.prepare import PrepareConfig
 from rm_gallery.data.source import SourceConfig, check_val_fraction, entry_problems, find_files
 from rm_gallery.errors import UserError, nearest
 from rm_gallery.modeling.parallel import ModelConfig
-from rm_gallery.training.checkpoint import CheckpointConfig
+from rm_gallery.training.checkpoint import CheckpointConfig, refuse_earlier_run
 from rm_gallery.training.compose import compose
 from rm_gallery.training.optim import OptimConfig
 from rm_gallery.training.problems import key_of, known_keys, sentence
@@ -50,6 +50,14 @@ class TrainerConfig(LoopConfig, CheckpointConfig, TrackerConfig):
         folder = Path(self.default_local_dir).expanduser()
         return folder if folder.name == self.experiment_name else folder / self.experiment_name
 
+    @property
+    def copies_url(self) -> str | None:
+        """`default_hdfs_dir`, with `experiment_name` appended likewise; None without one."""
+        if self.default_hdfs_dir is None:
+            return None
+        url = self.default_hdfs_dir.rstrip("/")
+        return url if url.rpartition("/")[2] == self.experiment_name else f"{url}/{self.experiment_name}"
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -73,6 +81,9 @@ class TrainConfig:
         return OmegaConf.to_yaml(OmegaConf.create(self.as_dict()))
 
 
+Config = TypeVar("Config", bound=TrainConfig)
+
+
 def load_config(file: str | None, overrides: Sequence[str], *, only_data: bool = False) -> TrainConfig:
     """Read a YAML file through Hydra, apply `key=value` overrides, and check everything.
 
@@ -81,8 +92,8 @@ def load_config(file: str | None, overrides: Sequence[str], *, only_data: bool =
     the values of `optim` and `trainer` is left to training; unknown keys and wrong types are refused all the same.
     Raises UserError that lists all problems, one a line.
     """
-    text_keys = {key for key, hint in known_keys(TrainConfig).items() if str in (hint, *get_args(hint))}
-    config = check_config(compose(file, overrides, text_keys=text_keys), only_data=only_data)
+    values = read_values(file, overrides, TrainConfig)
+    config: TrainConfig = check_config(values, only_data=only_data)
     if config.data.filter_overlong_prompts and config.data.truncation != "error":
         log.warning(
             "data.truncation=%s does nothing while data.filter_overlong_prompts=true leaves long texts out; "
@@ -92,16 +103,29 @@ def load_config(file: str | None, overrides: Sequence[str], *, only_data: bool =
     return config
 
 
-def check_config(values: Mapping[str, Any], *, only_data: bool = False) -> TrainConfig:
+def read_values(file: str | None, overrides: Sequence[str], kind: type[TrainConfig]) -> dict[str, Any]:
+    """Nested plain values of a YAML file with overrides applied, for the keys of this kind of configuration."""
+    text_keys = {key for key, hint in known_keys(kind).items() if str in (hint, *get_args(hint))}
+    return compose(file, overrides, text_keys=text_keys)
+
+
+def check_config(
+    values: Mapping[str, Any],
+    kind: type[Config] = TrainConfig,  # type: ignore[assignment]
+    *,
+    only_data: bool = False,
+    unused: Sequence[str] = (),
+) -> Config:
     """Typed configuration from nested plain values; `only_data` as for `load_config`.
 
+    unused: keys and sections whose contradictions and missing files do not matter here.
     Raises UserError that lists every unknown key, wrong type, value out of range and contradiction, one a line.
     """
     from pydantic import TypeAdapter, ValidationError
 
     values = _tidied(values)
-    known = known_keys(TrainConfig)
-    adapter = TypeAdapter(TrainConfig)
+    known = known_keys(kind)
+    adapter = TypeAdapter(kind)
     problems = {**_switches_for_numbers(values, known), **_entry_problems(values)}
     for key in _FILES:
         if key in problems:  # pydantic would say the same once for each type that an entry may have
@@ -117,7 +141,7 @@ def check_config(values: Mapping[str, Any], *, only_data: bool = False) -> Train
             _remove(values, key)
         config = adapter.validate_python(values)
     found = [text for text in _problems(config) if not only_data or _concerns_data(text, config)]
-    sentences = [*problems.values(), *(text for text in found if not _is_about(text, problems))]
+    sentences = [*problems.values(), *(text for text in found if not _is_about(text, [*problems, *unused]))]
     if sentences:
         raise UserError("\n".join(sentences))
     return config
@@ -214,7 +238,16 @@ def _problems(config: TrainConfig) -> list[str]:
         problems.append("data.input_style=text: data.custom_cls gives messages; leave one of the two out")
     if data.custom_cls.name and data.format != "auto":
         problems.append(f"data.format={data.format}: data.custom_cls reads the rows; leave one of the two out")
-    for check in (lambda: check_val_fraction(data), lambda: check_custom_class(data.custom_cls)):
+    if trainer.resume_mode not in ("auto", "disable") and not re.search(r"/|^global_step_", trainer.resume_mode):
+        problems.append(
+            f"trainer.resume_mode={trainer.resume_mode}: must be auto, disable or the path of a global_step_N folder."
+            f"{nearest(trainer.resume_mode, ('auto', 'disable'))}"
+        )
+    for check in (
+        lambda: refuse_earlier_run(trainer.run_dir, anyway=trainer.resume_mode == "disable"),
+        lambda: check_val_fraction(data),
+        lambda: check_custom_class(data.custom_cls),
+    ):
         try:
             check()
         except UserError as error:

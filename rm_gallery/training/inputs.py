@@ -20,7 +20,6 @@ from rm_gallery.data.tokenize import load_tokenizer
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.export import InputRecord, settle_pad_token
 from rm_gallery.modeling.reward_model import ENCODERS, RewardModel, load_model_config, load_reward_model, max_positions
-from rm_gallery.training.checkpoint import refuse_earlier_run
 from rm_gallery.training.config import DataConfig, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -82,7 +81,6 @@ def check_inputs(config: TrainConfig) -> None:
     Raises UserError as `run_training` would.
     """
     model = config.model
-    refuse_earlier_run(config.trainer.run_dir)
     tokenizer = load_tokenizer(
         model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template
     )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rm_gallery.errors import UserError
 from rm_gallery.training.trackers import METRICS_NAME
@@ -21,26 +24,92 @@ log = logging.getLogger(__name__)
 CONFIG_NAME = "config.yaml"
 FACTS_NAME = "run.json"
 CURVES_NAME = "curves.png"
+LOCK_NAME = ".lock"
 _PACKAGES = ("rm-gallery", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow")
 
 
-def write_run_facts(run_dir: Path, config_yaml: str, facts: Mapping[str, Any]) -> None:
-    """Make the run folder and write config.yaml and run.json; metrics of an earlier start keep another name.
+@contextmanager
+def claimed(run_dir: Path, *, patience: float = 30.0) -> Iterator[None]:
+    """Make the run folder, and let no other process train in it meanwhile: two starts of one run must not mix.
 
-    Raises UserError when the folder cannot be written.
+    patience: seconds to wait for a process that is just ending.
+    Raises UserError when the folder cannot be written or another process has it.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / LOCK_NAME).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise _cannot_write(run_dir, error) from error
+    with file:
+        _lock(file, run_dir, patience)
+        yield
+
+
+def _lock(file: TextIO, run_dir: Path, patience: float) -> None:
+    deadline = time.monotonic() + patience
+    told = False
+    while True:
+        try:
+            # A lock of the process, not of the open file: a child that outlives a killed trainer does not keep it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{run_dir}: {owner} is training in this folder; end it first, or set another "
+                    "trainer.experiment_name"
+                ) from error
+        except OSError as error:
+            log.debug("%s: this file system knows no locks (%s)", run_dir, error)
+            return
+        if not told:
+            log.info("%s: waiting for %s to end", run_dir, owner)
+        told = True
+        time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+
+
+def _cannot_write(run_dir: Path, error: OSError) -> UserError:
+    return UserError(f"{run_dir}: the run folder cannot be written ({error}); set trainer.default_local_dir")
+
+
+def write_run_facts(run_dir: Path, config_yaml: str, facts: Mapping[str, Any], *, start_step: int = 0) -> None:
+    """Write config.yaml and run.json; run.json keeps what it said of earlier starts.
+
+    At step 0 metrics of an earlier start, which was lost before its first save, keep another name.
+    Raises UserError when the folder cannot be written.
+    """
+    path = run_dir / FACTS_NAME
+    try:
         metrics = run_dir / METRICS_NAME
-        if metrics.exists():
+        if metrics.exists() and not start_step:
             stamp = time.strftime("%Y%m%dT%H%M%S", time.localtime(metrics.stat().st_mtime))
             metrics.rename(run_dir / f"metrics-{stamp}.jsonl")
-        (run_dir / CONFIG_NAME).write_text(config_yaml, encoding="utf-8")
-        (run_dir / FACTS_NAME).write_text(json.dumps({**_program(), **facts}, indent=2) + "\n", encoding="utf-8")
+        program = {**_program(), "start_step": start_step}
+        _write(run_dir / CONFIG_NAME, config_yaml)
+        text = json.dumps({**program, **facts, "earlier_starts": _starts(path, program)}, indent=2)
+        _write(path, text + "\n")
     except OSError as error:
-        raise UserError(
-            f"{run_dir}: the run folder cannot be written ({error}); set trainer.default_local_dir"
-        ) from error
+        raise _cannot_write(run_dir, error) from error
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _starts(path: Path, program: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What run.json says of the starts before this one, the oldest first."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        return [*before.get("earlier_starts", []), {key: before[key] for key in program if key in before}]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []
 
 
 def _program() -> dict[str, Any]:

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn, Protocol, TypeAlias
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from torch import nn
 
 from rm_gallery.data.loader import StepBatches
-from rm_gallery.errors import TrainingStopped
+from rm_gallery.distributed import sum_numbers
+from rm_gallery.errors import StoppedBySignal, TrainingStopped
 from rm_gallery.metrics import Sums, means
-from rm_gallery.modeling.parallel import MasterWeights
+from rm_gallery.modeling.parallel import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
-from rm_gallery.training.checkpoint import Checkpoints
+from rm_gallery.training.checkpoint import Progress, Start, random_state, set_random_state
 from rm_gallery.training.optim import Schedule
+from rm_gallery.training.ranks import Ranks
+from rm_gallery.training.stopping import StopSignal
 
 log = logging.getLogger(__name__)
+
+_LOOKS = 4  # times a step that the ranks ask each other whether to stop
 
 
 @dataclass(frozen=True)
@@ -45,12 +52,30 @@ class LoopConfig:
     """Of the new reward head, the order of data, and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto` takes a GPU when there is one."""
+    timeout_seconds: Annotated[float, Gt(0)] = 1800.0
+    """Several processes: stop when one has been waited for so long; the message names it."""
 
 
 class MetricSink(Protocol):
     """What the loop reports to; see `trackers.Trackers`."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+
+Validation: TypeAlias = Callable[[Callable[[], None]], dict[str, float]]
+"""Gives metrics; calls what it is given before each micro-batch, which may raise to end it."""
+
+
+class Saver(Protocol):
+    """Where the loop saves; see `checkpoint.Checkpoints`."""
+
+    latest: Path | None
+
+    def save(self, progress: Progress, sums: Mapping[str, float], *, is_last: bool = False) -> None: ...
+
+    def has_failed(self) -> bool: ...
+
+    def wait(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -76,77 +101,87 @@ class Trainer:
     """Trains one model; every part is built elsewhere and can be tested alone."""
 
     def __init__(
-        self, *, model: RewardModel, weights: MasterWeights, objective: Objective, optimizer: torch.optim.Optimizer,
+        self, *, model: RewardModel, weights: TrainedWeights, objective: Objective, optimizer: torch.optim.Optimizer,
         schedule: Schedule, clip_grad: float, steps: Iterator[StepBatches], total_steps: int, intervals: Intervals,
-        max_bad_steps: int, validate: Callable[[], dict[str, float]] | None, checkpoints: Checkpoints, sink: MetricSink,
+        max_bad_steps: int, validate: Validation | None, checkpoints: Saver, sink: MetricSink,
+        ranks: Ranks, start: Start | None = None, stop: StopSignal | None = None, save_best: bool = False,
     ) -> None:  # fmt: skip
+        """steps: those that follow `start`, which says where the run begins."""
         self.model, self.weights, self.objective = model, weights, objective
         self.optimizer, self.schedule, self.clip_grad = optimizer, schedule, clip_grad
         self.steps, self.total_steps, self.intervals = steps, total_steps, intervals
         self.max_bad_steps, self.validate, self.checkpoints, self.sink = max_bad_steps, validate, checkpoints, sink
+        self.ranks, self.stop, self.save_best = ranks, stop or StopSignal(), save_best
+        self.start = start or Start()
+        self.progress = self.start.progress
         self.parameters: list[nn.Parameter] = [parameter for _, parameter in weights.named_parameters()]
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
-        self.bad_steps = 0
-        self.bad_in_a_row = 0
+        self.window = _Window(self.start.sums, weights.device)
+        self._saved_step = self.progress.step  # of the newest checkpoint
 
     def train(self, *, val_before_train: bool = False) -> dict[str, float]:
-        """Run all steps; returns the last validation's metrics.
+        """Run all steps that are left; returns the last validation's metrics.
 
-        Raises TrainingStopped after `max_bad_steps` steps in a row that are not finite.
+        Raises TrainingStopped after `max_bad_steps` steps in a row that are not finite, and StoppedBySignal when
+        SIGTERM or Ctrl-C came and the run was saved.
         """
-        last_val: dict[str, float] = {}
-        if val_before_train and self.validate:
-            last_val = self.validate()
-            self.sink.log(last_val, 0)
-        window = _Window()
-        for step in range(1, self.total_steps + 1):
-            is_last = step == self.total_steps
-            batches = next(self.steps)
-            learning_rate = self._set_learning_rate(step - 1)
-            result = self.train_step(batches, window.sums)
-            self._watch(result, step)
-            window.add(batches)
-            if step % self.intervals.log == 0 or is_last:
-                rates = window.close()
-                self.sink.log(
-                    {
-                        **means(window.sums.read(), "train"),
-                        "train/lr": learning_rate,
-                        "train/grad_norm": result.grad_norm,
-                        "train/epoch": batches.epoch,
-                        "train/bad_steps": float(self.bad_steps),
-                        **rates,
-                    },
-                    step,
-                )
-            if self.validate and (is_last or _is_due(step, self.intervals.validate)):
-                with window.paused():
-                    last_val = self.validate()
-                self.sink.log(last_val, step)
-            if is_last or _is_due(step, self.intervals.save):
-                with window.paused():
-                    self.checkpoints.save(step, is_last=is_last)
-        return last_val
+        self.stop.begin()
+        if self.start.random is not None:
+            set_random_state(self.start.random)
+        if not self.progress.step and val_before_train and self.validate:
+            self._validate()
+        if self.progress.validation_pending:
+            self._validate()
+        while self.progress.step < self.total_steps:
+            self._next_step()
+        return self.progress.last_val
+
+    def _next_step(self) -> None:
+        """One step, and what is due after it."""
+        progress = self.progress
+        batches = next(self.steps)
+        learning_rate = self._set_learning_rate(progress.step)
+        before = random_state()
+        try:
+            result = self.train_step(batches, self.window.sums)
+        except _Asked:  # the step is left half done, and is done again by the run that goes on
+            self.optimizer.zero_grad(set_to_none=True)
+            set_random_state(before)
+            self._save_and_stop()
+        progress.step += 1
+        self._watch(result)
+        self.window.add(batches)
+        is_last = progress.step == self.total_steps
+        if progress.step % self.intervals.log == 0 or is_last:
+            self._log(result, learning_rate, batches.epoch)
+        is_best = False
+        if self.validate and (is_last or _is_due(progress.step, self.intervals.validate)):
+            is_best = self._validate()
+        if is_last or is_best or _is_due(progress.step, self.intervals.save):
+            self._save(is_last=is_last)
 
     def train_step(self, batches: StepBatches, sums: Sums) -> StepResult:
-        """Forward and backward of every micro-batch, then one update, unless something is not finite.
+        """Forward and backward of every micro-batch, then one update, unless something is not finite on some rank.
 
         The loss of each micro-batch is a sum over its comparisons divided by the comparisons of the whole step,
-        so the result does not depend on how the step was cut.
+        so the result does not depend on how the step was cut, nor over how many processes. All of them get the same
+        loss and gradient norm, and so all skip the same steps.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        device = self.parameters[0].device
+        device = self.weights.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         step_sums = Sums()
-        for batch in batches.batches:
+        count = len(batches.batches)
+        for index, batch in enumerate(batches.batches):
+            if _is_look(index, count):
+                self._look()
             batch = batch.to(device)
             loss, metric_sums = self.objective(self.model(batch), batch)
-            (loss / batches.num_comparisons).backward()
+            self.weights.backward(loss / batches.num_comparisons, is_last=index == count - 1)
             total += loss.detach()
             step_sums.add(metric_sums)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_grad, foreach=True)
-        loss_value, grad_norm = torch.stack([total / batches.num_comparisons, norm.double()]).tolist()
+        loss_value, grad_norm = self.weights.gather_gradients(total / batches.num_comparisons, self.clip_grad)
         is_finite = math.isfinite(loss_value) and math.isfinite(grad_norm)
         if is_finite:
             self.optimizer.step()
@@ -154,27 +189,83 @@ class Trainer:
             sums.merge(step_sums)
         return StepResult(loss_value, grad_norm, is_finite)
 
+    def _look(self) -> None:
+        """Whether to go on: no signal came to any rank, and no save beside the training has failed."""
+        asked, failed = self.stop.received is not None, self.checkpoints.has_failed()
+        if self.ranks.any(asked or failed):
+            self.checkpoints.wait()  # raises where a save has failed
+            raise _Asked
+
+    def _validate(self) -> bool:
+        """Validate and log; whether the checkpoint of this step is the best now."""
+        assert self.validate is not None
+        progress = self.progress
+        progress.validation_pending = True
+        with self.window.paused():
+            try:
+                metrics = self.validate(self._look)
+            except _Asked:
+                self._save_and_stop()
+        progress.validation_pending = False
+        progress.last_val = metrics
+        self.sink.log(metrics, progress.step)
+        return bool(self.save_best and progress.step and progress.note_accuracy(metrics))
+
+    def _log(self, result: StepResult, learning_rate: float, epoch: float) -> None:
+        self.sink.log(
+            {
+                **means(self.window.sums.read(), "train"),
+                "train/lr": learning_rate,
+                "train/grad_norm": result.grad_norm,
+                "train/epoch": epoch,
+                "train/bad_steps": float(self.progress.bad_steps),
+                **self.window.close(),
+            },
+            self.progress.step,
+        )
+
+    def _save(self, *, is_last: bool = False) -> None:
+        with self.window.paused():
+            self.checkpoints.save(self.progress, self.window.peek(), is_last=is_last)
+        self._saved_step = self.progress.step
+
+    def _save_and_stop(self) -> NoReturn:
+        """Save what is not saved yet, and raise StoppedBySignal."""
+        number = self.stop.received
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        step = self.progress.step
+        log.warning("%s: saving step %d, then ending", name, step)
+        if step > self._saved_step:
+            self._save(is_last=True)
+        else:
+            self.checkpoints.wait()
+        what = f"global_step_{step} is saved, and the same command goes on from there" if step else "nothing was done"
+        raise StoppedBySignal(f"stopped by {name} after step {step} of {self.total_steps}; {what}",
+                              status=128 + (number or signal.SIGTERM))  # fmt: skip
+
     def _set_learning_rate(self, step: int) -> float:
         factor = self.schedule(step)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
         return float(self.base_lrs[0] * factor)
 
-    def _watch(self, result: StepResult, step: int) -> None:
+    def _watch(self, result: StepResult) -> None:
         """Count steps that were skipped; give up when nothing else comes."""
+        progress = self.progress
         if result.is_finite:
-            self.bad_in_a_row = 0
+            progress.bad_in_a_row = 0
             return
-        self.bad_steps += 1
-        self.bad_in_a_row += 1
+        progress.bad_steps += 1
+        progress.bad_in_a_row += 1
         what = f"loss {result.loss}, gradient norm {result.grad_norm}"
-        log.warning("step %d skipped: not finite (%s); %d in a row", step, what, self.bad_in_a_row)
-        if self.bad_in_a_row >= self.max_bad_steps:
-            saved = self.checkpoints.saved
-            kept = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was written"
+        log.warning("step %d skipped: not finite (%s); %d in a row", progress.step, what, progress.bad_in_a_row)
+        if progress.bad_in_a_row >= self.max_bad_steps:
+            self.checkpoints.wait()
+            latest = self.checkpoints.latest
+            kept = f"the last checkpoint is {latest}" if latest else "no checkpoint was written"
             raise TrainingStopped(
-                f"step {step}: {self.bad_in_a_row} steps in a row were not finite ({what}; trainer.max_bad_steps="
-                f"{self.max_bad_steps}); {kept}. Lower optim.lr, or look at the data of these steps"
+                f"step {progress.step}: {progress.bad_in_a_row} steps in a row were not finite ({what}; "
+                f"trainer.max_bad_steps={self.max_bad_steps}); {kept}. Lower optim.lr, or look at their data"
             )
 
 
@@ -182,12 +273,31 @@ def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
+def _is_look(index: int, count: int) -> bool:
+    """Whether the ranks agree to go on before this micro-batch: some times a step, since launchers do not wait long."""
+    return index % -(-count // _LOOKS) == 0
+
+
+class _Asked(Exception):
+    """Some rank was asked to stop."""
+
+
 class _Window:
     """Sums and time since the last log line; validation and saving do not count as training time."""
 
-    def __init__(self) -> None:
-        self.sums = Sums()
+    def __init__(self, sums: Mapping[str, float], device: torch.device) -> None:
+        """sums: of the steps since the last log line that an earlier start has done."""
+        self.sums, self._device = Sums(), device
+        self._put(sums)
         self._restart()
+
+    def peek(self) -> dict[str, float]:
+        """The sums of this process, which stay."""
+        return self.sums.peek()
+
+    def _put(self, values: Mapping[str, float]) -> None:
+        self.sums.add({name: torch.tensor(value, dtype=torch.float64, device=self._device)
+                       for name, value in values.items()})  # fmt: skip
 
     def _restart(self) -> None:
         self._start = time.perf_counter()
@@ -200,9 +310,10 @@ class _Window:
 
     def close(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._start
+        [tokens] = sum_numbers(self._tokens)
         rates = {
             "perf/pairs_per_second": self._comparisons / seconds,
-            "perf/tokens_per_second": self._tokens / seconds,
+            "perf/tokens_per_second": tokens / seconds,
             "perf/step_seconds": seconds / self._steps,
         }
         self._restart()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
+import torch
 
 from rm_gallery.data.batch import collate
 from rm_gallery.data.packing import plan_step
 from rm_gallery.data.token_data import TokenData
+from rm_gallery.distributed import rank, world_size
 from rm_gallery.metrics import Sums, means
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
@@ -17,15 +19,22 @@ _BY_SOURCE = ("val/loss", "val/accuracy")
 _GROUPS_AT_ONCE = 4096  # packs are planned over so many groups, so that little memory is needed for any number
 
 
-def validate(model: RewardModel, data: TokenData, objective: Objective, *, token_budget: int) -> dict[str, float]:
+def validate(
+    model: RewardModel, data: TokenData, objective: Objective, *, token_budget: int,
+    device: torch.device | None = None, before_pack: Callable[[], None] = lambda: None,
+) -> dict[str, float]:  # fmt: skip
     """val/loss, val/accuracy and mean rewards over every comparison; with several sources, loss and accuracy of each.
 
+    Each process does its share, and gets all figures.
     token_budget: tokens of a micro-batch; the figures do not depend on it (float64 sums of float32 rewards).
+    device: where the model computes, unless its weights lie there too. before_pack: called before each micro-batch;
+    what it raises ends the validation.
     """
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     by_source = {number: Sums() for number in range(len(data.sources))}
     with model.inference():
         for source, pack in plan_packs(data, token_budget=token_budget, padded=model.padded):
+            before_pack()
             batch = collate([data[index] for index in pack]).to(device)
             by_source[source].add(objective(model(batch), batch)[1])
     total = Sums()
@@ -41,10 +50,14 @@ def validate(model: RewardModel, data: TokenData, objective: Objective, *, token
 
 
 def plan_packs(data: TokenData, *, token_budget: int, padded: bool) -> Iterator[tuple[int, list[int]]]:
-    """All groups of a data set in micro-batches, in any order; each holds groups of one source, whose number it has."""
+    """This process's share of all groups in micro-batches, in any order; each process gets equally many, some empty.
+
+    The groups of a micro-batch have one source, whose number it has.
+    """
     for source in range(len(data.sources)):
         members = np.flatnonzero(data.source_numbers == source)
         for start in range(0, len(members), _GROUPS_AT_ONCE):
             groups = members[start : start + _GROUPS_AT_ONCE]
-            for pack in plan_step(groups, data.sizes, token_budget=token_budget, padded=padded).packs[0]:
+            step = plan_step(groups, data.sizes, token_budget=token_budget, world_size=world_size(), padded=padded)
+            for pack in step.packs[rank()]:
                 yield source, pack

@@ -120,3 +120,33 @@ def test_tokenizer_config_names_a_class_that_older_servers_know(qwen2_folder: Pa
 
     text = "Hello <|im_start|>there"
     assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == make_tokenizer()(text)["input_ids"]
+
+
+def test_a_model_that_does_not_fit_beside_the_rest_is_not_rescored(
+    qwen2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = export(qwen2_folder, tmp_path / "global_step_1")
+    said: list[str] = []
+    monkeypatch.setattr("rm_gallery.modeling.export.log.warning", lambda text, *values: said.append(text % values))
+    with pytest.raises(UserError):
+        check_rewards(folder, [[9, 10]], [1e9], exact=True)
+    size = sum(parameter.numel() for parameter in load_reward_model(str(folder)).model.parameters())
+    monkeypatch.setattr("rm_gallery.modeling.export._free_memory", lambda: 2 * 4 * size - 1)
+    check_rewards(folder, [[9, 10]], [1e9], exact=True)
+    assert len(said) == 1 and "not rescored" in said[0]
+
+
+def test_several_files_hold_the_same_tensors_as_one(qwen2_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForSequenceClassification
+
+    from rm_gallery.modeling.export_weights import write_weights
+
+    folder = export(qwen2_folder, tmp_path / "one")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    write_weights(folder, state, torch.float32, file_bytes=20_000)
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())

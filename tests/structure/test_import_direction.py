@@ -18,6 +18,7 @@ LAYERS = [
     "rm_gallery.errors",
     "rm_gallery.schema",
     "rm_gallery.log",
+    "rm_gallery.rank_watch",
     "rm_gallery.distributed",
     "rm_gallery.metrics",
     "rm_gallery.data.source",
@@ -42,12 +43,18 @@ LAYERS = [
     "rm_gallery.modeling.attention_plain",
     "rm_gallery.modeling.attention",
     "rm_gallery.modeling.reward_model",
+    "rm_gallery.modeling.outline",
+    "rm_gallery.modeling.weights",
+    "rm_gallery.modeling.sharding",
     "rm_gallery.modeling.parallel",
+    "rm_gallery.modeling.export_weights",
     "rm_gallery.modeling.export",
     "rm_gallery.objectives",
     "rm_gallery.training.optim",
     "rm_gallery.training.trackers",
     "rm_gallery.training.run_folder",
+    "rm_gallery.training.ranks",
+    "rm_gallery.training.stopping",
     "rm_gallery.training.checkpoint",
     "rm_gallery.training.validate",
     "rm_gallery.training.trainer",
@@ -55,8 +62,12 @@ LAYERS = [
     "rm_gallery.training.problems",
     "rm_gallery.training.config",
     "rm_gallery.training.inputs",
+    "rm_gallery.training.run_state",
+    "rm_gallery.training.agreement",
+    "rm_gallery.training.start_model",
     "rm_gallery.training.build",
     "rm_gallery.inspection",
+    "rm_gallery.planning",
     "rm_gallery.scoring",
     "rm_gallery.evaluation",
     "rm_gallery.core.utils",
@@ -82,7 +93,7 @@ MAY_LOAD_TRANSFORMERS = ("rm_gallery.data.tokenize",)
 
 MAY_IMPORT_HYDRA = ("rm_gallery.training.compose", "rm_gallery.training.config")
 RANK_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"}
-MAY_READ_RANK = {"rm_gallery.distributed": RANK_VARIABLES, "rm_gallery.log": {"RANK"}}
+MAY_READ_RANK = {"rm_gallery.distributed": RANK_VARIABLES, "rm_gallery.log": {"RANK", "LOCAL_RANK"}}
 
 
 def _line_of(module: str) -> int | None:

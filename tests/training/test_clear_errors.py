@@ -213,7 +213,8 @@ def chat_pairs_as_text(count: int) -> list[dict[str, str]]:
 def test_an_earlier_run_is_kept_and_the_new_one_refused(run: Run) -> None:
     assert run() == (0, [])
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
-    status, lines = run()
+    status, lines = run("trainer.resume_mode=disable")
     assert status == 2
-    assert lines[0].startswith("rm-gallery: error: run: holds an earlier run (newest checkpoint global_step_1); set ")
+    sentence = "run: holds an earlier run (newest checkpoint global_step_1), which cannot be continued ("
+    assert lines[0].startswith(f"rm-gallery: error: {sentence}trainer.resume_mode=disable); set ")
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before

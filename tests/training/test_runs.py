@@ -178,16 +178,20 @@ def test_run_folder_explains_itself(data: Path, qwen2_folder: Path) -> None:
 def test_an_earlier_run_is_not_overwritten(data: Path, qwen2_folder: Path, capsys: Any) -> None:
     run = train(qwen2_folder)
     before = (run / "metrics.jsonl").read_bytes()
-    train(qwen2_folder, status=2)
+    train(qwen2_folder, "trainer.resume_mode=disable", status=2)
     assert "holds an earlier run (newest checkpoint global_step_3)" in capsys.readouterr().err
+    train(qwen2_folder)
+    assert capsys.readouterr().out == "checkpoint: runs/run/global_step_3\n", "it is complete"
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_several_processes_are_refused_in_words(data: Path, qwen2_folder: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_processes_that_cannot_meet_are_refused_in_words(
+    data: Path, qwen2_folder: Path, monkeypatch: Any, capsys: Any
+) -> None:
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     train(qwen2_folder, status=2)
-    assert "training on 2 processes is not supported yet" in capsys.readouterr().err
+    assert "rank 0 cannot reach the other processes" in capsys.readouterr().err
 
 
 def test_saved_rewards_match_whatever_template_the_tokenizer_has(data: Path, tmp_path: Path) -> None:

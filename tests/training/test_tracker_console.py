@@ -55,6 +55,20 @@ def test_console_thins_lines_of_fast_runs_but_keeps_validation_and_the_last_step
     assert len(lines) == 7  # steps 1 and 50, one line per two seconds after that, the last step
 
 
+def test_console_on_resume_closes_with_the_table_of_the_whole_run(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"step": 1, "train/loss": 0.5}\n{"step": 1, "val/accuracy": 0.75, "val/loss": null}\n')
+    stream = io.StringIO()
+    console = ConsoleTracker(make_run(tmp_path, start_step=1), stream=stream)
+    console.log({"train/loss": 0.25}, 2)
+    console.log({"val/accuracy": 0.5, "val/loss": 0.5}, 2)
+    console.close()
+    text = stream.getvalue()
+    assert "best val/accuracy 0.7500 at step 1" in text
+    assert len([line for line in text.splitlines() if line.split()[:2] in (["1", "0.5000"], ["2", "0.2500"])]) == 2
+
+
 def test_console_closes_with_a_table_the_best_step_and_the_time(tmp_path: Path) -> None:
     console, stream, clock = plain_console(tmp_path, total_steps=3)
     for step, accuracy in ((1, 0.5), (2, 0.75), (3, math.nan)):

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,21 @@ def test_metrics_file_is_appended_to_after_dropping_a_half_written_line(tmp_path
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[1]["train/loss"] is None
+
+
+def test_metrics_of_the_lost_part_are_dropped_on_resume(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    kept = ['{"step": 0, "val/loss": 1.0}', '{"step": 1, "train/loss": 0.5}', '{"step": 2, "train/loss": null}']
+    lost = ['{"step": 2, "val/loss": 0.7}', '{"step": 3, "train/loss": 0.4}', "no row", '{"step": 1, "train/lo']
+    path.write_text("\n".join([*kept, *lost]))
+    run = replace(make_run(tmp_path, start_step=2), repeats_validation=True)
+    trackers = Trackers([], run)
+    trackers.log({"val/loss": 0.7}, 2)
+    trackers.close()
+    lines = path.read_text().splitlines()
+    assert lines[:3] == kept
+    assert [(row["step"], row["val/loss"]) for row in map(json.loads, lines[3:])] == [(2, 0.7)]
 
 
 def test_full_disk_warns_once_and_the_others_go_on(

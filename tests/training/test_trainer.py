@@ -14,12 +14,15 @@ import torch
 
 from rm_gallery.data.batch import PackedBatch, collate
 from rm_gallery.data.loader import StepBatches
+from rm_gallery.distributed import World
 from rm_gallery.errors import TrainingStopped
 from rm_gallery.metrics import Sums
 from rm_gallery.modeling.parallel import MasterWeights
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.objectives import Objective, bradley_terry
+from rm_gallery.training.checkpoint import Progress
 from rm_gallery.training.optim import OptimConfig, build_optimizer, build_schedule
+from rm_gallery.training.ranks import Ranks
 from rm_gallery.training.trainer import Intervals, Trainer
 from tests.small import DECODERS, ENCODERS, make_model, random_groups
 
@@ -30,13 +33,19 @@ class Recorder:
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.saved: list[Path] = []
+        self.latest: Path | None = None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self.rows.append((step, dict(metrics)))
 
-    def save(self, step: int, *, is_last: bool = False) -> Path:
-        self.saved.append(Path(f"global_step_{step}"))
-        return self.saved[-1]
+    def save(self, progress: Progress, sums: Mapping[str, float], *, is_last: bool = False) -> None:
+        self.latest = Path(f"global_step_{progress.step}")
+        self.saved.append(self.latest)
+
+    def has_failed(self) -> bool:
+        return False
+
+    def wait(self) -> None: ...
 
 
 def step_batches(*groups_of_batches: list[Any]) -> StepBatches:
@@ -66,7 +75,7 @@ def build(
         optimizer=build_optimizer(weights.named_parameters(), config),
         schedule=build_schedule(config, total_steps), clip_grad=clip_grad, steps=steps, total_steps=total_steps,
         intervals=Intervals(log=1, validate=0, save=2), max_bad_steps=max_bad_steps, validate=None,
-        checkpoints=recorder, sink=recorder,  # type: ignore[arg-type]
+        checkpoints=recorder, sink=recorder, ranks=Ranks(World(0, 1, torch.device("cpu"))),
     )  # fmt: skip
     return trainer, recorder
 

@@ -87,6 +87,14 @@ class Trackers:
                 tracker.close(failed=True)
 
 
+class NoTrackers:
+    """Stands in for them in all processes but one."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def close(self, *, failed: bool = False) -> None: ...
+
+
 def cannot_start(name: str, error: Exception) -> str:
     """The sentence for a tracker that cannot start: which, why, what to do."""
     if isinstance(error, ImportError):

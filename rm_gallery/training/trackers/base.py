@@ -43,6 +43,8 @@ class RunInfo:
     total_steps: int
     start_step: int = 0
     """The last step that is already done: 0 for a new run, the checkpoint's step on resume."""
+    repeats_validation: bool = False
+    """The validation of `start_step` is made again: what was logged of it does not count."""
 
 
 class Tracker(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -9,10 +10,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TextIO
 
 from rm_gallery.training.trackers.bar import Bar
-from rm_gallery.training.trackers.base import RunInfo
+from rm_gallery.training.trackers.base import METRICS_NAME, RunInfo
 
 # Metric -> its label and format in a line, in this order. Every val/ metric follows under its full name.
 LINE_FIELDS = {
@@ -49,6 +51,8 @@ class ConsoleTracker:
         self._latest: dict[str, float] = {}
         self._val_points: list[dict[str, float]] = []
         self._closed = False
+        if run.start_step:
+            self._recall(run.run_dir / METRICS_NAME)
         self._bar: Bar | None = None
         # Asked here, not left to rich, which takes FORCE_COLOR for a terminal and fills a log file with control codes.
         if self._stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
@@ -116,6 +120,14 @@ class ConsoleTracker:
         if last_step <= first_step:
             return ""
         return duration((self._total - last_step) * (last_time - first_time) / (last_step - first_step))
+
+    def _recall(self, path: Path) -> None:
+        """On resume: what was logged up to the checkpoint, so that the closing table shows the whole run."""
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            row = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
+            self._latest.update(row)
+            if any(name.startswith("val/") for name in row):
+                self._note_val(row, int(row["step"]))
 
     def _note_val(self, metrics: Mapping[str, float], step: int) -> None:
         """Keep a row for the table: this validation beside the latest training values."""

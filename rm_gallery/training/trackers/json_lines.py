@@ -15,13 +15,17 @@ class JsonLines:
     """Appends `{"step": n, "time": unix seconds, metric: value, ...}` per log call.
 
     A value that is not finite becomes null: JSON has no NaN, and strict readers (jq, a browser) refuse the whole line.
-    A resumed run appends; steps that the lost part had logged already appear twice, and the later line counts.
+    A resumed run goes on behind its checkpoint: what the lost part had logged after that is dropped first, so every
+    step is there once.
     """
 
     def __init__(self, run: RunInfo) -> None:
         run.run_dir.mkdir(parents=True, exist_ok=True)
         path = run.run_dir / METRICS_NAME
-        drop_partial_line(path)
+        if run.start_step:
+            drop_lost_rows(path, run.start_step, repeats_validation=run.repeats_validation)
+        else:
+            drop_partial_line(path)
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -39,6 +43,28 @@ def finite_or_none(value: float) -> float | None:
     if isinstance(value, int):
         return int(value)
     return float(value) if math.isfinite(value) else None
+
+
+def drop_lost_rows(path: Path, last_step: int, *, repeats_validation: bool = False) -> None:
+    """Cut the rows of later steps out, and lines that are no rows; at once or not at all. No file is fine.
+
+    repeats_validation: rows with `val/` metrics of the last step go too.
+    """
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            step = row["step"]
+            repeated = repeats_validation and step == last_step and any(name.startswith("val/") for name in row)
+        except (ValueError, TypeError, KeyError):
+            continue
+        if step <= last_step and not repeated and line.endswith("\n"):
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
 
 
 def drop_partial_line(path: Path) -> None:

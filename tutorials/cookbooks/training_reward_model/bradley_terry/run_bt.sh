@@ -1,31 +1,35 @@
 #!/bin/bash
-# Train a Bradley-Terry reward model with torchrun, from any folder.
+# Train a Bradley-Terry reward model with torchrun, on one machine or several, from any folder.
 #
 #   bash run_bt.sh [KEY=VALUE ...]
 #
 # Every setting below can come from the environment; KEY=VALUE arguments win over both. The configuration is checked
 # before torchrun starts, so a mistake ends with one sentence and status 2. Relative paths start where you stand.
+# Beside this file: slurm.sbatch and kubernetes.yaml start it on every machine of a job.
 
 TIMESTAMP=$(date "+%m%dT%H%M")
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-$(command -v python || command -v python3)}
+# A checkout that is not installed works too.
+"$PYTHON" -c "import rm_gallery" 2>/dev/null || export PYTHONPATH="$HERE/../../../..${PYTHONPATH:+:$PYTHONPATH}"
 
-# Distributed training: NNODES and NODE_RANK win over WORLD_SIZE and RANK, which some schedulers set instead.
+# Distributed training. One process for each GPU; without a GPU as many on the CPU as are asked for.
+# NNODES and NODE_RANK win over WORLD_SIZE and RANK, which some schedulers set instead.
 if [ -z "${N_GPUS_PER_NODE:-}" ]; then
     N_GPUS_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
-    [ "$N_GPUS_PER_NODE" -gt 0 ] || N_GPUS_PER_NODE=1  # no GPU: one process on the CPU
+    [ "$N_GPUS_PER_NODE" -gt 0 ] || N_GPUS_PER_NODE=1
 fi
-MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
-MASTER_PORT=${MASTER_PORT:-29500}
 NNODES=${NNODES:-${WORLD_SIZE:-1}}
 NODE_RANK=${NODE_RANK:-${RANK:-0}}
+MAX_RESTARTS=${MAX_RESTARTS:-0} # how often torchrun starts all processes again when one fails
 
 # Model and data
 SAVE_PATH=${SAVE_PATH:-./checkpoints/bt}
 MODEL_PATH=${MODEL_PATH:-Qwen/Qwen2.5-7B-Instruct}
 TRAIN_FILE=${TRAIN_FILE:-hendrydong/preference_700K/train.parquet}
-VAL_FILE=${VAL_FILE-hendrydong/preference_700K/test.parquet}
+VAL_FILE=${VAL_FILE-hendrydong/preference_700K/test.parquet} # empty: no validation
 
+# The run folder is $SAVE_PATH/$EXPERIMENT_NAME; that of node 0 counts on all nodes.
 PROJECT_NAME=${PROJECT_NAME:-rm-gallery-bt}
 EXPERIMENT_NAME=${EXPERIMENT_NAME:-qwen2.5-7b-bt-${TIMESTAMP}}
 
@@ -33,20 +37,46 @@ SETTINGS=(
     data.train_files="$TRAIN_FILE"
     data.val_files="$VAL_FILE"
     model.partial_pretrain="$MODEL_PATH"
-    data.max_length=4096
-    data.micro_batch_size_per_gpu=1
-    data.train_batch_size=256
-    optim.lr=5e-7
-    optim.clip_grad=2
-    trainer.total_epochs=3
-    trainer.save_freq=500
-    trainer.test_freq=500
+    data.max_length="${MAX_LENGTH:-4096}"
+    data.micro_batch_size_per_gpu="${MICRO_BATCH_SIZE_PER_GPU:-1}"
+    data.train_batch_size="${TRAIN_BATCH_SIZE:-256}"
+    optim.lr="${LR:-5e-7}"
+    optim.clip_grad="${CLIP_GRAD:-2}"
+    trainer.total_epochs="${TOTAL_EPOCHS:-3}"
+    trainer.save_freq="${SAVE_FREQ:-500}"
+    trainer.test_freq="${TEST_FREQ:-500}"
     trainer.logger="${LOGGER:-['console','swanlab']}"
     trainer.project_name="$PROJECT_NAME"
     trainer.experiment_name="$EXPERIMENT_NAME"
     trainer.default_local_dir="$SAVE_PATH/$EXPERIMENT_NAME"
     "$@"
 )
+
+refuse() {
+    echo "run_bt.sh: error: $1" >&2
+    exit 2
+}
+
+for NAME in N_GPUS_PER_NODE NNODES NODE_RANK MAX_RESTARTS; do
+    [[ ${!NAME} =~ ^[0-9]+$ ]] || refuse "$NAME=${!NAME} is not a number"
+done
+[ "$NNODES" -gt 0 ] && [ "$N_GPUS_PER_NODE" -gt 0 ] || refuse "NNODES and N_GPUS_PER_NODE must be at least 1"
+[ "$NODE_RANK" -lt "$NNODES" ] || refuse "NODE_RANK=$NODE_RANK with NNODES=$NNODES: nodes count from 0 to $((NNODES - 1))"
+if [ "$NNODES" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
+    refuse "NNODES=$NNODES needs MASTER_ADDR, the address of node 0, on every node"
+fi
+
+# Where the processes meet: a free port of this machine, unless one was named or there are other machines.
+if [ "$NNODES" -eq 1 ] && [ -z "${MASTER_PORT:-}" ]; then
+    MEETING=(--standalone)
+else
+    MEETING=(--node_rank="$NODE_RANK" --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${MASTER_PORT:-29500}")
+fi
+
+# Threads of each process; torchrun would give each one.
+CORES=$(nproc 2>/dev/null || echo 1)
+THREADS=$((CORES / N_GPUS_PER_NODE))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))}
 
 # The workers' rank variables must not reach the check, which is one process.
 env -u RANK -u WORLD_SIZE -u LOCAL_RANK "$PYTHON" -m rm_gallery.cli validate-config \
@@ -56,8 +86,7 @@ set -x
 exec "$PYTHON" -m torch.distributed.run \
     --nnodes="$NNODES" \
     --nproc_per_node="$N_GPUS_PER_NODE" \
-    --node_rank="$NODE_RANK" \
-    --master_addr="$MASTER_ADDR" \
-    --master_port="$MASTER_PORT" \
+    --max_restarts="$MAX_RESTARTS" \
+    "${MEETING[@]}" \
     "$HERE/trainer.py" \
     "${SETTINGS[@]}"

@@ -1,0 +1,134 @@
+"""The configuration of a plan: that of a training run, and what it would run on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+
+from rm_gallery.errors import UserError
+from rm_gallery.modeling.parallel import DTYPES
+from rm_gallery.planning.devices import GIB, USABLE, Device, device
+from rm_gallery.planning.memory import Layout
+from rm_gallery.planning.shapes import ModelShape
+from rm_gallery.training.config import TrainConfig, check_config, read_values
+
+_SHORT = {"model": "model.partial_pretrain", "data": "data.train_files"}
+# A plan needs no weights, no validation data and no run folder.
+_UNUSED = ("model.partial_pretrain", "data.train_files", "data.val_files", "trainer")
+
+
+@dataclass(frozen=True)
+class EstimateConfig(TrainConfig):
+    """A training run's configuration and what it would run on; sections are the trainer's own."""
+
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # type: ignore[dict-item]
+
+    n_gpus: Annotated[int, Ge(1)] = 1
+    """Processes, one for each GPU, over all machines."""
+    gpu: Literal["h200", "h100", "a100-80", "a100-40", "l40s", "4090", "cpu"] = "h100"
+    """What each of them has; `cpu` splits this machine."""
+    gpus_per_node: Annotated[int, Ge(1)] = 8
+    """GPUs of one machine."""
+    gpu_memory_gib: Annotated[float, Gt(0)] | None = None
+    """Memory that tensors and libraries may fill, instead of the table's."""
+    mfu: Annotated[float, Gt(0), Le(1)] = 0.4
+    """Share of the device's published rate of matrix products that training reaches."""
+    pairs: Annotated[int, Ge(1)] | None = None
+    """Pairs of an epoch, instead of the data's; 100,000 without data."""
+    prompt_tokens: Annotated[int, Ge(0)] | None = None
+    """Without data: tokens of a prompt; 300, or less where `data.max_length` is small."""
+    response_tokens: Annotated[int, Ge(1)] | None = None
+    """Without data: tokens of each response; 350, or what the prompt leaves of `data.max_length`."""
+    tokenizer: str = ""
+    """Folder of the tokenizer that counts the data's tokens; by default the model's folder, if it holds one."""
+    chars_per_token: Annotated[float, Gt(0)] = 4.0
+    """Without a tokenizer: characters of a token."""
+
+    @property
+    def assumed_tokens(self) -> tuple[int, int]:
+        """Tokens of a prompt and of each response, without data."""
+        most = self.data.max_length
+        prompt = self.prompt_tokens
+        if prompt is None:
+            prompt = max(0, min(300, most * 300 // 650, most - (self.response_tokens or 1)))
+        return prompt, self.response_tokens or max(1, min(350, most - prompt))
+
+
+def load_estimate_config(file: str | None, overrides: Sequence[str]) -> EstimateConfig:
+    """Read a training configuration and what stands beside it; `model=X` and `data=X` are short for their paths.
+
+    Raises UserError that lists all problems, one a line.
+    """
+    values = read_values(file, [_written_out(override) for override in overrides], EstimateConfig)
+    if isinstance(values.get("gpu"), str | int):
+        values["gpu"] = str(values["gpu"]).lower()  # 4090 is read as a number
+    config = check_config(values, EstimateConfig, unused=_UNUSED)
+    problems = []
+    if not config.model.partial_pretrain:
+        problems.append("model is not set; name a folder with config.json, a configuration file, or a known shape")
+    fsdp = config.model.fsdp_config
+    group = fsdp.fsdp_size
+    offloads = fsdp.cpu_offload or fsdp.offload_params or fsdp.param_offload
+    if config.model.strategy == "ddp" and offloads and config.gpu != "cpu" and config.n_gpus > 1:
+        problems.append("model.strategy=ddp cannot offload weights; set model.strategy=fsdp2, or the offload to false")
+    if group < -1 or (group > 0 and config.n_gpus % group):
+        problems.append(f"model.fsdp_config.fsdp_size={group}: must divide n_gpus={config.n_gpus}, or be -1 for all")
+    prompt, response = config.assumed_tokens
+    if not config.data.train_files and prompt + response > config.data.max_length:
+        problems.append(
+            f"prompt_tokens={prompt} with response_tokens={response}: together more than "
+            f"data.max_length={config.data.max_length}"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _written_out(override: str) -> str:
+    key, equals, value = override.partition("=")
+    return f"{_SHORT.get(key, key)}{equals}{value}"
+
+
+def layout_of(config: EstimateConfig, shape: ModelShape, device: Device, *, one_micro_batch: bool) -> Layout:
+    """How weights and work are spread: the choices that training makes on its processes."""
+    fsdp = config.model.fsdp_config
+    on_gpu = config.gpu != "cpu"
+    offload = on_gpu and (fsdp.cpu_offload or fsdp.offload_params or fsdp.param_offload)
+    strategy: str = config.model.strategy
+    if config.n_gpus == 1:
+        strategy = "fsdp2" if offload else "none"
+    elif strategy == "auto":
+        needed = shape.parameters * (16 + (2 if fsdp.model_dtype == "bf16" else 0))
+        strategy = "ddp" if 4 * needed <= device.memory / USABLE and not offload else "fsdp2"
+    if strategy != "none" and fsdp.fsdp_size == 1 and config.n_gpus > 1:
+        strategy = "ddp"
+    group = fsdp.fsdp_size if 0 < fsdp.fsdp_size <= config.n_gpus else config.n_gpus
+    return Layout(
+        strategy=strategy,
+        num_processes=config.n_gpus,
+        shards=group if strategy in ("fsdp", "fsdp2") else 1,
+        width=DTYPES[fsdp.model_dtype].itemsize,
+        checkpointing=config.model.enable_gradient_checkpointing,
+        offload=offload and strategy in ("fsdp", "fsdp2"),
+        offload_optimizer=on_gpu and fsdp.optimizer_offload and not offload,
+        one_micro_batch=one_micro_batch,
+    )
+
+
+def device_of(config: EstimateConfig) -> Device:
+    """The device of each process, with the memory that the configuration gives it."""
+    found = device(config.gpu, num_processes=config.n_gpus, dtype=config.model.fsdp_config.model_dtype)
+    return found if config.gpu_memory_gib is None else replace(found, memory=config.gpu_memory_gib * GIB)
+
+
+def check_positions(config: EstimateConfig, shape: ModelShape) -> str | None:
+    """A sentence when texts may be longer than the model has positions for, else None."""
+    if shape.max_positions is None or config.data.max_length <= shape.max_positions:
+        return None
+    return (
+        f"data.max_length={config.data.max_length}, but the model has positions for {shape.max_positions} tokens; "
+        f"set data.max_length={shape.max_positions}"
+    )

@@ -1,0 +1,190 @@
+"""Memory of one process in a training step, by kind: pure functions of a shape, a layout and a micro-batch.
+
+Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4, count what a layer
+keeps for its backward pass. The counts here follow this implementation instead of theirs: no dropout, GELU with one
+matrix or gated MLPs with two, RMS norms that compute in float32, fused attention over buckets of groups, no output
+layer over the vocabulary, rewards read at one token of a response. tests/planning holds them against what is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from rm_gallery.planning.shapes import ModelShape
+
+# w: bytes of a number in the compute type, 2 or 4; D hidden, I intermediate, Q query heads x head dim, K key heads x it
+
+_BUCKET = 2**25  # numbers that ddp sums over processes at a time
+
+PerToken: TypeAlias = tuple[float, float, float]
+"""Bytes that a layer keeps: for each token, for each place in attention's buckets, for each cell of their masks."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What memory depends on in a micro-batch."""
+
+    tokens: float
+    """Padded tokens for encoders."""
+    rows: float
+    """Places in attention's buckets: tokens and their padding."""
+    cells: float
+    """Sum over groups of the squared length of their bucket."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run spreads over processes and memories."""
+
+    strategy: str
+    """That runs in the end: none (one process), ddp, fsdp, fsdp2."""
+    num_processes: int
+    shards: int
+    """Processes that weights, gradients and optimizer state are cut over; 1 for a whole copy in each."""
+    width: int
+    """Bytes of a number in the compute type."""
+    checkpointing: bool
+    offload: bool
+    """Weights, gradients and optimizer state lie in host memory."""
+    offload_optimizer: bool
+    """Only the optimizer state does, and comes to the GPU for its step."""
+    one_micro_batch: bool
+    """A step has a single micro-batch on each process: gradients come into being while activations go."""
+
+    @property
+    def sharded(self) -> bool:
+        return self.strategy in ("fsdp", "fsdp2")
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes at one moment of a step, on one process."""
+
+    moment: str
+    weights: float
+    """float32, updated by the optimizer."""
+    compute_copy: float
+    """bfloat16 copy, or the layers that sharding has gathered."""
+    gradients: float
+    """float32."""
+    optimizer: float
+    """AdamW's two moments, float32."""
+    activations: float
+    temporary: float
+    """Largest: gradients of activations and of one matrix, one layer computed again, or the embedding's gradient."""
+    overhead: float
+    host: float
+    """In host memory, when offloaded; not part of the total."""
+
+    @property
+    def total(self) -> float:
+        parts = (self.weights, self.compute_copy, self.gradients, self.optimizer, self.activations, self.temporary)
+        return sum(parts) + self.overhead
+
+
+def layer_activations(shape: ModelShape, w: int) -> PerToken:
+    """What one layer keeps from the forward to the backward pass, without checkpointing."""
+    D, I, H = shape.hidden, shape.intermediate, shape.num_heads  # noqa: E741
+    Q, K = H * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    head_norms = (4 + w) * (Q + K) + 4 * (H + shape.num_kv_heads)  # float32 inputs, results, one scale a head
+    # Attention keeps query, repeated key and value, output, the softmax's logarithms, and a mask in the compute type.
+    attention = (w * Q, 4 * w * Q + 4 * H, w)  # the output is gathered from the buckets: once more for each token
+    gated_mlp = 4 * w * I  # gate before and after its activation, up, their product
+    layer_norms = 2 * (2 * w * D + 2 * w)  # input, output, mean and scale, twice
+    if shape.model_type == "gemma3_text":  # four norms, all in float32 to the end; two of them feed a matrix
+        return (4 * (8 * D + 4) + 2 * w * D + 8 * (Q + K) + 4 * (H + shape.num_kv_heads) + gated_mlp + attention[0],
+                *attention[1:])  # fmt: skip
+    if not shape.padded:
+        norms = 2 * ((4 + 2 * w) * D + 4)  # float32 input, normalised, times the weight
+        return (norms + gated_mlp + (head_norms if shape.model_type == "qwen3" else 0) + attention[0], *attention[1:])
+    if shape.model_type == "modernbert":  # query, key, the matrix of all three, output; the mask is the library's own
+        return (layer_norms + 6 * w * D + 4 * H + gated_mlp, 0, 0)
+    if shape.model_type == "deberta-v2":  # disentangled attention in plain matrices: scores to each relative position
+        positions = 2 * w * H * 2 * shape.relative_span
+        return (layer_norms + 5 * w * D + positions + 2 * w * I, 0, w * H + 1)
+    return (layer_norms + 4 * w * D + 4 * H + 2 * w * I, 0, 0)
+
+
+def activations(shape: ModelShape, pack: Pack, w: int, *, checkpointing: bool) -> float:
+    """Bytes kept for the backward pass of a micro-batch when the forward pass ends.
+
+    With checkpointing each layer keeps its input alone (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
+    Cost", section 3). What comes before and after the layers is kept either way: rotary tables or embeddings, the last
+    norm, ids, and a mask for each kind of layer.
+    """
+    kept = shape.num_layers * (w * shape.hidden * pack.tokens if checkpointing else layer_bytes(shape, pack, w))
+    if shape.padded:
+        return kept + pack.tokens * (2 * w * shape.hidden + 24) + w * pack.cells
+    outer = (4 + w) * shape.hidden + 4 + 2 * w * shape.head_dim + 64
+    return kept + pack.tokens * outer + len(set(shape.windows)) * pack.cells
+
+
+def layer_bytes(shape: ModelShape, pack: Pack, w: int) -> float:
+    """Bytes that one layer keeps for a micro-batch."""
+    per_token, per_row, per_cell = layer_activations(shape, w)
+    bytes_kept = pack.tokens * per_token + pack.rows * per_row + pack.cells * per_cell
+    if shape.relative_span:  # keys and queries of all relative positions, for each text
+        bytes_kept += pack.tokens**2 / pack.cells * 4 * w * shape.relative_span * shape.hidden
+    return bytes_kept
+
+
+def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: float) -> MemoryUse:
+    """The moment of a training step that takes most memory.
+
+    Static parts are those of Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter
+    Models", section 3.1 and stage 3 of section 5, with float32 gradients as `MasterWeights` sums them.
+    """
+    w, sharded = layout.width, layout.sharded
+    weights = 4 * shape.parameters / layout.shards
+    gathered, copy = 0.0, 0.0
+    if sharded:  # the layer that computes, the next one on its way, and what lies outside the layers
+        gathered = w * (2 * shape.layer_parameters + shape.outer_parameters)
+    elif w < 4:
+        copy = w * (shape.parameters - shape.head_parameters)
+    resident = 0 if layout.offload else 1
+    gradients, optimizer = resident * weights, resident * 2 * weights
+    between_steps = 0 if layout.offload_optimizer else optimizer
+    host = (0 if resident else 4 * weights) + optimizer - between_steps
+    kept = activations(shape, pack, w, checkpointing=layout.checkpointing)
+    begin, end = _temporaries(shape, layout, pack)
+
+    def at(moment: str, compute: float, grads: float, moments: float, kept: float, temporary: float) -> MemoryUse:
+        return MemoryUse(moment, resident * weights, compute, grads, moments, kept, temporary, overhead, host)
+
+    early = 0 if layout.one_micro_batch else gradients
+    return max(
+        at("the backward pass begins", gathered + copy, early, between_steps, kept, begin),
+        at("the backward pass ends", gathered + copy, gradients, between_steps, 0, end),
+        at("the optimizer steps", copy, gradients, optimizer, 0, 0),
+        key=lambda use: use.total,
+    )
+
+
+def _temporaries(shape: ModelShape, layout: Layout, pack: Pack) -> tuple[float, float]:
+    """Largest temporary where the backward pass begins, and where it ends."""
+    w, sharded = layout.width, layout.sharded
+    recomputed = layer_bytes(shape, pack, w) if layout.checkpointing else 0
+    begin = max(_last_norm(shape, pack), recomputed + _mlp_gradients(shape, pack, w))
+    # A gradient is made in the compute type and summed in float32; sharding does both for a layer at once.
+    summed = w + (4 if w < 4 or sharded else 0)
+    begin += summed * (shape.layer_parameters if sharded else shape.largest_matrix)
+    if not sharded and layout.one_micro_batch:
+        summed = w if w < 4 else 0  # the first gradient is the sum itself
+    end: float = summed * (shape.outer_parameters if sharded else shape.largest_embedding)
+    if sharded and not layout.one_micro_batch:  # this process's part of the sum, before it is added to those before
+        end += 4 * shape.outer_parameters / layout.shards
+    if layout.strategy == "ddp":  # gradients are summed over processes in buckets; a large one has its own
+        end = max(end, 4 * max(shape.largest_embedding, min(_BUCKET, shape.parameters)))
+    return begin, end
+
+
+def _last_norm(shape: ModelShape, pack: Pack) -> float:
+    """Gradients of a decoder's last norm, which computes in float32: about 18 bytes a number live at once."""
+    return 0 if shape.padded else 18 * shape.hidden * pack.tokens
+
+
+def _mlp_gradients(shape: ModelShape, pack: Pack, w: int) -> float:
+    """Gradients live at once in an MLP, less what it kept and gave up by then: two intermediates if gated, else one."""
+    is_gated = not shape.padded or shape.model_type == "modernbert"
+    return w * pack.tokens * ((2 if is_gated else 1) * shape.intermediate - shape.hidden)

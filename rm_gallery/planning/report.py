@@ -1,0 +1,178 @@
+"""An estimate as text for people and as plain values for programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rm_gallery.planning.advice import Advice, Step
+from rm_gallery.planning.devices import GIB
+from rm_gallery.planning.estimate import Estimate
+from rm_gallery.planning.memory import MemoryUse
+
+_KINDS = {
+    "weights": "weights, float32",
+    "compute_copy": "weights, compute copy",
+    "gradients": "gradients, float32",
+    "optimizer": "optimizer state, float32",
+    "activations": "activations",
+    "temporary": "largest temporary",
+    "overhead": "framework",
+}
+
+
+def as_text(found: Estimate, advice: Advice | None) -> str:
+    """The whole report; memory in GiB."""
+    parts = [_what(found), _memory(found), _micro_batch(found), _time(found)]
+    if advice is not None:
+        parts.append(_changes(found, advice))
+    if found.notes:
+        parts.append([f"note: {note}" for note in found.notes])
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _what(found: Estimate) -> list[str]:
+    shape, device, config = found.shape, found.device, found.config
+    dtype = config.model.fsdp_config.model_dtype
+    spread = {"none": "one process", "ddp": "ddp, a whole copy on each"}.get(
+        found.layout.strategy, f"{found.layout.strategy}, cut over {found.layout.shards}"
+    )
+    layers = f"{shape.num_layers} layers of {_count(shape.layer_parameters)}"
+    rate = f"{device.flops(dtype) / 1e12:.3g} TFLOP/s in {dtype}"
+    checkpointing = "on" if found.layout.checkpointing else "off"
+    per_pair = found.workload.tokens / found.workload.num_pairs
+    once = "padded" if shape.padded else "with its prompt once"
+    return [
+        f"model        {shape.name} ({shape.model_type}; {shape.source})",
+        f"             {_count(shape.parameters)} parameters: {layers}, {_count(shape.outer_parameters)} outside them",
+        f"device       {config.n_gpus} x {device.name}: {_gib(device.memory)} GiB to fill, {rate} ({device.source})",
+        f"layout       model.strategy={config.model.strategy}: {spread}; gradient checkpointing {checkpointing}",
+        f"data         {found.lengths.how}",
+        f"             {found.workload.num_pairs:,} pairs an epoch, {per_pair:,.0f} tokens a pair, {once}",
+    ]
+
+
+def _memory(found: Estimate) -> list[str]:
+    use = found.memory
+    lines = [f"memory of each {_owner(found)} at {found.micro_batch:,} tokens in a micro-batch, GiB"]
+    lines += [f"  {text:<26}{_gib(getattr(use, name)):>8}" for name, text in _KINDS.items()]
+    if found.layout.sharded:
+        lines[2] = f"  {'layers gathered to compute':<26}{_gib(use.compute_copy):>8}"
+    room = found.device.memory - use.total
+    verdict = f"fits, {_gib(room)} left" if found.fits else f"does not fit: {_gib(-room)} too much"
+    lines.append(f"  {'total':<26}{_gib(use.total):>8}  of {_gib(found.device.memory)}: {verdict}")
+    if use.host:
+        host = use.host * min(found.config.n_gpus, found.config.gpus_per_node)
+        lines.append(f"  {'offloaded':<26}{_gib(use.host):>8}  in host memory; {_gib(host)} on each machine")
+    lines.append(f"  at the moment when {use.moment}")
+    if use.activations and not use.gradients and not found.layout.offload:
+        lines[-1] += "; with one micro-batch in a step, gradients come into being while activations go"
+    return lines
+
+
+def _micro_batch(found: Estimate) -> list[str]:
+    data = found.config.data
+    asked = f"data.max_tokens_per_micro_batch={data.max_tokens_per_micro_batch}"
+    if data.max_tokens_per_micro_batch is None:
+        asked = f"data.micro_batch_size_per_gpu={data.micro_batch_size_per_gpu} x 2 x data.max_length={data.max_length}"
+    largest = f"{found.fitting:,} tokens is the largest that fits" if found.fitting else "none fits"
+    if found.fitting >= 2 * data.budget:
+        largest += f" (data.max_tokens_per_micro_batch={found.fitting})"
+    without, with_it = (_gib(found.activations[checkpointing]) for checkpointing in (False, True))
+    room = f"at most {data.budget:,} tokens ({asked})"
+    kept = f"{without} GiB without gradient checkpointing, {with_it} with it"
+    return [
+        f"micro-batch  {room}; {largest}",
+        f"             activations of {found.micro_batch:,} tokens: {kept}",
+    ]
+
+
+def _time(found: Estimate) -> list[str]:
+    timing, work, config = found.timing, found.workload, found.config
+    rate = f"{config.mfu:.0%} of the published rate (assumed, mfu={config.mfu:g})"
+    steps = f"{work.steps:,.0f} steps of {config.data.train_batch_size} pairs"
+    each = f"micro-batches of a step on each {_owner(found)}: {work.micro_batches_per_step:.3g}"
+    lines = [
+        f"epoch        {_duration(timing.seconds)}: {timing.flops:.3g} operations at {rate}",
+        f"             {steps}; {each}; time they wait for each other: {1 - work.balance:.0%}",
+    ]
+    more = "data.train_batch_size" if work.micro_batches_per_step <= 1 else "data.max_tokens_per_micro_batch"
+    if timing.communication_seconds > timing.compute_seconds:
+        lines.append(
+            f"             set by the links between GPUs: computing alone takes {_duration(timing.compute_seconds)}; "
+            f"a larger {more} sends less often"
+        )
+    elif timing.communication_seconds:
+        share = timing.communication_seconds / timing.compute_seconds
+        lines.append(f"             sending takes {share:.0%} of that at the links' published rate, hidden behind it")
+    return lines
+
+
+def _changes(found: Estimate, advice: Advice) -> list[str]:
+    if not advice.alone and not advice.together:
+        return ["no setting helps: take a smaller model or GPUs with more memory"]
+    lines = ["what each change alone makes of it"]
+    lines += [_line(step) for step in advice.alone]
+    for number, steps in enumerate(advice.together):
+        lines.append("or" if number else "none is enough alone; together, one after the other")
+        lines += [_line(step) for step in steps]
+    if not advice.together and not any(step.fits for step in advice.alone):
+        lines.append("not even together are they enough: take a smaller model or GPUs with more memory")
+    return lines
+
+
+def _line(step: Step) -> str:
+    host = f", {_gib(step.memory.host)} in host memory" if step.memory.host else ""
+    return f"  {step.change:<46}{_gib(step.memory.total):>8} GiB{host}{'  fits' if step.fits else ''}"
+
+
+def as_values(found: Estimate, advice: Advice | None) -> dict[str, Any]:
+    """The same for `--json`: bytes, seconds, counts; `changes` is null when the run fits."""
+    device = found.device
+    changes = advice and {
+        "alone": [_step(step) for step in advice.alone],
+        "together": [[_step(step) for step in steps] for steps in advice.together],
+    }
+    return {
+        "model": asdict(found.shape),
+        "device": {"name": device.name, "source": device.source, "memory": device.memory},
+        "layout": asdict(found.layout),
+        "data": {"how": found.lengths.how, "longest_group": found.longest_group, **asdict(found.workload)},
+        "memory": _use(found.memory),
+        "activations": {"kept": found.activations[False], "checkpointed": found.activations[True]},
+        "fits": found.fits,
+        "micro_batch": {"tokens": found.micro_batch, "largest_that_fits": found.fitting},
+        "epoch": {**asdict(found.timing), "seconds": found.timing.seconds, "mfu": found.config.mfu},
+        "changes": changes,
+        "notes": list(found.notes),
+    }
+
+
+def _step(step: Step) -> dict[str, Any]:
+    return {"change": step.change, "memory": _use(step.memory), "fits": step.fits}
+
+
+def _use(memory: MemoryUse) -> dict[str, float]:
+    return {**asdict(memory), "total": memory.total}
+
+
+def _owner(found: Estimate) -> str:
+    return "process" if found.config.gpu == "cpu" else "GPU"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f}" if abs(size) < 100 * GIB else f"{size / GIB:,.1f}"
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"

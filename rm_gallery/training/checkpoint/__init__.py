@@ -1,0 +1,31 @@
+"""Checkpoints: `global_step_N` folders of a run, what they hold, and how training goes on from one.
+
+To add something that must survive: a number goes into `Progress`, a tensor into `RunTensors`.
+"""
+
+from rm_gallery.training.checkpoint.config import CheckpointConfig
+from rm_gallery.training.checkpoint.copies import Copies
+from rm_gallery.training.checkpoint.folders import list_checkpoints, refuse_earlier_run
+from rm_gallery.training.checkpoint.progress import Progress
+from rm_gallery.training.checkpoint.random_state import random_state, set_random_state
+from rm_gallery.training.checkpoint.resume import PLAN, RunIdentity, Start, find_start
+from rm_gallery.training.checkpoint.saving import Checkpoints
+from rm_gallery.training.checkpoint.tensors import RunTensors
+from rm_gallery.training.checkpoint.weights_folder import WeightsFolder
+
+__all__ = [
+    "PLAN",
+    "CheckpointConfig",
+    "Checkpoints",
+    "Copies",
+    "Progress",
+    "RunIdentity",
+    "RunTensors",
+    "Start",
+    "WeightsFolder",
+    "find_start",
+    "list_checkpoints",
+    "random_state",
+    "refuse_earlier_run",
+    "set_random_state",
+]

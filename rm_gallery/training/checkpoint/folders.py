@@ -1,0 +1,165 @@
+"""Checkpoint folders on disk: which are complete, whether one is whole, and what half-done work is called.
+
+global_step_N/                the Hugging Face folder of the model
+global_step_N/training_state/ what training goes on from; complete.json in it is written last
+.global_step_N.*              being written, fetched or deleted; nothing but cleaning looks at these
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rm_gallery.errors import UserError
+
+log = logging.getLogger(__name__)
+
+STATE_NAME = "training_state"
+FACTS_NAME = "state.json"
+MARKER_NAME = "complete.json"
+FORMAT = 1  # of training_state
+
+_HASH_THREADS = 4
+
+
+def step_of(folder: Path) -> int:
+    """N of `global_step_N`."""
+    return int(folder.name.rpartition("_")[2])
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [path for path in run_dir.glob("global_step_*") if re.fullmatch(r"global_step_\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def is_resumable(folder: Path) -> bool:
+    """Whether training can go on from it, as far as a look at the names tells."""
+    return (folder / STATE_NAME / MARKER_NAME).is_file()
+
+
+def refuse_earlier_run(run_dir: Path, *, anyway: bool = False) -> None:
+    """Raise UserError when the folder holds an earlier run that cannot be continued; two runs must not mix.
+
+    anyway: even if it can.
+    """
+    earlier = list_checkpoints(run_dir)
+    if earlier and (anyway or not any(is_resumable(folder) for folder in earlier)):
+        why = "trainer.resume_mode=disable" if anyway else "none of its checkpoints holds a training_state"
+        raise UserError(
+            f"{run_dir}: holds an earlier run (newest checkpoint {earlier[-1].name}), which cannot be continued "
+            f"({why}); set another trainer.experiment_name or trainer.default_local_dir, or move the folder away"
+        )
+
+
+def hidden(folder: Path, purpose: str) -> Path:
+    """Where a checkpoint is while it is being written (`saving`), fetched or deleted."""
+    return folder.with_name(f".{folder.name}.{purpose}")
+
+
+def clean(run_dir: Path) -> None:
+    """Remove what saves and deletions that were cut short have left."""
+    leftovers = sorted(run_dir.glob(".global_step_*"))
+    for path in leftovers:
+        shutil.rmtree(path, ignore_errors=True)
+    if leftovers:
+        log.info("removed what a save that was cut short has left: %s", ", ".join(path.name for path in leftovers))
+
+
+def delete(folder: Path) -> None:
+    """Remove a checkpoint so that it is there as a whole or not at all."""
+    doomed = hidden(folder, "deleting")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a checkpoint that must not be used, as `global_step_N.damaged`; one of that name from before goes."""
+    target = folder.with_name(f"{folder.name}.{why}")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(folder, target)
+    return target
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Hash of each file, by its path inside the folder."""
+    names = list(names)
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        return dict(zip(names, pool.map(lambda name: file_hash(folder / name), names), strict=True))
+
+
+def publish(staging: Path, folder: Path, hashes: Mapping[str, str]) -> None:
+    """Write the marker, and give the staged folder its name; all of it is on the disk then.
+
+    Raises OSError; the folder is not there then.
+    """
+    marker = staging / STATE_NAME / MARKER_NAME
+    text = json.dumps({"format": FORMAT, "sha256": dict(sorted(hashes.items()))}, indent=2)
+    marker.write_text(text + "\n", encoding="utf-8")
+    for path in [*staging.rglob("*"), staging]:
+        sync(path)
+    if folder.exists():  # a damaged one that was put aside by hand and put back, say
+        delete(folder)
+    os.replace(staging, folder)
+    sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or the list of a folder is on the disk; storage that cannot say so is taken at its word."""
+    try:
+        number = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(number)
+    except OSError:
+        pass
+    finally:
+        os.close(number)
+
+
+def damage(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, in words, or None when every file has its recorded hash.
+
+    part, parts: look at every `parts`-th file only, from `part` on; ranks share the reading.
+    """
+    marker = folder / STATE_NAME / MARKER_NAME
+    try:
+        recorded = json.loads(marker.read_text(encoding="utf-8"))
+        hashes, version = recorded["sha256"], recorded["format"]
+        names = sorted(hashes)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return f"{MARKER_NAME} cannot be read"
+    if version != FORMAT:
+        return f"written in format {version!r}, which this version does not read"
+    mine = names[part::parts]
+    try:
+        lost = [name for name in mine if not (folder / name).is_file()]
+        if lost:
+            return f"{lost[0]} is missing"
+        found = hash_files(folder, mine)
+    except OSError as error:
+        return f"{error.filename or 'a file'} cannot be read ({error.strerror})"
+    wrong = [name for name in mine if found[name] != hashes[name]]
+    return f"{wrong[0]} is not what was written" if wrong else None
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What state.json of a checkpoint says."""
+    facts: dict[str, Any] = json.loads((folder / STATE_NAME / FACTS_NAME).read_text(encoding="utf-8"))
+    return facts

@@ -1,0 +1,253 @@
+"""Going on: which checkpoint a run continues from, whether it is this run's, and taking everything from it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rm_gallery.errors import UserError
+from rm_gallery.training.checkpoint.copies import fetch, newest_copy
+from rm_gallery.training.checkpoint.folders import (
+    STATE_NAME,
+    clean,
+    damage,
+    is_resumable,
+    list_checkpoints,
+    read_facts,
+    refuse_earlier_run,
+    set_aside,
+    step_of,
+)
+from rm_gallery.training.checkpoint.progress import Progress
+from rm_gallery.training.checkpoint.random_state import RandomState
+from rm_gallery.training.checkpoint.tensors import RunTensors
+from rm_gallery.training.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+
+PLAN = "plan"  # key in `RunIdentity.fixed` that follows from settings, which are named instead
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a run is. A checkpoint that was written under another `fixed` is refused."""
+
+    fixed: Mapping[str, Any]
+    """Configuration key, or what a person would call it (without dots), -> plain value."""
+    config: Mapping[str, Any]
+    """The whole configuration, nested; other changes in it are named in a warning."""
+    total_steps: int
+    rate_at: Callable[[int, int], float]
+    """(total steps, step from 0) -> factor on the learning rate."""
+
+    def facts(self, origin: str | None) -> dict[str, Any]:
+        """For state.json. origin: the checkpoint of another folder, or an older one, that the run began with."""
+        return {
+            "fixed": dict(self.fixed), "config": dict(self.config), "total_steps": self.total_steps, "origin": origin,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at step 0, or where a checkpoint was."""
+
+    folder: Path | None = None
+    progress: Progress = field(default_factory=Progress)
+    random: RandomState | None = None
+    """None: at step 0, or saved by another number of processes."""
+    sums: Mapping[str, float] = field(default_factory=dict)
+    """Metric sums of this rank since the last log line."""
+    origin: str | None = None
+    """See `RunIdentity.facts`."""
+
+
+def find_start(
+    run_dir: Path, mode: str, identity: RunIdentity, tensors: RunTensors, ranks: Ranks, *, copies_url: str | None = None
+) -> Start:
+    """Choose the checkpoint to go on from, check it, and load it. Every rank calls it at the same place.
+
+    mode: `trainer.resume_mode`. copies_url: where to look when the run folder holds no checkpoint.
+    Raises UserError for a checkpoint of another run.
+    """
+    lost = False
+    while True:
+        choice, problem = None, None
+        if ranks.rank == 0:
+            try:
+                clean(run_dir)
+                choice = _choose(run_dir, mode, copies_url)
+            except (UserError, OSError) as error:
+                problem = str(error)
+        ranks.settle(problem)
+        choice = ranks.share(choice)
+        if choice is None:
+            if lost:
+                log.warning("no other checkpoint is there: the run begins at step 0")
+            return Start()
+        folder = choice.folder
+        problems = ranks.gather(damage(folder, part=ranks.rank, parts=ranks.world_size))
+        damaged = next((each for each in problems if each), None)
+        if damaged is None:
+            start = _load(choice, identity, tensors, ranks, run_dir)
+            for later in choice.superseded if ranks.rank == 0 else ():
+                log.warning("%s: renamed to %s", later, set_aside(later, "superseded").name)
+            return start
+        if choice.named:
+            raise UserError(f"{choice.named}: {damaged}; it is damaged, name another checkpoint")
+        lost = True
+        if ranks.rank == 0:
+            name = set_aside(folder, "damaged").name
+            log.warning("%s is damaged (%s): renamed to %s, going on with the one before", folder, damaged, name)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A checkpoint to go on from, if it is whole."""
+
+    folder: Path
+    origin: str | None
+    named: str = ""
+    """The setting that names this one, so that no other will do."""
+    superseded: Sequence[Path] = ()
+    """Later checkpoints of the same folder, which do not belong to what follows."""
+
+
+def _choose(run_dir: Path, mode: str, copies_url: str | None) -> _Choice | None:
+    """The checkpoint to try next; None to begin at step 0."""
+    refuse_earlier_run(run_dir, anyway=mode == "disable")
+    if mode == "disable":
+        return None
+    own = [folder for folder in list_checkpoints(run_dir) if is_resumable(folder)]
+    if mode == "auto":
+        if not own and copies_url is not None and (url := newest_copy(copies_url)):
+            return _Choice(fetch(url, run_dir), None, named=f"trainer.default_hdfs_dir={copies_url}: {url}")
+        return _Choice(own[-1], _origin(own[-1])) if own else None
+    origin = mode if "://" in mode else os.path.realpath(os.path.expanduser(mode))
+    if own and _origin(own[-1]) == origin:
+        return _Choice(own[-1], origin)  # a restart of a run that began there
+    named = f"trainer.resume_mode={mode}"
+    if "://" not in mode:
+        wanted = Path(origin)
+        if not is_resumable(wanted):
+            lacks = "no training_state in it" if wanted.is_dir() else "no such folder"
+            raise UserError(f"{named}: {lacks}; name a global_step_N folder of a run, or set auto or disable")
+        if wanted.parent == Path(os.path.realpath(run_dir)):
+            later = [folder for folder in own if step_of(folder) > step_of(wanted)]
+            return _Choice(run_dir / wanted.name, origin, named, later)
+    if own:
+        raise UserError(
+            f"{run_dir}: holds a run (newest checkpoint {own[-1].name}) that did not begin with {named}; "
+            "set another trainer.experiment_name, or trainer.resume_mode=auto to go on with the run that is there"
+        )
+    return _Choice(fetch(mode, run_dir) if "://" in mode else wanted, origin, named)
+
+
+def _origin(folder: Path) -> str | None:
+    try:
+        origin = read_facts(folder).get("origin")
+    except (OSError, ValueError, AttributeError):
+        return None  # it is damaged, which is found out later
+    return origin if isinstance(origin, str) else None
+
+
+def _load(choice: _Choice, identity: RunIdentity, tensors: RunTensors, ranks: Ranks, run_dir: Path) -> Start:
+    folder = choice.folder
+    saved = read_facts(folder)
+    progress = Progress(**saved["progress"])
+    _check_identity(folder, saved, identity)
+    _check_length(folder, saved, progress.step, identity)
+    try:
+        tensors.load(folder / STATE_NAME, ranks.group)
+    except BaseException as error:  # the library's own is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        text = " ".join(str(error).split())
+        raise UserError(f"{folder}: does not fit this model ({text[-300:]})") from error
+    if progress.best_step is not None and not (run_dir / f"global_step_{progress.best_step}").is_dir():
+        progress.best_step = progress.best_accuracy = None
+    parts = [json.loads(path.read_text(encoding="utf-8")) for path in _rank_files(folder, saved["world_size"])]
+    if saved["world_size"] == ranks.world_size:
+        random, sums = parts[ranks.rank]["random"], parts[ranks.rank]["sums"]
+    else:
+        log.warning(
+            "going on with %d processes, saved by %d: random states are new, and results agree up to rounding",
+            ranks.world_size, saved["world_size"],
+        )  # fmt: skip
+        # All sums go to one rank; the others hold nothing under the same names.
+        random, sums = None, {name: 0.0 for part in parts for name in part["sums"]}
+        for part in parts if ranks.rank == 0 else []:
+            for name, value in part["sums"].items():
+                sums[name] += value
+    log.info("going on after step %d from %s", progress.step, folder)
+    return Start(folder, progress, random, sums, choice.origin)
+
+
+def _rank_files(folder: Path, world_size: int) -> list[Path]:
+    return [folder / STATE_NAME / f"rank_{rank}.json" for rank in range(world_size)]
+
+
+def _check_identity(folder: Path, saved: Mapping[str, Any], identity: RunIdentity) -> None:
+    """Refuse another run's checkpoint; name settings that are new."""
+    was, now = dict(saved["fixed"]), json.loads(json.dumps(dict(identity.fixed)))
+    differing = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    changed = _changes(saved["config"], json.loads(json.dumps(dict(identity.config), default=str)))
+    if differing:
+        # What differs may be a hash; the settings that it comes from say more.
+        causes = [text for key, text in changed.items() if key.startswith("data.") and key != "data.val_files"]
+        told = [
+            f"{name}{'=' if '.' in name else ': '}{_shown(now.get(name))}, was {_shown(was.get(name))}"
+            for name in differing
+            if name != PLAN or not (causes or differing[1:])
+        ]
+        raise UserError(
+            f"{folder}: written by another run: {'; '.join(told + causes)}. To go on, set these back; for a new "
+            "run set another trainer.experiment_name, and model.partial_pretrain to that folder to start from its "
+            "weights"
+        )
+    length = ("trainer.resume_mode", "trainer.total_epochs", "trainer.total_training_steps")
+    new = [text for key, text in changed.items() if key not in length]
+    if new:
+        log.warning("going on with settings that are new: %s", "; ".join(new))
+
+
+def _changes(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """`key=value, was value` by key, for every value of the nested configurations that differs."""
+    found: dict[str, str] = {}
+    for name in {**was, **now}:
+        old, new = was.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found.update(_changes(old, new, f"{prefix}{name}."))
+        elif old != new:
+            found[prefix + name] = f"{prefix}{name}={_shown(new)}, was {_shown(old)}"
+    return found
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _check_length(folder: Path, saved: Mapping[str, Any], step: int, identity: RunIdentity) -> None:
+    """The length of a run may change where the learning rate goes on without a jump."""
+    was, now = saved["total_steps"], identity.total_steps
+    if was == now:
+        return
+    if now < step:
+        raise UserError(
+            f"{folder}: the run has come to step {step}, past the {now} steps that are asked for; raise "
+            "trainer.total_epochs or trainer.total_training_steps"
+        )
+    before, after = identity.rate_at(was, step), identity.rate_at(now, step)
+    if abs(before - after) > 1e-9:
+        raise UserError(
+            f"{folder}: belongs to a run of {was} steps, now {now} are asked for, and with this schedule the learning "
+            f"rate would jump from {before:.4g} to {after:.4g} of its highest. Only `constant`, and `wsd` before its "
+            "decay, can change their length after the warm-up: set trainer.total_epochs or total_training_steps back, "
+            "or start a new run with model.partial_pretrain set to that folder"
+        )
+    log.info("the run has %d steps now, %d before", now, was)

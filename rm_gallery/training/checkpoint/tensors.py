@@ -1,0 +1,134 @@
+"""The tensors of a run: float32 weights and optimizer state, sharded or not, for torch.distributed.checkpoint.
+
+A checkpoint holds them under the model's own names, `model.NAME` and `optimizer.NAME.exp_avg`, whatever the strategy:
+another number of processes or another strategy reads the same files.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from rm_gallery.modeling.parallel import TrainedWeights
+from rm_gallery.modeling.reward_model import RewardModel
+
+_MODEL = "model.network."  # what stands before the library's names
+
+
+class RunTensors:
+    """The weights that the optimizer updates, and its state."""
+
+    def __init__(self, model: RewardModel, weights: TrainedWeights, optimizer: torch.optim.Optimizer) -> None:
+        self.weights, self.optimizer = weights, optimizer
+        self._module = _trained_module(model, weights)
+
+    def read(self) -> dict[str, Any]:
+        """All tensors by name, as they lie on this rank; not copies. Every rank calls it at the same place."""
+        quiet()
+        state: dict[str, Any] = {"model": get_model_state_dict(self._module)}
+        if self.optimizer.state:
+            state["optimizer"] = get_optimizer_state_dict(self._module, self.optimizer)["state"]
+        return state
+
+    def load(self, folder: Path, group: dist.ProcessGroup | None) -> None:
+        """Take all tensors from a checkpoint's `training_state`. Every rank calls it at the same place.
+
+        The optimizer's settings (rates, decay) stay those of the configuration. Raises whatever
+        torch.distributed.checkpoint does when names or shapes are not those of this model.
+        """
+        quiet()
+        saved = _saved_names(folder)
+        state: dict[str, Any] = {"model": get_model_state_dict(self._module)}
+        # Gives every parameter a state, which takes a step at rate 0; the weights come afterwards.
+        optimizer: dict[str, Any] = get_optimizer_state_dict(self._module, self.optimizer)
+        found = optimizer["state"]
+        # A parameter that has had no gradient has no state. In a run where every step was bad, none has.
+        kept = {name: found[name] for name in found if f"optimizer.{name}.exp_avg" in saved}
+        if kept:
+            state["optimizer"] = kept
+        dcp.load(state, checkpoint_id=folder, process_group=group)
+        set_model_state_dict(self._module, state["model"])
+        set_optimizer_state_dict(
+            self._module,
+            self.optimizer,
+            {"state": state.get("optimizer", {}), "param_groups": optimizer["param_groups"]},
+            options=StateDictOptions(strict=False),
+        )
+        if not kept:
+            self.optimizer.state.clear()
+        self.weights.publish()
+
+
+class SavedWeights:
+    """The whole weights in a checkpoint's `training_state`, under the names of the library's model.
+
+    One process reads them alone, one at a time, from files that all ranks have written: no device and no host ever
+    holds the whole model for that.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        quiet()
+        self._reader = dcp.FileSystemReader(folder)
+        entries: dict[str, Any] = self._reader.read_metadata().state_dict_metadata
+        self._names = {name.removeprefix(_MODEL): name for name in entries if name.startswith(_MODEL)}
+        self._entries = entries
+
+    def outline(self) -> dict[str, Tensor]:
+        """Tensors without values."""
+        return {short: self._empty(name, "meta") for short, name in self._names.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One of them, on the host."""
+        found = {self._names[name]: self._empty(self._names[name], "cpu")}
+        dcp.load(found, storage_reader=self._reader, no_dist=True)
+        return found[self._names[name]]
+
+    def _empty(self, name: str, device: str) -> Tensor:
+        entry = self._entries[name]
+        return torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
+
+
+def _saved_names(folder: Path) -> set[str]:
+    return set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+
+
+def _trained_module(model: RewardModel, weights: TrainedWeights) -> nn.Module:
+    """A module whose parameters are the ones that the optimizer updates: the model, unless it computes with copies."""
+    own = set(model.parameters())
+    masters = dict(weights.named_parameters())
+    if all(parameter in own for parameter in masters.values()):
+        return model
+    module = nn.Module()
+    parameters = dict(model.named_parameters())
+    for name, value in [*masters.items(), *model.state_dict(keep_vars=True).items()]:
+        if name not in masters and name in parameters:
+            continue
+        *path, last = name.split(".")
+        place = module
+        for part in path:
+            if not hasattr(place, part):
+                place.add_module(part, nn.Module())
+            place = getattr(place, part)
+        if name in masters:
+            place.register_parameter(last, masters[name])
+        elif not hasattr(place, last):
+            place.register_buffer(last, value)
+    return module
+
+
+def quiet() -> None:
+    """Switch off what the library warns about single processes; for good, since other threads save meanwhile."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

@@ -1,0 +1,150 @@
+"""Memory: the formulas against what the library's models keep, and against the peak of whole training steps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from rm_gallery.modeling import attention
+from rm_gallery.modeling.parallel import MasterWeights
+from rm_gallery.objectives import OBJECTIVES
+from rm_gallery.planning.memory import Layout, MemoryUse, Pack, activations, step_memory
+from rm_gallery.planning.shapes import ModelShape, load_shape
+from rm_gallery.training.optim import OptimConfig, build_optimizer
+from tests.planning.models import batch_and_pack, bytes_kept, model_and_shape
+from tests.small import DECODERS, ENCODERS
+
+ONE = Layout("none", 1, 1, 2, False, False, False, False)
+PACK = Pack(8192, 8192, 8192 * 1000)
+
+
+@pytest.fixture(autouse=True)
+def fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formulas are of the fused kernel, which a GPU takes; on a CPU plain products may be faster."""
+    monkeypatch.setattr(attention, "_PLAIN_UP_TO", {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [*DECODERS, *ENCODERS])
+def test_activations_are_what_the_model_keeps(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, shape = model_and_shape(kind, tmp_path / "model")
+    MasterWeights(model, dtype)
+    batch, pack = batch_and_pack(shape, groups=6)
+    expected = activations(shape, pack, dtype.itemsize, checkpointing=False)
+    assert expected == pytest.approx(bytes_kept(model, batch), rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "bert"])
+def test_with_checkpointing_each_layer_keeps_its_input(kind: str, tmp_path: Path) -> None:
+    model, shape = model_and_shape(kind, tmp_path / "model", layers=6)
+    model.network.gradient_checkpointing_enable({"use_reentrant": False})
+    batch, pack = batch_and_pack(shape, groups=6)
+    expected = activations(shape, pack, 4, checkpointing=True)
+    assert expected == pytest.approx(bytes_kept(model, batch), rel=0.15)  # masks and tables belong to nobody
+    assert expected < activations(shape, pack, 4, checkpointing=False) / 5
+
+
+def _peak_of_a_step(folder: Path, kind: str, layout: Layout, groups: int, vocab_size: int) -> tuple[float, MemoryUse]:
+    """Bytes live at the peak of the second step, as torch's profiler counts them, and the estimate."""
+    model, shape = model_and_shape(kind, folder / "model", vocab_size=vocab_size)
+    batch, pack = batch_and_pack(shape, groups)
+    if layout.checkpointing:
+        model.network.gradient_checkpointing_enable({"use_reentrant": False})
+    weights = MasterWeights(model, torch.bfloat16 if layout.width == 2 else torch.float32)
+    optimizer = build_optimizer(weights.named_parameters(), OptimConfig())
+    model.train()
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        for _ in range(1 if layout.one_micro_batch else 2):
+            OBJECTIVES["bradley_terry"](model(batch), batch)[0].backward()
+        optimizer.step()
+        weights.publish()
+
+    step()
+    optimizer.zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    trace = folder / "trace.json"
+    recorded.export_chrome_trace(str(trace))
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    use = step_memory(shape, layout, pack, overhead=0)
+    return use.weights + use.compute_copy + use.optimizer + peak, use
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "groups", "vocab_size", "moment"),
+    [
+        ("qwen2", ONE, 60, 264, "the backward pass begins"),
+        ("qwen2", replace(ONE, width=4), 60, 264, "the backward pass begins"),
+        ("qwen2", replace(ONE, checkpointing=True), 60, 264, "the backward pass begins"),
+        ("qwen2", replace(ONE, one_micro_batch=True), 60, 264, "the backward pass begins"),
+        ("qwen2", ONE, 1, 50000, "the backward pass ends"),
+        ("qwen2", replace(ONE, one_micro_batch=True), 1, 50000, "the backward pass ends"),
+        ("bert", ONE, 60, 264, "the backward pass begins"),
+        ("gemma3_text", replace(ONE, width=4), 60, 264, "the backward pass begins"),
+    ],
+)
+def test_the_peak_is_that_of_a_training_step(
+    kind: str, layout: Layout, groups: int, vocab_size: int, moment: str, tmp_path: Path
+) -> None:
+    measured, use = _peak_of_a_step(tmp_path, kind, layout, groups, vocab_size)
+    assert use.total == pytest.approx(measured, rel=0.04)
+    assert use.moment == moment
+
+
+@pytest.fixture(scope="module")
+def shape() -> ModelShape:
+    return load_shape("qwen2.5-7b")
+
+
+def test_static_memory_is_16_bytes_a_parameter_and_a_copy(shape: ModelShape) -> None:
+    use = step_memory(shape, ONE, PACK, overhead=5)
+    assert use.weights == use.gradients == use.optimizer / 2 == 4 * shape.parameters
+    assert use.compute_copy == 2 * (shape.parameters - shape.head_parameters)
+    assert use.overhead == 5
+    assert step_memory(shape, replace(ONE, width=4), PACK, overhead=0).compute_copy == 0
+
+
+def test_sharding_divides_what_is_static_and_gathers_layers(shape: ModelShape) -> None:
+    whole = step_memory(shape, replace(ONE, strategy="ddp", num_processes=8), PACK, overhead=0)
+    cut = step_memory(shape, replace(ONE, strategy="fsdp2", num_processes=8, shards=8), PACK, overhead=0)
+    hybrid = step_memory(shape, replace(ONE, strategy="fsdp", num_processes=8, shards=2), PACK, overhead=0)
+    assert cut.weights == whole.weights / 8
+    assert hybrid.optimizer == whole.optimizer / 2
+    assert cut.compute_copy == 2 * (2 * shape.layer_parameters + shape.outer_parameters)
+    assert cut.activations == whole.activations
+    assert cut.total < hybrid.total < whole.total
+
+
+def test_offloading_moves_memory_to_the_host(shape: ModelShape) -> None:
+    layout = replace(ONE, strategy="fsdp2", num_processes=8, shards=8)
+    kept = step_memory(shape, layout, PACK, overhead=0)
+    moved = step_memory(shape, replace(layout, offload=True), PACK, overhead=0)
+    assert moved.host == 16 * shape.parameters / 8 == kept.total - moved.total
+    optimizer = step_memory(shape, replace(layout, offload_optimizer=True), PACK, overhead=0)
+    assert optimizer.host == 8 * shape.parameters / 8 == kept.total - optimizer.total
+
+
+def test_an_offloaded_optimizer_comes_back_for_its_step(shape: ModelShape) -> None:
+    small = Pack(1, 1, 1)
+    use = step_memory(shape, replace(ONE, offload_optimizer=True), small, overhead=0)
+    assert use.moment == "the optimizer steps"
+    assert use.total == 18 * shape.parameters - 2 * shape.head_parameters
+
+
+def test_more_tokens_and_longer_groups_take_more(shape: ModelShape) -> None:
+    totals = [
+        step_memory(shape, ONE, Pack(tokens, tokens, tokens * length), overhead=0).total
+        for tokens, length in ((1000, 100), (1000, 1000), (4000, 1000), (4000, 4000))
+    ]
+    assert totals == sorted(set(totals))

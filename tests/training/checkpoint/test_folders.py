@@ -1,0 +1,106 @@
+"""Checkpoint folders: complete or not there, and every kind of damage is found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rm_gallery.training.checkpoint.folders import clean, damage, delete, hash_files, list_checkpoints, publish
+
+FILES = {"model.safetensors": b"w" * 1000, "config.json": b"{}", "training_state/__0_0.distcp": b"s" * 3000}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A complete checkpoint."""
+    staging = tmp_path / ".global_step_7.saving"
+    for name, content in FILES.items():
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
+        (staging / name).write_bytes(content)
+    publish(staging, tmp_path / "global_step_7", hash_files(staging, FILES))
+    assert not staging.exists()
+    return tmp_path / "global_step_7"
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [(flip, "is not what was written"), (cut, "is not what was written"), (Path.unlink, "is missing")],
+)
+def test_damage_of_any_file_is_found_and_named(
+    name: str, harm: Callable[[Path], None], says: str, folder: Path
+) -> None:
+    assert damage(folder) is None
+    harm(folder / name)
+    assert damage(folder) == f"{name} {says}"
+
+
+def test_ranks_share_the_reading(folder: Path) -> None:
+    flip(folder / "model.safetensors")
+    found = [damage(folder, part=rank, parts=3) for rank in range(3)]
+    assert [each for each in found if each] == ["model.safetensors is not what was written"]
+
+
+def test_any_bit_of_the_list_of_hashes_counts(folder: Path) -> None:
+    """Every flipped bit that changes what the list says is noticed; only white space does not."""
+    marker = folder / "training_state/complete.json"
+    whole = marker.read_bytes()
+    for place in range(len(whole)):
+        for bit in (0, 3, 6):
+            changed = bytearray(whole)
+            changed[place] ^= 1 << bit
+            marker.write_bytes(bytes(changed))
+            try:
+                same = json.loads(bytes(changed)) == json.loads(whole)
+            except ValueError:
+                same = False
+            assert (damage(folder) is None) == same, (place, bit)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b"{}", b'{"format": 1, "sha256": 3}', b"\xff\xfe", b"[" * 9999]
+)
+def test_a_list_of_hashes_that_is_none_is_damage(content: bytes, folder: Path) -> None:
+    (folder / "training_state/complete.json").write_bytes(content)
+    assert damage(folder) == "complete.json cannot be read"
+
+
+def test_a_later_format_is_not_read(folder: Path) -> None:
+    marker = folder / "training_state/complete.json"
+    marker.write_text(marker.read_text().replace('"format": 1', '"format": 2'))
+    assert damage(folder) == "written in format 2, which this version does not read"
+
+
+def test_checkpoints_are_listed_by_number_and_others_are_not(tmp_path: Path) -> None:
+    for name in ("global_step_10", "global_step_9", "global_step_9.damaged", ".global_step_11.saving", "global_step_x"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["global_step_9", "global_step_10"]
+    clean(tmp_path)
+    delete(tmp_path / "global_step_9")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "global_step_10",
+        "global_step_9.damaged",
+        "global_step_x",
+    ]
+
+
+def test_publishing_over_a_folder_of_that_name_replaces_it(folder: Path) -> None:
+    staging = folder.with_name(".global_step_7.saving")
+    (staging / "training_state").mkdir(parents=True)
+    (staging / "new").write_text("new")
+    publish(staging, folder, hash_files(staging, ["new"]))
+    assert sorted(path.name for path in folder.iterdir()) == ["new", "training_state"]
+    assert damage(folder) is None

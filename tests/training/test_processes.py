@@ -1,0 +1,177 @@
+"""Several processes: one step and its pieces in every strategy, and the end of a run that loses a process.
+
+The whole loss curves are compared in test_strategies.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rm_gallery.data.token_data import TokenData
+from rm_gallery.data.token_group import Origin
+from rm_gallery.distributed import World
+from rm_gallery.modeling.parallel import FsdpConfig
+from rm_gallery.modeling.reward_model import load_reward_model
+from rm_gallery.objectives import bradley_terry
+from rm_gallery.training.validate import validate
+from tests.small import random_groups
+from tests.training.process_checks import STRATEGIES, build, gradients
+
+ROOT = Path(__file__).parents[2]
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def start(script: Path, *arguments: str, options: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *options, str(script), *arguments],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(qwen2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of the two processes of process_checks.py found, and the folder they wrote into."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "model").symlink_to(qwen2_folder)
+    script = Path(__file__).with_name("process_checks.py")
+    process = start(script, str(folder), options=["--standalone", "--nproc_per_node=2", "--max_restarts=1"])
+    try:
+        output, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output[-6000:]
+    return [{**json.loads((folder / f"{rank}.json").read_text()), "folder": str(folder)} for rank in range(2)]
+
+
+def test_processes_meet_again_after_one_was_killed(found: list[dict[str, Any]]) -> None:
+    assert [each["attempt"] for each in found] == [1, 1], "the first attempt lost rank 1"
+
+
+@pytest.mark.parametrize("kind", ["plain", "checkpointing", "bf16"])
+def test_a_step_has_the_gradient_of_one_process(kind: str, found: list[dict[str, Any]], qwen2_folder: Path) -> None:
+    groups = random_groups(0)[:2] + random_groups(1)[3:4]
+    settings = {"fsdp_config": FsdpConfig()} if kind == "bf16" else {}
+    alone = gradients(build(qwen2_folder, ALONE, "none", **settings), ALONE, groups)
+    assert alone["norm"] == pytest.approx(math.sqrt(sum(alone["squares"].values())), rel=1e-6)
+    tolerance = {"rel": 0.05, "abs": 1e-3} if kind == "bf16" else {"rel": 1e-5, "abs": 1e-9}
+    for each in found:
+        for strategy in STRATEGIES:
+            step = each["strategies_give_one_gradient"][kind][strategy]
+            assert step["loss"] == pytest.approx(alone["loss"], **tolerance), strategy
+            assert step["norm"] == pytest.approx(alone["norm"], **tolerance), strategy
+            assert step["squares"] == pytest.approx(alone["squares"], **tolerance), strategy
+
+
+def test_gradients_added_by_hand_are_those_that_fsdp_adds(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        by_itself, by_hand = each["gradients_added_by_hand_are_the_same"]
+        assert by_hand["loss"] == by_itself["loss"]
+        assert by_hand["squares"] == pytest.approx(by_itself["squares"], rel=1e-6)
+
+
+def test_no_process_holds_the_whole_model(found: list[dict[str, Any]], qwen2_folder: Path) -> None:
+    whole = sum(parameter.numel() for parameter in load_reward_model(str(qwen2_folder)).model.parameters())
+    for strategy in ("fsdp", "fsdp2"):
+        parts = [each["each_process_holds_its_part"][strategy] for each in found]
+        assert sum(parts) == whole
+        assert max(parts) < 0.52 * whole
+
+
+def test_the_optimizer_has_float32_and_decays_matrices(found: list[dict[str, Any]], qwen2_folder: Path) -> None:
+    model = load_reward_model(str(qwen2_folder)).model
+    for each in found:
+        for strategy in STRATEGIES:
+            assert each["types_are_as_configured"][strategy] == {
+                "layer": "torch.bfloat16",
+                "head": "torch.float32",
+                "rewards": "torch.float32",
+                "weights": ["torch.float32"],
+                "decayed": sorted(name for name, parameter in model.named_parameters() if parameter.ndim > 1),
+            }
+
+
+def test_a_step_that_is_bad_on_one_rank_is_skipped_by_all(found: list[dict[str, Any]]) -> None:
+    results = [each["a_bad_step_on_one_rank_is_skipped_by_all"] for each in found]
+    assert results[0] == results[1]
+    for strategy in STRATEGIES:
+        assert results[0][strategy]["finite"] == [True, False, True]
+        first, third = results[0][strategy]["losses"]
+        assert third < first, "the first step was made, and the third one too"
+
+
+def test_validation_is_shared_and_gives_the_figures_of_one_process(
+    found: list[dict[str, Any]], qwen2_folder: Path
+) -> None:
+    data = TokenData.from_groups((group, Origin()) for seed in range(3) for group in random_groups(seed))
+    model, _ = build(qwen2_folder, ALONE, "none")
+    alone = validate(model, data, bradley_terry, token_budget=400)
+    for each in found:
+        for strategy in STRATEGIES:
+            assert each["figures_of_validation"][strategy] == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_cut_model_is_exported_whole_or_not_at_all(found: list[dict[str, Any]], qwen2_folder: Path) -> None:
+    model, _ = build(qwen2_folder, ALONE, "none")
+    folder = Path(found[0]["folder"])
+    for strategy in STRATEGIES:
+        files = folder / f"files-{strategy}"
+        index = json.loads((files / "model.safetensors.index.json").read_text())["weight_map"]
+        tensors = {name: load_file(files / file)[name] for name, file in index.items()}
+        assert len(set(index.values())) > 2
+        assert tensors.keys() == model.network.state_dict().keys()
+        for name, value in model.network.state_dict().items():
+            assert torch.equal(tensors[name], value), name
+        assert not (folder / f"full-{strategy}").exists()
+        for each in found:
+            assert "File too large" in each["a_cut_model_is_exported_whole"][strategy]
+
+
+def test_processes_agree_on_the_run_folder_and_refuse_other_settings(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        agreed = each["the_run_folder_is_that_of_rank_0"]
+        assert agreed["run_dir"] == "out/run-0"
+        assert agreed["refused"] == "optim.lr=2e-06 on rank 1, but 1e-06 on rank 0; start all with the same settings"
+
+
+def test_who_does_not_come_in_time_is_named(found: list[dict[str, Any]]) -> None:
+    assert found[0]["who_does_not_come_is_named"] == "rank 1 of 2 did not come to the test within 0.3 s"
+    assert found[1]["who_does_not_come_is_named"] == ""
+
+
+def test_the_loss_of_a_process_on_another_machine_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    """Two launchers that know nothing of each other: only the processes themselves can tell."""
+    script = tmp_path / "lost.py"
+    script.write_text(
+        "import os, signal, torch\n"
+        "from rm_gallery import distributed\n"
+        "with distributed.processes('cpu') as world:\n"
+        "    distributed.sum_over_ranks(torch.ones(1))\n"
+        "    if world.rank == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    distributed.sum_over_ranks(torch.ones(1))\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    meeting = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    nodes = [start(script, options=[*meeting, f"--node_rank={node}"]) for node in range(2)]
+    try:
+        output, _ = nodes[0].communicate(timeout=120)
+        nodes[1].communicate(timeout=60)
+    finally:
+        for node in nodes:
+            node.kill()
+    assert all(node.returncode for node in nodes)
+    assert f"rank 1 on {socket.gethostname()} stopped answering" in output
