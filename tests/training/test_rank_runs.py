@@ -1,0 +1,101 @@
+"""Whole runs of several processes: resumed, moved to another number of processes, and robbed of one of them."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.small import make_model
+from tests.training.rank_runs import log_of, run_all
+from tests.training.short_runs import assert_same_run, rows, settings, write_data
+
+FSDP2, FSDP, DDP = ("model.strategy=fsdp2",), ("model.strategy=fsdp",), ("model.strategy=ddp",)
+LONG = (
+    "trainer.total_epochs=10",
+    "optim.lr=1e-4",
+    "optim.warmup_steps_ratio=0.1",
+    "data.max_tokens_per_micro_batch=600",
+)
+
+
+@pytest.fixture(autouse=True)
+def data(in_tmp: Path) -> None:
+    write_data()
+
+
+def run(model: Path, name: str, *overrides: str, ranks: int = 2, **more: Any) -> dict[str, Any]:
+    return {"ranks": ranks, "arguments": settings(model, name, *overrides), **more}
+
+
+def sigterm(rank: int, step: int) -> dict[str, Any]:
+    return {"rank": rank, "step": step, "what": "SIGTERM"}
+
+
+def test_a_run_of_two_processes_that_was_stopped_is_the_one_that_was_not(in_tmp: Path, qwen2_folder: Path) -> None:
+    """The signal comes to one rank alone. Dropout draws apart in each, and a log line spans both starts."""
+    bert = make_model("bert", in_tmp / "bert")
+    cases = {
+        "fsdp2": (qwen2_folder, (*FSDP2, "trainer.async_save=true", "trainer.save_freq=2")),
+        "fsdp": (qwen2_folder, (*FSDP, "model.fsdp_config.model_dtype=bf16")),
+        "ddp": (bert, (*DDP, "model.dropout=0.3", "trainer.log_freq=4")),
+    }
+    runs = []
+    for name, (model, options) in cases.items():
+        runs += [
+            run(model, f"{name}-whole", *options),
+            run(model, f"{name}-parts", *options, act=sigterm(rank=1, step=3)),
+            run(model, f"{name}-parts", *options),
+        ]
+    done = run_all(runs, in_tmp)
+    assert [each["status"] for each in done] == [[0, 0], [143, 143], [0, 0]] * 3, "\n".join(map(log_of, done))
+    for name in cases:
+        assert_same_run(Path(f"runs/{name}-parts"), Path(f"runs/{name}-whole"))
+
+
+def test_another_number_of_processes_goes_on_from_the_same_weights_gradients_and_losses(
+    in_tmp: Path, qwen2_folder: Path
+) -> None:
+    """30 steps at 1e-4: all of them on two processes, or 12 there and the rest on one or four, or another strategy."""
+    whole = run(qwen2_folder, "whole", *LONG, *FSDP2, gradients=str(in_tmp / "unused.pt"))
+    stopped, others = [], []
+    for name, ranks, options in (("same", 2, FSDP2), ("one", 1, ()), ("four", 4, FSDP2), ("ddp", 2, DDP)):
+        stopped.append(run(qwen2_folder, name, *LONG, *FSDP2, act=sigterm(rank=0, step=12)))
+        others.append(
+            run(qwen2_folder, name, *LONG, *options, ranks=ranks, gradients=str(in_tmp / f"gradients-{name}.pt"))
+        )
+    done = run_all([whole, *stopped, *others], in_tmp)
+    statuses = [set(each["status"]) for each in done]
+    assert statuses == [{0}, *[{143}] * 4, *[{0}] * 4], "\n".join(map(log_of, done))
+    expected = torch.load(in_tmp / "gradients-same.pt")
+    losses = {row["step"]: row["train/loss"] for row in rows(Path("runs/whole")) if "train/loss" in row}
+    assert len(losses) == 30
+    for name in ("one", "four", "ddp"):
+        found = torch.load(in_tmp / f"gradients-{name}.pt")
+        assert found.keys() == expected.keys()
+        assert max(float((found[each] - expected[each]).abs().max()) for each in found) < 1e-5, name
+        other = {row["step"]: row["train/loss"] for row in rows(Path("runs") / name) if "train/loss" in row}
+        assert other == pytest.approx(losses, abs=1e-4), name
+    assert "going on with 4 processes, saved by 2: random states are new" in log_of(done[-2])
+
+
+def test_a_killed_and_a_hung_process_end_the_others_in_words(in_tmp: Path, qwen2_folder: Path) -> None:
+    """No launcher is there to help: the processes find out for themselves."""
+    kill, hang = ({"rank": 1, "step": 2, "what": what} for what in ("SIGKILL", "hang"))
+    done = run_all(
+        [
+            run(qwen2_folder, "killed", *FSDP2, act=kill),
+            run(qwen2_folder, "hung", *DDP, "trainer.timeout_seconds=3", act=hang),
+        ],
+        in_tmp,
+    )
+    killed, hung = done
+    host = socket.gethostname()
+    assert killed["status"] == [2, -9], log_of(killed)
+    assert killed["seconds"][0] < 30
+    assert f"rank 1 on {host} stopped answering" in log_of(killed)
+    assert all(hung["status"]) and max(hung["seconds"]) < 30, log_of(hung)
+    assert f"rank 1 on {host} has not moved for 3 s, while the others wait for it" in log_of(hung)
