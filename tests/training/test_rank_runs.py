@@ -99,3 +99,31 @@ def test_a_killed_and_a_hung_process_end_the_others_in_words(in_tmp: Path, qwen2
     assert f"rank 1 on {host} stopped answering" in log_of(killed)
     assert all(hung["status"]) and max(hung["seconds"]) < 30, log_of(hung)
     assert f"rank 1 on {host} has not moved for 3 s, while the others wait for it" in log_of(hung)
+
+
+CUSTOM = """
+from tutorials.cookbooks.training_reward_model.base import BaseTrainDataset
+
+class Mine(BaseTrainDataset):
+    def _build_messages(self, example):
+        return [{"role": "user", "content": "About: " + example["chosen"][:10]}]
+"""
+
+
+def test_a_class_of_the_users_own_reads_the_same_on_several_processes(in_tmp: Path, qwen2_folder: Path) -> None:
+    """Each rank loads the class; the plans agree, and the losses are those of one process."""
+    Path("mine.py").write_text(CUSTOM)
+    options = ("data.custom_cls.path=mine.py", "data.custom_cls.name=Mine", "optim.lr=1e-4", "data.max_length=200")
+    done = run_all(
+        [
+            run(qwen2_folder, "one", *options, ranks=1),
+            run(qwen2_folder, "two", *options, *FSDP2, f"data.cache_dir={in_tmp / 'other-cache'}"),
+        ],
+        in_tmp,
+    )
+    assert [set(each["status"]) for each in done] == [{0}, {0}], "\n".join(map(log_of, done))
+    losses = [
+        [row["train/loss"] for row in rows(Path("runs") / name) if "train/loss" in row] for name in ("one", "two")
+    ]
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
