@@ -114,6 +114,8 @@ class MasterWeights(TrainedWeights):
                 parameter.data = parameter.data.to(dtype)
                 parameter.register_post_accumulate_grad_hook(_adder(master))
                 self._copies.append((master, parameter))
+            elif dtype != torch.float32:  # as a part of the mapped weights file it would keep all of that in memory
+                parameter.data = parameter.data.clone()
             self._named.append((name, master))
         self._matrices = matrix_names(model)
 

@@ -13,7 +13,9 @@ from rm_gallery.errors import UserError
 from rm_gallery.training.config import TrainConfig
 
 # Machines may keep the same files at different places; the plan's fingerprint holds what was read from them.
-_MAY_DIFFER = ("model.partial_pretrain", "data.train_files", "data.val_files", "data.custom_cls.path")
+_MAY_DIFFER = (
+    "model.partial_pretrain", "data.train_files", "data.val_files", "data.custom_cls.path", "data.cache_dir",
+)  # fmt: skip
 
 
 def agree_on_run(config: TrainConfig, world: World) -> TrainConfig:
