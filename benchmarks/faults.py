@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,7 +48,7 @@ class Course:
 class Outcome:
     """What happened, and whether it made a difference."""
 
-    kills: dict[str, int] = field(default_factory=Counter)  # type: ignore[arg-type]
+    kills: dict[str, int] = field(default_factory=dict)
     """Of each rank, in steps and in saves."""
     starts: int = 1
     rows_again: int = 0
@@ -151,7 +150,8 @@ def disturb(process: subprocess.Popen[bytes], run: Path, course: Course, outcome
             time.sleep(draw.uniform(0.0, 1.0))
         is_saving = any(run.glob(".global_step_*.saving"))
         os.kill(alive[rank], signal.SIGKILL)
-        outcome.kills[f"rank {rank}, {'during a save' if is_saving else 'during steps'}"] += 1
+        where = f"rank {rank}, {'during a save' if is_saving else 'during steps'}"
+        outcome.kills[where] = outcome.kills.get(where, 0) + 1
         outcome.starts += 1
         _gone(alive.values())
         when = time.time()
