@@ -18,7 +18,7 @@ from rm_gallery.errors import UserError
 from rm_gallery.modeling.attention_layout import PackLayout, Queries, visible
 from rm_gallery.modeling.attention_plain import plain_attention
 
-__all__ = ["NAME", "PackLayout", "install", "lay_out", "packed_attention", "reference_attention", "visible"]
+__all__ = ["NAME", "PackLayout", "attend", "install", "lay_out", "packed_attention", "reference_attention", "visible"]
 
 # T tokens, N queries (T, or R in the last layer), B groups of a bucket, L its longest group, H heads, D head dimension
 
@@ -33,22 +33,32 @@ def lay_out(batch: PackedBatch, kernel: str = "auto") -> PackLayout:
 
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    packed: PackLayout, rewards_only: bool = False, scaling: float | None = None, dropout: float = 0.0,
-    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
+    packed: PackLayout, scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+    softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention with the signature of transformers' interface.
+    """Attention of all tokens, with the signature of transformers' interface.
 
-    query: [1, H, N, D]; key, value: [1, H_kv, T, D]. rewards_only: the N queries are those of the R reward tokens,
-    else of all T. Returns [1, N, H, D].
+    query: [1, H, T, D]; key, value: [1, H_kv, T, D]. Returns [1, T, H, D].
     """
     if softcap is not None or s_aux is not None:
         raise UserError(f"{type(module).__name__}: attention with a soft cap or sinks is not supported in packed form")
-    if not query.shape[2]:
-        return query.transpose(1, 2), None
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    tokens = [part[0].transpose(0, 1) for part in (query, key, value)]  # each [N or T, heads, D]
-    kernel = _choose(query, packed, dropout)
-    return kernel(*tokens, packed, rewards_only, scaling, sliding_window, dropout).unsqueeze(0), None
+    return attend(query, key, value, packed, scaling=scaling, window=sliding_window, dropout=dropout).unsqueeze(0), None
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, *, scaling: float, rewards_only: bool = False,
+    window: int | None = None, dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Attention by the kernel that suits.
+
+    query: [N, H, D]; key, value: [T, H_kv, D]. rewards_only: the N queries are those of the R reward tokens, else of
+    all T. window: of this layer, in tokens. Returns [N, H, D].
+    """
+    if not len(query):
+        return query
+    return _choose(query, packed, dropout)(query, key, value, packed, rewards_only, scaling, window, dropout)
 
 
 def _choose(query: Tensor, packed: PackLayout, dropout: float) -> Callable[..., Tensor]:

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rm_gallery.data.batch import PackedBatch
 from rm_gallery.errors import UserError
 from rm_gallery.modeling import attention
-from rm_gallery.modeling.last_layer import read_only_rewards
+from rm_gallery.modeling.decoder_layers import adapt
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class RewardModel(nn.Module):
         """Whether texts are padded (encoders) or packed with shared prompts (decoders)."""
         # The head computes in its own type, which stays float32 whatever the backbone's type is.
         self.head.register_forward_pre_hook(_cast_input)
-        self._reads_only_rewards = not self.padded and read_only_rewards(self._backbone)
+        self._reads_only_rewards = not self.padded and adapt(self._backbone)
 
     @property
     def head(self) -> nn.Module:
