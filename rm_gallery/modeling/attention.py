@@ -7,7 +7,7 @@ own response. `install` registers this with transformers' attention interface, s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,31 @@ from torch import Tensor, nn
 
 from rm_gallery.data.batch import PackedBatch
 from rm_gallery.errors import UserError
+from rm_gallery.modeling.attention_flex import block_mask, flex_attention
+from rm_gallery.modeling.attention_flex import is_available as flex_is_available
 from rm_gallery.modeling.attention_layout import PackLayout, Queries, visible
 from rm_gallery.modeling.attention_plain import plain_attention
+from rm_gallery.modeling.attention_varlen import cut, find_flash, varlen_attention
 
-__all__ = ["NAME", "PackLayout", "attend", "install", "lay_out", "packed_attention", "reference_attention", "visible"]
+__all__ = [
+    "NAME",
+    "PackLayout",
+    "Setting",
+    "attend",
+    "check",
+    "install",
+    "lay_out",
+    "packed_attention",
+    "reference_attention",
+    "visible",
+]
 
 # T tokens, N queries (T, or R in the last layer), B groups of a bucket, L its longest group, H heads, D head dimension
 
 NAME = "rm_gallery_packed"
+Setting: TypeAlias = Literal["auto", "plain", "sdpa", "varlen", "flex"]
+Kernel: TypeAlias = Callable[..., Tensor]
+"""(query, key, value, layout, rewards_only, scaling, window, dropout) -> [N, H, D]"""
 _PLAIN_UP_TO = {torch.bfloat16: 2048, torch.float32: 256}  # tokens of a pack's longest group
 
 
@@ -58,14 +75,46 @@ def attend(
     """
     if not len(query):
         return query
-    return _choose(query, packed, dropout)(query, key, value, packed, rewards_only, scaling, window, dropout)
+    kernel = _choose(query, packed, dropout, rewards_only)
+    return kernel(query, key, value, packed, rewards_only, scaling, window, dropout)
 
 
-def _choose(query: Tensor, packed: PackLayout, dropout: float) -> Callable[..., Tensor]:
-    """By measurement on a CPU (docs/log.md); on a GPU the fused kernels are faster."""
-    longest = int(packed.lengths.max())
-    is_plain_faster = query.device.type == "cpu" and longest <= _PLAIN_UP_TO.get(query.dtype, 0)
-    return _KERNELS["plain" if is_plain_faster and not dropout else "sdpa"]
+def _choose(query: Tensor, packed: PackLayout, dropout: float, rewards_only: bool) -> Kernel:
+    """`auto`: by measurement on a CPU (docs/log.md); on a GPU the first kernel that knows the case."""
+    name, on_cpu = packed.kernel, query.device.type == "cpu"
+    if name == "auto" and on_cpu:
+        is_plain_faster = int(packed.lengths.max()) <= _PLAIN_UP_TO.get(query.dtype, 0)
+        name = "plain" if is_plain_faster and not dropout else "sdpa"
+    elif name == "auto":
+        name = next((each for each in _ON_GPU if _why_not(each, query.device, query.dtype, dropout) is None), "sdpa")
+    if rewards_only and name in _ON_GPU:
+        name = "sdpa"  # one query for each response: not worth a layout of its own
+    return _KERNELS[name]
+
+
+def check(setting: str, device: torch.device, dtype: torch.dtype, dropout: float) -> None:
+    """Raise UserError for a kernel (`model.attention`) that cannot train in this type on this device."""
+    reason = None if setting == "auto" else _why_not(setting, device, dtype, dropout)
+    if reason is not None:
+        raise UserError(f"model.attention={setting}: {reason}; set auto, which takes what runs here")
+
+
+def _why_not(name: str, device: torch.device, dtype: torch.dtype, dropout: float) -> str | None:
+    """Why a kernel cannot train here; None if it can."""
+    if name == "sdpa":
+        return None
+    if dropout:
+        return "it knows no attention dropout, and model.dropout is not 0"
+    if name in _ON_GPU and device.type != "cuda":
+        return "it needs a GPU"
+    if name == "varlen":
+        if dtype == torch.float32:
+            return "it computes in bf16, and model.fsdp_config.model_dtype is fp32"
+        if find_flash() is None:
+            return "neither this torch nor a flash-attn package has a variable-length kernel for this GPU"
+    if name == "flex" and not flex_is_available():
+        return "it needs triton"
+    return None
 
 
 def _plain(
@@ -111,7 +160,27 @@ def _asked(packed: PackLayout, rewards_only: bool) -> Queries:
     return packed.rewards if rewards_only else packed.all_tokens
 
 
-_KERNELS: dict[str, Callable[..., Tensor]] = {"plain": _plain, "sdpa": _sdpa}
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, rewards_only: bool, scaling: float,
+    window: int | None, dropout: float,
+) -> Tensor:  # fmt: skip
+    flash = find_flash()
+    assert flash is not None and not rewards_only
+    sequences = packed.once("sequences", lambda: cut(packed))
+    return varlen_attention(query, key, value, sequences, scaling=scaling, window=window, flash=flash)
+
+
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, rewards_only: bool, scaling: float,
+    window: int | None, dropout: float,
+) -> Tensor:  # fmt: skip
+    assert not rewards_only
+    mask = packed.once(("block mask", window), lambda: block_mask(packed, window))
+    return flex_attention(query, key, value, mask, scaling=scaling)
+
+
+_KERNELS: dict[str, Kernel] = {"plain": _plain, "sdpa": _sdpa, "varlen": _varlen, "flex": _flex}
+_ON_GPU = ("varlen", "flex")  # in the order in which `auto` tries them
 
 
 def reference_attention(

@@ -5,17 +5,20 @@ Everything is worked out on the host from lengths the host knows, and copied to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Part = TypeVar("Part")
+
 # T tokens, R responses, B groups of a bucket, Q queries and L keys of its longest group
 
-_LEAST_FILL = 0.75  # a bucket's shortest group has at least this share of its longest one's tokens
+_LEASPartFILL = 0.75  # a bucket's shortest group has at least this share of its longest one's tokens
 
 
 def visible(q: Tensor, k: Tensor, window: int | None = None) -> Tensor:
@@ -82,6 +85,7 @@ class PackLayout:
     ) -> None:
         """group_lengths, tail_lengths: those of a PackedBatch. kernel: the setting `model.attention`."""
         self.device, self.kernel = device, kernel
+        self._made: dict[Hashable, Any] = {}
         self.lengths = np.array(group_lengths, np.int64)  # [G]
         self.starts = np.cumsum(self.lengths) - self.lengths  # [G]
         self.num_tails = np.array([len(tails) for tails in tail_lengths], np.int64)  # [G]
@@ -124,7 +128,7 @@ class PackLayout:
         found = []
         while len(longest_first):
             lengths = self.lengths[longest_first]
-            count = int((lengths >= _LEAST_FILL * lengths[0]).sum())
+            count = int((lengths >= _LEASPartFILL * lengths[0]).sum())
             found.append(longest_first[:count])
             longest_first = longest_first[count:]
         return found
@@ -161,6 +165,13 @@ class PackLayout:
                 restore[starts[group] : starts[group] + lengths[group]] = np.arange(row, row + lengths[group])
                 row += longest
         return self.put(restore)
+
+    def once(self, name: Hashable, make: Callable[[], Part]) -> Part:
+        """What a kernel needs of this batch beside the buckets, made when its first layer asks."""
+        if name not in self._made:
+            self._made[name] = make()
+        found: Part = self._made[name]
+        return found
 
     def put(self, array: np.ndarray) -> Tensor:
         """To the device, without waiting for it."""
