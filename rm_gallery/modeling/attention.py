@@ -1,13 +1,13 @@
-"""Attention over packed groups: the rule in one place, a plain reference, and the kernel that runs.
+"""Attention over packed groups: the kernels, the choice between them, and the rule written out as a reference.
 
 Token q sees key k when both are in the same group, k is not after q, and k belongs to the common prefix or to q's
-own response. `install` registers the kernel with transformers' attention interface, so model code stays the library's.
+own response. `install` registers this with transformers' attention interface, so model code stays the library's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,92 +15,37 @@ from torch import Tensor, nn
 
 from rm_gallery.data.batch import PackedBatch
 from rm_gallery.errors import UserError
+from rm_gallery.modeling.attention_flex import block_mask, flex_attention
+from rm_gallery.modeling.attention_flex import is_available as flex_is_available
+from rm_gallery.modeling.attention_layout import PackLayout, Queries, visible
 from rm_gallery.modeling.attention_plain import plain_attention
+from rm_gallery.modeling.attention_varlen import cut, find_flash, varlen_attention
 
-# T tokens, B groups of a bucket, L longest group of it, H heads, D head dimension
+__all__ = [
+    "NAME",
+    "PackLayout",
+    "Setting",
+    "attend",
+    "check",
+    "install",
+    "lay_out",
+    "packed_attention",
+    "reference_attention",
+    "visible",
+]
+
+# T tokens, N queries (T, or R in the last layer), B groups of a bucket, L its longest group, H heads, D head dimension
 
 NAME = "rm_gallery_packed"
+Setting: TypeAlias = Literal["auto", "plain", "sdpa", "varlen", "flex"]
+Kernel: TypeAlias = Callable[..., Tensor]
+"""(query, key, value, layout, rewards_only, scaling, window, dropout) -> [N, H, D]"""
 _PLAIN_UP_TO = {torch.bfloat16: 2048, torch.float32: 256}  # tokens of a pack's longest group
-_LEAST_FILL = 0.75  # a bucket's shortest group has at least this share of its longest one's tokens
 
 
-def visible(q: Tensor, k: Tensor, window: int | None = None) -> Tensor:
-    """The attention rule. q: [..., Q, 3] and k: [..., K, 3] hold (group, response, position); gives bool [..., Q, K].
-
-    window: a layer's sliding window, in tokens of the text that the token stands in.
-    """
-    group_q, response_q, position_q = q.unsqueeze(-2).unbind(-1)  # [..., Q, 1]
-    group_k, response_k, position_k = k.unsqueeze(-3).unbind(-1)  # [..., 1, K]
-    seen = (group_q == group_k) & (position_k <= position_q) & ((response_k == -1) | (response_k == response_q))
-    if window is not None:
-        seen = seen & (position_q - position_k < window)
-    return seen
-
-
-@dataclass(frozen=True)
-class _Bucket:
-    index: Tensor
-    """[B, L] int64 tokens of B groups; places past a group's end repeat its first token."""
-    labels: Tensor
-    """[B, L, 3] (group, response, position); -2 in the places past the end, which see only themselves."""
-
-
-@dataclass(frozen=True)
-class PackLayout:
-    """What attention needs to know of one batch: worked out once, used by every layer."""
-
-    labels: Tensor
-    """[T, 3] (group, response, position) of each token."""
-    buckets: list[_Bucket]
-    restore: Tensor
-    """[T] where each token went in the buckets' rows, laid one after the other."""
-    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
-    """(bucket, window) -> bool [B, 1, L, L], filled as layers ask."""
-    biases: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
-    """The same with a type: 0 and minus infinity."""
-
-    def mask(self, bucket: int, window: int | None) -> Tensor:
-        key = (bucket, window)
-        if key not in self.masks:
-            labels = self.buckets[bucket].labels
-            self.masks[key] = visible(labels, labels, window).unsqueeze(1)
-        return self.masks[key]
-
-    def bias(self, bucket: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        key = (bucket, window, dtype)
-        if key not in self.biases:
-            mask = self.mask(bucket, window)
-            self.biases[key] = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
-                ~mask, float("-inf")
-            )
-        return self.biases[key]
-
-
-def lay_out(batch: PackedBatch) -> PackLayout:
-    """Sort the groups of a batch into buckets of like length, so that padding inside attention stays small."""
-    device = batch.input_ids.device
-    labels = torch.stack([batch.group, batch.response, batch.positions], dim=-1)  # [T, 3]
-    starts = [0]
-    for length in batch.group_lengths:
-        starts.append(starts[-1] + length)
-    by_length = sorted(range(len(batch.group_lengths)), key=lambda group: -batch.group_lengths[group])
-    buckets: list[_Bucket] = []
-    restore = torch.empty(batch.num_tokens, dtype=torch.int64, device=device)
-    rows = 0
-    while by_length:
-        longest = batch.group_lengths[by_length[0]]
-        count = sum(batch.group_lengths[group] >= _LEAST_FILL * longest for group in by_length)
-        members, by_length = by_length[:count], by_length[count:]
-        start = torch.tensor([starts[group] for group in members], device=device).unsqueeze(1)  # [B, 1]
-        lengths = torch.tensor([batch.group_lengths[group] for group in members], device=device).unsqueeze(1)
-        place = torch.arange(longest, device=device).unsqueeze(0)  # [1, L]
-        inside = place < lengths  # [B, L]
-        index = torch.where(inside, start + place, start)
-        outside = torch.stack([torch.full_like(index, -2), torch.full_like(index, -2), place.expand_as(index)], dim=-1)
-        buckets.append(_Bucket(index, torch.where(inside.unsqueeze(-1), labels[index], outside)))
-        restore[index[inside]] = rows + torch.arange(index.numel(), device=device).view_as(index)[inside]
-        rows += index.numel()
-    return PackLayout(labels, buckets, restore)
+def lay_out(batch: PackedBatch, kernel: str = "auto") -> PackLayout:
+    """What attention needs to know of a batch; `kernel` is the setting `model.attention`."""
+    return PackLayout(batch.group_lengths, batch.tail_lengths, batch.input_ids.device, kernel)
 
 
 def packed_attention(
@@ -108,42 +53,134 @@ def packed_attention(
     packed: PackLayout, scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
     softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """The kernel, with the signature of transformers' attention interface: plain products or one call per bucket.
+    """Attention of all tokens, with the signature of transformers' interface.
 
     query: [1, H, T, D]; key, value: [1, H_kv, T, D]. Returns [1, T, H, D].
     """
     if softcap is not None or s_aux is not None:
         raise UserError(f"{type(module).__name__}: attention with a soft cap or sinks is not supported in packed form")
-    if not packed.buckets:
-        return query.transpose(1, 2), None
-    tokens = [part[0].transpose(0, 1) for part in (query, key, value)]  # each [T, heads, D]
-    if not dropout and _is_plain_faster(query, packed):
-        return plain_attention(
-            *tokens,
-            indices=[bucket.index for bucket in packed.buckets],
-            restore=packed.restore,
-            biases=[packed.bias(number, sliding_window, query.dtype) for number in range(len(packed.buckets))],
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        ).unsqueeze(0), None
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query, key, value, packed, scaling=scaling, window=sliding_window, dropout=dropout).unsqueeze(0), None
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, *, scaling: float, rewards_only: bool = False,
+    window: int | None = None, dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Attention by the kernel that suits.
+
+    query: [N, H, D]; key, value: [T, H_kv, D]. rewards_only: the N queries are those of the R reward tokens, else of
+    all T. window: of this layer, in tokens. Returns [N, H, D].
+    """
+    if not len(query):
+        return query
+    kernel = _choose(query, packed, dropout, rewards_only)
+    return kernel(query, key, value, packed, rewards_only, scaling, window, dropout)
+
+
+def _choose(query: Tensor, packed: PackLayout, dropout: float, rewards_only: bool) -> Kernel:
+    """`auto`: by measurement on a CPU (docs/log.md); on a GPU the first kernel that knows the case."""
+    name, on_cpu = packed.kernel, query.device.type == "cpu"
+    if name == "auto" and on_cpu:
+        is_plain_faster = int(packed.lengths.max()) <= _PLAIN_UP_TO.get(query.dtype, 0)
+        name = "plain" if is_plain_faster and not dropout else "sdpa"
+    elif name == "auto":
+        name = next((each for each in _ON_GPU if _why_not(each, query.device, query.dtype, dropout) is None), "sdpa")
+    if rewards_only and name in _ON_GPU:
+        name = "sdpa"  # one query for each response: not worth a layout of its own
+    return _KERNELS[name]
+
+
+def check(setting: str, device: torch.device, dtype: torch.dtype, dropout: float) -> None:
+    """Raise UserError for a kernel (`model.attention`) that cannot train in this type on this device."""
+    reason = None if setting == "auto" else _why_not(setting, device, dtype, dropout)
+    if reason is not None:
+        raise UserError(f"model.attention={setting}: {reason}; set auto, which takes what runs here")
+
+
+def _why_not(name: str, device: torch.device, dtype: torch.dtype, dropout: float) -> str | None:
+    """Why a kernel cannot train here; None if it can."""
+    if name == "sdpa":
+        return None
+    if dropout:
+        return "it knows no attention dropout, and model.dropout is not 0"
+    if name in _ON_GPU and device.type != "cuda":
+        return "it needs a GPU"
+    if name == "varlen":
+        if dtype == torch.float32:
+            return "it computes in bf16, and model.fsdp_config.model_dtype is fp32"
+        if find_flash() is None:
+            return "neither this torch nor a flash-attn package has a variable-length kernel for this GPU"
+    if name == "flex" and not flex_is_available():
+        return "it needs triton"
+    return None
+
+
+def _plain(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, rewards_only: bool, scaling: float,
+    window: int | None, dropout: float,
+) -> Tensor:  # fmt: skip
+    asked = _asked(packed, rewards_only)
+    return plain_attention(
+        query, key, value,
+        queries=[bucket.queries for bucket in asked.buckets],
+        keys=[bucket.index for bucket in asked.buckets],
+        query_restore=asked.restore,
+        key_restore=packed.all_tokens.restore,
+        biases=[asked.bias(number, window, query.dtype) for number in range(len(asked.buckets))],
+        scaling=scaling,
+    )  # fmt: skip
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, rewards_only: bool, scaling: float,
+    window: int | None, dropout: float,
+) -> Tensor:  # fmt: skip
+    """One call of torch's scaled-dot-product attention for each bucket."""
+    asked = _asked(packed, rewards_only)
     repeats = query.shape[1] // key.shape[1]
     outputs = []
-    for number, bucket in enumerate(packed.buckets):
-        size = bucket.index.shape  # B, L
-        q, k, v = (
-            part.index_select(0, bucket.index.view(-1)).view(*size, *part.shape[1:]).transpose(1, 2) for part in tokens
-        )  # each [B, heads, L, D]
+    for number, bucket in enumerate(asked.buckets):
+        q = _rows(query, bucket.queries)
         # Key heads are repeated by hand: with `enable_gqa` and a mask, some GPU back ends fall back to plain matrices.
-        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        mask = packed.mask(number, sliding_window)
+        k, v = (_rows(part, bucket.index).repeat_interleave(repeats, 1) for part in (key, value))
+        mask = asked.mask(number, window)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [B x L, H, D]
-    return torch.cat(outputs).index_select(0, packed.restore).unsqueeze(0), None
+        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [B x Q, H, D]
+    return torch.cat(outputs).index_select(0, asked.restore)
 
 
-def _is_plain_faster(query: Tensor, packed: PackLayout) -> bool:
-    """By measurement on a CPU (docs/log.md); on a GPU the fused kernels are."""
-    longest = max(bucket.index.shape[1] for bucket in packed.buckets)
-    return query.device.type == "cpu" and longest <= _PLAIN_UP_TO.get(query.dtype, 0)
+def _rows(part: Tensor, index: Tensor) -> Tensor:
+    """[rows, heads, D] -> [B, heads, L, D]"""
+    return part.index_select(0, index.view(-1)).view(*index.shape, *part.shape[1:]).transpose(1, 2)
+
+
+def _asked(packed: PackLayout, rewards_only: bool) -> Queries:
+    return packed.rewards if rewards_only else packed.all_tokens
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, rewards_only: bool, scaling: float,
+    window: int | None, dropout: float,
+) -> Tensor:  # fmt: skip
+    flash = find_flash()
+    assert flash is not None and not rewards_only
+    sequences = packed.once("sequences", lambda: cut(packed))
+    return varlen_attention(query, key, value, sequences, scaling=scaling, window=window, flash=flash)
+
+
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, rewards_only: bool, scaling: float,
+    window: int | None, dropout: float,
+) -> Tensor:  # fmt: skip
+    assert not rewards_only
+    mask = packed.once(("block mask", window), lambda: block_mask(packed, window))
+    return flex_attention(query, key, value, mask, scaling=scaling)
+
+
+_KERNELS: dict[str, Kernel] = {"plain": _plain, "sdpa": _sdpa, "varlen": _varlen, "flex": _flex}
+_ON_GPU = ("varlen", "flex")  # in the order in which `auto` tries them
 
 
 def reference_attention(

@@ -13,65 +13,72 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# T tokens, B groups of a bucket, L its longest group, H heads, G key heads, D head dimension; H = G x queries
+# T tokens, N queries, B groups of a bucket, Q and L queries and keys of its longest group
+# H heads, G key heads, D head dimension, n = H / G
 
 _KEEP_UP_TO = 512  # tokens; probabilities of longer groups are computed again in the backward pass, to save memory
 
 
 def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, indices: Sequence[Tensor], restore: Tensor, biases: Sequence[Tensor],
-    scaling: float,
+    query: Tensor, key: Tensor, value: Tensor, *, queries: Sequence[Tensor], keys: Sequence[Tensor],
+    query_restore: Tensor, key_restore: Tensor, biases: Sequence[Tensor], scaling: float,
 ) -> Tensor:  # fmt: skip
     """Attention of each bucket's groups.
 
-    query: [T, H, D]; key, value: [T, G, D]. indices: by bucket, [B, L] tokens of its groups. restore: [T] where each
-    token went in the buckets' rows; places of a bucket that it does not name are padding. biases: by bucket,
-    [B, 1, L, L], 0 where a query (third axis) sees a key and minus infinity elsewhere. Returns [T, H, D].
+    query: [N, H, D]; key, value: [T, G, D]. queries: by bucket, [B, Q] rows of `query`. keys: by bucket, [B, L] tokens
+    that they see. query_restore: [N] where each query went in the buckets' rows, and key_restore: [T] the same of the
+    keys; places that they do not name are padding. biases: by bucket, [B, 1, Q, L], 0 where a query sees a key and
+    minus infinity elsewhere. Returns [N, H, D].
     """
-    result: Tensor = _PlainAttention.apply(query, key, value, tuple(indices), restore, tuple(biases), scaling)
+    result: Tensor = _PlainAttention.apply(
+        query, key, value, tuple(queries), tuple(keys), query_restore, key_restore, tuple(biases), scaling
+    )
     return result
 
 
 class _PlainAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, indices: tuple[Tensor, ...], restore: Tensor,
-        biases: tuple[Tensor, ...], scaling: float,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...],
+        query_restore: Tensor, key_restore: Tensor, biases: tuple[Tensor, ...], scaling: float,
     ) -> Tensor:  # fmt: skip
         heads = key.shape[1]
         outputs: list[Tensor] = []
         kept: list[Tensor] = []
-        for index, bias in zip(indices, biases, strict=True):
-            q, k, v = (_cut(part, index, heads) for part in (query, key, value))
+        for rows, index, bias in zip(queries, keys, biases, strict=True):
+            q, k, v = _cut(query, rows, heads), _cut(key, index, heads), _cut(value, index, heads)
             weights = _weights(q, k, bias, scaling)
-            outputs.append(_paste(torch.bmm(weights, v), index, heads))
+            outputs.append(_paste(torch.bmm(weights, v), rows, heads))
             if index.shape[1] <= _KEEP_UP_TO:
                 kept.append(weights)
-        ctx.indices, ctx.biases, ctx.scaling = indices, biases, scaling
-        ctx.save_for_backward(query, key, value, restore, *kept)
-        return torch.cat(outputs).index_select(0, restore)
+        ctx.queries, ctx.keys, ctx.biases, ctx.scaling = queries, keys, biases, scaling
+        ctx.save_for_backward(query, key, value, query_restore, key_restore, *kept)
+        return torch.cat(outputs).index_select(0, query_restore)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, restore, *kept = ctx.saved_tensors
+        query, key, value, query_restore, key_restore, *kept = ctx.saved_tensors
         heads = key.shape[1]
         parts: tuple[list[Tensor], ...] = ([], [], [])
         # Rows of padding get no gradient: they are copies of real tokens, whose outputs nobody read.
-        rows = sum(index.numel() for index in ctx.indices)
-        gradient = gradients[0].new_zeros(rows, *gradients[0].shape[1:]).index_copy_(0, restore, gradients[0])
+        num_rows = sum(rows.numel() for rows in ctx.queries)
+        gradient = gradients[0].new_zeros(num_rows, *gradients[0].shape[1:])
+        gradient.index_copy_(0, query_restore, gradients[0])
         start = 0
-        for index, bias in zip(ctx.indices, ctx.biases, strict=True):
-            q, k, v = (_cut(part, index, heads) for part in (query, key, value))
+        for rows, index, bias in zip(ctx.queries, ctx.keys, ctx.biases, strict=True):
+            q, k, v = _cut(query, rows, heads), _cut(key, index, heads), _cut(value, index, heads)
             weights = kept.pop(0) if index.shape[1] <= _KEEP_UP_TO else _weights(q, k, bias, ctx.scaling)
-            place = torch.arange(start, start + index.numel(), device=index.device).view(index.shape)
-            start += index.numel()
+            place = torch.arange(start, start + rows.numel(), device=rows.device).view(rows.shape)
+            start += rows.numel()
             output = _cut(gradient, place, heads)
             wanted = torch.bmm(output, v.transpose(1, 2))
             logits = torch._softmax_backward_data(wanted, weights, -1, weights.dtype).mul_(ctx.scaling)
-            parts[0].append(_paste(torch.bmm(logits, k), index, heads))
+            parts[0].append(_paste(torch.bmm(logits, k), rows, heads))
             parts[1].append(_paste(torch.bmm(logits.transpose(1, 2), q), index, heads))
             parts[2].append(_paste(torch.bmm(weights.transpose(1, 2), output), index, heads))
-        return *(torch.cat(part).index_select(0, restore) for part in parts), None, None, None, None
+        restores = (query_restore, key_restore, key_restore)
+        whole = (torch.cat(part).index_select(0, restore) for part, restore in zip(parts, restores, strict=True))
+        return *whole, None, None, None, None, None, None
 
 
 def _cut(part: Tensor, index: Tensor, heads: int) -> Tensor:
@@ -89,7 +96,7 @@ def _paste(part: Tensor, index: Tensor, heads: int) -> Tensor:
 
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """[B x heads, n x L, L] attention probabilities."""
+    """[B x heads, n x Q, L] attention probabilities."""
     logits = torch.bmm(q, k.transpose(1, 2)).mul_(scaling)
     logits.view(len(bias), -1, *bias.shape[2:]).add_(bias)
     return logits.softmax(-1)

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rm_gallery.data.batch import PackedBatch
 from rm_gallery.errors import UserError
 from rm_gallery.modeling import attention
+from rm_gallery.modeling.decoder_layers import adapt
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +43,16 @@ class RewardModel(nn.Module):
         """Whether texts are padded (encoders) or packed with shared prompts (decoders)."""
         # The head computes in its own type, which stays float32 whatever the backbone's type is.
         self.head.register_forward_pre_hook(_cast_input)
+        self._reads_only_rewards = not self.padded and adapt(self._backbone)
 
     @property
     def head(self) -> nn.Module:
         """The module whose output is the reward: `score` in decoders, `classifier` in encoders."""
         return next(getattr(self.network, name) for name in HEADS if hasattr(self.network, name))
+
+    @property
+    def _backbone(self) -> Any:
+        return getattr(self.network, self.network.base_model_prefix)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Rewards [R] float32, one per response; an empty batch gives [0]."""
@@ -66,17 +72,19 @@ class RewardModel(nn.Module):
             self.train(was_training)
 
     def _packed_rewards(self, batch: PackedBatch) -> Tensor:
-        backbone = getattr(self.network, self.network.base_model_prefix)
+        count = len(batch.reward_index)
         if not batch.num_tokens:
             batch = _one_token(batch)
-        hidden = backbone(
+        hidden = self._backbone(
             input_ids=batch.input_ids.unsqueeze(0),
             position_ids=batch.positions.unsqueeze(0),
             use_cache=False,
             packed=attention.lay_out(batch),
-        ).last_hidden_state[0]  # [T, D]
+        ).last_hidden_state[0]  # [R, D], or [T, D]
+        if not self._reads_only_rewards:
+            hidden = hidden.index_select(0, batch.reward_index)
         # Not a view of the head's output: FSDP hangs its hooks on what comes out here.
-        return self.head(hidden[batch.reward_index]).squeeze(-1).float().clone()
+        return self.head(hidden)[:count].squeeze(-1).float().clone()
 
     def _padded_rewards(self, batch: PackedBatch) -> Tensor:
         input_ids, mask = pad_texts(batch, self.network.config.pad_token_id)
@@ -85,14 +93,21 @@ class RewardModel(nn.Module):
 
 
 def _one_token(batch: PackedBatch) -> PackedBatch:
-    """The empty batch with one token and no reward.
+    """The empty batch with one token, whose reward nobody gets.
 
     A rank that ran out of data computes it for nothing, so that collectives still meet: every parameter gets its
     (zero) gradient, those of keys and values too.
     """
     zero = batch.input_ids.new_zeros(1)
     return replace(
-        batch, input_ids=zero, positions=zero, group=zero, response=zero, group_lengths=(1,), tail_lengths=((1,),)
+        batch,
+        input_ids=zero,
+        positions=zero,
+        group=zero,
+        response=zero,
+        reward_index=zero,
+        group_lengths=(1,),
+        tail_lengths=((1,),),
     )
 
 

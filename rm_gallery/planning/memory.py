@@ -87,7 +87,7 @@ def layer_activations(shape: ModelShape, w: int) -> PerToken:
     """What one layer keeps from the forward to the backward pass, without checkpointing."""
     D, I, H = shape.hidden, shape.intermediate, shape.num_heads  # noqa: E741
     Q, K = H * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    head_norms = (4 + w) * (Q + K) + 4 * (H + shape.num_kv_heads)  # float32 inputs, results, one scale a head
+    head_norms = w * (Q + K) + 4 * (H + shape.num_kv_heads)  # normalised, one scale a head
     # Attention keeps query, repeated key and value, output, the softmax's logarithms, and a mask in the compute type.
     attention = (w * Q, 4 * w * Q + 4 * H, w)  # the output is gathered from the buckets: once more for each token
     gated_mlp = 4 * w * I  # gate before and after its activation, up, their product
@@ -96,7 +96,7 @@ def layer_activations(shape: ModelShape, w: int) -> PerToken:
         return (4 * (8 * D + 4) + 2 * w * D + 8 * (Q + K) + 4 * (H + shape.num_kv_heads) + gated_mlp + attention[0],
                 *attention[1:])  # fmt: skip
     if not shape.padded:
-        norms = 2 * ((4 + 2 * w) * D + 4)  # float32 input, normalised, times the weight
+        norms = 2 * (2 * w * D + 4)  # normalised, times the weight; one scale
         return (norms + gated_mlp + (head_norms if shape.model_type == "qwen3" else 0) + attention[0], *attention[1:])
     if shape.model_type == "modernbert":  # query, key, the matrix of all three, output; the mask is the library's own
         return (layer_norms + 6 * w * D + 4 * H + gated_mlp, 0, 0)
@@ -110,13 +110,15 @@ def activations(shape: ModelShape, pack: Pack, w: int, *, checkpointing: bool) -
     """Bytes kept for the backward pass of a micro-batch when the forward pass ends.
 
     With checkpointing each layer keeps its input alone (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
-    Cost", section 3). What comes before and after the layers is kept either way: rotary tables or embeddings, the last
-    norm, ids, and a mask for each kind of layer.
+    Cost", section 3). What comes before the layers is kept either way: rotary tables or embeddings, ids, and a mask for
+    each kind of layer.
     """
-    kept = shape.num_layers * (w * shape.hidden * pack.tokens if checkpointing else layer_bytes(shape, pack, w))
+    each = w * shape.hidden * pack.tokens if checkpointing else layer_bytes(shape, pack, w)
     if shape.padded:
-        return kept + pack.tokens * (2 * w * shape.hidden + 24) + w * pack.cells
-    outer = (4 + w) * shape.hidden + 4 + 2 * w * shape.head_dim + 64
+        return shape.num_layers * each + pack.tokens * (2 * w * shape.hidden + 24) + w * pack.cells
+    last = each if checkpointing else last_layer_bytes(shape, pack, w)
+    kept = (shape.num_layers - 1) * each + last
+    outer = 2 * w * shape.head_dim + 64
     return kept + pack.tokens * outer + len(set(shape.windows)) * pack.cells
 
 
@@ -127,6 +129,16 @@ def layer_bytes(shape: ModelShape, pack: Pack, w: int) -> float:
     if shape.relative_span:  # keys and queries of all relative positions, for each text
         bytes_kept += pack.tokens**2 / pack.cells * 4 * w * shape.relative_span * shape.hidden
     return bytes_kept
+
+
+def last_layer_bytes(shape: ModelShape, pack: Pack, w: int) -> float:
+    """Bytes that a decoder's last layer keeps: its norm, and keys and values for the queries of few tokens."""
+    per_token = 2 * w * shape.hidden + 4
+    if shape.model_type == "gemma3_text":
+        per_token = 8 * shape.hidden + w * shape.hidden + 4 * (shape.num_kv_heads * shape.head_dim + shape.num_kv_heads)
+    elif shape.model_type == "qwen3":
+        per_token += w * shape.num_kv_heads * shape.head_dim + 4 * shape.num_kv_heads
+    return pack.tokens * per_token + pack.rows * 2 * w * shape.num_heads * shape.head_dim
 
 
 def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: float) -> MemoryUse:
@@ -165,7 +177,12 @@ def _temporaries(shape: ModelShape, layout: Layout, pack: Pack) -> tuple[float, 
     """Largest temporary where the backward pass begins, and where it ends."""
     w, sharded = layout.width, layout.sharded
     recomputed = layer_bytes(shape, pack, w) if layout.checkpointing else 0
-    begin = max(_last_norm(shape, pack), recomputed + _mlp_gradients(shape, pack, w))
+    begin = recomputed + _mlp_gradients(shape, pack, w)
+    if (
+        not shape.padded
+    ):  # either in the last layer, which has no MLP to speak of, or in the one before, when it is gone
+        gone = w * shape.hidden * pack.tokens if layout.checkpointing else last_layer_bytes(shape, pack, w)
+        begin = max(_norm_gradients(shape, pack), begin - gone)
     # A gradient is made in the compute type and summed in float32; sharding does both for a layer at once.
     summed = w + (4 if w < 4 or sharded else 0)
     begin += summed * (shape.layer_parameters if sharded else shape.largest_matrix)
@@ -179,12 +196,13 @@ def _temporaries(shape: ModelShape, layout: Layout, pack: Pack) -> tuple[float, 
     return begin, end
 
 
-def _last_norm(shape: ModelShape, pack: Pack) -> float:
-    """Gradients of a decoder's last norm, which computes in float32: about 18 bytes a number live at once."""
-    return 0 if shape.padded else 18 * shape.hidden * pack.tokens
+def _norm_gradients(shape: ModelShape, pack: Pack) -> float:
+    """Gradients of a decoder's norm, which computes in float32: about 12 bytes a number live at once."""
+    return 12 * shape.hidden * pack.tokens
 
 
 def _mlp_gradients(shape: ModelShape, pack: Pack, w: int) -> float:
-    """Gradients live at once in an MLP, less what it kept and gave up by then: two intermediates if gated, else one."""
-    is_gated = not shape.padded or shape.model_type == "modernbert"
-    return w * pack.tokens * ((2 if is_gated else 1) * shape.intermediate - shape.hidden)
+    """Gradients live at once in an MLP: two intermediates if gated, else one, less what it kept and gave up by then."""
+    if not shape.padded:
+        return w * pack.tokens * 2 * shape.intermediate
+    return w * pack.tokens * ((2 if shape.model_type == "modernbert" else 1) * shape.intermediate - shape.hidden)

@@ -98,12 +98,12 @@ def flops_per_token(shape: ModelShape, sizes: GroupSizes, *, checkpointing: bool
 
     6 for each weight in a matrix (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1), and 12
     for each layer, query width and key that a token sees (Chowdhery et al. 2022, "PaLM", appendix B), where it sees
-    half of its text on average, or its window. The vocabulary's output matrix is not there. Checkpointing computes
-    the forward pass again: 8 and 16.
+    half of its text on average, or its window. The vocabulary's output matrix is not there, nor a decoder's last layer
+    but for keys and values. Checkpointing computes the forward pass again: 8 and 16.
     """
     text = float((sizes.longest_text * sizes.tokens).sum() / sizes.tokens.sum())
     seen = text if shape.padded else text / 2
-    keys = sum(min(seen, window or seen) for window in shape.windows)
+    keys = sum(min(seen, window or seen) for window in (shape.windows if shape.padded else shape.windows[:-1]))
     forward = 2 * shape.matrix_parameters + 4 * shape.num_heads * shape.head_dim * keys
     return forward * (4 if checkpointing else 3)
 

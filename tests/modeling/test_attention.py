@@ -77,14 +77,14 @@ def test_kernel_in_bfloat16_is_as_close_as_its_rounding(device: str) -> None:
 def test_buckets_hold_every_token_once_and_little_padding() -> None:
     batch = collate([group for seed in range(8) for group in random_groups(seed)])
     layout = lay_out(batch)
-    rows = torch.cat([bucket.index.reshape(-1) for bucket in layout.buckets])
-    assert torch.equal(rows[layout.restore], torch.arange(batch.num_tokens))
+    rows = torch.cat([bucket.index.reshape(-1) for bucket in layout.all_tokens.buckets])
+    assert torch.equal(rows[layout.all_tokens.restore], torch.arange(batch.num_tokens))
     assert len(rows) <= batch.num_tokens / 0.75
 
 
 @pytest.mark.parametrize("option", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}])
 def test_attention_that_the_kernel_does_not_know_is_refused(option: dict[str, Any]) -> None:
     layout = lay_out(collate(random_groups(0)))
-    query = torch.zeros(1, 4, len(layout.restore), 8)
+    query = torch.zeros(1, 4, len(layout.all_tokens.restore), 8)
     with pytest.raises(UserError, match="soft cap or sinks"):
         packed_attention(torch.nn.Identity(), query, query, query, None, packed=layout, **option)

@@ -1,0 +1,120 @@
+"""How the library's decoder layers run on a packed batch: attention, norms, and a last layer that reads only rewards.
+
+The modules stay the library's: `forward` methods are replaced on the objects, inside the calls that sharding,
+checkpointing and compilation hang their hooks on, and nothing that is saved changes.
+
+Nobody reads the last layer's output but at the R reward tokens, so its queries, output projection and MLP are computed
+there only; its keys and values are those of all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from rm_gallery.modeling.attention import PackLayout, attend
+from rm_gallery.modeling.layer_math import rms_norm, rotate
+
+# T tokens, R responses, N queries (T, or R in the last layer), D hidden, H heads
+
+
+def adapt(backbone: Any) -> bool:
+    """Let a decoder's layers run our way; on a packed batch its last hidden state is then [1, R, D].
+
+    False, and nothing changed, for layers that are not the library's own, whose parts are not known. Calls without
+    `packed` stay as they are.
+    """
+    layers = list(backbone.layers)
+    if not all(type(layer).__module__.startswith("transformers.models.") for layer in layers):
+        return False
+    for layer in layers:
+        layer.self_attn.forward = MethodType(_attention, layer.self_attn)
+    last = layers[-1]
+    last.forward = MethodType(_last_layer, last)
+    last.self_attn.forward = MethodType(_last_attention, last.self_attn)
+    for module in backbone.modules():
+        # Gemma's norm, which has no such attribute, rounds elsewhere and is left as it is.
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            module.forward = MethodType(_norm, module)
+    return True
+
+
+def _norm(module: Any, hidden_states: Tensor) -> Tensor:
+    return rms_norm(hidden_states, module.weight, module.variance_epsilon)
+
+
+def _last_layer(layer: Any, hidden: Tensor, *, packed: PackLayout | None = None, **rest: Any) -> Tensor:
+    if packed is None:
+        whole: Tensor = type(layer).forward(layer, hidden, **rest)
+        return whole
+    compute: Callable[[Tensor], Tensor] = partial(_reward_tokens, layer, packed=packed, **rest)
+    if layer.gradient_checkpointing and layer.training:  # what the library's own `forward` does
+        again: Tensor = layer._gradient_checkpointing_func(compute, hidden)
+        return again
+    return compute(hidden)
+
+
+def _reward_tokens(
+    layer: Any, hidden: Tensor, *, packed: PackLayout, position_embeddings: tuple[Tensor, Tensor], **_: Any
+) -> Tensor:
+    """[1, T, D] -> [1, R, D]"""
+    out = layer.self_attn(layer.input_layernorm(hidden), position_embeddings=position_embeddings, packed=packed)[0]
+    has_four_norms = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 3: before and after each half
+    if has_four_norms:
+        out = layer.post_attention_layernorm(out)
+    hidden = hidden.index_select(1, packed.reward_index) + out
+    before = layer.pre_feedforward_layernorm if has_four_norms else layer.post_attention_layernorm
+    out = layer.mlp(before(hidden))
+    if has_four_norms:
+        out = layer.post_feedforward_layernorm(out)
+    return hidden + out
+
+
+def _attention(
+    module: Any, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor],
+    packed: PackLayout | None = None, rewards_only: bool = False, **rest: Any,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """[1, T, D] -> [1, N, D]; the second is what the library's attention returns beside it."""
+    if packed is None:
+        whole: tuple[Tensor, Any] = type(module).forward(
+            module, hidden_states, position_embeddings=position_embeddings, **rest
+        )
+        return whole
+    states = hidden_states[0]
+    cos, sin = (part[0] for part in position_embeddings)  # each [T, D of a head]
+    asking, cos_q, sin_q = states, cos, sin
+    if rewards_only:
+        asking, cos_q, sin_q = (part.index_select(0, packed.reward_index) for part in (states, cos, sin))
+    query = _heads(module, module.q_proj(asking), getattr(module, "q_norm", None))
+    key = _heads(module, module.k_proj(states), getattr(module, "k_norm", None))
+    out = attend(
+        rotate(query, cos_q, sin_q),
+        rotate(key, cos, sin),
+        _heads(module, module.v_proj(states), None),
+        packed,
+        rewards_only=rewards_only,
+        scaling=module.scaling,
+        window=_window(module),
+        dropout=module.attention_dropout if module.training else 0.0,
+    )
+    return module.o_proj(out.flatten(1)).unsqueeze(0), None
+
+
+def _last_attention(module: Any, hidden_states: Tensor, **arguments: Any) -> tuple[Tensor, Any]:
+    return _attention(module, hidden_states, rewards_only=True, **arguments)
+
+
+def _heads(module: Any, states: Tensor, norm: nn.Module | None) -> Tensor:
+    """[T, H x D] -> [T, H, D], each head normalized where the architecture does that."""
+    states = states.view(len(states), -1, module.head_dim)
+    return states if norm is None else norm(states)
+
+
+def _window(module: Any) -> int | None:
+    """Mistral keeps one window for all layers in its configuration."""
+    holder = module if hasattr(module, "sliding_window") or module.config.model_type != "mistral" else module.config
+    return getattr(holder, "sliding_window", None)

@@ -1,0 +1,112 @@
+"""Layers that run our way, the last at reward tokens alone, give the rewards and gradients of the library's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+
+from rm_gallery.data.batch import collate
+from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
+from rm_gallery.objectives import OBJECTIVES
+from tests.small import DECODERS, make_model, random_groups
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def as_the_library_has_it(model: RewardModel) -> RewardModel:
+    """The same model with every `forward` the library's own."""
+    for module in model.network.modules():
+        vars(module).pop("forward", None)
+    model._reads_only_rewards = False
+    return model
+
+
+def rewards_and_gradients(model: RewardModel, seed: int) -> dict[str, torch.Tensor]:
+    batch = collate(random_groups(seed))
+    rewards = model(batch)
+    OBJECTIVES["bradley_terry"](rewards, batch)[0].backward()
+    return {"rewards": rewards.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
+def with_a_whole_last_layer(model: RewardModel) -> RewardModel:
+    """The same model, the last layer computed at every token."""
+    first, *_, last = model.network.model.layers
+    del last.forward
+    last.self_attn.forward = MethodType(first.self_attn.forward.__func__, last.self_attn)
+    model._reads_only_rewards = False
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("change", "tolerance"), [(with_a_whole_last_layer, 1e-6), (as_the_library_has_it, 1e-5)])
+def test_rewards_and_all_gradients_are_those_of_the_whole_computation(
+    folder: Path, change: Callable[[RewardModel], RewardModel], tolerance: float, checkpointing: bool
+) -> None:
+    found = []
+    for whole in (False, True):
+        torch.manual_seed(1)
+        model = load_reward_model(str(folder)).model.train()
+        if whole:
+            model = change(model)
+        if checkpointing:
+            model.network.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        found.append(rewards_and_gradients(model, seed=5))
+    only, whole_found = found
+    assert only.keys() == whole_found.keys()
+    assert len(only) == 1 + len(list(model.parameters()))
+    for name, value in whole_found.items():
+        scale = max(1.0, float(value.abs().max()))
+        torch.testing.assert_close(only[name], value, atol=tolerance * scale, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_last_mlp_and_norm_see_reward_tokens_only(folder: Path) -> None:
+    model = load_reward_model(str(folder)).model
+    batch = collate(random_groups(2))
+    seen: list[tuple[Any, ...]] = []
+    backbone = model.network.model
+    for module in (backbone.layers[-1].mlp, backbone.norm, backbone.layers[0].mlp):
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[:2])))
+    model(batch)
+    num_rewards = len(batch.reward_index)
+    assert seen == [(1, batch.num_tokens), (1, num_rewards), (1, num_rewards)]
+
+
+def test_checkpointing_computes_the_last_layer_again(folder: Path) -> None:
+    model = load_reward_model(str(folder)).model.train()
+    model.network.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    calls: list[int] = []
+    model.network.model.layers[-1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    rewards_and_gradients(model, seed=3)
+    assert len(calls) == 2
+
+
+def test_a_call_without_packs_is_the_library_s(folder: Path) -> None:
+    model = load_reward_model(str(folder)).model.eval()
+    model.network.set_attn_implementation("eager")
+    ids = torch.tensor([[9, 10, 11, 12]])
+    with torch.no_grad():
+        assert model.network.model(input_ids=ids, use_cache=False).last_hidden_state.shape == (1, 4, 32)
+
+
+def test_a_layer_of_foreign_code_is_left_alone(folder: Path) -> None:
+    network = load_reward_model(str(folder)).model.network
+    for module in network.modules():
+        vars(module).pop("forward", None)
+    layer = network.model.layers[-1]
+    foreign = type("ForeignLayer", (type(layer),), {"__module__": "transformers_modules.somebody"})
+    layer.__class__ = foreign
+    model = RewardModel(network)
+    assert "forward" not in vars(layer)
+    batch = collate(random_groups(2))
+    with torch.no_grad():
+        whole = model(batch)
+        layer.__class__ = foreign.__bases__[0]
+        torch.testing.assert_close(RewardModel(network)(batch), whole, atol=1e-5, rtol=0)
