@@ -3,14 +3,16 @@
     python rank_runs.py RUNS.json
 
 RUNS.json lists runs: {"ranks": 2, "arguments": [of `rm-gallery train`], "log": FILE} with, if wanted,
-"act": {"rank": 1, "step": 3, "what": "SIGTERM" | "SIGKILL" | "hang"}, done right after the update of that step, and
-"gradients": FILE for those of the first step. Adds to each run "status" by rank, and "seconds" by rank since the act.
+"act": {"rank": 1, "step": 3, "what": "SIGTERM" | "SIGKILL" | "hang"}, done right after the update of that step,
+"gradients": FILE for those of the first step, and "copy": [FROM, TO], a run folder that is copied before. Adds to each
+run "status" by rank, and "seconds" by rank since the act.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -42,6 +44,8 @@ def log_of(run: dict[str, Any]) -> str:
 
 def fork_ranks(run: dict[str, Any]) -> None:
     """Start the processes of one run, and wait for all of them."""
+    if "copy" in run:
+        shutil.copytree(*run["copy"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -60,16 +60,15 @@ def test_another_number_of_processes_goes_on_from_the_same_weights_gradients_and
     in_tmp: Path, qwen2_folder: Path
 ) -> None:
     """30 steps at 1e-4: all of them on two processes, or 12 there and the rest on one or four, or another strategy."""
-    whole = run(qwen2_folder, "whole", *LONG, *FSDP2, gradients=str(in_tmp / "unused.pt"))
-    stopped, others = [], []
-    for name, ranks, options in (("same", 2, FSDP2), ("one", 1, ()), ("four", 4, FSDP2), ("ddp", 2, DDP)):
-        stopped.append(run(qwen2_folder, name, *LONG, *FSDP2, act=sigterm(rank=0, step=12)))
-        others.append(
-            run(qwen2_folder, name, *LONG, *options, ranks=ranks, gradients=str(in_tmp / f"gradients-{name}.pt"))
-        )
-    done = run_all([whole, *stopped, *others], in_tmp)
-    statuses = [set(each["status"]) for each in done]
-    assert statuses == [{0}, *[{143}] * 4, *[{0}] * 4], "\n".join(map(log_of, done))
+    runs = [
+        run(qwen2_folder, "whole", *LONG, *FSDP2),
+        run(qwen2_folder, "stopped", *LONG, *FSDP2, act=sigterm(rank=0, step=12)),
+    ]
+    for name, ranks, options in (("same", 2, FSDP2), ("one", 1, ()), ("ddp", 2, DDP), ("four", 4, FSDP2)):
+        more = {"gradients": str(in_tmp / f"gradients-{name}.pt"), "copy": ["runs/stopped", f"runs/{name}"]}
+        runs.append(run(qwen2_folder, name, *LONG, *options, ranks=ranks, **more))
+    done = run_all(runs, in_tmp)
+    assert [set(each["status"]) for each in done] == [{0}, {143}, {0}, {0}, {0}, {0}], "\n".join(map(log_of, done))
     expected = torch.load(in_tmp / "gradients-same.pt")
     losses = {row["step"]: row["train/loss"] for row in rows(Path("runs/whole")) if "train/loss" in row}
     assert len(losses) == 30
@@ -79,7 +78,7 @@ def test_another_number_of_processes_goes_on_from_the_same_weights_gradients_and
         assert max(float((found[each] - expected[each]).abs().max()) for each in found) < 1e-5, name
         other = {row["step"]: row["train/loss"] for row in rows(Path("runs") / name) if "train/loss" in row}
         assert other == pytest.approx(losses, abs=1e-4), name
-    assert "going on with 4 processes, saved by 2: random states are new" in log_of(done[-2])
+    assert "going on with 4 processes, saved by 2: random states are new" in log_of(done[-1])
 
 
 def test_a_killed_and_a_hung_process_end_the_others_in_words(in_tmp: Path, qwen2_folder: Path) -> None:
