@@ -2,7 +2,7 @@
 
 Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4, count what a layer
 keeps for its backward pass. The counts here follow this implementation instead of theirs: no dropout, GELU with one
-matrix or gated MLPs with two, RMS norms that compute in float32, fused attention over buckets of groups, no output
+matrix or gated MLPs with two, RMS norms, fused attention over buckets of groups, no output
 layer over the vocabulary, rewards read at one token of a response. tests/planning holds them against what is kept.
 """
 
@@ -87,7 +87,7 @@ def layer_activations(shape: ModelShape, w: int) -> PerToken:
     """What one layer keeps from the forward to the backward pass, without checkpointing."""
     D, I, H = shape.hidden, shape.intermediate, shape.num_heads  # noqa: E741
     Q, K = H * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    head_norms = (4 + w) * (Q + K) + 4 * (H + shape.num_kv_heads)  # float32 inputs, results, one scale a head
+    head_norms = w * (Q + K) + 4 * (H + shape.num_kv_heads)  # normalised, one scale a head
     # Attention keeps query, repeated key and value, output, the softmax's logarithms, and a mask in the compute type.
     attention = (w * Q, 4 * w * Q + 4 * H, w)  # the output is gathered from the buckets: once more for each token
     gated_mlp = 4 * w * I  # gate before and after its activation, up, their product
@@ -96,7 +96,7 @@ def layer_activations(shape: ModelShape, w: int) -> PerToken:
         return (4 * (8 * D + 4) + 2 * w * D + 8 * (Q + K) + 4 * (H + shape.num_kv_heads) + gated_mlp + attention[0],
                 *attention[1:])  # fmt: skip
     if not shape.padded:
-        norms = 2 * ((4 + 2 * w) * D + 4)  # float32 input, normalised, times the weight
+        norms = 2 * _norm(shape, w)
         return (norms + gated_mlp + (head_norms if shape.model_type == "qwen3" else 0) + attention[0], *attention[1:])
     if shape.model_type == "modernbert":  # query, key, the matrix of all three, output; the mask is the library's own
         return (layer_norms + 6 * w * D + 4 * H + gated_mlp, 0, 0)
@@ -106,17 +106,34 @@ def layer_activations(shape: ModelShape, w: int) -> PerToken:
     return (layer_norms + 4 * w * D + 4 * H + 2 * w * I, 0, 0)
 
 
+def _norm(shape: ModelShape, w: int) -> float:
+    """Bytes that a decoder's norm before a matrix keeps for each token: normalised, times the weight, one scale.
+
+    Gemma's keeps input and result in float32, and the matrix that in the compute type.
+    """
+    return (8 + w if shape.model_type == "gemma3_text" else 2 * w) * shape.hidden + 4
+
+
+def last_layer_bytes(shape: ModelShape, pack: Pack, w: int) -> float:
+    """Bytes that a decoder's last layer keeps: keys and values of all tokens, the rest at reward tokens only."""
+    width, heads = shape.num_kv_heads * shape.head_dim, shape.num_kv_heads
+    key_norm = {"qwen3": w * width + 4 * heads, "gemma3_text": 8 * width + 4 * heads}.get(shape.model_type, 0)
+    return pack.tokens * (_norm(shape, w) + key_norm) + pack.rows * 2 * w * shape.num_heads * shape.head_dim
+
+
 def activations(shape: ModelShape, pack: Pack, w: int, *, checkpointing: bool) -> float:
     """Bytes kept for the backward pass of a micro-batch when the forward pass ends.
 
     With checkpointing each layer keeps its input alone (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
-    Cost", section 3). What comes before and after the layers is kept either way: rotary tables or embeddings, the last
-    norm, ids, and a mask for each kind of layer.
+    Cost", section 3). What comes before and after the layers is kept either way: rotary tables or embeddings, ids, and
+    a mask for each kind of layer.
     """
     kept = shape.num_layers * (w * shape.hidden * pack.tokens if checkpointing else layer_bytes(shape, pack, w))
     if shape.padded:
         return kept + pack.tokens * (2 * w * shape.hidden + 24) + w * pack.cells
-    outer = (4 + w) * shape.hidden + 4 + 2 * w * shape.head_dim + 64
+    if not checkpointing:
+        kept += last_layer_bytes(shape, pack, w) - layer_bytes(shape, pack, w)
+    outer = 2 * w * shape.head_dim + 64
     return kept + pack.tokens * outer + len(set(shape.windows)) * pack.cells
 
 
@@ -165,7 +182,9 @@ def _temporaries(shape: ModelShape, layout: Layout, pack: Pack) -> tuple[float, 
     """Largest temporary where the backward pass begins, and where it ends."""
     w, sharded = layout.width, layout.sharded
     recomputed = layer_bytes(shape, pack, w) if layout.checkpointing else 0
-    begin = max(_last_norm(shape, pack), recomputed + _mlp_gradients(shape, pack, w))
+    begin = recomputed + _mlp_gradients(shape, pack, w)
+    if not shape.padded and not layout.checkpointing:
+        begin = _after_the_rewards(shape, pack, w)
     # A gradient is made in the compute type and summed in float32; sharding does both for a layer at once.
     summed = w + (4 if w < 4 or sharded else 0)
     begin += summed * (shape.layer_parameters if sharded else shape.largest_matrix)
@@ -179,9 +198,12 @@ def _temporaries(shape: ModelShape, layout: Layout, pack: Pack) -> tuple[float, 
     return begin, end
 
 
-def _last_norm(shape: ModelShape, pack: Pack) -> float:
-    """Gradients of a decoder's last norm, which computes in float32: about 18 bytes a number live at once."""
-    return 0 if shape.padded else 18 * shape.hidden * pack.tokens
+def _after_the_rewards(shape: ModelShape, pack: Pack, w: int) -> float:
+    """Temporaries of a decoder's last layer or of the MLP before it, less what the last layer has given up by then."""
+    mlp = w * pack.tokens * (2 * shape.intermediate + shape.hidden) - last_layer_bytes(shape, pack, w)
+    # The last layer's norm computes in float32: three copies in a narrower type. Keys and values are gone.
+    norm = pack.tokens * (w + (12 if w < 4 else 4)) * shape.hidden
+    return max(mlp, norm - pack.rows * 2 * w * shape.num_heads * shape.head_dim)
 
 
 def _mlp_gradients(shape: ModelShape, pack: Pack, w: int) -> float:
