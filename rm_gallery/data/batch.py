@@ -68,7 +68,10 @@ class PackedBatch:
         if self.input_ids.device == device:
             return self
         tensors: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+            # Only from pinned memory does a copy to a GPU go on by itself.
+            name: (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
         return replace(self, **tensors)
 

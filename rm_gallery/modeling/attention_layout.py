@@ -95,6 +95,8 @@ class PackLayout:
         before = np.cumsum(self.tails) - self.tails  # tokens in tails of the whole batch
         self.tail_starts = before + np.cumsum(self.prefixes)[tail_groups]  # [R] in the batch
         self.tail_groups = tail_groups
+        self.reward_index = self.put(self.tail_starts + self.tails - 1)
+        """[R] the last token of each response."""
 
     @cached_property
     def host_labels(self) -> np.ndarray:
@@ -115,11 +117,6 @@ class PackLayout:
     def labels(self) -> Tensor:
         """[T, 3] on the device."""
         return self.put(self.host_labels)
-
-    @cached_property
-    def reward_index(self) -> Tensor:
-        """[R] the last token of each response."""
-        return self.put(self.tail_starts + self.tails - 1)
 
     @cached_property
     def _order(self) -> list[np.ndarray]:

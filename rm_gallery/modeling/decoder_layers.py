@@ -91,7 +91,7 @@ def _attention(
         asking, cos_q, sin_q = (part.index_select(0, packed.reward_index) for part in (states, cos, sin))
     query = _heads(module, module.q_proj(asking), getattr(module, "q_norm", None))
     key = _heads(module, module.k_proj(states), getattr(module, "k_norm", None))
-    out = attend(
+    out = getattr(module, "attend", attend)(  # kept out of compiled graphs where layers are compiled
         rotate(query, cos_q, sin_q),
         rotate(key, cos, sin),
         _heads(module, module.v_proj(states), None),

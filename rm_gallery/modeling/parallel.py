@@ -12,9 +12,13 @@ from annotated_types import Ge
 
 from rm_gallery.distributed import World, from_main, turn
 from rm_gallery.errors import UserError
+from rm_gallery.modeling import attention
+from rm_gallery.modeling.attention import Setting as AttentionKernel
+from rm_gallery.modeling.liger import use_liger
 from rm_gallery.modeling.outline import WeightFiles
+from rm_gallery.modeling.recompute import Mode, enable_checkpointing
 from rm_gallery.modeling.reward_model import RewardModel
-from rm_gallery.modeling.sharding import Cut, shard
+from rm_gallery.modeling.sharding import Cut, shard, units
 from rm_gallery.modeling.weights import MasterWeights, TrainedWeights, copy_from_main
 
 __all__ = [
@@ -76,6 +80,16 @@ class ModelConfig:
     """Run Python code that the model folder brings along."""
     enable_gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
+    checkpointing_mode: Mode = "full"
+    """With `enable_gradient_checkpointing`: `full` keeps only each layer's input, `selective` also the outputs of
+    matrix products and of fused attention, so that little is computed twice."""
+    attention: AttentionKernel = "auto"
+    """Attention kernel of decoders: `plain` products, torch's `sdpa`, `varlen` (flash attention, bf16) or `flex`, these
+    two on GPUs. `auto`: on a CPU plain or sdpa by length and type, on a GPU the first that can: varlen, flex, sdpa."""
+    use_liger: bool = False
+    """Norms and gated MLPs by Liger's GPU kernels (extra `liger`); nothing on a CPU."""
+    compile: bool = False
+    """Compile each layer with torch.compile. The first steps take long, and a CPU gains little."""
     strategy: Literal["auto", "fsdp", "fsdp2", "ddp"] = "auto"
     """How several processes share the work: `ddp` keeps all weights in each, `fsdp` (FSDP1) and `fsdp2` cut them.
     `auto`: `ddp` if weights, gradients and optimizer state take at most a quarter of a process's memory, else `fsdp2`.
@@ -139,14 +153,20 @@ def _memory_of_a_process(world: World) -> int:
 def apply(
     model: RewardModel, config: ModelConfig, world: World, *, strategy: Strategy, files: WeightFiles | None = None
 ) -> tuple[RewardModel, TrainedWeights]:
-    """Set up strategy, precision and activation checkpointing: the model to call, and its weights.
+    """Set up kernels, activation checkpointing, precision and strategy: the model to call, and its weights.
 
     files: for a model without weights, where they lie; the strategy cuts them then.
     """
     fsdp = config.fsdp_config
-    if config.enable_gradient_checkpointing:
-        _enable_checkpointing(model)
     dtype = DTYPES[fsdp.model_dtype]
+    attention.check(config.attention, world.device, dtype, config.dropout)
+    model.attention = config.attention
+    if config.use_liger:
+        use_liger(model.network, world.device)
+    if config.enable_gradient_checkpointing:
+        enable_checkpointing(model, config.checkpointing_mode)
+    if config.compile:
+        _compile(model)
     weights: TrainedWeights
     if strategy in ("fsdp", "fsdp2"):
         model, weights = shard(model, files, _cut(strategy, fsdp, dtype, world), world)
@@ -198,9 +218,11 @@ def offload_optimizer(optimizer: torch.optim.Optimizer, config: FsdpConfig, devi
     optimizer.register_step_post_hook(lambda *_: move("cpu"))
 
 
-def _enable_checkpointing(model: RewardModel) -> None:
-    options = {"use_reentrant": False}
-    if hasattr(model.network, "activation_checkpointing_enable"):
-        model.network.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:  # its older name
-        model.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+def _compile(model: RewardModel) -> None:
+    """Compile each layer by itself, for any number of tokens; attention, which has kernels of its own, stays out."""
+    layers = units(model, 0)
+    for layer in layers:
+        if hasattr(layer, "self_attn"):
+            layer.self_attn.attend = torch.compiler.disable(attention.attend)  # type: ignore[union-attr]
+        layer.compile(dynamic=True)
+    log.info("model.compile: %d layers, each at its first micro-batch", len(layers))

@@ -111,7 +111,8 @@ def layout_of(config: EstimateConfig, shape: ModelShape, device: Device, *, one_
         num_processes=config.n_gpus,
         shards=group if strategy in ("fsdp", "fsdp2") else 1,
         width=DTYPES[fsdp.model_dtype].itemsize,
-        checkpointing=config.model.enable_gradient_checkpointing,
+        # What the selective mode keeps is not counted apart: an estimate without checkpointing is on the safe side.
+        checkpointing=config.model.enable_gradient_checkpointing and config.model.checkpointing_mode == "full",
         offload=offload and strategy in ("fsdp", "fsdp2"),
         offload_optimizer=on_gpu and fsdp.optimizer_offload and not offload,
         one_micro_batch=one_micro_batch,

@@ -2,7 +2,7 @@
 
 Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4, count what a layer
 keeps for its backward pass. The counts here follow this implementation instead of theirs: no dropout, GELU with one
-matrix or gated MLPs with two, RMS norms that compute in float32, fused attention over buckets of groups, no output
+matrix or gated MLPs with two, RMS norms, fused attention over buckets of groups, no output
 layer over the vocabulary, rewards read at one token of a response. tests/planning holds them against what is kept.
 """
 
@@ -96,7 +96,7 @@ def layer_activations(shape: ModelShape, w: int) -> PerToken:
         return (4 * (8 * D + 4) + 2 * w * D + 8 * (Q + K) + 4 * (H + shape.num_kv_heads) + gated_mlp + attention[0],
                 *attention[1:])  # fmt: skip
     if not shape.padded:
-        norms = 2 * (2 * w * D + 4)  # normalised, times the weight; one scale
+        norms = 2 * _norm(shape, w)
         return (norms + gated_mlp + (head_norms if shape.model_type == "qwen3" else 0) + attention[0], *attention[1:])
     if shape.model_type == "modernbert":  # query, key, the matrix of all three, output; the mask is the library's own
         return (layer_norms + 6 * w * D + 4 * H + gated_mlp, 0, 0)
@@ -106,18 +106,33 @@ def layer_activations(shape: ModelShape, w: int) -> PerToken:
     return (layer_norms + 4 * w * D + 4 * H + 2 * w * I, 0, 0)
 
 
+def _norm(shape: ModelShape, w: int) -> float:
+    """Bytes that a decoder's norm before a matrix keeps for each token: normalised, times the weight, one scale.
+
+    Gemma's keeps input and result in float32, and the matrix that in the compute type.
+    """
+    return (8 + w if shape.model_type == "gemma3_text" else 2 * w) * shape.hidden + 4
+
+
+def last_layer_bytes(shape: ModelShape, pack: Pack, w: int) -> float:
+    """Bytes that a decoder's last layer keeps: keys and values of all tokens, the rest at reward tokens only."""
+    width, heads = shape.num_kv_heads * shape.head_dim, shape.num_kv_heads
+    key_norm = {"qwen3": w * width + 4 * heads, "gemma3_text": 8 * width + 4 * heads}.get(shape.model_type, 0)
+    return pack.tokens * (_norm(shape, w) + key_norm) + pack.rows * 2 * w * shape.num_heads * shape.head_dim
+
+
 def activations(shape: ModelShape, pack: Pack, w: int, *, checkpointing: bool) -> float:
     """Bytes kept for the backward pass of a micro-batch when the forward pass ends.
 
     With checkpointing each layer keeps its input alone (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
-    Cost", section 3). What comes before the layers is kept either way: rotary tables or embeddings, ids, and a mask for
-    each kind of layer.
+    Cost", section 3). What comes before and after the layers is kept either way: rotary tables or embeddings, ids, and
+    a mask for each kind of layer.
     """
-    each = w * shape.hidden * pack.tokens if checkpointing else layer_bytes(shape, pack, w)
+    kept = shape.num_layers * (w * shape.hidden * pack.tokens if checkpointing else layer_bytes(shape, pack, w))
     if shape.padded:
-        return shape.num_layers * each + pack.tokens * (2 * w * shape.hidden + 24) + w * pack.cells
-    last = each if checkpointing else last_layer_bytes(shape, pack, w)
-    kept = (shape.num_layers - 1) * each + last
+        return kept + pack.tokens * (2 * w * shape.hidden + 24) + w * pack.cells
+    if not checkpointing:
+        kept += last_layer_bytes(shape, pack, w) - layer_bytes(shape, pack, w)
     outer = 2 * w * shape.head_dim + 64
     return kept + pack.tokens * outer + len(set(shape.windows)) * pack.cells
 
@@ -129,16 +144,6 @@ def layer_bytes(shape: ModelShape, pack: Pack, w: int) -> float:
     if shape.relative_span:  # keys and queries of all relative positions, for each text
         bytes_kept += pack.tokens**2 / pack.cells * 4 * w * shape.relative_span * shape.hidden
     return bytes_kept
-
-
-def last_layer_bytes(shape: ModelShape, pack: Pack, w: int) -> float:
-    """Bytes that a decoder's last layer keeps: its norm, and keys and values for the queries of few tokens."""
-    per_token = 2 * w * shape.hidden + 4
-    if shape.model_type == "gemma3_text":
-        per_token = 8 * shape.hidden + w * shape.hidden + 4 * (shape.num_kv_heads * shape.head_dim + shape.num_kv_heads)
-    elif shape.model_type == "qwen3":
-        per_token += w * shape.num_kv_heads * shape.head_dim + 4 * shape.num_kv_heads
-    return pack.tokens * per_token + pack.rows * 2 * w * shape.num_heads * shape.head_dim
 
 
 def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: float) -> MemoryUse:
@@ -178,11 +183,8 @@ def _temporaries(shape: ModelShape, layout: Layout, pack: Pack) -> tuple[float, 
     w, sharded = layout.width, layout.sharded
     recomputed = layer_bytes(shape, pack, w) if layout.checkpointing else 0
     begin = recomputed + _mlp_gradients(shape, pack, w)
-    if (
-        not shape.padded
-    ):  # either in the last layer, which has no MLP to speak of, or in the one before, when it is gone
-        gone = w * shape.hidden * pack.tokens if layout.checkpointing else last_layer_bytes(shape, pack, w)
-        begin = max(_norm_gradients(shape, pack), begin - gone)
+    if not shape.padded and not layout.checkpointing:
+        begin = _after_the_rewards(shape, pack, w)
     # A gradient is made in the compute type and summed in float32; sharding does both for a layer at once.
     summed = w + (4 if w < 4 or sharded else 0)
     begin += summed * (shape.layer_parameters if sharded else shape.largest_matrix)
@@ -196,13 +198,15 @@ def _temporaries(shape: ModelShape, layout: Layout, pack: Pack) -> tuple[float, 
     return begin, end
 
 
-def _norm_gradients(shape: ModelShape, pack: Pack) -> float:
-    """Gradients of a decoder's norm, which computes in float32: about 12 bytes a number live at once."""
-    return 12 * shape.hidden * pack.tokens
+def _after_the_rewards(shape: ModelShape, pack: Pack, w: int) -> float:
+    """Temporaries of a decoder's last layer or of the MLP before it, less what the last layer has given up by then."""
+    mlp = w * pack.tokens * (2 * shape.intermediate + shape.hidden) - last_layer_bytes(shape, pack, w)
+    # The last layer's norm computes in float32: three copies in a narrower type. Keys and values are gone.
+    norm = pack.tokens * (w + (12 if w < 4 else 4)) * shape.hidden
+    return max(mlp, norm - pack.rows * 2 * w * shape.num_heads * shape.head_dim)
 
 
 def _mlp_gradients(shape: ModelShape, pack: Pack, w: int) -> float:
-    """Gradients live at once in an MLP: two intermediates if gated, else one, less what it kept and gave up by then."""
-    if not shape.padded:
-        return w * pack.tokens * 2 * shape.intermediate
-    return w * pack.tokens * ((2 if shape.model_type == "modernbert" else 1) * shape.intermediate - shape.hidden)
+    """Gradients live at once in an MLP, less what it kept and gave up by then: two intermediates if gated, else one."""
+    is_gated = not shape.padded or shape.model_type == "modernbert"
+    return w * pack.tokens * ((2 if is_gated else 1) * shape.intermediate - shape.hidden)

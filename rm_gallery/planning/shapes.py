@@ -53,8 +53,7 @@ class ModelShape:
     layer_parameters: int
     """Of the largest layer: what sharding gathers at a time."""
     matrix_parameters: int
-    """Weights that every token is multiplied with: all matrices of all layers, no embedding. Of a decoder's last layer
-    keys and values only; the rest is computed at reward tokens."""
+    """Weights that every token is multiplied with: all matrices of all layers, no embedding."""
     largest_matrix: int
     """Of these."""
     largest_embedding: int
@@ -147,13 +146,7 @@ def measure(config: Any, *, name: str, source: str) -> ModelShape:
     layers = next(
         part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == config.num_hidden_layers
     )
-    matrices = {name: part.weight.numel() for name, part in layers.named_modules() if isinstance(part, nn.Linear)}
-    last = f"{len(layers) - 1}."
-    for_all = [
-        count
-        for name, count in matrices.items()
-        if model.padded or not name.startswith(last) or name.endswith(("k_proj", "v_proj"))
-    ]
+    matrices = [part.weight.numel() for part in layers.modules() if isinstance(part, nn.Linear)]
     embeddings = [part.weight.numel() for part in model.modules() if isinstance(part, nn.Embedding)]
     relative = config.model_type == "deberta-v2" and config.relative_attention
     span = config.position_buckets if relative and config.position_buckets > 0 else 0
@@ -174,8 +167,8 @@ def measure(config: Any, *, name: str, source: str) -> ModelShape:
         parameters=_count(model),
         head_parameters=_count(model.head),
         layer_parameters=max(_count(layer) for layer in layers),
-        matrix_parameters=sum(for_all),
-        largest_matrix=max(matrices.values()),
+        matrix_parameters=sum(matrices),
+        largest_matrix=max(matrices),
         largest_embedding=max(embeddings),
     )
 

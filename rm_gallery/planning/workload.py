@@ -98,13 +98,19 @@ def flops_per_token(shape: ModelShape, sizes: GroupSizes, *, checkpointing: bool
 
     6 for each weight in a matrix (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1), and 12
     for each layer, query width and key that a token sees (Chowdhery et al. 2022, "PaLM", appendix B), where it sees
-    half of its text on average, or its window. The vocabulary's output matrix is not there, nor a decoder's last layer
-    but for keys and values. Checkpointing computes the forward pass again: 8 and 16.
+    half of its text on average, or its window. The vocabulary's output matrix is not there, and a decoder's last layer
+    has keys and values of all tokens but the rest at reward tokens only. Checkpointing computes the forward pass
+    again: 8 and 16.
     """
     text = float((sizes.longest_text * sizes.tokens).sum() / sizes.tokens.sum())
     seen = text if shape.padded else text / 2
-    keys = sum(min(seen, window or seen) for window in (shape.windows if shape.padded else shape.windows[:-1]))
-    forward = 2 * shape.matrix_parameters + 4 * shape.num_heads * shape.head_dim * keys
+    keys = sum(min(seen, window or seen) for window in shape.windows)
+    forward: float = 2 * shape.matrix_parameters + 4 * shape.num_heads * shape.head_dim * keys
+    if not shape.padded:  # the last layer asks only at reward tokens
+        query_width = shape.num_heads * shape.head_dim
+        asked: float = 2 * shape.hidden * (2 * query_width + 3 * shape.intermediate)
+        asked += 4 * query_width * min(seen, shape.windows[-1] or seen)
+        forward -= asked * (1 - float(sizes.num_responses.sum() / sizes.tokens.sum()))
     return forward * (4 if checkpointing else 3)
 
 

@@ -16,6 +16,7 @@ from rm_gallery.data.token_data import TokenData
 from rm_gallery.data.tokenize import load_tokenizer
 from rm_gallery.distributed import World, processes, seed_apart, seed_everything
 from rm_gallery.errors import StoppedBySignal, UserError
+from rm_gallery.host_memory import keep_freed_memory
 from rm_gallery.modeling.parallel import TrainedWeights, apply, offload_optimizer
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import OBJECTIVES
@@ -64,6 +65,8 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
         trust_remote_code=config.model.trust_remote_code,
         chat_template=config.data.chat_template,
     )
+    if world.device.type == "cpu":
+        keep_freed_memory()
     seed_everything(config.trainer.seed)
     start = start_model(config, tokenizer, world)  # before the data, which may take long: a bad folder is said at once
     shape = model_shape(start.model)

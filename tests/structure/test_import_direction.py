@@ -52,6 +52,8 @@ LAYERS = [
     "rm_gallery.modeling.outline",
     "rm_gallery.modeling.weights",
     "rm_gallery.modeling.sharding",
+    "rm_gallery.modeling.liger",
+    "rm_gallery.modeling.recompute",
     "rm_gallery.modeling.parallel",
     "rm_gallery.modeling.export_weights",
     "rm_gallery.modeling.export",
