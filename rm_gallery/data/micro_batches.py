@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heapreplace
+from heapq import heappop, heappush, heapreplace
 from itertools import chain
 from typing import TypeAlias, TypeVar
 
@@ -24,6 +24,9 @@ Whole = TypeVar("Whole", int, np.ndarray)
 Packs: TypeAlias = list[list[list[int]]]
 """`packs[rank][micro-batch]` holds indices of groups; all ranks have equally many micro-batches."""
 
+_UNEVEN = 0.03  # of the mean, that the slowest rank may have more
+_GROUPS_TO_BALANCE = 16  # a rank: with fewer, one more micro-batch would often not help
+_MOST_PASSED = 64  # bins without room that are looked at for one group
 _LAYER_MATRICES = 12  # weights of a layer's matrices over its width squared (Kaplan et al. 2020, table 1)
 
 
@@ -83,24 +86,37 @@ class Packer:
     def _places(self, tokens: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, int]:
         """The micro-batch of each group, and how many there are over all ranks.
 
-        Balanced ones first, as few as could be. Where those overflow, the tightest packing says how many it takes;
-        where not even that many hold the balanced ones, the tight packing is taken, and is nearly full.
+        As few as could be, balanced by cost; where those overflow, balanced by tokens, or packed as tightly as can be,
+        which says how many it takes, too. Where all of these leave the ranks uneven, one more for each rank has room.
         """
-        tight: np.ndarray | None = None
         least = max(-(-int(tokens.sum()) // self.token_budget), int((2 * tokens > self.token_budget).sum()))
         count = self._rounded(least)
+        tight: np.ndarray | None = None
+        fewest: tuple[np.ndarray, int] | None = None
         while True:
             for by in (costs, tokens):
-                places = _longest_first(by, count)
-                if _sums(places, tokens, count).max() <= self.token_budget:
+                places = _longest_first(by, tokens, count, self.token_budget)
+                if places is not None and self._is_even(places, costs, count):
                     return places, count
-            if tight is None:
-                tight = _best_fit(tokens, self.token_budget)
-                needed = self._rounded(int(tight.max()) + 1)
-                if needed > count:
-                    count = needed
-                    continue
-            return tight, count
+                if places is not None:
+                    fewest = fewest or (places, count)
+            tight = _best_fit(tokens, self.token_budget) if tight is None else tight
+            needed = self._rounded(int(tight.max()) + 1)
+            if needed <= count:
+                if self._is_even(tight, costs, count):
+                    return tight, count
+                fewest = fewest or (tight, count)
+            if fewest is not None and count > fewest[1]:
+                return fewest
+            count = needed if fewest is None else count + self.world_size
+
+    def _is_even(self, places: np.ndarray, costs: np.ndarray, count: int) -> bool:
+        """Whether the slowest rank has little more than the mean, or there are too few groups to ask that."""
+        if len(places) < _GROUPS_TO_BALANCE * self.world_size:
+            return True
+        bins = _sums(places, costs, count)
+        loads = np.bincount(self._ranks(bins), bins)
+        return bool(loads.max() <= (1 + _UNEVEN) * loads.mean())
 
     def _rounded(self, count: int) -> int:
         return max(1, -(-count // self.world_size)) * self.world_size
@@ -125,22 +141,27 @@ class Packer:
         runs = [part.tolist() for part in np.split(order, bounds[:-1])]
         return runs + [[] for _ in range(count - len(runs))]
 
-    def _deal(self, bins: list[list[int]], costs: np.ndarray) -> Packs:
-        """Dearest first, a round of `world_size` at a time, in each the dearest to the rank with least so far.
+    def _deal(self, bins: Sequence[list[int]], costs: np.ndarray) -> Packs:
+        """Bins of these costs to the ranks; micro-batches that ranks compute at the same time cost alike."""
+        packs: Packs = [[] for _ in range(self.world_size)]
+        ranks = self._ranks(costs).tolist()
+        for place in np.argsort(-costs, kind="stable").tolist():
+            packs[ranks[place]].append(bins[place])
+        return packs
 
-        So micro-batches that ranks compute at the same time cost alike, and so do their sums.
-        costs: [bins] int64.
+    def _ranks(self, costs: np.ndarray) -> np.ndarray:
+        """[bins] the rank of each bin, equally many for each.
+
+        Dearest first, a round of `world_size` at a time, in each the dearest to the rank with least so far.
         """
         order = np.argsort(-costs, kind="stable")
-        packs: Packs = [[] for _ in range(self.world_size)]
+        ranks = np.empty(len(costs), np.int64)
         loads = np.zeros(self.world_size, np.int64)
-        for start in range(0, len(bins), self.world_size):
+        for start in range(0, len(costs), self.world_size):
             members = order[start : start + self.world_size]
-            ranks = np.argsort(loads, kind="stable")
-            loads[ranks] += costs[members]
-            for rank, member in zip(ranks.tolist(), members.tolist(), strict=True):
-                packs[rank].append(bins[member])
-        return packs
+            ranks[members] = np.argsort(loads, kind="stable")
+            loads[ranks[members]] += costs[members]
+        return ranks
 
     def pack_tokens(self, packs: Sequence[Sequence[int]], sizes: GroupSizes) -> np.ndarray:
         """[packs] int64: tokens that the model computes for each micro-batch."""
@@ -179,20 +200,31 @@ def _sums(place: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
     return np.bincount(place, values, minlength=count).astype(np.int64)
 
 
-def _longest_first(costs: np.ndarray, count: int) -> np.ndarray:
-    """[N] the bin of each item: dearest first, each into the emptiest bin (Graham 1969, "LPT").
+def _longest_first(costs: np.ndarray, tokens: np.ndarray, count: int, budget: int) -> np.ndarray | None:
+    """[N] the bin of each item: dearest first, each into the cheapest bin that has room (Graham 1969, "LPT").
 
-    A bin's load and number lie in one whole number, which is faster to compare than a pair.
+    None where an item finds no room among the cheapest ones.
+    A bin's cost and number lie in one whole number, which is faster to compare than a pair.
     """
     order = np.argsort(-costs, kind="stable")
     shift = count.bit_length()
     number = (1 << shift) - 1
     heap = list(range(count))
+    rooms = [budget] * count
     chosen = []
-    for cost in (costs[order] << shift).tolist():
-        emptiest = heap[0]
-        chosen.append(emptiest & number)
-        heapreplace(heap, emptiest + cost)
+    passed: list[int] = []  # bins without room for an item, put back once it has found its place
+    for cost, size in zip((costs[order] << shift).tolist(), tokens[order].tolist(), strict=True):
+        while rooms[heap[0] & number] < size:
+            passed.append(heappop(heap))
+            if not heap or len(passed) > _MOST_PASSED:
+                return None
+        cheapest = heap[0]
+        place = cheapest & number
+        chosen.append(place)
+        rooms[place] -= size
+        heapreplace(heap, cheapest + cost)
+        while passed:
+            heappush(heap, passed.pop())
     places = np.empty(len(costs), np.int64)
     places[order] = chosen
     return places
