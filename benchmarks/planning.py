@@ -4,10 +4,10 @@
                                   [--hidden-size 4096] [--output FILE.json]
 
 A pair is a prompt and two responses of log-normal lengths (medians of 200 tokens, spreads of 0.8 and 0.7, cut at
-2,048), so 783 tokens on average and at most 6,144. A step has `--per-rank` pairs for each rank. Prints for each number of
-ranks the CPU seconds of planning every step of the epoch (order, steps, micro-batches), the peak memory of the process,
-the micro-batches of a rank against their lower bound (tokens of the step over the budget, rounded up), and the estimated
-cost of the slowest rank over the mean, as mean and worst over all steps.
+2,048), so 783 tokens on average and at most 6,144. A step has `--per-rank` pairs for each rank. Prints for each number
+of ranks the CPU seconds of planning every step of the epoch (order, steps, micro-batches), the peak memory of the
+process, the micro-batches of a rank against their lower bound (tokens of the step over the budget, rounded up), and the
+estimated cost of the slowest rank over the mean, as mean and worst over all steps.
 """
 
 from __future__ import annotations

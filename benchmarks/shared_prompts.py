@@ -6,8 +6,8 @@
 Each file has `prompt` (messages), `chosen`, `rejected`. A byte-pair tokenizer of 4,000 tokens is trained on it, rows go
 through the ordinary data path, and every step of an epoch is planned. Prints tokens without and with the switch, the
 estimated time that the slowest rank is spared, the slowest rank over the mean, the most responses of a unit, and the
-CPU milliseconds of planning a step. `--train` measures training as well: CPU seconds of forward and backward passes of a
-small Qwen2 shape (8 layers of 512, float32) over the first step of an epoch, on and off interleaved, three times.
+CPU milliseconds of planning a step. `--train` measures training as well: CPU seconds of forward and backward passes of
+a small Qwen2 shape (8 layers of 512, float32) over the first step of an epoch, on and off interleaved, three times.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ from rm_gallery.training.config import DataConfig
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 VOCABULARY = 4000
+ORDERS: dict[str, dict[str, Any]] = {
+    "pairs shuffled": {},
+    "prompts shuffled": {"keep_prompts_together": True},
+    "as in the file": {"shuffle": False},
+}
 
 
 def make_tokenizer(file: Path) -> Any:
@@ -58,9 +63,13 @@ def tokenized(file: Path, cache: str) -> TokenData:
     return prepare(resolve_files(config, key=key), entries_of(config, key), config, tokenizer, key=key).data
 
 
+def make_plan(data: TokenData, packer: Packer, **options: Any) -> Plan:
+    return Plan(data.sizes, PackingConfig(**options), packer, seed=0, prompts=data.prompt_hashes)
+
+
 def measure(data: TokenData, packer: Packer, *, share: bool, **options: Any) -> dict[str, float]:
     """One epoch's plan: tokens, cost of the slowest rank and mean over ranks, most responses, seconds of a step."""
-    plan = Plan(data.sizes, PackingConfig(share_prompts=share, **options), packer, seed=0)
+    plan = make_plan(data, packer, share_prompts=share, **options)
     found = {"tokens": 0.0, "slowest": 0.0, "mean": 0.0, "most": 0.0}
     steps = plan.epoch_steps(0)
     start = time.process_time()
@@ -94,7 +103,7 @@ def train_seconds(data: TokenData, packer: Packer, *, num_steps: int, **options:
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(3):
         for share, times in seconds.items():
-            plan = Plan(data.sizes, PackingConfig(share_prompts=share, **options), packer, seed=0)
+            plan = make_plan(data, packer, share_prompts=share, **options)
             start = time.process_time()
             for groups in plan.epoch_steps(0)[:num_steps]:
                 step = plan.step(data, groups)
@@ -123,7 +132,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         for file in options.files:
             data = tokenized(file, cache)
-            for order in ({"shuffle": True}, {"shuffle": False}):
+            for name, order in ORDERS.items():
                 for batch in options.batches:
                     for ranks in options.ranks:
                         packer = Packer(options.budget, ranks, attention_length=attention_length(options.hidden_size))
@@ -132,7 +141,7 @@ def main() -> None:
                             for share in (False, True)
                         )
                         print(
-                            f"| {file.stem} | {'shuffled' if order['shuffle'] else 'file'} | {batch} | {ranks} | "
+                            f"| {file.stem} | {name} | {batch} | {ranks} | "
                             f"{off['tokens']:,.0f} | {on['tokens']:,.0f} | {1 - on['tokens'] / off['tokens']:.1%} | "
                             f"{1 - on['slowest'] / off['slowest']:.1%} | {off['slowest'] / off['mean']:.3f}, "
                             f"{on['slowest'] / on['mean']:.3f} | {on['most']:.0f} | {on['milliseconds']:.1f} |",

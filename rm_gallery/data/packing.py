@@ -20,6 +20,8 @@ from rm_gallery.data.token_data import GroupSizes, TokenData
 
 # N groups of a data set
 
+_RUN = 16  # groups of a prompt that follow each other at most
+
 
 @dataclass(frozen=True)
 class PackingConfig:
@@ -37,6 +39,8 @@ class PackingConfig:
     """Leave out the last step of an epoch when it is not full."""
     shuffle: bool = True
     """A new order each epoch, from `trainer.seed` and the epoch; false keeps the order of the files."""
+    keep_prompts_together: bool = False
+    """Shuffle prompts rather than pairs: those of a prompt follow each other, so that a step can share them."""
     share_prompts: bool = True
     """Compute pairs of the same prompt in a step together, each prompt and each equal response once."""
 
@@ -45,14 +49,39 @@ class PackingConfig:
         return self.max_tokens_per_micro_batch or self.micro_batch_size_per_gpu * 2 * max_length
 
 
-def epoch_order(num_groups: int, *, seed: int, epoch: int, shuffle: bool, mixture: Mixture | None = None) -> np.ndarray:
-    """[M] int64: the groups of this epoch in order; every group once, without a mixture."""
-    groups = None if mixture is None else mixture.groups(seed=seed, epoch=epoch)
-    count = num_groups if groups is None else len(groups)
+def epoch_order(
+    num_groups: int,
+    *,
+    seed: int,
+    epoch: int,
+    shuffle: bool,
+    mixture: Mixture | None = None,
+    prompts: np.ndarray | None = None,
+) -> np.ndarray:
+    """[M] int64: the groups of this epoch in order; every group once, without a mixture.
+
+    prompts: [N] the prompt of each group, to shuffle prompts instead of groups.
+    """
+    groups = np.arange(num_groups) if mixture is None else mixture.groups(seed=seed, epoch=epoch)
     if not shuffle:
-        return np.arange(count) if groups is None else groups
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    return order if groups is None else groups[order]
+        return groups
+    draw = np.random.default_rng([seed, epoch])
+    order = groups[draw.permutation(len(groups))]
+    return order if prompts is None else _prompts_together(order, prompts[order], draw)
+
+
+def _prompts_together(order: np.ndarray, prompts: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """The same groups with those of a prompt in runs, which are shuffled again.
+
+    Runs are short, so that data of a single prompt, say, are still shuffled.
+    """
+    by_prompt = np.argsort(prompts, kind="stable")
+    found = prompts[by_prompt]
+    first = np.flatnonzero(np.concatenate([[True], found[1:] != found[:-1]])[: len(found)])
+    place = np.arange(len(found)) - np.repeat(first, np.diff(np.append(first, len(found))))
+    run = np.cumsum(place % _RUN == 0) - 1
+    keys = draw.permutation(int(run[-1]) + 1 if len(run) else 0)
+    return order[by_prompt[np.argsort(keys[run], kind="stable")]]
 
 
 class Steps(Sequence[np.ndarray]):
@@ -111,8 +140,11 @@ class Plan:
         *,
         seed: int,
         mixture: Mixture | None = None,
+        prompts: np.ndarray | None = None,
     ) -> None:
+        """prompts: [N] the prompt of each group, for `keep_prompts_together`."""
         self.sizes, self.config, self.packer, self.seed, self.mixture = sizes, config, packer, seed, mixture
+        self.prompts = prompts if config.keep_prompts_together else None
         self._epoch: int | None = None
         self._steps = Steps(np.zeros(0, np.int64), np.zeros(1, np.int64))
 
@@ -120,8 +152,9 @@ class Plan:
         """Group indices of each step of an epoch."""
         if epoch != self._epoch:
             order = epoch_order(
-                len(self.sizes), seed=self.seed, epoch=epoch, shuffle=self.config.shuffle, mixture=self.mixture
-            )
+                len(self.sizes), seed=self.seed, epoch=epoch, shuffle=self.config.shuffle, mixture=self.mixture,
+                prompts=self.prompts,
+            )  # fmt: skip
             self._steps = split_steps(
                 order,
                 self.sizes.num_comparisons,
@@ -142,8 +175,9 @@ class Plan:
     def fingerprint(self) -> str:
         """Hash of what decides the plan; a run may only be continued under the same one."""
         digest = hashlib.sha256()
-        for sizes in (self.sizes.tokens, self.sizes.num_comparisons):
-            digest.update(np.ascontiguousarray(sizes).data)
+        for array in (self.sizes.tokens, self.sizes.num_comparisons, self.prompts):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).data)
         weights = None if self.mixture is None else list(self.mixture.weights)
         # Not the whole configuration: where files or caches lie decides nothing.
         config = (
@@ -151,6 +185,7 @@ class Plan:
             self.config.drop_last,
             self.config.shuffle,
             self.config.share_prompts,
+            self.prompts is not None,
         )
         packer = (self.packer.token_budget, self.packer.padded, self.packer.attention_length)
         digest.update(repr((config, packer, self.seed, weights)).encode())

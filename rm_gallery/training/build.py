@@ -77,6 +77,7 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
         packer_for(model, token_budget=config.data.budget, world_size=world.world_size),
         seed=config.trainer.seed,
         mixture=mixture_of(train, config.data),
+        prompts=train.data.prompt_hashes,
     )
     agree_on_plan(plan)
     total_steps = _count_steps(plan, config, train.data)

@@ -88,9 +88,26 @@ def test_a_mixture_of_ones_is_no_mixture() -> None:
         assert epoch_order(10, seed=1, epoch=2, shuffle=shuffle, mixture=mixture).tolist() == plain.tolist()
 
 
+def test_prompts_kept_together_follow_each_other_in_runs() -> None:
+    prompts = np.repeat([5, 2, 9, 7], [3, 1, 40, 4])
+    mixed = np.random.default_rng(1).permutation(48)
+    orders = [
+        epoch_order(48, seed=3, epoch=epoch, shuffle=True, prompts=prompts[mixed]).tolist() for epoch in (0, 1, 0)
+    ]
+    assert orders[0] == orders[2] != orders[1]
+    for order in orders:
+        assert sorted(order) == list(range(48))
+        kept = prompts[mixed][order]
+        changes = np.flatnonzero(np.diff(kept))
+        assert len(changes) <= 5  # 6 runs: of 3, 1 and 4, and of 16, 16 and 8
+    alone = [epoch_order(48, seed=3, epoch=0, shuffle=True, prompts=np.zeros(48)).tolist() for _ in range(2)]
+    assert alone[0] == alone[1] != sorted(alone[0])
+    assert epoch_order(0, seed=0, epoch=0, shuffle=True, prompts=np.zeros(0)).tolist() == []
+
+
 def make_plan(seed: int = 0, *, of: int = 0, packer: Packer | None = None, **options: Any) -> Plan:
     config = PackingConfig(**{"train_batch_size": 8, **options})
-    return Plan(random_sizes(of, 30), config, packer or Packer(600), seed=seed)
+    return Plan(random_sizes(of, 30), config, packer or Packer(600), seed=seed, prompts=np.arange(30) // 3)
 
 
 def test_a_plan_does_not_depend_on_what_was_asked_before() -> None:
@@ -113,6 +130,7 @@ def test_the_fingerprint_tells_what_decides_the_plan() -> None:
     assert same == make_plan(packer=replace(packer, world_size=2)).fingerprint()
     others = [
         make_plan(seed=1), make_plan(train_batch_size=4), make_plan(of=1), make_plan(share_prompts=False),
+        make_plan(keep_prompts_together=True),
         *(make_plan(packer=replace(packer, **{key: value})) for key, value in
           {"token_budget": 700, "padded": True, "attention_length": 99}.items()),
     ]  # fmt: skip
