@@ -120,6 +120,30 @@ def random_groups(seed: int, *, vocab: int = 264, most: int = 40) -> list[Any]:
     return groups
 
 
+def same_prompt_groups(seed: int, *, vocab: int = 264) -> list[list[Any]]:
+    """TokenGroups by prompt: rankings of up to 16 and pairs, with responses in common, equal, or beginning alike."""
+    import numpy as np
+
+    from rm_gallery.data.token_group import TokenGroup, split_prefix
+    from rm_gallery.schema import Comparison
+
+    draw = np.random.default_rng(seed)
+    by_prompt = []
+    for size, ranked in ((0, 3), (12, 16), (25, 1 + seed % 16), (1, 2), (40, 5)):
+        prompt = draw.integers(7, vocab, size)
+        pool = [np.concatenate([prompt, draw.integers(7, vocab, draw.integers(1, 12))]) for _ in range(8)]
+        pool.append(np.concatenate([pool[0], [8, 9]]))  # begins with another response
+        groups: list[TokenGroup] = []
+        for _ in range(5):
+            better, worse = draw.choice(len(pool), 2, replace=False)
+            groups.append(split_prefix([pool[better], pool[worse]], [Comparison(0, 1, float(draw.random()))]))
+        answers = [pool[draw.integers(len(pool))] for _ in range(ranked)]  # some of them equal
+        pairs = [(a, b) for a in range(ranked) for b in range(a) if not np.array_equal(answers[a], answers[b])]
+        groups.append(split_prefix(answers, [Comparison(a, b) for a, b in pairs]))
+        by_prompt.append(groups)
+    return by_prompt
+
+
 def whole_texts(groups: Sequence[Any]) -> list[list[int]]:
     """Every response with its prefix in front, in the order of a packed batch."""
     return [[*group.prefix.tolist(), *tail.tolist()] for group in groups for tail in group.tails]

@@ -1,23 +1,26 @@
-"""Packing: which groups make a step, and which of them share a micro-batch.
+"""Packing: which groups make a step, and the plan of a whole run.
 
-In: token counts. Out: a plan of steps x ranks x micro-batches of group indices. A pure function of its
-arguments: no tokens, no torch, no files, no clock.
+In: counts of comparisons. Out: the groups of each step. A pure function of its arguments: no torch, no files, no clock.
+`sharing.py` makes units of a step's groups, and `micro_batches.py` lays them out for the ranks.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
 
 import numpy as np
 
+from rm_gallery.data.micro_batches import Packer
 from rm_gallery.data.mixture import Mixture
-from rm_gallery.data.token_data import GroupSizes
+from rm_gallery.data.sharing import StepPlan, plan_step
+from rm_gallery.data.token_data import GroupSizes, TokenData
 
-# N groups; lengths count a shared prompt once
+# N groups of a data set
+
+_RUN = 16  # groups of a prompt that follow each other at most
 
 
 @dataclass(frozen=True)
@@ -36,33 +39,49 @@ class PackingConfig:
     """Leave out the last step of an epoch when it is not full."""
     shuffle: bool = True
     """A new order each epoch, from `trainer.seed` and the epoch; false keeps the order of the files."""
+    keep_prompts_together: bool = False
+    """Shuffle prompts rather than pairs: those of a prompt follow each other, so that a step can share them."""
+    share_prompts: bool = True
+    """Compute pairs of the same prompt in a step together, each prompt and each equal response once."""
 
     def token_budget(self, max_length: int) -> int:
         """Most tokens of one micro-batch."""
         return self.max_tokens_per_micro_batch or self.micro_batch_size_per_gpu * 2 * max_length
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """One optimizer step: `packs[rank]` is a list of micro-batches, each a list of group indices.
+def epoch_order(
+    num_groups: int,
+    *,
+    seed: int,
+    epoch: int,
+    shuffle: bool,
+    mixture: Mixture | None = None,
+    prompts: np.ndarray | None = None,
+) -> np.ndarray:
+    """[M] int64: the groups of this epoch in order; every group once, without a mixture.
 
-    All ranks have equally many, since a rank that stops early leaves the others waiting in a collective; a
-    rank that runs short gets empty ones.
+    prompts: [N] the prompt of each group, to shuffle prompts instead of groups.
     """
-
-    packs: list[list[list[int]]]
-    num_comparisons: int
-    """Comparisons of the step over all ranks: what the loss sum is divided by."""
-
-
-def epoch_order(num_groups: int, *, seed: int, epoch: int, shuffle: bool, mixture: Mixture | None = None) -> np.ndarray:
-    """[M] int64: the groups of this epoch in order; every group once, without a mixture."""
-    groups = None if mixture is None else mixture.groups(seed=seed, epoch=epoch)
-    count = num_groups if groups is None else len(groups)
+    groups = np.arange(num_groups) if mixture is None else mixture.groups(seed=seed, epoch=epoch)
     if not shuffle:
-        return np.arange(count) if groups is None else groups
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    return order if groups is None else groups[order]
+        return groups
+    draw = np.random.default_rng([seed, epoch])
+    order = groups[draw.permutation(len(groups))]
+    return order if prompts is None else _prompts_together(order, prompts[order], draw)
+
+
+def _prompts_together(order: np.ndarray, prompts: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """The same groups with those of a prompt in runs, which are shuffled again.
+
+    Runs are short, so that data of a single prompt, say, are still shuffled.
+    """
+    by_prompt = np.argsort(prompts, kind="stable")
+    found = prompts[by_prompt]
+    first = np.flatnonzero(np.concatenate([[True], found[1:] != found[:-1]])[: len(found)])
+    place = np.arange(len(found)) - np.repeat(first, np.diff(np.append(first, len(found))))
+    run = np.cumsum(place % _RUN == 0) - 1
+    keys = draw.permutation(int(run[-1]) + 1 if len(run) else 0)
+    return order[by_prompt[np.argsort(keys[run], kind="stable")]]
 
 
 class Steps(Sequence[np.ndarray]):
@@ -110,59 +129,6 @@ def split_steps(order: np.ndarray, num_comparisons: np.ndarray, *, batch_size: i
     return Steps(order, np.array(bounds))
 
 
-def plan_step(
-    groups: np.ndarray, sizes: GroupSizes, *, token_budget: int, world_size: int = 1, padded: bool = False
-) -> StepPlan:
-    """Give every group of a step a micro-batch so that none holds more than `token_budget` tokens.
-
-    groups: indices of the step's groups, none larger than the budget.
-    padded: for a model that pads. The budget counts padded tokens then, and texts of like length go together.
-    """
-    if padded:
-        bins = _runs_of_like_length(groups, sizes, token_budget)
-    else:
-        bins = _balanced_bins(groups, sizes.tokens, token_budget, world_size)
-    bins += [[] for _ in range(-len(bins) % world_size)]
-    packs = [bins[rank::world_size] for rank in range(world_size)]
-    return StepPlan(packs, int(sizes.num_comparisons[groups].sum()))
-
-
-def _balanced_bins(groups: np.ndarray, lengths: np.ndarray, budget: int, world_size: int) -> list[list[int]]:
-    """Longest first, each into the emptiest bin; more bins until all fit, a thirtieth at a time.
-
-    With as many bins as groups every bin holds one, so this ends.
-    """
-    order = groups[np.argsort(-lengths[groups], kind="stable")]
-    sizes = lengths[order].tolist()
-    count = -(-sum(sizes) // budget)
-    count = max(1, -(-count // world_size)) * world_size
-    while True:
-        heap = [(0, index) for index in range(count)]
-        bins: list[list[int]] = [[] for _ in range(count)]
-        for group, size in zip(order.tolist(), sizes, strict=True):
-            used, index = heap[0]
-            if used + size > budget and used:
-                break
-            heapq.heapreplace(heap, (used + size, index))
-            bins[index].append(group)
-        else:
-            return bins
-        count += world_size * max(1, count // (30 * world_size))
-
-
-def _runs_of_like_length(groups: np.ndarray, sizes: GroupSizes, budget: int) -> list[list[int]]:
-    """Runs of the groups sorted by their longest text, longest first; every text costs the run's longest."""
-    bins: list[list[int]] = []
-    room = 0
-    for group in groups[np.argsort(-sizes.longest_text[groups], kind="stable")].tolist():
-        if room < sizes.num_responses[group]:
-            bins.append([])
-            room = budget // int(sizes.longest_text[group])
-        bins[-1].append(group)
-        room -= int(sizes.num_responses[group])
-    return bins
-
-
 class Plan:
     """Every step of a run, worked out when it is asked for; resuming is an index into it."""
 
@@ -170,15 +136,15 @@ class Plan:
         self,
         sizes: GroupSizes,
         config: PackingConfig,
+        packer: Packer,
         *,
-        token_budget: int,
         seed: int,
-        world_size: int = 1,
-        padded: bool = False,
         mixture: Mixture | None = None,
+        prompts: np.ndarray | None = None,
     ) -> None:
-        self.sizes, self.config, self.token_budget = sizes, config, token_budget
-        self.seed, self.world_size, self.padded, self.mixture = seed, world_size, padded, mixture
+        """prompts: [N] the prompt of each group, for `keep_prompts_together`."""
+        self.sizes, self.config, self.packer, self.seed, self.mixture = sizes, config, packer, seed, mixture
+        self.prompts = prompts if config.keep_prompts_together else None
         self._epoch: int | None = None
         self._steps = Steps(np.zeros(0, np.int64), np.zeros(1, np.int64))
 
@@ -186,8 +152,9 @@ class Plan:
         """Group indices of each step of an epoch."""
         if epoch != self._epoch:
             order = epoch_order(
-                len(self.sizes), seed=self.seed, epoch=epoch, shuffle=self.config.shuffle, mixture=self.mixture
-            )
+                len(self.sizes), seed=self.seed, epoch=epoch, shuffle=self.config.shuffle, mixture=self.mixture,
+                prompts=self.prompts,
+            )  # fmt: skip
             self._steps = split_steps(
                 order,
                 self.sizes.num_comparisons,
@@ -201,33 +168,44 @@ class Plan:
         """Optimizer steps in so many epochs."""
         return sum(len(self.epoch_steps(epoch)) for epoch in range(epochs))
 
-    def step(self, groups: np.ndarray) -> StepPlan:
+    def step(self, data: TokenData, groups: np.ndarray) -> StepPlan:
         """The micro-batches of one step."""
-        return plan_step(
-            groups, self.sizes, token_budget=self.token_budget, world_size=self.world_size, padded=self.padded
-        )
+        return plan_step(data, groups, self.packer, share_prompts=self.config.share_prompts)
 
     def fingerprint(self) -> str:
         """Hash of what decides the plan; a run may only be continued under the same one."""
         digest = hashlib.sha256()
-        for sizes in (self.sizes.tokens, self.sizes.num_comparisons):
-            digest.update(np.ascontiguousarray(sizes).data)
+        for array in (self.sizes.tokens, self.sizes.num_comparisons, self.prompts):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).data)
         weights = None if self.mixture is None else list(self.mixture.weights)
         # Not the whole configuration: where files or caches lie decides nothing.
-        config = (self.config.train_batch_size, self.config.drop_last, self.config.shuffle)
-        digest.update(repr((config, self.token_budget, self.seed, self.padded, weights)).encode())
+        config = (
+            self.config.train_batch_size,
+            self.config.drop_last,
+            self.config.shuffle,
+            self.config.share_prompts,
+            self.prompts is not None,
+        )
+        packer = (self.packer.token_budget, self.packer.padded, self.packer.attention_length)
+        digest.update(repr((config, packer, self.seed, weights)).encode())
         return digest.hexdigest()[:16]
 
 
-def check_budget(
-    sizes: GroupSizes, where: Callable[[int], str], *, token_budget: int, key: str, padded: bool = False
-) -> str | None:
-    """A sentence naming the longest group when it does not fit the budget, else None."""
-    cost = sizes.longest_text.astype(np.int64) * sizes.num_responses if padded else sizes.tokens
-    if not len(cost) or int(cost.max()) <= token_budget:
+def long_pairs(data: TokenData, packer: Packer, *, key: str) -> str | None:
+    """A sentence on the pairs that do not fit into the budget, each of which gets a micro-batch of its own; else None.
+
+    key: the setting that would give them room.
+    """
+    groups = np.flatnonzero(packer.tokens(data.sizes) > packer.token_budget)
+    owner, prefix, better, worse = data.pair_lengths(groups)
+    cost = 2 * (prefix + np.maximum(better, worse)) if packer.padded else prefix + better + worse
+    too_long = int((cost > packer.token_budget).sum())
+    if not too_long:
         return None
-    index = int(cost.argmax())
+    longest = int(cost.argmax())
     return (
-        f"{where(index)}: a group of {int(cost[index])} tokens does not fit into a micro-batch of {token_budget}; "
-        f"set {key} to at least {int(cost[index])}, or lower data.max_length"
+        f"{too_long} pairs have more tokens than a micro-batch has room for ({packer.token_budget}) and get one of "
+        f"their own; the longest, {data.where(int(owner[longest]))}, has {int(cost[longest])}. When memory runs out, "
+        f"lower data.max_length; to give all of them room, set {key} to at least {int(cost[longest])}"
     )

@@ -33,6 +33,12 @@ class GroupSizes:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def of(self, groups: np.ndarray) -> GroupSizes:
+        """Those of some groups, in this order."""
+        return GroupSizes(
+            self.tokens[groups], self.longest_text[groups], self.num_responses[groups], self.num_comparisons[groups]
+        )
+
 
 class TokenData:
     """All groups of a data set; `data[i]` is the i-th `TokenGroup`."""
@@ -118,6 +124,20 @@ class TokenData:
     def prompt_hashes(self) -> np.ndarray:
         """[N] uint64: the same number for groups of the same prompt."""
         return self._arrays["prompt_hash"]
+
+    def pair_lengths(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Each comparison of these groups: its group, and tokens of the common prefix and of the two responses.
+
+        Each [C] int64, C comparisons of these groups.
+        """
+        arrays = self._arrays
+        counts = self.sizes.num_comparisons[groups].astype(np.int64)
+        owner = np.repeat(groups, counts)
+        ends = np.cumsum(counts)
+        index = np.arange(len(owner)) + np.repeat(arrays["comparison_start"][groups] - (ends - counts), counts)
+        first = arrays["response_start"][owner]
+        better, worse = (arrays["tail"][first + arrays[side][index]].astype(np.int64) for side in ("better", "worse"))
+        return owner, arrays["prefix"][owner].astype(np.int64), better, worse
 
     @property
     def source_numbers(self) -> np.ndarray:

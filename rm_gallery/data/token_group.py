@@ -42,7 +42,7 @@ def hash_prompt(key: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def split_prefix(texts: Sequence[Sequence[int]], comparisons: Sequence[Comparison]) -> TokenGroup:
+def split_prefix(texts: Sequence[Sequence[int] | np.ndarray], comparisons: Sequence[Comparison]) -> TokenGroup:
     """Split the longest common prefix off, leaving every response at least one token of its own.
 
     Example: [1 2 3 4] and [1 2 3] give prefix [1 2], tails [3 4] and [3].

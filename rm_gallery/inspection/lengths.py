@@ -7,7 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from rm_gallery.data.packing import PackingConfig, epoch_order, plan_step, split_steps
+from rm_gallery.data.micro_batches import Packer
+from rm_gallery.data.packing import PackingConfig, epoch_order, split_steps
 from rm_gallery.data.token_data import GroupSizes
 from rm_gallery.inspection.findings import MAX_EXAMPLES
 from rm_gallery.inspection.measure import Lengths
@@ -156,15 +157,14 @@ def _plan(
     """Micro-batches of a step on one process, and padded tokens of the epoch, both from the first steps."""
     order = epoch_order(len(sizes), seed=seed, epoch=0, shuffle=packing.shuffle)
     steps = split_steps(order, sizes.num_comparisons, batch_size=packing.train_batch_size, drop_last=False)
+    packer = Packer(token_budget, padded=pads)
     calls = groups = padded = 0
-    cost = sizes.longest_text * sizes.num_responses if pads else sizes.tokens
     for step in steps[:_PLANNED_STEPS]:
-        if int(cost[step].max()) > token_budget:
-            return None, None  # training refuses such a group
-        packs = plan_step(step, sizes, token_budget=token_budget, padded=pads).packs[0]
+        of_step = sizes.of(step)
+        [packs] = packer.pack(of_step)
         calls += len(packs)
         groups += len(step)
-        padded += sum(int(sizes.longest_text[pack].max() * sizes.num_responses[pack].sum()) for pack in packs if pack)
+        padded += int(packer.pack_tokens(packs, of_step).sum())
     if not groups:
         return None, None
     return calls / min(len(steps), _PLANNED_STEPS), round(padded * len(sizes) / groups)

@@ -145,8 +145,6 @@ def _cost(cost: CostReport) -> Iterable[Block]:
             f"An optimizer step takes about {cost.micro_batches:,.1f} micro-batches of at most {cost.token_budget:,} "
             "tokens on one process."
         )
-    elif cost.token_budget is not None:
-        yield f"A row has more tokens than a micro-batch may hold ({cost.token_budget:,}); training refuses it."
 
 
 def _longer(reports: Sequence[LongerReport]) -> Figures:

@@ -101,7 +101,8 @@ def _estimate(config: EstimateConfig, shape: ModelShape, lengths: Lengths, devic
     if int(longest.max()) > budget:
         notes.append(
             f"the longest group has {int(longest.max())} tokens, but a micro-batch has room for {budget}: training "
-            f"refuses it; set data.max_tokens_per_micro_batch={int(longest.max())} or lower data.max_length"
+            "cuts it into pieces, each with the prompt, and a pair that is too long for one gets a micro-batch of its "
+            f"own, which these figures leave out; set data.max_tokens_per_micro_batch={int(longest.max())} to avoid it"
         )
     return Estimate(
         config=config,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from rm_gallery.data.packing import PackingConfig, epoch_order, plan_step, split_steps
+from rm_gallery.data.micro_batches import Packer
+from rm_gallery.data.packing import PackingConfig, epoch_order, split_steps
 from rm_gallery.data.token_data import GroupSizes
 from rm_gallery.planning.lengths import Lengths
 from rm_gallery.planning.memory import Layout, Pack
@@ -37,14 +37,16 @@ def plan_workload(
 ) -> Workload:
     """Plan the sample's first steps as training would, and scale up.
 
-    Groups that are larger than the budget count as long as the budget; `check_budget` refuses them in training.
+    Groups that are larger than the budget count as long as the budget, though training cuts them into pieces, and
+    what pairs of the same prompt share is not counted off: a sample does not say how many there are.
     """
     sizes = lengths.sizes
     if not padded:
         sizes = GroupSizes(
             np.minimum(sizes.tokens, token_budget), sizes.longest_text, sizes.num_responses, sizes.num_comparisons
         )
-    cost = sizes.longest_text * sizes.num_responses if padded else sizes.tokens
+    packer = Packer(token_budget, num_processes, padded=padded)
+    cost = packer.tokens(sizes)
     order = epoch_order(len(sizes), seed=0, epoch=0, shuffle=config.shuffle)
     batch_size = min(config.train_batch_size, lengths.num_pairs)
     # A sample may hold fewer pairs than a step: its groups stand for the others too.
@@ -53,12 +55,12 @@ def plan_workload(
     steps = split_steps(order, sizes.num_comparisons, batch_size=batch_size, drop_last=True) or [order]
     waited, computed, micro_batches, largest = 0, 0, 0, 0
     for groups in steps[:_MOST_STEPS]:
-        packs = plan_step(groups, sizes, token_budget=token_budget, world_size=num_processes, padded=padded).packs
-        for at_once in zip(*packs, strict=True):
-            tokens = [_pack_tokens(pack, sizes, padded) for pack in at_once]
-            waited += max(tokens) * num_processes
-            computed += sum(tokens)
-            largest = max(largest, *tokens)
+        of_step = sizes.of(groups)
+        packs = packer.pack(of_step)
+        tokens = np.array([packer.pack_tokens(each, of_step) for each in packs])  # [ranks, micro-batches]
+        waited += int(tokens.max(axis=0).sum()) * num_processes
+        computed += int(tokens.sum())
+        largest = max(largest, int(tokens.max()))
         micro_batches += len(packs[0])
     per_pair = float(cost.sum() / sizes.num_comparisons.sum())
     return Workload(
@@ -69,15 +71,6 @@ def plan_workload(
         largest_pack=largest,
         balance=computed / waited,
     )
-
-
-def _pack_tokens(pack: Sequence[int], sizes: GroupSizes, padded: bool) -> int:
-    if not pack:
-        return 0
-    index = np.array(pack)
-    if padded:
-        return int(sizes.longest_text[index].max() * sizes.num_responses[index].sum())
-    return int(sizes.tokens[index].sum())
 
 
 def fullest_pack(tokens: int, lengths: Lengths, *, padded: bool) -> Pack:

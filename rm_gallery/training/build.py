@@ -32,7 +32,7 @@ from rm_gallery.training.start_model import StartModel, start_model
 from rm_gallery.training.stopping import StopSignal
 from rm_gallery.training.trackers import NoTrackers, RunInfo, Trackers
 from rm_gallery.training.trainer import Intervals, Trainer
-from rm_gallery.training.validate import validate
+from rm_gallery.training.validate import packer_for, validate
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +77,10 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
     plan = Plan(
         train.data.sizes,
         packing(config.data),
-        token_budget=config.data.budget,
+        packer_for(model, token_budget=config.data.budget, world_size=world.world_size),
         seed=config.trainer.seed,
-        world_size=world.world_size,
-        padded=model.padded,
         mixture=mixture_of(train, config.data),
+        prompts=train.data.prompt_hashes,
     )
     agree_on_plan(plan)
     total_steps = _count_steps(plan, config, train.data)
@@ -193,8 +192,10 @@ def _build_trainer(
 
     def run_validation(before_pack: Callable[[], None]) -> dict[str, float]:
         assert val is not None
-        budget, device = config.data.budget, loop.world.device
-        return validate(model, val.data, objective, token_budget=budget, device=device, before_pack=before_pack)
+        return validate(
+            model, val.data, objective, token_budget=config.data.budget, share_prompts=config.data.share_prompts,
+            device=loop.world.device, before_pack=before_pack,
+        )  # fmt: skip
 
     if val is not None:
         padded = " padded" if model.padded else ""

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from rm_gallery.data.custom import CustomReader
+from rm_gallery.data.micro_batches import Packer
 from rm_gallery.data.mixture import Mixture
-from rm_gallery.data.packing import check_budget
+from rm_gallery.data.packing import long_pairs
 from rm_gallery.data.prepare import peek, prepare
 from rm_gallery.data.process_rows import Share
 from rm_gallery.data.source import DataFile, entries_of, resolve_files
@@ -184,7 +185,7 @@ def build_model(config: TrainConfig, tokenizer: Any) -> RewardModel:
 
 
 def check_data(config: TrainConfig, model: RewardModel, train: Loaded, val: Loaded | None) -> None:
-    """Raise UserError for data that do not fit the model, the budget or each other."""
+    """Raise UserError for data that do not fit the model or each other; warn of pairs above the token budget."""
     if val is not None and val.data.style != train.data.style:
         raise UserError(
             f"data.val_files hold {val.data.style} but data.train_files hold {train.data.style}; "
@@ -200,12 +201,7 @@ def check_data(config: TrainConfig, model: RewardModel, train: Loaded, val: Load
             if model.network.config.model_type in ENCODERS:
                 raise UserError(f"{what}; set data.max_length={limit}")
             log.warning("%s; set data.max_length=%d unless that is meant", what, limit)
-        problem = check_budget(
-            side.data.sizes,
-            side.data.where,
-            token_budget=config.data.budget,
-            key="data.max_tokens_per_micro_batch",
-            padded=model.padded,
-        )
-        if problem:
-            raise UserError(f"{key}: {problem}")
+        packer = Packer(config.data.budget, padded=model.padded)
+        warning = long_pairs(side.data, packer, key="data.max_tokens_per_micro_batch")
+        if warning:
+            log.warning("%s: %s", key, warning)

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from rm_gallery.data.batch import collate
-from rm_gallery.data.packing import plan_step
+from rm_gallery.data.micro_batches import Packer, attention_length
+from rm_gallery.data.sharing import plan_step
 from rm_gallery.data.token_data import TokenData
+from rm_gallery.data.token_group import TokenGroup
 from rm_gallery.distributed import rank, world_size
 from rm_gallery.metrics import Sums, means
 from rm_gallery.modeling.reward_model import RewardModel
@@ -20,22 +22,24 @@ _GROUPS_AT_ONCE = 4096  # packs are planned over so many groups, so that little 
 
 
 def validate(
-    model: RewardModel, data: TokenData, objective: Objective, *, token_budget: int,
+    model: RewardModel, data: TokenData, objective: Objective, *, token_budget: int, share_prompts: bool = True,
     device: torch.device | None = None, before_pack: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:  # fmt: skip
     """val/loss, val/accuracy and mean rewards over every comparison; with several sources, loss and accuracy of each.
 
     Each process does its share, and gets all figures.
-    token_budget: tokens of a micro-batch; the figures do not depend on it (float64 sums of float32 rewards).
+    token_budget: tokens of a micro-batch; share_prompts: compute pairs of the same prompt together. The figures depend
+    on neither (float64 sums of float32 rewards).
     device: where the model computes, unless its weights lie there too. before_pack: called before each micro-batch;
     what it raises ends the validation.
     """
     device = device or next(model.parameters()).device
+    packer = packer_for(model, token_budget=token_budget, world_size=world_size())
     by_source = {number: Sums() for number in range(len(data.sources))}
     with model.inference():
-        for source, pack in plan_packs(data, token_budget=token_budget, padded=model.padded):
+        for source, groups in load_packs(data, packer, share_prompts=share_prompts):
             before_pack()
-            batch = collate([data[index] for index in pack]).to(device)
+            batch = collate(groups).to(device)
             by_source[source].add(objective(model(batch), batch)[1])
     total = Sums()
     for sums in by_source.values():
@@ -49,7 +53,13 @@ def validate(
     return metrics
 
 
-def plan_packs(data: TokenData, *, token_budget: int, padded: bool) -> Iterator[tuple[int, list[int]]]:
+def packer_for(model: RewardModel, *, token_budget: int, world_size: int) -> Packer:
+    """How groups are packed for this model."""
+    length = attention_length(model.network.config.hidden_size)
+    return Packer(token_budget, world_size, padded=model.padded, attention_length=length)
+
+
+def load_packs(data: TokenData, packer: Packer, *, share_prompts: bool) -> Iterator[tuple[int, list[TokenGroup]]]:
     """This process's share of all groups in micro-batches, in any order; each process gets equally many, some empty.
 
     The groups of a micro-batch have one source, whose number it has.
@@ -58,6 +68,6 @@ def plan_packs(data: TokenData, *, token_budget: int, padded: bool) -> Iterator[
         members = np.flatnonzero(data.source_numbers == source)
         for start in range(0, len(members), _GROUPS_AT_ONCE):
             groups = members[start : start + _GROUPS_AT_ONCE]
-            step = plan_step(groups, data.sizes, token_budget=token_budget, world_size=world_size(), padded=padded)
+            step = plan_step(data, groups, packer, share_prompts=share_prompts)
             for pack in step.packs[rank()]:
-                yield source, pack
+                yield source, step.load(data, pack)

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from rm_gallery.data.dropped import Dropped
 from rm_gallery.data.process_rows import RowProcessor, RowsConfig, Work
 from rm_gallery.data.source import Row
 from rm_gallery.data.token_arrays import with_starts
-from rm_gallery.data.token_data import TokenData
+from rm_gallery.data.token_data import GroupSizes, TokenData
+from rm_gallery.data.token_group import TokenGroup
 from rm_gallery.schema import Comparison, PreferenceGroup
 
 PAIR = (Comparison(0, 1),)
+
+
+def token_group(prefix: Sequence[int], tails: Sequence[Sequence[int]], *comparisons: Comparison) -> TokenGroup:
+    """A group of these tokens; by default its first response beats its second."""
+    arrays = [np.array(tail, np.int32) for tail in tails]
+    return TokenGroup(np.array(prefix, np.int32), arrays, list(comparisons) or PAIR)
+
+
+def random_sizes(seed: int, num_groups: int, *, responses: tuple[int, int] = (2, 2)) -> GroupSizes:
+    """Groups of K responses with K - 1 comparisons, texts of 1 to 100 tokens."""
+    draw = np.random.default_rng(seed)
+    counts = draw.integers(responses[0], responses[1] + 1, num_groups)
+    longest = draw.integers(1, 101, num_groups)
+    tokens = np.array([draw.integers(size, size * count + 1) for size, count in zip(longest, counts, strict=True)])
+    return GroupSizes(tokens.astype(np.int64), longest, counts, counts - 1)
 
 
 def text_group(*responses: str, prompt: str = "", where: str = "a.parquet:0") -> PreferenceGroup:

@@ -8,6 +8,7 @@ from itertools import islice
 import pytest
 
 from rm_gallery.data.loader import StepBatches, load_steps
+from rm_gallery.data.micro_batches import Packer
 from rm_gallery.data.packing import PackingConfig, Plan
 from rm_gallery.data.token_data import TokenData
 from rm_gallery.data.token_group import Origin
@@ -19,7 +20,7 @@ DATA = TokenData.from_groups((group, Origin()) for group in GROUPS)
 
 def plan(*, world_size: int = 1, **options: bool) -> Plan:
     config = PackingConfig(train_batch_size=7, **options)
-    return Plan(DATA.sizes, config, token_budget=400, seed=3, world_size=world_size)
+    return Plan(DATA.sizes, config, Packer(400, world_size), seed=3)
 
 
 def tokens(steps: list[StepBatches]) -> list[list[list[int]]]:
@@ -55,7 +56,7 @@ def test_the_ranks_together_hold_what_one_holds_alone() -> None:
 
 def test_a_plan_without_steps_ends() -> None:
     config = PackingConfig(train_batch_size=10_000, drop_last=True)
-    assert list(load_steps(DATA, Plan(DATA.sizes, config, token_budget=400, seed=0))) == []
+    assert list(load_steps(DATA, Plan(DATA.sizes, config, Packer(400), seed=0))) == []
 
 
 def test_closing_the_stream_ends_its_thread() -> None:

@@ -1,88 +1,20 @@
-"""Packing: plans that use every group once, keep to the token budget, and give all ranks equally much to do."""
+"""Packing: the groups of every step, in an order that seed and epoch decide."""
 
 from __future__ import annotations
 
-import time
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
-import pytest
 
+from rm_gallery.data.micro_batches import Packer
 from rm_gallery.data.mixture import Mixture
-from rm_gallery.data.packing import PackingConfig, Plan, StepPlan, check_budget, epoch_order, plan_step, split_steps
-from rm_gallery.data.token_data import GroupSizes
-
-
-def random_sizes(seed: int, num_groups: int, *, responses: tuple[int, int] = (2, 2)) -> GroupSizes:
-    """Groups of K responses with K - 1 comparisons, texts of 1 to 100 tokens."""
-    draw = np.random.default_rng(seed)
-    counts = draw.integers(responses[0], responses[1] + 1, num_groups)
-    longest = draw.integers(1, 101, num_groups)
-    tokens = np.array([draw.integers(size, size * count + 1) for size, count in zip(longest, counts, strict=True)])
-    return GroupSizes(tokens.astype(np.int64), longest, counts, counts - 1)
-
-
-def cost(pack: list[int], sizes: GroupSizes, padded: bool) -> int:
-    if padded:
-        return int(sizes.longest_text[pack].max() * sizes.num_responses[pack].sum()) if pack else 0
-    return int(sizes.tokens[pack].sum())
-
-
-def packs_of(step: StepPlan) -> list[list[int]]:
-    return [pack for rank in step.packs for pack in rank]
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_step_holds_each_group_once_within_the_budget_and_equally_many_packs_per_rank(
-    world_size: int, padded: bool
-) -> None:
-    for seed in range(60):
-        sizes = random_sizes(seed, 1 + seed, responses=(1, 5))
-        budget = int((sizes.longest_text * sizes.num_responses).max()) + seed % 300
-        groups = np.random.default_rng(seed).permutation(len(sizes))[: 1 + seed // 2]
-        step = plan_step(groups, sizes, token_budget=budget, world_size=world_size, padded=padded)
-        assert sorted(group for pack in packs_of(step) for group in pack) == sorted(groups.tolist())
-        assert len(step.packs) == world_size
-        assert len({len(rank) for rank in step.packs}) == 1
-        assert max(cost(pack, sizes, padded) for pack in packs_of(step)) <= budget
-        assert step.num_comparisons == sizes.num_comparisons[groups].sum()
-
-
-def test_a_pack_may_be_full_to_the_last_token_and_no_fuller() -> None:
-    for lengths, budget, num_packs in (([6, 4], 10, 1), ([6, 6, 5], 11, 2), ([6, 6, 5], 10, 3)):
-        tokens = np.array(lengths)
-        sizes = GroupSizes(tokens, tokens, np.full(len(tokens), 2), np.ones(len(tokens), np.int64))
-        assert len(packs_of(plan_step(np.arange(len(tokens)), sizes, token_budget=budget))) == num_packs
-
-
-def test_no_pack_is_empty_when_there_are_groups_enough() -> None:
-    sizes = random_sizes(0, 64)
-    step = plan_step(np.arange(64), sizes, token_budget=400, world_size=4)
-    assert all(packs_of(step))
-
-
-def test_more_ranks_than_groups_leaves_empty_packs() -> None:
-    step = plan_step(np.arange(2), random_sizes(0, 2), token_budget=1000, world_size=3)
-    assert sorted(map(len, packs_of(step))) == [0, 1, 1]
-
-
-def test_packs_are_balanced() -> None:
-    sizes = random_sizes(0, 256)
-    step = plan_step(np.arange(256), sizes, token_budget=2000)
-    loads = [cost(pack, sizes, False) for pack in packs_of(step)]
-    assert len(loads) <= 1.1 * sum(loads) / 2000 + 1
-    assert max(loads) - min(loads) <= 100
-
-
-def test_groups_just_above_half_the_budget_are_planned_without_long_search() -> None:
-    draw = np.random.default_rng(0)
-    lengths = draw.integers(4097, 4600, 4096)
-    sizes = GroupSizes(lengths, lengths // 2, np.full(4096, 2), np.ones(4096, np.int64))
-    start = time.process_time()
-    step = plan_step(np.arange(4096), sizes, token_budget=8192)
-    assert time.process_time() - start < 2.0  # adding one pack at a time takes about 10 s
-    assert len([pack for pack in packs_of(step) if pack]) == 4096
+from rm_gallery.data.packing import PackingConfig, Plan, epoch_order, long_pairs, split_steps
+from rm_gallery.data.token_data import TokenData
+from rm_gallery.data.token_group import Origin
+from rm_gallery.schema import Comparison
+from tests.data.groups import random_sizes, token_group
 
 
 def test_steps_hold_batch_size_pairs_and_the_rest_is_a_last_step() -> None:
@@ -156,54 +88,70 @@ def test_a_mixture_of_ones_is_no_mixture() -> None:
         assert epoch_order(10, seed=1, epoch=2, shuffle=shuffle, mixture=mixture).tolist() == plain.tolist()
 
 
-def make_plan(sizes: GroupSizes, *, seed: int = 0, **options: int) -> Plan:
-    config = PackingConfig(train_batch_size=options.pop("train_batch_size", 8))
-    return Plan(sizes, config, token_budget=600, seed=seed, **options)
+def test_prompts_kept_together_follow_each_other_in_runs() -> None:
+    prompts = np.repeat([5, 2, 9, 7], [3, 1, 40, 4])
+    mixed = np.random.default_rng(1).permutation(48)
+    orders = [
+        epoch_order(48, seed=3, epoch=epoch, shuffle=True, prompts=prompts[mixed]).tolist() for epoch in (0, 1, 0)
+    ]
+    assert orders[0] == orders[2] != orders[1]
+    for order in orders:
+        assert sorted(order) == list(range(48))
+        kept = prompts[mixed][order]
+        changes = np.flatnonzero(np.diff(kept))
+        assert len(changes) <= 5  # 6 runs: of 3, 1 and 4, and of 16, 16 and 8
+    alone = [epoch_order(48, seed=3, epoch=0, shuffle=True, prompts=np.zeros(48)).tolist() for _ in range(2)]
+    assert alone[0] == alone[1] != sorted(alone[0])
+    assert epoch_order(0, seed=0, epoch=0, shuffle=True, prompts=np.zeros(0)).tolist() == []
 
 
-def test_an_epoch_uses_every_group_once() -> None:
-    sizes = random_sizes(0, 53, responses=(2, 4))
-    plan = make_plan(sizes, world_size=2)
-    for epoch in range(3):
-        groups = [group for step in plan.epoch_steps(epoch) for pack in packs_of(plan.step(step)) for group in pack]
-        assert sorted(groups) == list(range(53))
+def make_plan(seed: int = 0, *, of: int = 0, packer: Packer | None = None, **options: Any) -> Plan:
+    config = PackingConfig(**{"train_batch_size": 8, **options})
+    return Plan(random_sizes(of, 30), config, packer or Packer(600), seed=seed, prompts=np.arange(30) // 3)
 
 
 def test_a_plan_does_not_depend_on_what_was_asked_before() -> None:
-    sizes = random_sizes(0, 30)
-    forward, backward = make_plan(sizes), make_plan(sizes)
+    forward, backward = make_plan(), make_plan()
     first = [[step.tolist() for step in forward.epoch_steps(epoch)] for epoch in (0, 1, 2)]
     second = [[step.tolist() for step in backward.epoch_steps(epoch)] for epoch in (2, 1, 0)]
     assert first == second[::-1]
     assert forward.num_steps(3) == sum(map(len, first))
 
 
-def test_the_pairs_of_a_step_do_not_depend_on_the_number_of_ranks() -> None:
-    sizes = random_sizes(0, 30)
-    one, three = make_plan(sizes), make_plan(sizes, world_size=3)
-    for alone, shared in zip(one.epoch_steps(0), three.epoch_steps(0), strict=True):
-        assert alone.tolist() == shared.tolist()
-        assert one.step(alone).num_comparisons == three.step(shared).num_comparisons
+def test_the_pairs_of_a_step_depend_neither_on_the_ranks_nor_on_sharing() -> None:
+    expected = [step.tolist() for step in make_plan().epoch_steps(0)]
+    for plan in (make_plan(packer=Packer(600, 3)), make_plan(share_prompts=False)):
+        assert [step.tolist() for step in plan.epoch_steps(0)] == expected
 
 
 def test_the_fingerprint_tells_what_decides_the_plan() -> None:
-    sizes = random_sizes(0, 30)
-    same = make_plan(sizes).fingerprint()
-    assert same == make_plan(sizes, world_size=2).fingerprint()
-    assert same != make_plan(sizes, seed=1).fingerprint()
-    assert same != make_plan(sizes, train_batch_size=4).fingerprint()
-    assert same != make_plan(random_sizes(1, 30)).fingerprint()
+    packer = Packer(600)
+    same = make_plan().fingerprint()
+    assert same == make_plan(packer=replace(packer, world_size=2)).fingerprint()
+    others = [
+        make_plan(seed=1), make_plan(train_batch_size=4), make_plan(of=1), make_plan(share_prompts=False),
+        make_plan(keep_prompts_together=True),
+        *(make_plan(packer=replace(packer, **{key: value})) for key, value in
+          {"token_budget": 700, "padded": True, "attention_length": 99}.items()),
+    ]  # fmt: skip
+    assert len({same, *(other.fingerprint() for other in others)}) == len(others) + 1
 
 
-def test_a_budget_below_the_longest_group_names_the_row() -> None:
-    sizes = GroupSizes(np.array([5, 9]), np.array([4, 6]), np.array([2, 2]), np.array([1, 1]))
-    where = ["a:0", "a:1"].__getitem__
-    assert check_budget(sizes, where, token_budget=9, key="data.x") is None
-    assert check_budget(sizes, where, token_budget=8, key="data.x") == (
-        "a:1: a group of 9 tokens does not fit into a micro-batch of 8; "
-        "set data.x to at least 9, or lower data.max_length"
+def test_pairs_above_the_budget_are_counted_and_the_longest_is_named() -> None:
+    groups = [
+        token_group([1] * 3, [[2] * 2, [3] * 4]),
+        token_group([1] * 2, [[2] * 5, [3] * 5, [4]], Comparison(0, 1), Comparison(0, 2), Comparison(1, 2)),
+        token_group([], [[2], [3] * 7]),
+    ]
+    data = TokenData.from_groups((group, Origin("a.parquet", row)) for row, group in enumerate(groups))
+    assert long_pairs(data, Packer(12), key="data.x") is None
+    assert long_pairs(data, Packer(8), key="data.x") == (
+        "2 pairs have more tokens than a micro-batch has room for (8) and get one of their own; the longest, "
+        "a.parquet:1, has 12. When memory runs out, lower data.max_length; to give all of them room, "
+        "set data.x to at least 12"
     )
-    assert "a group of 12 tokens" in str(check_budget(sizes, where, token_budget=11, key="data.x", padded=True))
+    padded = long_pairs(data, Packer(13, padded=True), key="data.x")
+    assert padded is not None and padded.startswith("5 pairs") and "a.parquet:0, has 14" in padded
 
 
 def test_the_token_budget_has_room_for_so_many_longest_pairs() -> None:

@@ -38,6 +38,8 @@ LAYERS = [
     "rm_gallery.data.workers",
     "rm_gallery.data.prepare",
     "rm_gallery.data.mixture",
+    "rm_gallery.data.micro_batches",
+    "rm_gallery.data.sharing",
     "rm_gallery.data.packing",
     "rm_gallery.data.batch",
     "rm_gallery.data.loader",
