@@ -1,4 +1,4 @@
-"""Bins: items into as few bins as hold them, or into so many of like cost. Whole numbers and stable sorts throughout."""
+"""Bins: items into as few bins as hold them, or into so many of like cost. Whole numbers, stable sorts throughout."""
 
 from __future__ import annotations
 
