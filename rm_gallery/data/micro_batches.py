@@ -6,15 +6,14 @@ so that every machine of a run works out the same.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush, heapreplace
 from itertools import chain
 from typing import TypeAlias, TypeVar
 
 import numpy as np
 
+from rm_gallery.data.bins import best_fit, cut_runs, longest_first
 from rm_gallery.data.token_data import GroupSizes
 
 # N groups of one step, W ranks
@@ -26,7 +25,6 @@ Packs: TypeAlias = list[list[list[int]]]
 
 _UNEVEN = 0.03  # of the mean, that the slowest rank may have more
 _GROUPS_TO_BALANCE = 16  # a rank: with fewer, one more micro-batch would often not help
-_MOST_PASSED = 64  # bins without room that are looked at for one group
 _LAYER_MATRICES = 12  # weights of a layer's matrices over its width squared (Kaplan et al. 2020, table 1)
 
 
@@ -95,12 +93,12 @@ class Packer:
         fewest: tuple[np.ndarray, int] | None = None
         while True:
             for by in (costs, tokens):
-                places = _longest_first(by, tokens, count, self.token_budget)
+                places = longest_first(by, tokens, count, self.token_budget)
                 if places is not None and self._is_even(places, costs, count):
                     return places, count
                 if places is not None:
                     fewest = fewest or (places, count)
-            tight = _best_fit(tokens, self.token_budget) if tight is None else tight
+            tight = best_fit(tokens, self.token_budget) if tight is None else tight
             needed = self._rounded(int(tight.max()) + 1)
             if needed <= count:
                 if self._is_even(tight, costs, count):
@@ -131,13 +129,13 @@ class Packer:
         each = self.cost(longest, longest)
         ends = np.cumsum(sizes.num_responses[order], dtype=np.int64)
         widest = int(each.max()) * int(ends[-1])
-        count = self._rounded(len(_cut(longest, each, ends, self.token_budget, widest)))
+        count = self._rounded(len(cut_runs(longest, each, ends, self.token_budget, widest)))
         low, high = 0, widest  # `high` needs no more than `count` runs
         while low + 1 < high:
             middle = (low + high) // 2
-            fits = len(_cut(longest, each, ends, self.token_budget, middle)) <= count
+            fits = len(cut_runs(longest, each, ends, self.token_budget, middle)) <= count
             low, high = (low, middle) if fits else (middle, high)
-        bounds = _cut(longest, each, ends, self.token_budget, high)
+        bounds = cut_runs(longest, each, ends, self.token_budget, high)
         runs = [part.tolist() for part in np.split(order, bounds[:-1])]
         return runs + [[] for _ in range(count - len(runs))]
 
@@ -198,64 +196,3 @@ def _flat(packs: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 def _sums(place: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
     """[count] int64: sums of the values by place; exact, since float64 holds these whole numbers."""
     return np.bincount(place, values, minlength=count).astype(np.int64)
-
-
-def _longest_first(costs: np.ndarray, tokens: np.ndarray, count: int, budget: int) -> np.ndarray | None:
-    """[N] the bin of each item: dearest first, each into the cheapest bin that has room (Graham 1969, "LPT").
-
-    None where an item finds no room among the cheapest ones.
-    A bin's cost and number lie in one whole number, which is faster to compare than a pair.
-    """
-    order = np.argsort(-costs, kind="stable")
-    shift = count.bit_length()
-    number = (1 << shift) - 1
-    heap = list(range(count))
-    rooms = [budget] * count
-    chosen = []
-    passed: list[int] = []  # bins without room for an item, put back once it has found its place
-    for cost, size in zip((costs[order] << shift).tolist(), tokens[order].tolist(), strict=True):
-        while rooms[heap[0] & number] < size:
-            passed.append(heappop(heap))
-            if not heap or len(passed) > _MOST_PASSED:
-                return None
-        cheapest = heap[0]
-        place = cheapest & number
-        chosen.append(place)
-        rooms[place] -= size
-        heapreplace(heap, cheapest + cost)
-        while passed:
-            heappush(heap, passed.pop())
-    places = np.empty(len(costs), np.int64)
-    places[order] = chosen
-    return places
-
-
-def _best_fit(tokens: np.ndarray, budget: int) -> np.ndarray:
-    """[N] the bin of each item: largest first, each into the fullest bin that has room (best fit decreasing)."""
-    order = np.argsort(-tokens, kind="stable")
-    shift = len(tokens).bit_length()
-    number = (1 << shift) - 1
-    rooms: list[int] = []  # sorted: room that is left, and the bin's number
-    chosen = []
-    for size in (tokens[order] << shift).tolist():
-        at = bisect_left(rooms, size)
-        room = rooms.pop(at) if at < len(rooms) else (budget << shift) | len(rooms)
-        chosen.append(room & number)
-        insort(rooms, room - size)
-    places = np.empty(len(tokens), np.int64)
-    places[order] = chosen
-    return places
-
-
-def _cut(longest: np.ndarray, each: np.ndarray, ends: np.ndarray, budget: int, capacity: int) -> list[int]:
-    """Where runs of sorted groups end, each with as many responses as fit into both limits and one group at least.
-
-    longest, each: [N] tokens and cost of a text, falling. ends: [N] responses up to and with each group.
-    """
-    bounds, start, done = [], 0, 0
-    while start < len(longest):
-        room = min(budget // int(longest[start]), capacity // int(each[start]))
-        start = max(start + 1, int(np.searchsorted(ends, done + room, side="right")))
-        done = int(ends[start - 1])
-        bounds.append(start)
-    return bounds
