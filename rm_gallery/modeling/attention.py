@@ -86,7 +86,8 @@ def _choose(query: Tensor, packed: PackLayout, dropout: float, rewards_only: boo
         is_plain_faster = int(packed.lengths.max()) <= _PLAIN_UP_TO.get(query.dtype, 0)
         name = "plain" if is_plain_faster and not dropout else "sdpa"
     elif name == "auto":
-        name = next((each for each in _ON_GPU if _why_not(each, query.device, query.dtype, dropout) is None), "sdpa")
+        known = [each for each in _ON_GPU if query.shape[-1] in _HEAD_SIZES[each]]
+        name = next((each for each in known if _why_not(each, query.device, query.dtype, dropout) is None), "sdpa")
     if rewards_only and name in _ON_GPU:
         name = "sdpa"  # one query for each response: not worth a layout of its own
     return _KERNELS[name]
@@ -181,6 +182,7 @@ def _flex(
 
 _KERNELS: dict[str, Kernel] = {"plain": _plain, "sdpa": _sdpa, "varlen": _varlen, "flex": _flex}
 _ON_GPU = ("varlen", "flex")  # in the order in which `auto` tries them
+_HEAD_SIZES = {"varlen": range(8, 257, 8), "flex": range(16, 257)}
 
 
 def reference_attention(
@@ -197,13 +199,12 @@ def reference_attention(
     return (logits.softmax(-1) @ value).transpose(0, 1)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The layout carries the mask; transformers need not build one."""
-
-
 def install() -> None:
-    """Make `attn_implementation=NAME` known to transformers; calling it again changes nothing."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Make `attn_implementation=NAME` known to transformers; calling it again changes nothing.
+
+    It gets no mask function: the layout carries the mask, and for a kernel without one the library builds none. Its
+    own would wait for the device to see whether positions restart.
+    """
+    from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)

@@ -26,12 +26,13 @@ def block_mask(packed: PackLayout, window: int | None) -> Any:
     labels = packed.host_labels
     rest = len(partial) * BLOCK - len(labels)
     filled = np.concatenate([labels, np.stack([np.full(rest, -2), np.full(rest, -2), np.arange(rest)], -1)])
-    group, response, position = (packed.put(column.astype(np.int32)) for column in filled.T)
+    # The first position that a query sees is data too: a number of its own would be compiled into the kernel.
+    first = np.zeros(len(filled)) if window is None else filled[:, 2] - window + 1
+    group, response, position, reach = (packed.put(each.astype(np.int32)) for each in (*filled.T, first))
 
     def rule(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = (group[q] == group[k]) & (position[k] <= position[q])
-        seen = seen & ((response[k] == -1) | (response[k] == response[q]))
-        return seen if window is None else seen & (position[q] - position[k] < window)
+        seen = (group[q] == group[k]) & (position[k] <= position[q]) & (position[k] >= reach[q])
+        return seen & ((response[k] == -1) | (response[k] == response[q]))
 
     num_partial, which_partial, num_full, which_full = (
         packed.put(each) for blocks in (partial, full) for each in _listed(blocks)

@@ -161,10 +161,14 @@ def apply(
     dtype = DTYPES[fsdp.model_dtype]
     attention.check(config.attention, world.device, dtype, config.dropout)
     model.attention = config.attention
+    if model.padded and config.attention != "auto":
+        log.info("model.attention=%s does nothing for an encoder, whose attention is the library's", config.attention)
     if config.use_liger:
         use_liger(model.network, world.device)
     if config.enable_gradient_checkpointing:
         enable_checkpointing(model, config.checkpointing_mode)
+    elif config.checkpointing_mode != "full":
+        log.info("model.checkpointing_mode does nothing without model.enable_gradient_checkpointing=true")
     if config.compile:
         _compile(model)
     weights: TrainedWeights

@@ -1,0 +1,62 @@
+"""A micro-batch never waits for the device: nothing on the host depends on a number that lies there.
+
+On the CPU the model runs on the meta device, whose tensors hold no numbers: an operation that wants one, such as
+`.item()` or an index by a mask, is an error there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rm_gallery.data.batch import PackedBatch, collate
+from rm_gallery.metrics import Sums
+from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
+from rm_gallery.modeling.weights import MasterWeights
+from rm_gallery.objectives import OBJECTIVES
+from tests.small import DECODERS, make_model, random_groups
+
+
+def one_micro_batch(model: RewardModel, weights: MasterWeights, batch: PackedBatch, sums: Sums) -> None:
+    loss, metric_sums = OBJECTIVES["bradley_terry"](model(batch), batch)
+    weights.backward(loss / 7, is_last=True)
+    sums.add(metric_sums)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_micro_batch_on_tensors_without_numbers(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    meta = torch.device("meta")
+    model = load_reward_model(str(make_model(kind, tmp_path))).model.to(meta).train()
+    weights = MasterWeights(model, dtype)
+    one_micro_batch(model, weights, collate(random_groups(3)).to(meta), Sums())
+    weights.publish()
+    assert all(parameter.grad is not None for _, parameter in weights.named_parameters())
+
+
+def test_the_meta_device_notices_waiting() -> None:
+    tensor = torch.zeros(3, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        tensor.sum().item()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        tensor[tensor > 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the CPU sibling is above")
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_micro_batch_on_a_gpu(kind: str, tmp_path: Path) -> None:
+    device = torch.device("cuda")
+    model = load_reward_model(str(make_model(kind, tmp_path))).model.to(device).train()
+    weights, sums = MasterWeights(model, torch.bfloat16), Sums()
+    for seed in (1, 2):  # kernels are looked for and compiled
+        one_micro_batch(model, weights, collate(random_groups(seed)).to(device), sums)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one_micro_batch(model, weights, collate(random_groups(3)).to(device), sums)
+        weights.publish()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
