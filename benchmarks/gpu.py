@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.matrix_rate import operations
 from rm_gallery.data.batch import PackedBatch, collate
-from rm_gallery.data.packing import plan_step
+from rm_gallery.data.micro_batches import Packer, attention_length
 from rm_gallery.data.token_data import GroupSizes
 from rm_gallery.data.token_group import TokenGroup
 from rm_gallery.distributed import World
@@ -93,9 +93,9 @@ def sizes_of(groups: list[TokenGroup]) -> GroupSizes:
     return GroupSizes(lengths.sum(1), lengths[:, 0] + lengths[:, 1:].max(1), 2 * ones, ones)
 
 
-def make_packs(groups: list[TokenGroup], budget: int) -> list[PackedBatch]:
-    step = plan_step(np.arange(len(groups)), sizes_of(groups), token_budget=budget)
-    return [collate([groups[index] for index in pack]) for pack in step.packs[0]]
+def make_packs(groups: list[TokenGroup], budget: int, hidden_size: int) -> list[PackedBatch]:
+    packs = Packer(budget, attention_length=attention_length(hidden_size)).pack(sizes_of(groups))[0]
+    return [collate([groups[index] for index in pack]) for pack in packs]
 
 
 def shape_config(shape: str, layers: int, folder: Path) -> Any:
@@ -307,7 +307,7 @@ def measure_shape(shape: str, options: argparse.Namespace, rate: float, deadline
         try:
             with tempfile.TemporaryDirectory() as folder:
                 config = shape_config(shape, layers, Path(folder))
-                packs = make_packs(groups, int(BUDGET * scale))
+                packs = make_packs(groups, int(BUDGET * scale), config.hidden_size)
                 if name == "trl":
                     options_of_trl = {"checkpointing": checkpointing, "repeats": options.repeats}
                     seconds = seconds_of_trl(config, groups, device, **options_of_trl)
