@@ -180,6 +180,6 @@ def _ends_at_the_bottom_right(flash: FlashCall) -> bool:
     try:
         with torch.no_grad():
             found = flash(query, torch.zeros_like(values), values, one, 1.0, None)
-    except RuntimeError:
+    except (RuntimeError, TypeError):  # no kernel for this GPU, or another signature
         return False
     return bool((found == 2.0).all())
