@@ -132,6 +132,8 @@ def test_wandb_offline_file_holds_history_config_and_names(
     wandb_package: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
+    # Where another test of this process has loaded it, wandb advertises a package for it.
+    monkeypatch.delitem(sys.modules, "openai", raising=False)
     trackers = Trackers(["wandb"], make_run(tmp_path))
     log_all(trackers)
     trackers.close(failed=True)
