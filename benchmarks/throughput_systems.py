@@ -95,6 +95,7 @@ def ours(folder: Path, dtype: str, token_budget: int) -> dict[str, float]:
             f"data.train_files={folder / 'pairs.parquet'}", f"data.train_batch_size={BATCH}", "data.max_length=1024",
             f"data.max_tokens_per_micro_batch={token_budget}", f"optim.lr={RATE}", f"optim.clip_grad={CLIP}",
             f"trainer.default_local_dir={run}", "trainer.logger=[]", "trainer.device=cpu",
+            "data.keep_prompts_together=true",
         ]  # fmt: skip
         result = run_training(load_config(None, settings))
         rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
