@@ -35,8 +35,7 @@ from benchmarks import throughput_systems
 from benchmarks.throughput_inputs import SETS, write_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
-MICRO_BATCHES = (4, 8, 16)  # pairs, of which Ours shuffles prompts instead of pairs (`data.keep_prompts_together`), which matters where a prompt has several pairs.
-TRL gets the fastest
+MICRO_BATCHES = (4, 8, 16)  # pairs, of which TRL gets the fastest
 NUM_PADDED = 4  # pairs that `padded` trains
 
 
