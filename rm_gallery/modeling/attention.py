@@ -158,7 +158,9 @@ def _rows(part: Tensor, index: Tensor) -> Tensor:
 
 
 def _asked(packed: PackLayout, rewards_only: bool) -> Queries:
-    return packed.rewards if rewards_only else packed.all_tokens
+    if rewards_only:
+        return packed.rewards
+    return packed.all_tokens if torch.is_grad_enabled() else packed.by_response or packed.all_tokens
 
 
 def _varlen(

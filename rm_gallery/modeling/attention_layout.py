@@ -18,7 +18,8 @@ Part = TypeVar("Part")
 
 # T tokens, R responses, B groups of a bucket, Q queries and L keys of its longest group
 
-_LEASPartFILL = 0.75  # a bucket's shortest group has at least this share of its longest one's tokens
+_WORTH_CUTTING = 0.5  # of the cells of whole groups: then responses by themselves are less work, gathered keys included
+_LEAST_FILL = 0.75  # a bucket's shortest group has at least this share of its longest one's tokens
 
 
 def visible(q: Tensor, k: Tensor, window: int | None = None) -> Tensor:
@@ -125,7 +126,7 @@ class PackLayout:
         found = []
         while len(longest_first):
             lengths = self.lengths[longest_first]
-            count = int((lengths >= _LEASPartFILL * lengths[0]).sum())
+            count = int((lengths >= _LEAST_FILL * lengths[0]).sum())
             found.append(longest_first[:count])
             longest_first = longest_first[count:]
         return found
@@ -141,6 +142,38 @@ class PackLayout:
             on_device = self.put(index)
             buckets.append(Bucket(on_device, self.put(labels), on_device, self.put(seen)))
         return Queries(buckets, self._restore(self.starts, self.lengths))
+
+    @cached_property
+    def by_response(self) -> Queries | None:
+        """Every token asks, prefixes and responses by themselves: over the keys of their own texts, prefixes repeated.
+
+        None where that is no less work than whole groups: it is for groups of many responses, as in best-of-16, most
+        of whose tokens do not see each other. Without a way back for gradients of keys that are there twice.
+        """
+        prefixes = self.prefixes[self.tail_groups]
+        # In the order prefixes, responses: where queries begin, how many, and how many keys stand before them.
+        starts = np.concatenate([self.starts, self.tail_starts])
+        lengths = np.concatenate([self.prefixes, self.tails])
+        before = np.concatenate([np.zeros_like(self.prefixes), prefixes])
+        heads = np.concatenate([self.starts, self.starts[self.tail_groups]])
+        order = _like_shapes(lengths, before + lengths)
+        cells = sum(len(each) * int(lengths[each].max()) * int((before + lengths)[each].max()) for each in order)
+        whole = sum(bucket.index.numel() * bucket.index.shape[1] for bucket in self.all_tokens.buckets)
+        if cells > _WORTH_CUTTING * whole:
+            return None
+        buckets, restore, row = [], np.empty(len(self.host_labels), np.int64), 0
+        for each in order:
+            rows, inside = _rows(each, starts, lengths)
+            place = np.arange(int((before + lengths)[each].max()))[None, :]
+            first, own = before[each][:, None], starts[each][:, None]
+            keys = np.where(place < first, heads[each][:, None] + place, own + place - first)
+            is_key = place < first + lengths[each][:, None]
+            keys = np.where(is_key, keys, own)
+            seen = np.where(is_key[:, :, None], self.host_labels[keys], -2)
+            buckets.append(Bucket(self.put(rows), self.put(self.host_labels[rows]), self.put(keys), self.put(seen)))
+            restore[rows[inside]] = row + np.flatnonzero(inside)
+            row += rows.size
+        return Queries(buckets, self.put(restore))
 
     @cached_property
     def rewards(self) -> Queries:
@@ -176,6 +209,19 @@ class PackLayout:
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
+
+
+def _like_shapes(num_queries: np.ndarray, num_keys: np.ndarray) -> list[np.ndarray]:
+    """Sequences in buckets of like numbers of queries and of keys; none of those without queries."""
+    found = []
+    left = np.flatnonzero(num_queries > 0)
+    left = left[np.lexsort((-num_keys[left], -num_queries[left]))]
+    while len(left):
+        alike = num_queries[left] >= _LEAST_FILL * num_queries[left[0]]
+        alike[alike] &= num_keys[left[alike]] >= _LEAST_FILL * num_keys[left[alike]].max()
+        found.append(left[alike])
+        left = left[~alike]
+    return found
 
 
 def _rows(groups: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

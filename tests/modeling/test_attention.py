@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from rm_gallery.data.batch import collate
+from rm_gallery.data.token_group import TokenGroup
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.attention import lay_out, packed_attention, reference_attention, visible
 from tests.small import random_groups
@@ -88,3 +90,31 @@ def test_attention_that_the_kernel_does_not_know_is_refused(option: dict[str, An
     query = torch.zeros(1, 4, len(layout.all_tokens.restore), 8)
     with pytest.raises(UserError, match="soft cap or sinks"):
         packed_attention(torch.nn.Identity(), query, query, query, None, packed=layout, **option)
+
+
+@pytest.mark.parametrize("kernel", ["plain", "sdpa"])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("prefix", [0, 1, 30])
+def test_many_responses_are_cut_apart_where_nothing_is_learned(kernel: str, window: int | None, prefix: int) -> None:
+    """Best-of-16 beside groups of all shapes: the same attention with a fraction of the cells."""
+    draw = np.random.default_rng(prefix)
+    tails = [draw.integers(7, 264, draw.integers(1, 40)).astype(np.int32) for _ in range(16)]
+    wide = TokenGroup(draw.integers(7, 264, prefix).astype(np.int32), tails, ())
+    batch = collate([*random_groups(0), wide, *random_groups(1), wide])
+    layout = lay_out(batch, kernel)
+    assert layout.by_response is not None
+    cells = [
+        sum(bucket.queries.numel() * bucket.index.shape[1] for bucket in queries.buckets)
+        for queries in (layout.by_response, layout.all_tokens)
+    ]
+    assert cells[0] < cells[1] / 2
+    inputs = [torch.randn(1, count, batch.num_tokens, 16) for count in (4, 2, 2)]
+    with torch.no_grad():
+        found, _ = packed_attention(torch.nn.Identity(), *inputs, None, packed=layout, sliding_window=window)
+    wanted = reference_attention(*(part[0] for part in inputs), layout.labels, scaling=0.25, window=window)
+    torch.testing.assert_close(found[0], wanted, atol=1e-5, rtol=0)
+
+
+def test_pairs_stay_whole() -> None:
+    tokens = np.arange(7, 47, dtype=np.int32)
+    assert lay_out(collate([TokenGroup(tokens, [tokens[:20], tokens[:15]], ())] * 4)).by_response is None
