@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from rm_gallery.host_memory import keep_freed_memory
+
 _PROBE = """
 import resource, sys, torch
 from rm_gallery.host_memory import keep_freed_memory
@@ -28,3 +30,8 @@ def test_tensors_are_made_of_the_memory_of_freed_ones() -> None:
     found = [int(subprocess.run([sys.executable, "-c", _PROBE, how], capture_output=True, text=True, check=True).stdout)
              for how in ("default", "keep")]  # fmt: skip
     assert found[1] < found[0] / 10, "pages fetched anew"
+
+
+def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    assert not keep_freed_memory()
