@@ -1,0 +1,197 @@
+"""The systems that benchmarks/gpu.py compares, and the shapes and chats that it gives them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from rm_gallery.data.batch import PackedBatch, collate
+from rm_gallery.data.micro_batches import Packer, attention_length
+from rm_gallery.data.token_data import GroupSizes
+from rm_gallery.data.token_group import TokenGroup
+from rm_gallery.distributed import World
+from rm_gallery.modeling.parallel import FsdpConfig, ModelConfig, apply
+from rm_gallery.modeling.reward_model import RewardModel, network_class_arguments
+from rm_gallery.objectives import bradley_terry
+from rm_gallery.schema import Comparison
+
+# layers, hidden, intermediate, heads, key-value heads, vocabulary
+SHAPES = {
+    "tiny": (2, 64, 128, 4, 2, 1000),
+    "0.5b": (24, 896, 4864, 14, 2, 151936),
+    "1.5b": (28, 1536, 8960, 12, 2, 151936),
+    "7b": (28, 3584, 18944, 28, 4, 152064),
+}
+BYTES_PER_PARAMETER = 18  # float32 weight, gradient and two moments, and the bfloat16 copy
+STEP_PAIRS, PADDED_PAIRS, BUDGET, LONGEST = 64, 8, 16384, 4096
+
+
+def make_groups(count: int, vocabulary: int, scale: float) -> list[TokenGroup]:
+    """Pairs of random tokens. scale: of the lengths, below 1 for machines without a GPU."""
+    draw = np.random.default_rng(0)
+    groups = []
+    for _ in range(count):
+        prompt, *tails = (
+            max(1, int(scale * min(LONGEST / 3, draw.lognormal(math.log(middle), width))))
+            for middle, width in ((200, 0.9), (300, 0.75), (300, 0.75))
+        )
+        tokens = [draw.integers(10, vocabulary, length).astype(np.int32) for length in (prompt, *tails)]
+        groups.append(TokenGroup(tokens[0], tokens[1:], [Comparison(0, 1)]))
+    return groups
+
+
+def sizes_of(groups: list[TokenGroup]) -> GroupSizes:
+    lengths = np.array([[len(group.prefix), *map(len, group.tails)] for group in groups], np.int64)
+    ones = np.ones(len(groups), np.int64)
+    return GroupSizes(lengths.sum(1), lengths[:, 0] + lengths[:, 1:].max(1), 2 * ones, ones)
+
+
+def make_packs(groups: list[TokenGroup], budget: int, hidden_size: int) -> list[PackedBatch]:
+    packs = Packer(budget, attention_length=attention_length(hidden_size)).pack(sizes_of(groups))[0]
+    return [collate([groups[index] for index in pack]) for pack in packs]
+
+
+def shape_config(shape: str, layers: int, folder: Path) -> Any:
+    from transformers import Qwen2Config
+
+    _, hidden, intermediate, heads, kv_heads, vocabulary = SHAPES[shape]
+    config = Qwen2Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=32768, pad_token_id=0,
+        num_labels=1, architectures=["Qwen2ForSequenceClassification"],
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    return config
+
+
+def num_layers_that_fit(shape: str, device: torch.device) -> int:
+    layers, hidden, intermediate, heads, kv_heads, vocabulary = SHAPES[shape]
+    if device.type == "cpu":
+        return layers
+    each = hidden * (2 * hidden + 2 * hidden * kv_heads // heads + 3 * intermediate)
+    room = 0.7 * torch.cuda.get_device_properties(device).total_memory / BYTES_PER_PARAMETER - hidden * vocabulary
+    return max(1, min(layers, int(room // each)))
+
+
+def make_network(config: Any, device: torch.device, **extra: Any) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, **extra)
+
+
+def ours(
+    config: Any, folder: Path, packs: list[PackedBatch], device: torch.device, **settings: Any
+) -> Callable[[], None]:
+    """A step of our trainer's parts: forward, loss, backward of each pack; clip, AdamW, publish."""
+    from rm_gallery.training.optim import OptimConfig, build_optimizer
+
+    (folder / "model.safetensors").touch()  # the check of a model folder asks for weights, which are random here
+    _, extra = network_class_arguments(str(folder), key="model", trust_remote_code=False, dropout=0.0)
+    network = make_network(config, device, **extra)
+    world = World(0, 1, device)
+    config_of_model = ModelConfig(fsdp_config=FsdpConfig(model_dtype="bf16"), **settings)
+    model, weights = apply(RewardModel(network), config_of_model, world, strategy="none")
+    optimizer = build_optimizer(weights.named_parameters(), OptimConfig(lr=1e-6), is_matrix=weights.is_matrix)
+    count = sum(len(pack.better) for pack in packs)
+
+    def step() -> None:
+        model.train()
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for number, pack in enumerate(packs):
+            batch = pack.to(device)
+            loss, _ = bradley_terry(model(batch), batch)
+            weights.backward(loss / count, is_last=number == len(packs) - 1)
+            total += loss.detach()
+        weights.gather_gradients(total / count, 1.0)
+        optimizer.step()
+        weights.publish()
+
+    return step
+
+
+def padded(config: Any, groups: list[TokenGroup], device: torch.device, *, checkpointing: bool) -> Callable[[], None]:
+    """A step over micro-batches that are padded to their longest text, prompts twice."""
+    network = make_network(config, device, attn_implementation="sdpa")
+    if checkpointing:
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
+    batches = []
+    for start in range(0, len(groups), PADDED_PAIRS):
+        some = groups[start : start + PADDED_PAIRS]
+        texts = [np.concatenate([group.prefix, group.tails[side]]) for side in (0, 1) for group in some]
+        ids = np.zeros((len(texts), max(map(len, texts))), np.int64)
+        for row, text in zip(ids, texts, strict=True):
+            row[: len(text)] = text
+        batches.append((torch.from_numpy(ids), torch.from_numpy((ids > 0).astype(np.int64))))
+
+    def step() -> None:
+        network.train()
+        optimizer.zero_grad(set_to_none=True)
+        for ids, mask in batches:
+            with torch.autocast(device.type, torch.bfloat16):
+                rewards = network(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, 0].float()
+            chosen, rejected = rewards.chunk(2)
+            (-F.logsigmoid(chosen - rejected).sum() / len(groups)).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def seconds_of_trl(
+    config: Any, groups: list[TokenGroup], device: torch.device, *, checkpointing: bool, repeats: int
+) -> list[float]:
+    """Seconds of each step of TRL's trainer but the first two; raises ImportError where it is not installed.
+
+    It takes texts, so each token becomes a word of a vocabulary that is as large as the model's.
+    """
+    import tempfile
+
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import RewardConfig, RewardTrainer
+
+    vocabulary = {f"t{token}": token for token in range(config.vocab_size)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="t1"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="t0", eos_token="t2", unk_token="t1")
+    texts = [[" ".join(f"t{token}" for token in (*group.prefix, *tail)) for tail in group.tails] for group in groups]
+    rows = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in texts] * (repeats + 2)
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            wait(device)
+            ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        RewardTrainer(
+            model=make_network(config, device, attn_implementation="sdpa"),
+            args=RewardConfig(
+                output_dir=folder, per_device_train_batch_size=PADDED_PAIRS, num_train_epochs=1, report_to=[],
+                gradient_accumulation_steps=STEP_PAIRS // PADDED_PAIRS, max_length=LONGEST + 1, learning_rate=1e-6,
+                save_strategy="no", use_cpu=device.type == "cpu", bf16=True, gradient_checkpointing=checkpointing,
+                disable_tqdm=True, logging_steps=10**6,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        ).train()  # fmt: skip
+    return [b - a for a, b in pairwise(ends[1:])]
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
