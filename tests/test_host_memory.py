@@ -29,7 +29,8 @@ print(pages() - before)
 def test_tensors_are_made_of_the_memory_of_freed_ones() -> None:
     found = [int(subprocess.run([sys.executable, "-c", _PROBE, how], capture_output=True, text=True, check=True).stdout)
              for how in ("default", "keep")]  # fmt: skip
-    assert found[1] < found[0] / 10, "pages fetched anew"
+    # Kept memory is fetched once more at most (the heap may still grow), where a step fetches all of it, eight times.
+    assert found[1] < found[0] / 3, "pages fetched anew"
 
 
 def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
