@@ -154,15 +154,14 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 def draw_curves(run_dir: Path) -> Path | None:
     """Draw loss and accuracy over steps as curves.png; None when matplotlib is not installed (extra `plot`)."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure  # not pyplot, which looks for a screen
     except ImportError:
         log.info("no curves.png: matplotlib is not installed (pip install 'rm-gallery[plot]')")
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     series = read_metrics(run_dir / METRICS_NAME)
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure = Figure(figsize=(10, 3.8))
+    axes = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.085, right=0.98, bottom=0.13, top=0.9, wspace=0.22)
     for axis, name, label in ((axes[0], "loss", "Bradley-Terry loss"), (axes[1], "accuracy", "pairwise accuracy")):
         train, val = series.get(f"train/{name}", []), series.get(f"val/{name}", [])
         if train:
@@ -177,7 +176,6 @@ def draw_curves(run_dir: Path) -> Path | None:
     figure.suptitle(run_dir.name)
     path = run_dir / CURVES_NAME
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return path
 
 

@@ -7,6 +7,7 @@ another number of processes or another strategy reads the same files.
 from __future__ import annotations
 
 import warnings
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class SavedWeights:
 
     def __init__(self, folder: Path) -> None:
         quiet()
-        self._reader = dcp.FileSystemReader(folder)
+        self._reader = _Reader(folder)
         entries: dict[str, Any] = self._reader.read_metadata().state_dict_metadata
         self._names = {name.removeprefix(_MODEL): name for name in entries if name.startswith(_MODEL)}
         self._entries = entries
@@ -99,6 +100,17 @@ class SavedWeights:
     def _empty(self, name: str, device: str) -> Tensor:
         entry = self._entries[name]
         return torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the list of tensors once, not for each tensor: with many tensors and processes it is long."""
+
+    @cached_property
+    def _metadata(self) -> Any:
+        return super().read_metadata()
+
+    def read_metadata(self, *arguments: Any, **options: Any) -> Any:
+        return self._metadata
 
 
 def _saved_names(folder: Path) -> set[str]:
