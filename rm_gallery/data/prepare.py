@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -109,6 +110,12 @@ def _locked(folder: Path, key: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            # A worker of the process that holds the lock: it would wait for ever.
+            raise UserError(
+                "a script that starts training without `if __name__ == '__main__':` starts it again in each process "
+                "that tokenizes; add that line, or set data.num_workers=0"
+            ) from None
         log.info("%s: waiting for another process that tokenizes the same data", key)
         lock.acquire()
     try:

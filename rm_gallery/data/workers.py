@@ -11,14 +11,15 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain
 from multiprocessing import get_context
 
 from rm_gallery.data.process_rows import Processed, RowProcessor, Work
 from rm_gallery.data.source import Chunk
 from rm_gallery.errors import UserError
 
-_CHUNKS_ALONE = 6  # with fewer, starting workers would take longer than they save
+# Starting workers takes seconds, in which each loads its libraries: they come when there is more to do than that.
+_SECONDS_ALONE = 5.0
 _MOST_WORKERS = 32
 
 _processor: RowProcessor | None = None  # of a worker process
@@ -36,25 +37,23 @@ class Task:
 def process_in_order(tasks: Iterable[Task], work: Work, *, num_workers: int | None = None) -> Iterator[Processed]:
     """What became of each chunk, in order.
 
-    num_workers: processes beside this one; 0 for none, None for one per core that this process may use. None are
-    started for a few chunks. At most two chunks per worker are under way, so memory does not grow with the data.
+    num_workers: processes beside this one, which begins alone; 0 for none, None for one per core that this process may
+    use. At most two chunks per worker are under way, so memory does not grow with the data.
     Raises UserError as `RowProcessor.process` does, and when a worker dies.
     """
     tasks = iter(tasks)
     count = min(_MOST_WORKERS, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
-    few = list(islice(tasks, _CHUNKS_ALONE + 1)) if count > 1 or num_workers else []
-    if len(few) > _CHUNKS_ALONE:
-        yield from _with_workers(_chained(few, tasks), work, count)
-        return
+    stays_alone = not count or (count == 1 and num_workers is None)
+    until = time.monotonic() + _SECONDS_ALONE
     processor = RowProcessor(work)
-    for task in _chained(few, tasks):
+    while stays_alone or time.monotonic() < until:
+        task = next(tasks, None)
+        if task is None:
+            return
         yield _process_with(processor, task)
-
-
-def _chained(first: list[Task], rest: Iterator[Task]) -> Iterator[Task]:
-    while first:
-        yield first.pop(0)  # so that it is not kept
-    yield from rest
+    task = next(tasks, None)
+    if task is not None:
+        yield from _with_workers(chain([task], tasks), work, count)
 
 
 def _with_workers(tasks: Iterator[Task], work: Work, count: int) -> Iterator[Processed]:

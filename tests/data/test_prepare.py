@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -103,7 +104,7 @@ def test_workers_give_the_same_store_as_one_process(
     for name in ("b.parquet", "c.parquet"):
         write_pairs(files / name, rows)
     alone = run(tokenizer, ("b.parquet", "c.parquet"), num_workers=0)
-    monkeypatch.setattr(workers, "_CHUNKS_ALONE", 1)
+    monkeypatch.setattr(workers, "_SECONDS_ALONE", 0.0)
     monkeypatch.setattr(module, "_STORE_VERSION", -1)
     several = run(tokenizer, ("b.parquet", "c.parquet"), num_workers=2)
     assert len(stores()) == 2
@@ -120,7 +121,7 @@ def test_an_error_in_a_worker_arrives_as_its_sentence(
     files: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_pairs(files / "b.parquet", [*text_pairs(2500), {"chosen": None, "rejected": "b"}])
-    monkeypatch.setattr(workers, "_CHUNKS_ALONE", 0)
+    monkeypatch.setattr(workers, "_SECONDS_ALONE", 0.0)
     with pytest.raises(UserError, match=r"^b\.parquet:2500: null chosen; mend the row, or set data\.bad_rows=drop"):
         run(tokenizer, "b.parquet", num_workers=1, bad_rows="error")
     assert stores() == []
@@ -136,7 +137,7 @@ class Dying:
 
 def test_a_worker_that_dies_is_said(files: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("dying.py").write_text(DYING)
-    monkeypatch.setattr(workers, "_CHUNKS_ALONE", 0)
+    monkeypatch.setattr(workers, "_SECONDS_ALONE", 0.0)
     with pytest.raises(UserError, match=r"^a process that tokenizes died .* set data\.num_workers=0"):
         run(tokenizer, num_workers=1, custom_cls=CustomClassConfig("dying.py", "Dying"))
 
@@ -171,6 +172,22 @@ def test_processes_that_start_together_build_once(
         module.log.removeHandler(watch)
     assert len(built) == 1
     assert found[0].data.fingerprint() == found[1].data.fingerprint()
+
+
+def test_a_script_that_its_own_workers_start_again_is_told(
+    files: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would wait for ever for the process that waits for them."""
+    build = module._build
+
+    def start_again(*arguments: Any) -> Store:
+        monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+        with pytest.raises(UserError, match=r"without `if __name__ == '__main__':`"):
+            run(tokenizer)
+        return build(*arguments)
+
+    monkeypatch.setattr(module, "_build", start_again)
+    assert len(run(tokenizer).data) == 40
 
 
 KILLED = """
