@@ -158,6 +158,7 @@ def test_training_goes_on_from_a_reward_model_with_its_head(data: Path, qwen2_fo
     assert metrics(Path("runs/second"), "val/loss")[0] == pytest.approx(metrics(first, "val/loss")[-1], abs=1e-6)
 
 
+@pytest.mark.curves
 def test_run_folder_explains_itself(data: Path, qwen2_folder: Path) -> None:
     write_pairs(
         data / "train.parquet", [*text_pairs(8), {"chosen": None, "rejected": "x"}, {"chosen": "y", "rejected": "y"}]
