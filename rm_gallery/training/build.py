@@ -17,6 +17,7 @@ from rm_gallery.data.tokenize import load_tokenizer
 from rm_gallery.distributed import World, processes, seed_apart, seed_everything
 from rm_gallery.errors import StoppedBySignal, UserError
 from rm_gallery.host_memory import keep_freed_memory
+from rm_gallery.host_speed import bf16_slowdown
 from rm_gallery.modeling.parallel import TrainedWeights, apply, offload_optimizer
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import OBJECTIVES
@@ -67,6 +68,11 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
     )
     if world.device.type == "cpu":
         keep_freed_memory()
+        if world.is_main and config.model.fsdp_config.model_dtype == "bf16" and (slowdown := bf16_slowdown()) > 1.5:
+            log.info(
+                "this processor multiplies matrices %.1f times slower in bf16 than in fp32; "
+                "model.fsdp_config.model_dtype=fp32 trains faster here", slowdown,
+            )  # fmt: skip
     seed_everything(config.trainer.seed)
     start = start_model(config, tokenizer, world)  # before the data, which may take long: a bad folder is said at once
     shape = model_shape(start.model)

@@ -19,6 +19,7 @@ LAYERS = [
     "rm_gallery.schema",
     "rm_gallery.log",
     "rm_gallery.host_memory",
+    "rm_gallery.host_speed",
     "rm_gallery.rank_watch",
     "rm_gallery.distributed",
     "rm_gallery.metrics",
