@@ -66,9 +66,9 @@ def start(act: Callable[..., Any], *arguments: Any, log: Path, variables: Mappin
 
 
 def ranks(count: int, act: Callable[..., Any], *arguments: Any, log: Path) -> list[Forked]:
-    """The same in so many processes, with the variables by which they meet."""
-    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    common["MASTER_PORT"] = str(free_port())
+    """The same in so many processes, with the variables of torchrun by which they meet."""
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    common.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return [start(act, *arguments, log=log, variables={**common, **each}) for each in own]
 
