@@ -14,6 +14,7 @@ for _name in (
     "pydantic.dataclasses",
     "pydantic.json_schema",
     "pydantic.type_adapter",
+    "pytest",
     "rm_gallery.cli",
     "rm_gallery.training.build",
     "rm_gallery.training.compose",
