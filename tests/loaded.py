@@ -6,6 +6,7 @@ import gc
 import importlib
 import io
 
+gc.disable()  # loading makes little rubbish, and many rounds of looking for it
 for _name in (
     "hydra",
     "matplotlib.backends.backend_agg",
@@ -50,6 +51,6 @@ def _use() -> None:
 
 
 _use()
-# What is here stays: a collection in a forked process would only copy its pages.
-gc.collect()
+# What is here stays: to look at it in a forked process would copy its pages.
 gc.freeze()
+gc.enable()
