@@ -35,7 +35,7 @@ quickstart: $(PLOT_STAMP)  ## train a small reward model on this machine and sho
 	$(QUICKSTART_SHOW)
 
 test: $(DEV_STAMP)  ## run all tests (some of them: make test ARGS="tests/data -k packing")
-	$(PY) -m pytest -n 2 $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(DEV_STAMP)  ## format, lint, types, structure; changes nothing
 	$(PY) -m ruff format --check --output-format concise .

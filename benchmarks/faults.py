@@ -21,10 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 ROOT = Path(__file__).resolve().parents[1]
 _RATES = ("time", "perf/pairs_per_second", "perf/tokens_per_second", "perf/step_seconds")
@@ -65,6 +65,18 @@ class Outcome:
         return self.same_metrics and self.same_weights and self.steps_once and not self.differing_rows
 
 
+class Launcher(Protocol):
+    """A torchrun that was started, as subprocess.Popen."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | None: ...
+    def poll(self) -> int | None: ...
+    def wait(self) -> int: ...
+    def terminate(self) -> None: ...
+
+
 def make_inputs(folder: Path) -> None:
     from tests.small import make_model, text_pairs, write_pairs
 
@@ -73,10 +85,10 @@ def make_inputs(folder: Path) -> None:
     write_pairs(folder / "val.parquet", text_pairs(12, seed=1))
 
 
-def start(folder: Path, name: str, course: Course) -> subprocess.Popen[bytes]:
-    """torchrun of the run NAME in the folder; what it says goes to NAME.log."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval=0.1",
-                f"--nproc_per_node={course.processes}", f"--max_restarts={course.kills + 5}"]  # fmt: skip
+def arguments(folder: Path, name: str, course: Course) -> list[str]:
+    """Of torchrun, for the run NAME in the folder."""
+    options = ["--standalone", "--monitor-interval=0.1", f"--nproc_per_node={course.processes}",
+               f"--max_restarts={course.kills + 5}"]  # fmt: skip
     settings = {
         "model.partial_pretrain": folder / "model",
         "model.strategy": course.strategy,
@@ -99,10 +111,15 @@ def start(folder: Path, name: str, course: Course) -> subprocess.Popen[bytes]:
         "trainer.device": "cpu",
     }
     script = ROOT / "tutorials/cookbooks/training_reward_model/bradley_terry/trainer.py"
-    command = [*torchrun, str(script), *(f"{key}={value}" for key, value in settings.items())]
+    return [*options, str(script), *(f"{key}={value}" for key, value in settings.items())]
+
+
+def torchrun(arguments: list[str], log: Path) -> Launcher:
+    """Start it; what it says goes to the log."""
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with (folder / f"{name}.log").open("wb") as log:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    with log.open("wb") as output:
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -117,24 +134,15 @@ def figures(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in _RATES}
 
 
-def workers(torchrun: int) -> dict[int, int]:
-    """Process number by rank, of the processes that a torchrun has now."""
-    found = {}
-    for child in _children(torchrun):
-        try:
-            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        found.update({int(each[5:]): child for each in variables if each.startswith(b"RANK=")})
+def workers(launcher: int) -> list[int]:
+    """Process numbers by rank of the processes that a torchrun has now. It starts rank after rank, and nothing else."""
+    found: list[int] = []
+    for task in Path(f"/proc/{launcher}/task").iterdir():
+        found += map(int, (task / "children").read_text().split())  # in the order in which they were started
     return found
 
 
-def _children(parent: int) -> Iterator[int]:
-    for task in Path(f"/proc/{parent}/task").iterdir():
-        yield from map(int, (task / "children").read_text().split())
-
-
-def disturb(process: subprocess.Popen[bytes], run: Path, course: Course, outcome: Outcome) -> None:
+def disturb(process: Launcher, run: Path, course: Course, outcome: Outcome) -> None:
     """Kill workers until there were as many kills as asked for. Raises RuntimeError when the run ends before."""
     draw = random.Random(course.seed)
     seen: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -143,6 +151,7 @@ def disturb(process: subprocess.Popen[bytes], run: Path, course: Course, outcome
         rank = draw.randrange(course.processes)
         _wait(process, lambda when=when: any(row["time"] > when for row in rows(run)[-1:]))  # type: ignore[misc]
         alive = workers(process.pid)
+        assert len(alive) == course.processes, f"{len(alive)} children of torchrun, not {course.processes}"
         if number % 2:  # in turns
             _wait(process, lambda: any(run.glob(".global_step_*.saving")))
             time.sleep(draw.uniform(0.0, 0.15))
@@ -153,7 +162,7 @@ def disturb(process: subprocess.Popen[bytes], run: Path, course: Course, outcome
         where = f"rank {rank}, {'during a save' if is_saving else 'during steps'}"
         outcome.kills[where] = outcome.kills.get(where, 0) + 1
         outcome.starts += 1
-        _gone(alive.values())
+        _gone(alive)
         when = time.time()
         note(rows(run), seen, outcome)
     process.wait()
@@ -172,7 +181,7 @@ def note(found: list[dict[str, Any]], seen: dict[tuple[int, bool], dict[str, Any
         seen[key] = row
 
 
-def _wait(process: subprocess.Popen[bytes], ask: Callable[[], Any]) -> Any:
+def _wait(process: Launcher, ask: Callable[[], Any]) -> Any:
     deadline = time.monotonic() + _PATIENCE
     while not (answer := ask()):
         if process.poll() is not None:
@@ -199,13 +208,16 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def run_course(folder: Path, course: Course) -> Outcome:
-    """Train once undisturbed and once with kills; what differs. Raises RuntimeError with the log of a failed run."""
+def run_course(folder: Path, course: Course, start: Callable[[list[str], Path], Launcher] = torchrun) -> Outcome:
+    """Train once undisturbed and once with kills; what differs. Raises RuntimeError with the log of a failed run.
+
+    start: starts a torchrun with these arguments, and its log.
+    """
     make_inputs(folder)
     outcome = Outcome()
     before = time.monotonic()
     for name in ("whole", "killed"):
-        process = start(folder, name, course)
+        process = start(arguments(folder, name, course), folder / f"{name}.log")
         try:
             if name == "killed":
                 disturb(process, folder / name, course, outcome)

@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -22,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))  # for `python benchmarks/strategies.py`
+
+from tests import forks  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,6 @@ class Difference:
 
 def make_inputs(folder: Path) -> None:
     """A model folder, 40 pairs to train on and 11 to validate: counts that two and four do not divide evenly."""
-    sys.path.insert(0, str(ROOT))
     from tests.small import make_model, text_pairs, write_pairs
 
     make_model("qwen2", folder / "model")
@@ -84,65 +84,28 @@ def arguments(folder: Path, case: Case, steps: int) -> list[str]:
     ]  # fmt: skip
 
 
-def work(folder: Path, cases: list[Case], steps: int) -> None:
-    """What each process does: one run after the other."""
+def work(folder: Path, cases: list[Case], steps: int) -> int:
+    """What each process does: one run after the other; its exit status."""
     from rm_gallery.cli import main as rm_gallery
 
-    for case in cases:
-        if status := rm_gallery(["train", *arguments(folder, case, steps)]):
-            sys.exit(status)
-
-
-def fork(folder: Path, cases: list[Case], steps: int) -> None:
-    """Make the processes of one machine from one that has loaded torch, which takes longer than their runs."""
-    from rm_gallery.training import build
-
-    assert build
-    variables = {"WORLD_SIZE": str(cases[0].processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    children = []
-    for rank in range(cases[0].processes):
-        child = os.fork()
-        if not child:
-            if len(cases) > 1 or cases[0] != ONE:
-                os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
-            work(folder, cases, steps)
-            sys.stdout.flush()
-            os._exit(0)
-        children.append(child)
-    if any(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children):
-        sys.exit(1)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return next((status for case in cases if (status := rm_gallery(["train", *arguments(folder, case, steps)]))), 0)
 
 
 def launch(folder: Path, cases: list[Case], steps: int) -> None:
     """Run cases of equal processes and nodes in one start of them. Raises RuntimeError with the log when one fails."""
     nodes, processes = cases[0].nodes, cases[0].processes
-    own = [__file__, "--folder", str(folder), "--steps", str(steps), "--only", *(case.name for case in cases)]
-    commands = [[sys.executable, *own, "--mode", "fork"]]
+    log = folder / f"{cases[0].name}.log"
     if nodes > 1:
-        meeting = [f"--nnodes={nodes}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-        run = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc_per_node={processes}"]
-        commands = [[*run, f"--node_rank={node}", *own, "--mode", "work"] for node in range(nodes)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    logs = [folder / f"{cases[0].name}.{node}.log" for node in range(nodes)]
-    started = []
-    for command, log in zip(commands, logs, strict=True):
-        with log.open("wb") as output:
-            started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
-    try:
-        failed = [log for process, log in zip(started, logs, strict=True) if process.wait(timeout=600)]
-    finally:
-        for process in started:
-            process.kill()
-    if failed:
-        raise RuntimeError(
-            f"{', '.join(case.shown for case in cases)}: {failed[0].read_text(errors='replace')[-4000:]}"
-        )
+        own = ("--folder", str(folder), "--steps", str(steps), "--only", *(case.name for case in cases))
+        meeting = (f"--nnodes={nodes}", "--master_addr=127.0.0.1", f"--master_port={forks.free_port()}")
+        options = (*meeting, f"--nproc_per_node={processes}")
+        started = [forks.torchrun(*options, f"--node_rank={node}", __file__, *own, log=log) for node in range(nodes)]
+    elif cases == [ONE]:
+        started = [forks.start(work, folder, cases, steps, log=log, variables={"OMP_NUM_THREADS": "1"})]
+    else:
+        started = forks.ranks(processes, work, folder, cases, steps, log=log)
+    if any(forks.finish(started, 600)):
+        raise RuntimeError(f"{', '.join(case.shown for case in cases)}: {log.read_text(errors='replace')[-4000:]}")
 
 
 def metrics(run: Path) -> dict[tuple[int, str], float]:
@@ -188,12 +151,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[case.name for case in (ONE, *CASES)])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--mode", choices=["table", "fork", "work"], default="table", help=argparse.SUPPRESS)
     options = parser.parse_args()
     chosen = tuple(case for case in (ONE, *CASES) if not options.only or case.name in options.only)
-    if options.mode != "table":
-        (fork if options.mode == "fork" else work)(options.folder, list(chosen), options.steps)
-        return
+    if options.folder:
+        sys.exit(work(options.folder, list(chosen), options.steps))
     with tempfile.TemporaryDirectory() as name:
         found = run_table(Path(name), tuple(case for case in chosen if case != ONE), options.steps)
         last = {key[1]: value for key, value in metrics(Path(name) / ONE.name).items() if key[0] == options.steps}

@@ -72,14 +72,22 @@ def device(kind: str, *, num_processes: int, dtype: str) -> Device:
 
 
 def _measured_flops(dtype: str) -> float:
-    """Operations a second of 1,024 x 1,024 matrix products on this CPU; the best of a few, in under a second."""
+    """Operations a second of matrix products on this CPU, by 1,024 x 1,024; the best of a few, in under a second.
+
+    Of as many rows as that time allows: a CPU without bfloat16 takes seconds for 1,024, at the rate of 16.
+    """
     import torch
 
-    size = 1024
-    matrix = torch.ones(size, size, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
-    best = math.inf
-    for _ in range(6):
-        start = time.perf_counter()
-        matrix @ matrix
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    size, repeats = 1024, 4
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    matrix = torch.ones(size, size, dtype=kind)
+    rows, best = 4, 0.0
+    while rows < size and 4 * repeats * best < 0.5:
+        rows *= 4
+        inputs = torch.ones(rows, size, dtype=kind)
+        best = math.inf
+        for _ in range(repeats):
+            start = time.perf_counter()
+            inputs @ matrix
+            best = min(best, time.perf_counter() - start)
+    return 2 * rows * size**2 / best

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import forks
 from tests.small import text_pairs, write_pairs
 from tests.spec.text import tab_blocks
 
@@ -131,8 +132,12 @@ def test_advanced_configuration(spec: str, variables: dict[str, str], in_tmp: Pa
         )
     (in_tmp / "runs.txt").write_text("".join(lines))
     (in_tmp / "run_all.py").write_text(RUN_ALL)
-    torchrun = f"python -m torch.distributed.run --standalone --nproc_per_node=2 {in_tmp}/run_all.py {in_tmp}/runs.txt"
-    [output] = finish(start(torchrun, variables))
+    own = (str(in_tmp / "run_all.py"), str(in_tmp / "runs.txt"))
+    log = in_tmp / "log"
+    torchrun = forks.torchrun("--standalone", "--nproc_per_node=2", *own, log=log, variables=variables)
+    status = forks.finish([torchrun])
+    output = log.read_text(errors="replace")
+    assert status == [0], output[-5000:]
     assert output.count("offloading does nothing on a CPU, where all is in host memory already") == 1
     runs = [in_tmp / "runs" / str(number) for number in range(len(tabs))]
     assert [facts(run)["strategy"] for run in runs] == list(tabs.values())

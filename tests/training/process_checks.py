@@ -1,4 +1,4 @@
-"""What two processes do together; started by torchrun from test_processes.py, since loading torch takes so long.
+"""What two processes do together; started by torchrun from test_processes.py.
 
     torchrun --nproc_per_node=2 --max_restarts=1 process_checks.py FOLDER
 

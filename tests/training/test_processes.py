@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +22,11 @@ from rm_gallery.modeling.parallel import FsdpConfig
 from rm_gallery.modeling.reward_model import load_reward_model
 from rm_gallery.objectives import bradley_terry
 from rm_gallery.training.validate import validate
+from tests import forks
 from tests.small import random_groups
 from tests.training.process_checks import STRATEGIES, build, gradients
 
-ROOT = Path(__file__).parents[2]
 ALONE = World(0, 1, torch.device("cpu"))
-
-
-def start(script: Path, *arguments: str, options: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *options, str(script), *arguments],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +35,9 @@ def found(qwen2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     folder = tmp_path_factory.mktemp("processes")
     (folder / "model").symlink_to(qwen2_folder)
     script = Path(__file__).with_name("process_checks.py")
-    process = start(script, str(folder), options=["--standalone", "--nproc_per_node=2", "--max_restarts=1"])
-    try:
-        output, _ = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert process.returncode == 0, output[-6000:]
+    options = ("--standalone", "--nproc_per_node=2", "--max_restarts=1")
+    process = forks.torchrun(*options, str(script), str(folder), log=folder / "log")
+    assert forks.finish([process]) == [0], process.log.read_text(errors="replace")[-6000:]
     return [{**json.loads((folder / f"{rank}.json").read_text()), "folder": str(folder)} for rank in range(2)]
 
 
@@ -162,16 +148,9 @@ def test_the_loss_of_a_process_on_another_machine_ends_the_run_and_is_named(tmp_
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    distributed.sum_over_ranks(torch.ones(1))\n"
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    meeting = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    nodes = [start(script, options=[*meeting, f"--node_rank={node}"]) for node in range(2)]
-    try:
-        output, _ = nodes[0].communicate(timeout=120)
-        nodes[1].communicate(timeout=60)
-    finally:
-        for node in nodes:
-            node.kill()
-    assert all(node.returncode for node in nodes)
-    assert f"rank 1 on {socket.gethostname()} stopped answering" in output
+    meeting = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={forks.free_port()}")
+    nodes = [
+        forks.torchrun(*meeting, f"--node_rank={node}", str(script), log=tmp_path / f"{node}.log") for node in range(2)
+    ]
+    assert all(forks.finish(nodes, 120))
+    assert f"rank 1 on {socket.gethostname()} stopped answering" in nodes[0].log.read_text()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.small import make_model
-from tests.training.rank_runs import log_of, run_all
+from tests.training.rank_runs import Act, Run, run_all
 from tests.training.short_runs import assert_same_run, rows, settings, write_data
 
 FSDP2, FSDP, DDP = ("model.strategy=fsdp2",), ("model.strategy=fsdp",), ("model.strategy=ddp",)
@@ -27,12 +27,8 @@ def data(in_tmp: Path) -> None:
     write_data()
 
 
-def run(model: Path, name: str, *overrides: str, ranks: int = 2, **more: Any) -> dict[str, Any]:
-    return {"ranks": ranks, "arguments": settings(model, name, *overrides), **more}
-
-
-def sigterm(rank: int, step: int) -> dict[str, Any]:
-    return {"rank": rank, "step": step, "what": "SIGTERM"}
+def run(model: Path, name: str, *overrides: str, **more: Any) -> Run:
+    return Run(settings(model, name, *overrides), **more)
 
 
 def test_a_run_of_two_processes_that_was_stopped_is_the_one_that_was_not(in_tmp: Path, qwen2_folder: Path) -> None:
@@ -47,11 +43,11 @@ def test_a_run_of_two_processes_that_was_stopped_is_the_one_that_was_not(in_tmp:
     for name, (model, options) in cases.items():
         runs += [
             run(model, f"{name}-whole", *options),
-            run(model, f"{name}-parts", *options, act=sigterm(rank=1, step=3)),
+            run(model, f"{name}-parts", *options, act=Act(rank=1, step=3, what="SIGTERM")),
             run(model, f"{name}-parts", *options),
         ]
     done = run_all(runs, in_tmp)
-    assert [each["status"] for each in done] == [[0, 0], [143, 143], [0, 0]] * 3, "\n".join(map(log_of, done))
+    assert [each.status for each in done] == [[0, 0], [143, 143], [0, 0]] * 3, "\n".join(each.log for each in done)
     for name in cases:
         assert_same_run(Path(f"runs/{name}-parts"), Path(f"runs/{name}-whole"))
 
@@ -62,13 +58,13 @@ def test_another_number_of_processes_goes_on_from_the_same_weights_gradients_and
     """30 steps at 1e-4: all of them on two processes, or 12 there and the rest on one or four, or another strategy."""
     runs = [
         run(qwen2_folder, "whole", *LONG, *FSDP2),
-        run(qwen2_folder, "stopped", *LONG, *FSDP2, act=sigterm(rank=0, step=12)),
+        run(qwen2_folder, "stopped", *LONG, *FSDP2, act=Act(rank=0, step=12, what="SIGTERM")),
     ]
     for name, ranks, options in (("same", 2, FSDP2), ("one", 1, ()), ("ddp", 2, DDP), ("four", 4, FSDP2)):
-        more = {"gradients": str(in_tmp / f"gradients-{name}.pt"), "copy": ["runs/stopped", f"runs/{name}"]}
+        more = {"gradients": in_tmp / f"gradients-{name}.pt", "copy": ("runs/stopped", f"runs/{name}")}
         runs.append(run(qwen2_folder, name, *LONG, *options, ranks=ranks, **more))
     done = run_all(runs, in_tmp)
-    assert [set(each["status"]) for each in done] == [{0}, {143}, {0}, {0}, {0}, {0}], "\n".join(map(log_of, done))
+    assert [set(each.status) for each in done] == [{0}, {143}, {0}, {0}, {0}, {0}], "\n".join(each.log for each in done)
     expected = torch.load(in_tmp / "gradients-same.pt")
     losses = {row["step"]: row["train/loss"] for row in rows(Path("runs/whole")) if "train/loss" in row}
     assert len(losses) == 30
@@ -78,12 +74,12 @@ def test_another_number_of_processes_goes_on_from_the_same_weights_gradients_and
         assert max(float((found[each] - expected[each]).abs().max()) for each in found) < 1e-5, name
         other = {row["step"]: row["train/loss"] for row in rows(Path("runs") / name) if "train/loss" in row}
         assert other == pytest.approx(losses, abs=1e-4), name
-    assert "going on with 4 processes, saved by 2: random states are new" in log_of(done[-1])
+    assert "going on with 4 processes, saved by 2: random states are new" in done[-1].log
 
 
 def test_a_killed_and_a_hung_process_end_the_others_in_words(in_tmp: Path, qwen2_folder: Path) -> None:
     """No launcher is there to help: the processes find out for themselves."""
-    kill, hang = ({"rank": 1, "step": 2, "what": what} for what in ("SIGKILL", "hang"))
+    kill, hang = (Act(rank=1, step=2, what=what) for what in ("SIGKILL", "hang"))
     done = run_all(
         [
             run(qwen2_folder, "killed", *FSDP2, act=kill),
@@ -93,11 +89,14 @@ def test_a_killed_and_a_hung_process_end_the_others_in_words(in_tmp: Path, qwen2
     )
     killed, hung = done
     host = socket.gethostname()
-    assert killed["status"] == [2, -9], log_of(killed)
-    assert killed["seconds"][0] < 30
-    assert f"rank 1 on {host} stopped answering" in log_of(killed)
-    assert all(hung["status"]) and max(hung["seconds"]) < 30, log_of(hung)
-    assert f"rank 1 on {host} has not moved for 3 s, while the others wait for it" in log_of(hung)
+    assert killed.status == [2, -9], killed.log
+    assert killed.seconds is not None
+    assert killed.seconds < 30
+    assert f"rank 1 on {host} stopped answering" in killed.log
+    assert all(hung.status), hung.log
+    assert hung.seconds is not None
+    assert hung.seconds < 30
+    assert f"rank 1 on {host} has not moved for 3 s, while the others wait for it" in hung.log
 
 
 CUSTOM = """
@@ -120,7 +119,7 @@ def test_a_class_of_the_users_own_reads_the_same_on_several_processes(in_tmp: Pa
         ],
         in_tmp,
     )
-    assert [set(each["status"]) for each in done] == [{0}, {0}], "\n".join(map(log_of, done))
+    assert [set(each.status) for each in done] == [{0}, {0}], "\n".join(each.log for each in done)
     losses = [
         [row["train/loss"] for row in rows(Path("runs") / name) if "train/loss" in row] for name in ("one", "two")
     ]
