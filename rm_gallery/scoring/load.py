@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rm_gallery.data.batch import PackedBatch
 from rm_gallery.data.tokenize import load_tokenizer
 from rm_gallery.errors import UserError
+from rm_gallery.host_memory import keep_freed_memory
 from rm_gallery.modeling.export import InputRecord, read_record, settle_pad_token
 from rm_gallery.modeling.parallel import DTYPES
 from rm_gallery.modeling.reward_model import (
@@ -84,6 +85,8 @@ def load_folder(
     """
     path = str(folder)
     where = _find_device(device)
+    if where.type == "cpu":
+        keep_freed_memory()
     kind = _find_dtype(dtype, where)
     _check_remote_code(path, trust_remote_code)
     config = read_model_config(path, key=KEY, trust_remote_code=trust_remote_code)

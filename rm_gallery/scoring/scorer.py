@@ -47,7 +47,8 @@ class RewardScorer:
         """Load a checkpoint folder: ours, or any sequence classification model with one label.
 
         device: `auto` takes a GPU when there is one. dtype: `auto` is bfloat16 on a GPU that has it, else float32;
-        the reward head of our own architectures stays float32.
+        the reward head of our own architectures stays float32. On a CPU the process keeps memory that it frees, for
+        the next call (see `keep_freed_memory`).
         Raises UserError for a folder that holds no such model.
         """
         source = load_folder(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
