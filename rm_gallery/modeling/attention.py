@@ -19,6 +19,7 @@ from rm_gallery.modeling.attention_flex import block_mask, flex_attention
 from rm_gallery.modeling.attention_flex import is_available as flex_is_available
 from rm_gallery.modeling.attention_layout import PackLayout, Queries, visible
 from rm_gallery.modeling.attention_plain import plain_attention
+from rm_gallery.modeling.attention_split import split_attention, suits
 from rm_gallery.modeling.attention_varlen import cut, find_flash, varlen_attention
 
 __all__ = [
@@ -75,14 +76,17 @@ def attend(
     """
     if not len(query):
         return query
-    kernel = _choose(query, packed, dropout, rewards_only)
+    kernel = _choose(query, packed, dropout, rewards_only, window)
     return kernel(query, key, value, packed, rewards_only, scaling, window, dropout)
 
 
-def _choose(query: Tensor, packed: PackLayout, dropout: float, rewards_only: bool) -> Kernel:
+def _choose(query: Tensor, packed: PackLayout, dropout: float, rewards_only: bool, window: int | None) -> Kernel:
     """`auto`: by measurement on a CPU (docs/log.md); on a GPU the first kernel that knows the case."""
     name, on_cpu = packed.kernel, query.device.type == "cpu"
     if name == "auto" and on_cpu:
+        is_plain_scoring = query.dtype == torch.float32 and not (torch.is_grad_enabled() or dropout or rewards_only)
+        if is_plain_scoring and suits(packed, window):
+            return _split
         is_plain_faster = int(packed.lengths.max()) <= _PLAIN_UP_TO.get(query.dtype, 0)
         name = "plain" if is_plain_faster and not dropout else "sdpa"
     elif name == "auto":
@@ -150,6 +154,14 @@ def _sdpa(
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # [B x Q, H, D]
     return torch.cat(outputs).index_select(0, asked.restore)
+
+
+def _split(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, rewards_only: bool, scaling: float,
+    window: int | None, dropout: float,
+) -> Tensor:  # fmt: skip
+    assert not (rewards_only or dropout)
+    return split_attention(query, key, value, packed, scaling=scaling)
 
 
 def _rows(part: Tensor, index: Tensor) -> Tensor:

@@ -100,6 +100,11 @@ class PackLayout:
         """[R] the last token of each response."""
 
     @cached_property
+    def longest_text(self) -> int:
+        """Tokens of the longest prefix with its longest response."""
+        return int((self.prefixes[self.tail_groups] + self.tails).max(initial=0))
+
+    @cached_property
     def host_labels(self) -> np.ndarray:
         """[T, 3] (group, response, position) of each token; response -1 in a common prefix."""
         labels = np.empty((int(self.lengths.sum()), 3), np.int64)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from rm_gallery.errors import UserError
+from rm_gallery.modeling import attention
 from rm_gallery.modeling.attention import attend, check, visible
 from rm_gallery.modeling.attention_flex import BLOCK, block_map, block_mask, flex_attention
+from rm_gallery.modeling.attention_split import split_attention
 from rm_gallery.modeling.attention_varlen import Sequences, cut, find_flash, varlen_attention
 from tests.modeling.attention_cases import HEADS, LONG_SHAPES, SHAPES, draw_inputs, layout_of, worst_difference
 
@@ -54,6 +56,39 @@ def test_kernels_of_a_cpu(kernel: str, shape: str, heads: tuple[int, int, int], 
             layout, heads, dtype, window=window,
         )  # fmt: skip
         assert difference < tolerance
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prompt_and_responses_apart_are_the_whole(shape: str, heads: tuple[int, int, int]) -> None:
+    """What scores many responses on a CPU: without gradients, in float32."""
+    layout = layout_of(SHAPES[shape], CPU)
+    difference = worst_difference(
+        lambda q, k, v, scaling: split_attention(q, k, v, layout, scaling=scaling),
+        layout, heads, torch.float32, backward=False,
+    )  # fmt: skip
+    assert difference < EXACT
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "is_split"), [(60, None, True), (60, 100, True), (60, 99, False), (10, None, False)]
+)
+def test_prompt_and_responses_are_apart_in_long_texts_unless_a_window_ends_within_one(
+    length: int, window: int | None, is_split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = layout_of([(40, [length] * 8), (3, [length] * 2)], CPU)
+    calls = []
+    split = attention.split_attention
+    monkeypatch.setattr(attention, "split_attention", lambda *a, **k: (calls.append(1), split(*a, **k))[1])
+    for grad, dtype in ((True, torch.float32), (False, torch.bfloat16), (False, torch.float32)):
+        assert not calls, "not where gradients are wanted, nor in bfloat16"
+        with torch.set_grad_enabled(grad):
+            difference = worst_difference(
+                lambda q, k, v, scaling: attend(q, k, v, layout, scaling=scaling, window=window),
+                layout, HEADS[1], dtype, window=window, backward=grad,
+            )  # fmt: skip
+        assert difference < (EXACT if dtype == torch.float32 else ROUNDED)
+    assert bool(calls) == is_split
 
 
 @pytest.mark.parametrize("window", [None, 6])

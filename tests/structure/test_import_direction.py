@@ -48,6 +48,7 @@ LAYERS = [
     "rm_gallery.data.loader",
     "rm_gallery.modeling.attention_layout",
     "rm_gallery.modeling.attention_plain",
+    "rm_gallery.modeling.attention_split",
     "rm_gallery.modeling.attention_varlen",
     "rm_gallery.modeling.attention_flex",
     "rm_gallery.modeling.attention",
