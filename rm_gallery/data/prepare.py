@@ -48,7 +48,8 @@ class PrepareConfig(RowsConfig):
     """Folder of tokenized data, one inside for each data set with its settings; may be deleted at any time. Default:
     `$RM_GALLERY_CACHE`, or `~/.cache/rm_gallery`."""
     num_workers: Annotated[int, Ge(0)] | None = None
-    """Processes that tokenize, besides the main one; default: one per core, none for little data."""
+    """Processes that tokenize, besides the main one; default: one per core, once the main process has worked for five
+    seconds."""
 
 
 def prepare(
