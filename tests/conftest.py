@@ -24,11 +24,6 @@ from tests.small import make_model, make_tokenizer
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first: as the last one it would keep all workers but one waiting."""
-    items.sort(key=lambda item: "longest" not in item.keywords)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def token_cache() -> Iterator[Path]:
     """Tokenized data of all tests, away from the user's own cache."""
