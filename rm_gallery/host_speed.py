@@ -1,29 +1,37 @@
-"""Whether this processor has units for bfloat16: without them it is several times slower than in float32."""
+"""How fast this processor multiplies matrices; without units for bfloat16 that is slower than in float32."""
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
 
-_ROWS, _INNER, _COLUMNS = 512, 256, 256
+
+def matrix_flops(dtype: torch.dtype, *, seconds: float) -> float:
+    """Operations a second of matrix products by 1,024 x 1,024, the best of a few; takes about so many seconds at most.
+
+    Of as many rows as that time allows: a processor without bfloat16 takes seconds for 1,024, at the rate of 16.
+    """
+    size, repeats = 1024, 4
+    matrix = torch.ones(size, size, dtype=dtype)
+    rows, best = 4, 0.0
+    while rows < size and 4 * repeats * best < seconds:
+        rows *= 4
+        inputs = torch.ones(rows, size, dtype=dtype)
+        best = math.inf
+        for _ in range(repeats):  # the first sets up its kernel, and others may be disturbed
+            start = time.perf_counter()
+            torch.nn.functional.linear(inputs, matrix)  # as layers do: the order of weights matters in bfloat16
+            best = min(best, time.perf_counter() - start)
+    return 2 * rows * size**2 / best
 
 
 def bf16_slowdown() -> float:
-    """Time of a linear layer in bfloat16 over that in float32, measured on this processor in a few milliseconds."""
+    """Rate in float32 over that in bfloat16, of one thread, measured in a tenth of a second."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several would wait for each other on a busy machine
     try:
-        return _seconds(torch.bfloat16) / _seconds(torch.float32)
+        return matrix_flops(torch.float32, seconds=0.05) / matrix_flops(torch.bfloat16, seconds=0.05)
     finally:
         torch.set_num_threads(threads)
-
-
-def _seconds(dtype: torch.dtype) -> float:
-    states, weight = torch.ones(_ROWS, _INNER, dtype=dtype), torch.ones(_COLUMNS, _INNER, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):  # the fastest: the first sets up its kernel, and others may be disturbed
-        start = time.thread_time()
-        torch.nn.functional.linear(states, weight)
-        best = min(best, time.thread_time() - start)
-    return best

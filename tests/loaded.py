@@ -10,7 +10,6 @@ gc.disable()  # loading makes little rubbish, and many rounds of looking for it
 for _name in (
     "hydra",
     "matplotlib.backends.backend_agg",
-    "matplotlib.pyplot",
     "pyarrow.parquet",
     "pydantic.dataclasses",
     "pydantic.json_schema",
@@ -37,17 +36,16 @@ for _name in (
 
 def _use() -> None:
     """What libraries prepare at their first use, and keep: plugins, grammars, fonts, tables of names."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     from rm_gallery.training.compose import compose
 
     compose(None, ["trainer.seed=1"])
     get_checkpoint_conversion_mapping("qwen2")
-    figure, axes = pyplot.subplots()
-    axes.plot([0, 1])
+    figure = Figure()
+    figure.subplots().plot([0, 1])
     figure.savefig(io.BytesIO(), format="png")
-    pyplot.close(figure)
 
 
 _use()

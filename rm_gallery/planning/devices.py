@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -65,29 +64,11 @@ def device(kind: str, *, num_processes: int, dtype: str) -> Device:
     """The device of each process; `cpu` is this machine, its memory and rate split over the processes."""
     if kind != "cpu":
         return GPUS[kind]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    rate = _measured_flops(dtype) / num_processes
-    source = "this machine, its matrix products measured just now"
-    return Device("cpu", source, memory * USABLE / num_processes, rate, rate, math.inf, math.inf, 0.6 * GIB, 0.0)
-
-
-def _measured_flops(dtype: str) -> float:
-    """Operations a second of matrix products on this CPU, by 1,024 x 1,024; the best of a few, in under a second.
-
-    Of as many rows as that time allows: a CPU without bfloat16 takes seconds for 1,024, at the rate of 16.
-    """
     import torch
 
-    size, repeats = 1024, 4
-    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-    matrix = torch.ones(size, size, dtype=kind)
-    rows, best = 4, 0.0
-    while rows < size and 4 * repeats * best < 0.5:
-        rows *= 4
-        inputs = torch.ones(rows, size, dtype=kind)
-        best = math.inf
-        for _ in range(repeats):
-            start = time.perf_counter()
-            inputs @ matrix
-            best = min(best, time.perf_counter() - start)
-    return 2 * rows * size**2 / best
+    from rm_gallery.host_speed import matrix_flops
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    rate = matrix_flops(torch.bfloat16 if dtype == "bf16" else torch.float32, seconds=0.5) / num_processes
+    source = "this machine, its matrix products measured just now"
+    return Device("cpu", source, memory * USABLE / num_processes, rate, rate, math.inf, math.inf, 0.6 * GIB, 0.0)
