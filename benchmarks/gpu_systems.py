@@ -34,14 +34,14 @@ BYTES_PER_PARAMETER = 18  # float32 weight, gradient and two moments, and the bf
 STEP_PAIRS, PADDED_PAIRS, BUDGET, LONGEST = 64, 8, 16384, 4096
 
 
-def make_groups(count: int, vocabulary: int, scale: float) -> list[TokenGroup]:
-    """Pairs of random tokens. scale: of the lengths, below 1 for machines without a GPU."""
+def make_groups(count: int, vocabulary: int, scale: float, num_responses: int = 2) -> list[TokenGroup]:
+    """Groups of random tokens. scale: of the lengths, below 1 for machines without a GPU."""
     draw = np.random.default_rng(0)
     groups = []
     for _ in range(count):
         prompt, *tails = (
             max(1, int(scale * min(LONGEST / 3, draw.lognormal(math.log(middle), width))))
-            for middle, width in ((200, 0.9), (300, 0.75), (300, 0.75))
+            for middle, width in ((200, 0.9), *[(300, 0.75)] * num_responses)
         )
         tokens = [draw.integers(10, vocabulary, length).astype(np.int32) for length in (prompt, *tails)]
         groups.append(TokenGroup(tokens[0], tokens[1:], [Comparison(0, 1)]))
@@ -51,7 +51,8 @@ def make_groups(count: int, vocabulary: int, scale: float) -> list[TokenGroup]:
 def sizes_of(groups: list[TokenGroup]) -> GroupSizes:
     lengths = np.array([[len(group.prefix), *map(len, group.tails)] for group in groups], np.int64)
     ones = np.ones(len(groups), np.int64)
-    return GroupSizes(lengths.sum(1), lengths[:, 0] + lengths[:, 1:].max(1), 2 * ones, ones)
+    num_responses = (lengths.shape[1] - 1) * ones
+    return GroupSizes(lengths.sum(1), lengths[:, 0] + lengths[:, 1:].max(1), num_responses, ones)
 
 
 def make_packs(groups: list[TokenGroup], budget: int, hidden_size: int) -> list[PackedBatch]:
@@ -129,11 +130,9 @@ def padded(config: Any, groups: list[TokenGroup], device: torch.device, *, check
     batches = []
     for start in range(0, len(groups), PADDED_PAIRS):
         some = groups[start : start + PADDED_PAIRS]
-        texts = [np.concatenate([group.prefix, group.tails[side]]) for side in (0, 1) for group in some]
-        ids = np.zeros((len(texts), max(map(len, texts))), np.int64)
-        for row, text in zip(ids, texts, strict=True):
-            row[: len(text)] = text
-        batches.append((torch.from_numpy(ids), torch.from_numpy((ids > 0).astype(np.int64))))
+        batches.append(
+            _padded_ids([np.concatenate([group.prefix, group.tails[side]]) for side in (0, 1) for group in some])
+        )
 
     def step() -> None:
         network.train()
@@ -147,6 +146,63 @@ def padded(config: Any, groups: list[TokenGroup], device: torch.device, *, check
         optimizer.step()
 
     return step
+
+
+def estimated_peak(folder: Path, packs: list[PackedBatch], *, checkpointing: bool) -> float:
+    """Bytes that `rm-gallery estimate` expects of a step over these micro-batches, without the CUDA context."""
+    from rm_gallery.planning.memory import Layout, Pack, step_memory
+    from rm_gallery.planning.shapes import load_shape
+
+    shape = load_shape(str(folder), trust_remote_code=False)
+    layout = Layout("none", 1, 1, 2, checkpointing, False, False, len(packs) == 1)
+    fill = 0.9  # of the places in attention's buckets, as the estimate assumes
+    each = [
+        Pack(pack.num_tokens, pack.num_tokens / fill, sum(length**2 for length in pack.group_lengths) / fill**2)
+        for pack in packs
+    ]
+    return max(step_memory(shape, layout, pack, overhead=0).total for pack in each)
+
+
+def packed_scoring(
+    config: Any, folder: Path, groups: list[TokenGroup], packs: list[PackedBatch], device: torch.device
+) -> Callable[[], torch.Tensor]:
+    """Rewards [prompts x 16] of packed groups, in the order of the groups' largest tokens."""
+    (folder / "model.safetensors").touch()
+    _, extra = network_class_arguments(str(folder), key="model", trust_remote_code=False, dropout=0.0)
+    model = RewardModel(make_network(config, device, **extra))
+    head = model.head.weight.detach().clone()
+    model.to(torch.bfloat16)
+    model.head.weight.data = head
+    model.eval()
+
+    @torch.inference_mode()
+    def score() -> torch.Tensor:
+        found = [model(pack.to(device)).float() for pack in packs]
+        return torch.cat(found).cpu().sort().values
+
+    return score
+
+
+def padded_scoring(
+    config: Any, folder: Path, groups: list[TokenGroup], packs: list[PackedBatch], device: torch.device
+) -> Callable[[], torch.Tensor]:
+    """The same by the library's model in bfloat16, a prompt's 16 texts padded to the longest."""
+    network = make_network(config, device, attn_implementation="sdpa").to(torch.bfloat16).eval()
+    batches = [_padded_ids([np.concatenate([group.prefix, tail]) for tail in group.tails]) for group in groups]
+
+    @torch.inference_mode()
+    def score() -> torch.Tensor:
+        found = [network(input_ids=ids.to(device), attention_mask=mask.to(device)).logits for ids, mask in batches]
+        return torch.cat(found)[:, 0].float().cpu().sort().values
+
+    return score
+
+
+def _padded_ids(texts: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = np.zeros((len(texts), max(map(len, texts))), np.int64)
+    for row, text in zip(ids, texts, strict=True):
+        row[: len(text)] = text
+    return torch.from_numpy(ids), torch.from_numpy((ids > 0).astype(np.int64))
 
 
 def seconds_of_trl(

@@ -54,7 +54,8 @@ def pairwise_sums(better: Tensor, worse: Tensor) -> dict[str, Tensor]:
     A tie counts as wrong (as RewardBench counts it): a model that gives every text the same reward has accuracy 0.
     """
     return {
-        "comparisons": torch.tensor(float(better.numel()), device=better.device),
+        # Filled on the device: torch.tensor(..., device=...) would copy from pageable memory and wait for the GPU.
+        "comparisons": torch.full((), float(better.numel()), device=better.device),
         "correct": (better > worse).sum(),
         "margin": (better - worse).sum(),
         "reward_chosen": better.sum(),

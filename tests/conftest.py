@@ -51,6 +51,19 @@ def qwen2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("qwen2", tmp_path_factory.mktemp("qwen2"))
 
 
+@pytest.fixture(autouse=True)
+def free_gpu_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Workers share the GPU: what a test's allocator keeps would be missing in the others."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        import gc
+
+        import torch
+
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 from rm_gallery.cli import main
 from rm_gallery.data.batch import collate
 from rm_gallery.modeling.reward_model import load_reward_model
+from rm_gallery.modeling.weights import MasterWeights
+from rm_gallery.training.trainer import Trainer
 from tests.small import random_groups, text_pairs, write_pairs
 
 pytestmark = [
@@ -42,3 +45,76 @@ def test_a_run_on_the_gpu_follows_the_run_on_the_cpu(dtype: str, in_tmp: Path, q
         lines = (in_tmp / "runs" / device / "metrics.jsonl").read_text().splitlines()
         curves.append([json.loads(line)["train/loss"] for line in lines])
     assert curves[0] == pytest.approx(curves[1], abs=1e-4 if dtype == "fp32" else 0.05)
+
+
+def curve(model: Path, name: str, *settings: str) -> list[float]:
+    """Losses of twelve steps on the GPU, in the working directory."""
+    write_pairs(Path("train.parquet"), text_pairs(96))
+    arguments = [
+        f"model.partial_pretrain={model}", "data.max_length=128", "data.train_files=train.parquet", "optim.lr=1e-4",
+        "data.train_batch_size=8", "data.max_tokens_per_micro_batch=256", "trainer.device=cuda",
+        "trainer.default_local_dir=runs", f"trainer.experiment_name={name}", *settings,
+    ]  # fmt: skip
+    assert main(["train", *arguments]) == 0
+    lines = (Path("runs") / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["train/loss"] for line in lines]
+
+
+SETTINGS = {
+    "compile": ["model.compile=true"],
+    "liger": ["model.use_liger=true"],
+    "full checkpointing": ["model.enable_gradient_checkpointing=true"],
+    "selective checkpointing": ["model.enable_gradient_checkpointing=true", "model.checkpointing_mode=selective"],
+    "flex": ["model.attention=flex"],
+    "optimizer offload": ["model.fsdp_config.optimizer_offload=true"],
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_does_not_change_the_curve(setting: str, dtype: str, in_tmp: Path, qwen2_folder: Path) -> None:
+    if setting == "liger":
+        pytest.importorskip("liger_kernel", reason="needs liger-kernel")
+    same = f"model.fsdp_config.model_dtype={dtype}"
+    plain = curve(qwen2_folder, "plain", same)
+    assert curve(qwen2_folder, "other", same, *SETTINGS[setting]) == pytest.approx(
+        plain, abs=1e-4 if dtype == "fp32" else 0.02
+    )
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_resumed_run_is_the_uninterrupted_one(dtype: str, in_tmp: Path, qwen2_folder: Path) -> None:
+    same = [f"model.fsdp_config.model_dtype={dtype}", "trainer.save_freq=6", "model.dropout=0.1"]
+    same += ["optim.lr_scheduler=constant"]
+    whole = curve(qwen2_folder, "whole", *same)
+    first = curve(qwen2_folder, "parts", *same, "trainer.total_training_steps=6")
+    both = curve(qwen2_folder, "parts", *same)
+    assert both == first + both[len(first) :] == whole
+    files = [Path("runs") / name / "global_step_12" / "model.safetensors" for name in ("whole", "parts")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_step_waits_for_the_gpu_once(in_tmp: Path, qwen2_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing between the first micro-batch and the sum of gradients waits, once kernels are loaded."""
+    steps = 0
+    train_step = Trainer.train_step
+    gather = MasterWeights.gather_gradients
+
+    def watched(self: Trainer, *arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps > 2:
+            torch.cuda.set_sync_debug_mode("error")
+        return train_step(self, *arguments)
+
+    def waiting(self: MasterWeights, *arguments: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("default")
+        return gather(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    monkeypatch.setattr(MasterWeights, "gather_gradients", waiting)
+    try:
+        curve(qwen2_folder, "run")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert steps == 12

@@ -44,7 +44,8 @@ def losses(folder: Path, model: Path, name: str, processes: int, *settings: str)
     launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "rm_gallery.cli"]
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "train", *arguments],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     lines = (folder / name / "metrics.jsonl").read_text().splitlines()
