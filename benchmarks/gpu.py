@@ -116,7 +116,6 @@ def systems(options: argparse.Namespace, checkpointing: bool) -> dict[str, dict[
     else:
         found["ours, liger"] = {"use_liger": True, **more}
         found["ours, compile"] = {"compile": True, **more}
-        found["ours, liger, compile"] = {"use_liger": True, "compile": True, **more}
     every = {**found, "padded": None, "trl": None}
     return {name: settings for name, settings in every.items() if _is_wanted(name, options.systems)}
 
@@ -140,6 +139,7 @@ def measure_shape(shape: str, options: argparse.Namespace, rate: float, deadline
         if time.monotonic() > deadline:
             results.append(Result(name_of_shape, name, [], 0.0, None, 0.0, "no time left (--seconds)"))
             continue
+        gc.collect()  # here, where no exception holds the frames of a system that failed
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -160,7 +160,6 @@ def measure_shape(shape: str, options: argparse.Namespace, rate: float, deadline
             text = " ".join(str(error).split())[:90] or type(error).__name__
             results.append(Result(name_of_shape, name, [], 0.0, None, 0.0, text))
             step = None
-            gc.collect()
             continue
         work = sum(operations(config, pack.group_lengths, pack.tail_lengths) for pack in packs)
         tokens = sum(pack.num_tokens for pack in packs)

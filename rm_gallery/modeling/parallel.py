@@ -87,7 +87,7 @@ class ModelConfig:
     """Attention kernel of decoders: `plain` products, torch's `sdpa`, `varlen` (flash attention, bf16) or `flex`, these
     two on GPUs. `auto`: on a CPU plain or sdpa by length and type, on a GPU the first that can: varlen, flex, sdpa."""
     use_liger: bool = False
-    """Norms and gated MLPs by Liger's GPU kernels (extra `liger`); nothing on a CPU."""
+    """Norms and gated MLPs by Liger's GPU kernels (extra `liger`); nothing on a CPU, or with `compile`."""
     compile: bool = False
     """Compile each layer with torch.compile. The first steps take long, and a CPU gains little."""
     strategy: Literal["auto", "fsdp", "fsdp2", "ddp"] = "auto"
@@ -163,7 +163,11 @@ def apply(
     model.attention = config.attention
     if model.padded and config.attention != "auto":
         log.info("model.attention=%s does nothing for an encoder, whose attention is the library's", config.attention)
-    if config.use_liger:
+    if config.use_liger and config.compile:
+        log.info(
+            "model.use_liger does nothing with model.compile=true: compiled layers fuse these operations themselves"
+        )
+    elif config.use_liger:
         use_liger(model.network, world.device)
     if config.enable_gradient_checkpointing:
         enable_checkpointing(model, config.checkpointing_mode)
