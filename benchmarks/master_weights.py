@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from rm_gallery.data.batch import PackedBatch, collate
-from rm_gallery.data.token_group import TokenGroup
+from rm_gallery.data.batching.packed_batch import PackedBatch, collate
+from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.modeling import attention
 from rm_gallery.modeling.parallel import MasterWeights
 from rm_gallery.modeling.reward_model import RewardModel

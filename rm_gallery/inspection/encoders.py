@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rm_gallery.data.dropped import BadRow
-from rm_gallery.data.encode import Encoder as GroupEncoder
-from rm_gallery.data.encode import Render
-from rm_gallery.data.length import fit_length
-from rm_gallery.data.tokenize import TokenizeConfig
+from rm_gallery.data.tokenization.encoder import Encoder as GroupEncoder
+from rm_gallery.data.tokenization.encoder import Render
+from rm_gallery.data.tokenization.tokenizer import TokenizeConfig, fit_length
+from rm_gallery.errors import BadRow
 from rm_gallery.inspection.views import WordIds
 from rm_gallery.schema import Comparison, Message, PreferenceGroup
 

@@ -7,9 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from rm_gallery.data.micro_batches import Packer
-from rm_gallery.data.packing import PackingConfig, epoch_order, split_steps
-from rm_gallery.data.token_data import GroupSizes
+from rm_gallery.data.batching.bin_packing import Packer
+from rm_gallery.data.batching.plan import PackingConfig, epoch_order, split_steps
+from rm_gallery.data.token_cache.arrays import GroupSizes
 from rm_gallery.inspection.findings import MAX_EXAMPLES
 from rm_gallery.inspection.measure import Lengths
 from rm_gallery.inspection.table import Table

@@ -12,15 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 from rm_gallery.data.custom import CustomReader
-from rm_gallery.data.dropped import BadRow, Dropped
 from rm_gallery.data.formats import RowReader, prompt_key
-from rm_gallery.data.prepare import tasks_of
-from rm_gallery.data.process_rows import Reader, is_wanted
-from rm_gallery.data.source import entries_of, resolve_files
-from rm_gallery.data.token_group import hash_prompt
-from rm_gallery.data.tokenize import load_tokenizer
-from rm_gallery.data.workers import Task
-from rm_gallery.errors import UserError
+from rm_gallery.data.sources import entries_of, resolve_files
+from rm_gallery.data.token_cache.prepare import tasks_of
+from rm_gallery.data.token_cache.row_processor import Reader, Task, is_wanted
+from rm_gallery.data.tokenization.token_group import hash_prompt
+from rm_gallery.data.tokenization.tokenizer import load_tokenizer
+from rm_gallery.errors import BadRow, Dropped, UserError
 from rm_gallery.inspection.encoders import Encoder, TokenEncoder, WordEncoder
 from rm_gallery.inspection.lengths import LongTexts
 from rm_gallery.inspection.report import Report, ReportOptions, build_report

@@ -9,9 +9,9 @@ from itertools import islice
 
 import numpy as np
 
-from rm_gallery.data.dropped import BadRow, Dropped
-from rm_gallery.data.token_data import GroupSizes
-from rm_gallery.data.token_group import split_prefix
+from rm_gallery.data.token_cache.arrays import GroupSizes
+from rm_gallery.data.tokenization.token_group import split_prefix
+from rm_gallery.errors import BadRow, Dropped
 from rm_gallery.inspection.encoders import Encoder
 from rm_gallery.schema import PreferenceGroup
 

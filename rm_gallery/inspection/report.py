@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rm_gallery.data.packing import PackingConfig
+from rm_gallery.data.batching.plan import PackingConfig
 from rm_gallery.inspection.baselines import BaselineReport, baseline_report
 from rm_gallery.inspection.duplicates import duplicate_findings, overlap_findings
 from rm_gallery.inspection.encoders import Encoder

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rm_gallery.data.dropped import BadRow
-from rm_gallery.data.token_group import split_prefix
+from rm_gallery.data.tokenization.token_group import split_prefix
+from rm_gallery.errors import BadRow
 from rm_gallery.inspection.encoders import Encoder, Piece
 from rm_gallery.schema import PreferenceGroup
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from rm_gallery.data.dropped import Dropped
+from rm_gallery.errors import Dropped
 from rm_gallery.inspection.baselines import MAX_PAIRS, SampledPair, sampled_pair
 from rm_gallery.inspection.encoders import Encoder
 from rm_gallery.inspection.measure import Lengths, LengthsBuilder, measure

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rm_gallery.data.batch import PackedBatch
+from rm_gallery.data.batching.packed_batch import PackedBatch
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.attention_flex import block_mask, flex_attention
 from rm_gallery.modeling.attention_flex import is_available as flex_is_available

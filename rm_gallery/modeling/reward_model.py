@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from rm_gallery.data.batch import PackedBatch
+from rm_gallery.data.batching.packed_batch import PackedBatch
 from rm_gallery.errors import UserError
 from rm_gallery.modeling import attention
 from rm_gallery.modeling.decoder_layers import adapt

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rm_gallery.data.micro_batches import Packer
-from rm_gallery.data.packing import PackingConfig, epoch_order, split_steps
-from rm_gallery.data.token_data import GroupSizes
+from rm_gallery.data.batching.bin_packing import Packer
+from rm_gallery.data.batching.plan import PackingConfig, epoch_order, split_steps
+from rm_gallery.data.token_cache.arrays import GroupSizes
 from rm_gallery.planning.lengths import Lengths
 from rm_gallery.planning.memory import Layout, Pack
 from rm_gallery.planning.shapes import ModelShape

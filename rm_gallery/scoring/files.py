@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rm_gallery.data.dropped import BadRow, Dropped
-from rm_gallery.errors import UserError
+from rm_gallery.errors import BadRow, Dropped, UserError
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring.jobs import Job, ScoreOptions, name_models, plan_jobs, reward_columns
 from rm_gallery.scoring.merge import write_output

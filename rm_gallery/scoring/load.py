@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rm_gallery.data.batch import PackedBatch
-from rm_gallery.data.tokenize import load_tokenizer
+from rm_gallery.data.batching.packed_batch import PackedBatch
+from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import UserError
 from rm_gallery.host_memory import keep_freed_memory
 from rm_gallery.modeling.export import InputRecord, read_record, settle_pad_token

@@ -9,9 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rm_gallery.data.dropped import BadRow
 from rm_gallery.data.formats import read_cell
-from rm_gallery.errors import UserError
+from rm_gallery.errors import BadRow, UserError
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring.inputs import InputBuilder
 

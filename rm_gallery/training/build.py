@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from rm_gallery.data.loader import load_steps
-from rm_gallery.data.packing import Plan
-from rm_gallery.data.token_data import TokenData
-from rm_gallery.data.tokenize import load_tokenizer
+from rm_gallery.data.batching.loader import load_steps
+from rm_gallery.data.batching.plan import Plan
+from rm_gallery.data.token_cache.arrays import TokenData
+from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.distributed import World, processes, seed_apart, seed_everything
 from rm_gallery.errors import StoppedBySignal, UserError
 from rm_gallery.host_memory import keep_freed_memory

@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from rm_gallery.data.batching.bin_packing import Packer
+from rm_gallery.data.batching.plan import Mixture, long_pairs
 from rm_gallery.data.custom import CustomReader
-from rm_gallery.data.micro_batches import Packer
-from rm_gallery.data.mixture import Mixture
-from rm_gallery.data.packing import long_pairs
-from rm_gallery.data.prepare import peek, prepare
-from rm_gallery.data.process_rows import Share
-from rm_gallery.data.source import DataFile, entries_of, resolve_files
-from rm_gallery.data.token_data import TokenData
-from rm_gallery.data.token_store import Store
-from rm_gallery.data.tokenize import load_tokenizer
+from rm_gallery.data.sources import DataFile, entries_of, resolve_files
+from rm_gallery.data.token_cache.arrays import TokenData
+from rm_gallery.data.token_cache.prepare import peek, prepare
+from rm_gallery.data.token_cache.row_processor import Share
+from rm_gallery.data.token_cache.store import Store
+from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.export import InputRecord, settle_pad_token
 from rm_gallery.modeling.reward_model import ENCODERS, RewardModel, load_model_config, load_reward_model, max_positions

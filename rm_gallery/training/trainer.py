@@ -15,7 +15,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import nn
 
-from rm_gallery.data.loader import StepBatches
+from rm_gallery.data.batching.loader import StepBatches
 from rm_gallery.distributed import sum_numbers
 from rm_gallery.errors import StoppedBySignal, TrainingStopped
 from rm_gallery.metrics import Sums, means

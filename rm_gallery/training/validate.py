@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from rm_gallery.data.batch import collate
-from rm_gallery.data.micro_batches import Packer, attention_length
-from rm_gallery.data.sharing import plan_step
-from rm_gallery.data.token_data import TokenData
-from rm_gallery.data.token_group import TokenGroup
+from rm_gallery.data.batching.bin_packing import Packer, attention_length
+from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.data.batching.prompt_sharing import plan_step
+from rm_gallery.data.token_cache.arrays import TokenData
+from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.distributed import rank, world_size
 from rm_gallery.metrics import Sums, means
 from rm_gallery.modeling.reward_model import RewardModel

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rm_gallery.data.batch import collate
-from rm_gallery.data.token_group import TokenGroup
+from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.modeling.attention import PackLayout, lay_out, reference_attention
 
 SHAPES: dict[str, list[tuple[int, list[int]]]] = {

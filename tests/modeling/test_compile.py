@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rm_gallery.data.batch import collate
+from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.distributed import World
 from rm_gallery.modeling.parallel import FsdpConfig, ModelConfig, apply
 from rm_gallery.modeling.reward_model import load_reward_model

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rm_gallery.data.batch import collate
+from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.objectives import OBJECTIVES
 from tests.small import DECODERS, make_model, random_groups

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rm_gallery.data.batch import collate
+from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.liger import set_in, use_liger
 from rm_gallery.modeling.reward_model import load_reward_model

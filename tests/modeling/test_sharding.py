@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rm_gallery.data.batch import collate
+from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.distributed import World
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.outline import outline_reward_model

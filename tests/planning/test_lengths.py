@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rm_gallery.data.source import Row
+from rm_gallery.data.sources import Row
 from rm_gallery.errors import UserError
 from rm_gallery.planning import lengths as planning_lengths
 from rm_gallery.planning.lengths import assumed_lengths, group_chars, read_lengths, tokenizer_in

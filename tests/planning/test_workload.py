@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from rm_gallery.data.packing import PackingConfig
-from rm_gallery.data.token_data import GroupSizes
+from rm_gallery.data.batching.plan import PackingConfig
+from rm_gallery.data.token_cache.arrays import GroupSizes
 from rm_gallery.planning.lengths import Lengths, assumed_lengths
 from rm_gallery.planning.memory import Layout
 from rm_gallery.planning.shapes import load_shape

@@ -8,8 +8,8 @@ import pytest
 
 from rm_gallery.cli import main
 from rm_gallery.data.custom import CustomReader
-from rm_gallery.data.source import SourceConfig, read_rows, resolve_files
-from rm_gallery.data.tokenize import load_tokenizer
+from rm_gallery.data.sources import SourceConfig, read_rows, resolve_files
+from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.modeling.export import InputRecord, read_record
 from rm_gallery.schema import Message
 from rm_gallery.scoring import RewardScorer

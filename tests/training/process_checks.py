@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from rm_gallery import distributed
-from rm_gallery.data.batch import collate
-from rm_gallery.data.loader import StepBatches
-from rm_gallery.data.token_data import TokenData
-from rm_gallery.data.token_group import Origin
+from rm_gallery.data.batching.loader import StepBatches
+from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.data.token_cache.arrays import TokenData
+from rm_gallery.data.tokenization.token_group import Origin
 from rm_gallery.distributed import World, processes
 from rm_gallery.errors import UserError
 from rm_gallery.metrics import Sums

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rm_gallery.data.token_data import TokenData
-from rm_gallery.data.token_group import Origin
+from rm_gallery.data.token_cache.arrays import TokenData
+from rm_gallery.data.tokenization.token_group import Origin
 from rm_gallery.distributed import World
 from rm_gallery.modeling.parallel import FsdpConfig
 from rm_gallery.modeling.reward_model import load_reward_model

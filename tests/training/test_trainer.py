@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from rm_gallery.data.batch import PackedBatch, collate
-from rm_gallery.data.loader import StepBatches
+from rm_gallery.data.batching.loader import StepBatches
+from rm_gallery.data.batching.packed_batch import PackedBatch, collate
 from rm_gallery.distributed import World
 from rm_gallery.errors import TrainingStopped
 from rm_gallery.metrics import Sums

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rm_gallery.data.batch import collate
-from rm_gallery.data.token_data import TokenData
-from rm_gallery.data.token_group import Origin
+from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.data.token_cache.arrays import TokenData
+from rm_gallery.data.tokenization.token_group import Origin
 from rm_gallery.modeling.reward_model import load_reward_model
 from rm_gallery.objectives import bradley_terry
 from rm_gallery.training.validate import validate

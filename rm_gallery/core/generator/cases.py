@@ -12,8 +12,7 @@ from rm_gallery.core.generator.scores import Fault, Scores, read_ranks, read_res
 from rm_gallery.core.generator.texts import Text, content_key, is_nothing, read_answer, read_text, split_turns, to_utf8
 from rm_gallery.core.graders.prompt import is_messages
 from rm_gallery.core.utils.mapping import Mapper, check_mapper, get_value_by_path
-from rm_gallery.data.dropped import BadRow, Dropped
-from rm_gallery.errors import UserError, nearest
+from rm_gallery.errors import BadRow, Dropped, UserError, nearest
 
 PROMPTS = ("prompt", "query", "messages")
 PAIR_SCORES = ("score_a", "score_b")

@@ -28,8 +28,7 @@ from rm_gallery.core.generator.split import split_units
 from rm_gallery.core.generator.summary import ExportSummary, Side
 from rm_gallery.core.generator.write import plan_files, write_files
 from rm_gallery.core.utils.mapping import Mapper
-from rm_gallery.data.dropped import Dropped
-from rm_gallery.errors import UserError
+from rm_gallery.errors import Dropped, UserError
 
 log = logging.getLogger("rm_gallery.core.generator.export")  # under -m its own name is __main__
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from rm_gallery.core.graders.reward import places
 from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
-from rm_gallery.data.dropped import BadRow
+from rm_gallery.errors import BadRow
 
 MAX_SCORE = 1e38  # so that a difference of two still is a number in the 32 bits that a trainer computes with
 MISSING = "no score"

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from rm_gallery.data.batch import collate
-from rm_gallery.data.token_group import TokenGroup
+from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.modeling.export import InputRecord, check_manifest, check_rewards, write_folder
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.training.checkpoint.tensors import SavedWeights
