@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.parallel import DTYPES
+from rm_gallery.modeling.parallel.apply import DTYPES
 from rm_gallery.planning.devices import GIB, USABLE, Device, device
 from rm_gallery.planning.memory import Layout
 from rm_gallery.planning.shapes import ModelShape

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rm_gallery.errors import UserError, nearest
-from rm_gallery.modeling import attention
+from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.reward_model import (
     DECODERS,
     RewardModel,
@@ -138,8 +138,8 @@ def measure(config: Any, *, name: str, source: str) -> ModelShape:
     config.problem_type = "regression"
     extra = {}
     if config.model_type in DECODERS:
-        attention.install()
-        extra["attn_implementation"] = attention.NAME
+        dispatch.install()
+        extra["attn_implementation"] = dispatch.NAME
     with torch.device("meta"), quiet_transformers():
         network = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, **extra)
     model = RewardModel(network)

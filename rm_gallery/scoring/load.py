@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from rm_gallery.data.batching.packed_batch import PackedBatch
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
+from rm_gallery.distributed.cpu import keep_freed_memory
 from rm_gallery.errors import UserError
-from rm_gallery.host_memory import keep_freed_memory
 from rm_gallery.modeling.export import InputRecord, read_record, settle_pad_token
-from rm_gallery.modeling.parallel import DTYPES
+from rm_gallery.modeling.parallel.apply import DTYPES
 from rm_gallery.modeling.reward_model import (
     DECODERS,
     ENCODERS,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from rm_gallery.data.batching.plan import Plan
-from rm_gallery.distributed import World, from_main, gather
+from rm_gallery.distributed.process_group import World, from_main, gather
 from rm_gallery.errors import UserError
 from rm_gallery.training.config import TrainConfig
 

@@ -14,11 +14,10 @@ from rm_gallery.data.batching.loader import load_steps
 from rm_gallery.data.batching.plan import Plan
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
-from rm_gallery.distributed import World, processes, seed_apart, seed_everything
+from rm_gallery.distributed.cpu import bf16_slowdown, keep_freed_memory
+from rm_gallery.distributed.process_group import World, processes, seed_apart, seed_everything
 from rm_gallery.errors import StoppedBySignal, UserError
-from rm_gallery.host_memory import keep_freed_memory
-from rm_gallery.host_speed import bf16_slowdown
-from rm_gallery.modeling.parallel import TrainedWeights, apply, offload_optimizer
+from rm_gallery.modeling.parallel.apply import TrainedWeights, apply, offload_optimizer
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.training.agreement import agree_on_plan, agree_on_run

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from rm_gallery.distributed import World, turn
+from rm_gallery.distributed.process_group import World, turn
 from rm_gallery.errors import UserError
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ import numpy as np
 
 from rm_gallery.data.batching.plan import PackingConfig, Plan
 from rm_gallery.data.token_cache.arrays import TokenData
-from rm_gallery.modeling.parallel import DTYPES, TrainedWeights
+from rm_gallery.modeling.parallel.apply import DTYPES, TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.training.checkpoint import PLAN, Checkpoints, Copies, RunIdentity, RunTensors, Start, WeightsFolder
 from rm_gallery.training.config import DataConfig, TrainConfig

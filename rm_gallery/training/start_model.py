@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from rm_gallery.distributed import World
+from rm_gallery.distributed.process_group import World
 from rm_gallery.modeling.export import lacking_rows, settle_pad_token
-from rm_gallery.modeling.outline import NoOutline, WeightFiles, outline_reward_model
-from rm_gallery.modeling.parallel import Strategy, choose_strategy
+from rm_gallery.modeling.meta_init import NoOutline, WeightFiles, outline_reward_model
+from rm_gallery.modeling.parallel.apply import Strategy, choose_strategy
 from rm_gallery.modeling.reward_model import LoadedModel, RewardModel
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.inputs import build_model

@@ -12,10 +12,10 @@ from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.data.batching.prompt_sharing import plan_step
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.token_group import TokenGroup
-from rm_gallery.distributed import rank, world_size
-from rm_gallery.metrics import Sums, means
+from rm_gallery.distributed.process_group import rank, world_size
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
+from rm_gallery.objectives.metrics import Sums, means
 
 _BY_SOURCE = ("val/loss", "val/accuracy")
 _GROUPS_AT_ONCE = 4096  # packs are planned over so many groups, so that little memory is needed for any number

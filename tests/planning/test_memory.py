@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from rm_gallery.modeling import attention
-from rm_gallery.modeling.parallel import MasterWeights
+from rm_gallery.modeling.attention import dispatch
+from rm_gallery.modeling.parallel.apply import MasterWeights
 from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.planning.memory import Layout, MemoryUse, Pack, activations, step_memory
 from rm_gallery.planning.shapes import ModelShape, load_shape
@@ -26,7 +26,7 @@ PACK = Pack(8192, 8192, 8192 * 1000)
 @pytest.fixture(autouse=True)
 def fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """The formulas are of the fused kernel, which a GPU takes; on a CPU plain products may be faster."""
-    monkeypatch.setattr(attention, "_PLAIN_UP_TO", {})
+    monkeypatch.setattr(dispatch, "_PLAIN_UP_TO", {})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

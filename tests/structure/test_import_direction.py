@@ -18,11 +18,11 @@ LAYERS = [
     "rm_gallery.errors",
     "rm_gallery.schema",
     "rm_gallery.log",
-    "rm_gallery.host_memory",
-    "rm_gallery.host_speed",
-    "rm_gallery.rank_watch",
-    "rm_gallery.distributed",
-    "rm_gallery.metrics",
+    "rm_gallery.distributed.cpu",
+    "rm_gallery.distributed.cpu",
+    "rm_gallery.distributed.watchdog",
+    "rm_gallery.distributed.process_group",
+    "rm_gallery.objectives.metrics",
     "rm_gallery.data.sources",
     "rm_gallery.errors",
     "rm_gallery.data.formats",
@@ -46,22 +46,22 @@ LAYERS = [
     "rm_gallery.data.batching.plan",
     "rm_gallery.data.batching.packed_batch",
     "rm_gallery.data.batching.loader",
-    "rm_gallery.modeling.attention_layout",
-    "rm_gallery.modeling.attention_plain",
-    "rm_gallery.modeling.attention_split",
-    "rm_gallery.modeling.attention_varlen",
-    "rm_gallery.modeling.attention_flex",
-    "rm_gallery.modeling.attention",
-    "rm_gallery.modeling.layer_math",
+    "rm_gallery.modeling.attention.layout",
+    "rm_gallery.modeling.attention.cpu",
+    "rm_gallery.modeling.attention.cpu",
+    "rm_gallery.modeling.attention.varlen",
+    "rm_gallery.modeling.attention.flex",
+    "rm_gallery.modeling.attention.dispatch",
+    "rm_gallery.modeling.decoder_layers",
     "rm_gallery.modeling.decoder_layers",
     "rm_gallery.modeling.reward_model",
-    "rm_gallery.modeling.outline",
-    "rm_gallery.modeling.weights",
-    "rm_gallery.modeling.sharding",
-    "rm_gallery.modeling.liger",
-    "rm_gallery.modeling.recompute",
-    "rm_gallery.modeling.parallel",
-    "rm_gallery.modeling.export_weights",
+    "rm_gallery.modeling.meta_init",
+    "rm_gallery.modeling.parallel.master_weights",
+    "rm_gallery.modeling.parallel.fsdp",
+    "rm_gallery.modeling.parallel.apply",
+    "rm_gallery.modeling.parallel.apply",
+    "rm_gallery.modeling.parallel.apply",
+    "rm_gallery.modeling.export",
     "rm_gallery.modeling.export",
     "rm_gallery.objectives",
     "rm_gallery.training.optim",
@@ -107,7 +107,7 @@ MAY_LOAD_TRANSFORMERS = ("rm_gallery.data.tokenization.tokenizer",)
 
 MAY_IMPORT_HYDRA = ("rm_gallery.training.compose", "rm_gallery.training.config")
 RANK_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"}
-MAY_READ_RANK = {"rm_gallery.distributed": RANK_VARIABLES, "rm_gallery.log": {"RANK", "LOCAL_RANK"}}
+MAY_READ_RANK = {"rm_gallery.distributed.process_group": RANK_VARIABLES, "rm_gallery.log": {"RANK", "LOCAL_RANK"}}
 
 
 def _line_of(module: str) -> int | None:
@@ -238,7 +238,8 @@ def test_data_is_told_its_rank() -> None:
     problems = [
         f"{found.where} imports {found.target}: files in data/ get rank and world size as two integers"
         for found in imports_of("rm_gallery")
-        if within(found.source, "rm_gallery.data") and found.of("rm_gallery.distributed", "torch.distributed")
+        if within(found.source, "rm_gallery.data")
+        and found.of("rm_gallery.distributed.process_group", "torch.distributed")
     ]
     fail_on(problems)
 

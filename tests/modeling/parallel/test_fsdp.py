@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from rm_gallery.data.batching.packed_batch import collate
-from rm_gallery.distributed import World
+from rm_gallery.distributed.process_group import World
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.outline import outline_reward_model
-from rm_gallery.modeling.parallel import FsdpConfig, ModelConfig, choose_strategy
+from rm_gallery.modeling.meta_init import outline_reward_model
+from rm_gallery.modeling.parallel.apply import FsdpConfig, ModelConfig, choose_strategy
+from rm_gallery.modeling.parallel.fsdp import Cut, shard, units
+from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.modeling.reward_model import load_reward_model
-from rm_gallery.modeling.sharding import Cut, shard, units
-from rm_gallery.modeling.weights import MasterWeights
 from rm_gallery.objectives import bradley_terry
 from tests.small import DECODERS, ENCODERS, make_model, random_groups
 
@@ -74,7 +74,7 @@ def test_fsdp2_of_one_process_makes_the_step_of_one_process(
 
 def test_auto_keeps_small_models_whole_and_cuts_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = 100 * 18 * 4
-    monkeypatch.setattr("rm_gallery.modeling.parallel._memory_of_a_process", lambda world: memory)
+    monkeypatch.setattr("rm_gallery.modeling.parallel.apply._memory_of_a_process", lambda world: memory)
     world = World(0, 4, CPU)
     assert choose_strategy(ModelConfig(), world, 100) == "ddp"
     assert choose_strategy(ModelConfig(), world, 101) == "fsdp2"
@@ -95,7 +95,7 @@ def test_group_sizes_that_do_not_divide_are_refused() -> None:
 
 def test_what_does_nothing_on_a_cpu_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("rm_gallery.modeling.parallel.log.info", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr("rm_gallery.modeling.parallel.apply.log.info", lambda text, *values: said.append(text % values))
     config = ModelConfig(strategy="ddp", fsdp_config=FsdpConfig(cpu_offload=True, offload_params=True))
     assert choose_strategy(config, World(0, 2, CPU), 1) == "ddp"
     assert said == ["model.fsdp_config: offloading does nothing on a CPU, where all is in host memory already"]

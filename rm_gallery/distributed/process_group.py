@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rm_gallery.distributed.watchdog import RankWatch
 from rm_gallery.errors import StoppedBySignal, UserError
-from rm_gallery.rank_watch import RankWatch
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.liger import set_in, use_liger
+from rm_gallery.modeling.parallel.apply import set_in, use_liger
 from rm_gallery.modeling.reward_model import load_reward_model
 from tests.small import DECODERS, make_model, random_groups
 

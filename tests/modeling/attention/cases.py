@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.data.tokenization.token_group import TokenGroup
-from rm_gallery.modeling.attention import PackLayout, lay_out, reference_attention
+from rm_gallery.modeling.attention.dispatch import PackLayout, lay_out, reference_attention
 
 SHAPES: dict[str, list[tuple[int, list[int]]]] = {
     "single tokens": [(0, [1]), (1, [1]), (0, [1, 1]), (1, [1, 1, 1])],

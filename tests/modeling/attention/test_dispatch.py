@@ -11,7 +11,7 @@ import torch
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.attention import lay_out, packed_attention, reference_attention, visible
+from rm_gallery.modeling.attention.dispatch import lay_out, packed_attention, reference_attention, visible
 from tests.small import random_groups
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from rm_gallery.distributed import World, join_alone, sum_over_ranks, turn
-from rm_gallery.modeling.outline import WeightFiles
+from rm_gallery.distributed.process_group import World, join_alone, sum_over_ranks, turn
+from rm_gallery.modeling.meta_init import WeightFiles
+from rm_gallery.modeling.parallel.master_weights import TrainedWeights, matrix_names
 from rm_gallery.modeling.reward_model import RewardModel
-from rm_gallery.modeling.weights import TrainedWeights, matrix_names
 
 _NETWORK = "network."  # what a RewardModel puts before its network's names
 _WRAPPED = "_fsdp_wrapped_module."  # what FSDP1 puts between them

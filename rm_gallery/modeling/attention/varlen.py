@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rm_gallery.modeling.attention_layout import PackLayout, ranges
+from rm_gallery.modeling.attention.layout import PackLayout, ranges
 
 # T tokens, S gathered keys, N sequences, H heads, G key heads, D head dimension
 

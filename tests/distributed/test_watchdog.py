@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from rm_gallery.rank_watch import Pace, RankWatch
+from rm_gallery.distributed.watchdog import Pace, RankWatch
 
 PACE = Pace(beat=0.02, silence=0.4, short_silence=0.2, grace=1000, short_grace=1000)
 Start = Callable[..., RankWatch]
@@ -45,7 +45,7 @@ def test_a_failure_is_known_to_all_others_and_only_the_first_counts(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("rm_gallery.rank_watch.log.error", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr("rm_gallery.distributed.watchdog.log.error", lambda text, *values: said.append(text % values))
     watches = [start(rank) for rank in range(3)]
     watches[1].report("the disk is full")
     watches[2].report("lost the connection to rank 1")

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from rm_gallery.errors import UserError
-from rm_gallery.modeling import attention
-from rm_gallery.modeling.attention import attend, check, visible
-from rm_gallery.modeling.attention_flex import BLOCK, block_map, block_mask, flex_attention
-from rm_gallery.modeling.attention_split import split_attention
-from rm_gallery.modeling.attention_varlen import Sequences, cut, find_flash, varlen_attention
-from tests.modeling.attention_cases import HEADS, LONG_SHAPES, SHAPES, draw_inputs, layout_of, worst_difference
+from rm_gallery.modeling.attention import dispatch
+from rm_gallery.modeling.attention.cpu import split_attention
+from rm_gallery.modeling.attention.dispatch import attend, check, visible
+from rm_gallery.modeling.attention.flex import BLOCK, block_map, block_mask, flex_attention
+from rm_gallery.modeling.attention.varlen import Sequences, cut, find_flash, varlen_attention
+from tests.modeling.attention.cases import HEADS, LONG_SHAPES, SHAPES, draw_inputs, layout_of, worst_difference
 
 CPU = torch.device("cpu")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this file has CPU siblings")
@@ -78,8 +78,8 @@ def test_prompt_and_responses_are_apart_in_long_texts_unless_a_window_ends_withi
 ) -> None:
     layout = layout_of([(40, [length] * 8), (3, [length] * 2)], CPU)
     calls = []
-    split = attention.split_attention
-    monkeypatch.setattr(attention, "split_attention", lambda *a, **k: (calls.append(1), split(*a, **k))[1])
+    split = dispatch.split_attention
+    monkeypatch.setattr(dispatch, "split_attention", lambda *a, **k: (calls.append(1), split(*a, **k))[1])
     for grad, dtype in ((True, torch.float32), (False, torch.bfloat16), (False, torch.float32)):
         assert not calls, "not where gradients are wanted, nor in bfloat16"
         with torch.set_grad_enabled(grad):

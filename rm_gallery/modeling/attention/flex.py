@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rm_gallery.modeling.attention_layout import PackLayout
+from rm_gallery.modeling.attention.layout import PackLayout
 
 # T tokens, padded to whole blocks; M blocks; H heads, G key heads, D head dimension
 

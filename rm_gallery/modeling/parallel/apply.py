@@ -1,32 +1,39 @@
-"""How the model runs: strategy, precision and activation checkpointing, applied from outside the model."""
+"""How the model runs: strategy, precision, activation checkpointing and fused kernels, applied from outside the model.
+
+Of Liger only the functions are used, set into the library's modules: its own way of patching changes classes, and with
+them every other model of the process.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeAlias
+from functools import partial
+from types import MethodType
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from annotated_types import Ge
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from rm_gallery.distributed import World, from_main, turn
+from rm_gallery.distributed.process_group import World, from_main, turn
 from rm_gallery.errors import UserError
-from rm_gallery.modeling import attention
-from rm_gallery.modeling.attention import Setting as AttentionKernel
-from rm_gallery.modeling.liger import use_liger
-from rm_gallery.modeling.outline import WeightFiles
-from rm_gallery.modeling.recompute import Mode, enable_checkpointing
+from rm_gallery.modeling.attention import dispatch
+from rm_gallery.modeling.attention.dispatch import Setting as AttentionKernel
+from rm_gallery.modeling.meta_init import WeightFiles
+from rm_gallery.modeling.parallel.fsdp import Cut, shard, units
+from rm_gallery.modeling.parallel.master_weights import MasterWeights, TrainedWeights, copy_from_main
 from rm_gallery.modeling.reward_model import RewardModel
-from rm_gallery.modeling.sharding import Cut, shard, units
-from rm_gallery.modeling.weights import MasterWeights, TrainedWeights, copy_from_main
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "DTYPES", "FsdpConfig", "MasterWeights", "ModelConfig", "TrainedWeights", "WrapPolicyConfig", "apply",
     "choose_strategy", "offload_optimizer",
 ]  # fmt: skip
 
-log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -159,7 +166,7 @@ def apply(
     """
     fsdp = config.fsdp_config
     dtype = DTYPES[fsdp.model_dtype]
-    attention.check(config.attention, world.device, dtype, config.dropout)
+    dispatch.check(config.attention, world.device, dtype, config.dropout)
     model.attention = config.attention
     if model.padded and config.attention != "auto":
         log.info("model.attention=%s does nothing for an encoder, whose attention is the library's", config.attention)
@@ -227,6 +234,90 @@ def _compile(model: RewardModel) -> None:
     layers = units(model, 0)
     for layer in layers:
         if hasattr(layer, "self_attn"):
-            layer.self_attn.attend = torch.compiler.disable(attention.attend)  # type: ignore[union-attr]
+            layer.self_attn.attend = torch.compiler.disable(dispatch.attend)  # type: ignore[union-attr]
         layer.compile(dynamic=True)
     log.info("model.compile: %d layers, each at its first micro-batch", len(layers))
+
+
+Mode: TypeAlias = Literal["full", "selective"]
+
+_KEPT = (
+    "aten::mm", "aten::addmm",
+    "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_flash_attention_forward", "torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward",
+)  # fmt: skip
+"""What `selective` keeps: the outputs of weight matrices and of fused attention."""
+
+
+def enable_checkpointing(model: RewardModel, mode: Mode) -> None:
+    """`full` keeps each layer's input alone; `selective` also what takes long to compute, and recomputes the rest.
+
+    Plain attention on a CPU, which is made of products of its own, is computed again either way.
+    """
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    if hasattr(model.network, "activation_checkpointing_enable"):
+        model.network.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:  # its older name
+        model.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _policy(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    is_flex = operation is torch.ops.higher_order.flex_attention
+    name = operation.name().partition(".")[0] if isinstance(operation, torch._ops.OpOverload) else ""
+    return CheckpointPolicy.MUST_SAVE if is_flex or name in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def use_liger(network: nn.Module, device: torch.device) -> None:
+    """Norms and gated MLPs of a decoder by Liger's kernels; on a CPU, where they do not run, one line says so.
+
+    Raises UserError when the package is missing.
+    """
+    if device.type != "cuda":
+        log.info("model.use_liger does nothing on a CPU: Liger's kernels need a GPU")
+        return
+    try:
+        from liger_kernel.transformers import functional  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise UserError(
+            "model.use_liger=true needs the liger-kernel package: pip install 'rm-gallery[liger]'"
+        ) from error
+    count = set_in(network, functional)
+    if not count:
+        log.info("model.use_liger does nothing for %s: it has no RMS norms or gated MLPs", type(network).__name__)
+
+
+def set_in(network: nn.Module, kernels: Any) -> int:
+    """Give modules that `kernels` has a function for a `forward` that calls it; returns how many."""
+    config: Any = network.config
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    gated = {"silu": kernels.liger_swiglu, "gelu_pytorch_tanh": kernels.liger_geglu}.get(str(activation))
+
+    def norm(module: Any, hidden_states: Tensor) -> Tensor:
+        out: Tensor = kernels.liger_rms_norm(
+            hidden_states, module.weight, module.variance_epsilon, 0.0, "llama", in_place=False
+        )
+        return out
+
+    def gemma_norm(module: Any, hidden_states: Tensor) -> Tensor:  # times 1 + weight, and rounded after that
+        out: Tensor = kernels.liger_rms_norm(hidden_states, module.weight, module.eps, 1.0, "gemma", in_place=False)
+        return out
+
+    def mlp(module: Any, hidden_states: Tensor) -> Tensor:
+        assert gated is not None
+        out: Tensor = module.down_proj(gated(module.gate_proj(hidden_states), module.up_proj(hidden_states)))
+        return out
+
+    count = 0
+    for module in network.modules():
+        name = type(module).__name__
+        if name.endswith("RMSNorm"):
+            module.forward = MethodType(norm if hasattr(module, "variance_epsilon") else gemma_norm, module)
+        elif name.endswith("MLP") and hasattr(module, "gate_proj") and gated is not None:
+            module.forward = MethodType(mlp, module)
+        else:
+            continue
+        count += 1
+    return count

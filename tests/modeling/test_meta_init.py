@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.export import InputRecord, export_folder, settle_pad_token
-from rm_gallery.modeling.outline import NoOutline, outline_reward_model
+from rm_gallery.modeling.meta_init import NoOutline, outline_reward_model
 from rm_gallery.modeling.reward_model import load_reward_model
 from tests.small import DECODERS, ENCODERS, make_model, make_tokenizer
 

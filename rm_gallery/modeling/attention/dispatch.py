@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from rm_gallery.data.batching.packed_batch import PackedBatch
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.attention_flex import block_mask, flex_attention
-from rm_gallery.modeling.attention_flex import is_available as flex_is_available
-from rm_gallery.modeling.attention_layout import PackLayout, Queries, visible
-from rm_gallery.modeling.attention_plain import plain_attention
-from rm_gallery.modeling.attention_split import split_attention, suits
-from rm_gallery.modeling.attention_varlen import cut, find_flash, varlen_attention
+from rm_gallery.modeling.attention.cpu import plain_attention, split_attention, suits
+from rm_gallery.modeling.attention.flex import block_mask, flex_attention
+from rm_gallery.modeling.attention.flex import is_available as flex_is_available
+from rm_gallery.modeling.attention.layout import PackLayout, Queries, visible
+from rm_gallery.modeling.attention.varlen import cut, find_flash, varlen_attention
 
 __all__ = [
     "NAME",

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rm_gallery.data.batching.packed_batch import collate
-from rm_gallery.modeling.recompute import Mode, enable_checkpointing
+from rm_gallery.modeling.parallel.apply import Mode, enable_checkpointing
 from rm_gallery.modeling.reward_model import load_reward_model
 from rm_gallery.objectives import OBJECTIVES
 from tests.small import make_model, random_groups

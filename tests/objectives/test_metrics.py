@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rm_gallery.metrics import Sums, means, pairwise_sums
+from rm_gallery.objectives.metrics import Sums, means, pairwise_sums
 
 
 def summed(better: list[float], worse: list[float]) -> dict[str, float]:

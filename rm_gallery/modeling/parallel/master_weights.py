@@ -1,6 +1,6 @@
 """The float32 weights that the optimizer updates, and how the gradients of a step come together.
 
-`MasterWeights` keeps all of them in each process (one process, or `ddp`); `sharding.py` has those that are cut over
+`MasterWeights` keeps all of them in each process (one process, or `ddp`); `fsdp.py` has those that are cut over
 the processes.
 """
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rm_gallery.distributed import sum_over_ranks, turn, world_size
+from rm_gallery.distributed.process_group import sum_over_ranks, turn, world_size
 from rm_gallery.modeling.reward_model import RewardModel
 
 _BUCKET = 1 << 25  # numbers of one all-reduce: 128 MiB
