@@ -163,8 +163,8 @@ def _loading() -> Iterator[None]:
 
 def _train(arguments: argparse.Namespace) -> None:
     with _loading():
-        from rm_gallery.training.build import run_training
         from rm_gallery.training.config import load_config
+        from rm_gallery.training.setup import run_training
     result = run_training(load_config(arguments.config, arguments.overrides))
     if result.is_main:
         print(f"checkpoint: {result.checkpoint}")
@@ -173,7 +173,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _validate_config(arguments: argparse.Namespace) -> None:
     with _loading():
         from rm_gallery.training.config import load_config
-        from rm_gallery.training.inputs import check_inputs
+        from rm_gallery.training.data_setup import check_inputs
     config = load_config(arguments.config, arguments.overrides)
     check_inputs(config)
     print(f"configuration is valid; the run folder will be {config.trainer.run_dir}")

@@ -25,8 +25,8 @@ from rm_gallery.inspection.report import Report, ReportOptions, build_report
 from rm_gallery.inspection.survey import Side, Survey, survey
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.training.config import DataConfig, TrainConfig
-from rm_gallery.training.inputs import Side as DataSide
-from rm_gallery.training.inputs import sides_of
+from rm_gallery.training.data_setup import Side as DataSide
+from rm_gallery.training.data_setup import sides_of
 
 log = logging.getLogger(__name__)
 

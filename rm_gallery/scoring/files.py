@@ -23,10 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rm_gallery.errors import BadRow, Dropped, UserError
+from rm_gallery.progress_bar import Progress
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring.jobs import Job, ScoreOptions, name_models, plan_jobs, reward_columns
 from rm_gallery.scoring.merge import write_output
-from rm_gallery.scoring.progress import Progress
 from rm_gallery.scoring.rows import Table, find_inputs, open_table, read_group, read_values
 
 if TYPE_CHECKING:

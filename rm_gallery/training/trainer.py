@@ -23,9 +23,9 @@ from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
 from rm_gallery.objectives.metrics import Sums, means
 from rm_gallery.training.checkpoint import Progress, Start, random_state, set_random_state
+from rm_gallery.training.collectives import Ranks
 from rm_gallery.training.optim import Schedule
-from rm_gallery.training.ranks import Ranks
-from rm_gallery.training.stopping import StopSignal
+from rm_gallery.training.signals import StopSignal
 
 log = logging.getLogger(__name__)
 

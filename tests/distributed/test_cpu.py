@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rm_gallery.distributed.cpu import bf16_slowdown, keep_freed_memory
-from rm_gallery.training import build
+from rm_gallery.training import setup
 from tests import forks
 from tests.training.short_runs import train, write_data
 
@@ -62,7 +62,7 @@ def test_a_run_says_which_type_is_faster(
     in_tmp: Path, qwen2_folder: Path, monkeypatch: Any, capsys: Any, dtype: str, slowdown: float, said: bool
 ) -> None:
     write_data()
-    monkeypatch.setattr(build, "bf16_slowdown", lambda: slowdown)
+    monkeypatch.setattr(setup, "bf16_slowdown", lambda: slowdown)
     train(qwen2_folder, "run", f"model.fsdp_config.model_dtype={dtype}", "trainer.total_training_steps=1")
     sentence = "matrices 8.7 times slower in bf16 than in fp32; model.fsdp_config.model_dtype=fp32 trains faster here"
     assert (sentence in capsys.readouterr().err) == said

@@ -101,7 +101,7 @@ def test_lengths_and_savings_are_those_of_training(
 ) -> None:
     from rm_gallery.data.tokenization.tokenizer import load_tokenizer
     from rm_gallery.training.config import load_config
-    from rm_gallery.training.inputs import Side, load_side
+    from rm_gallery.training.data_setup import Side, load_side
 
     words = [f"model.partial_pretrain={qwen2_folder}", "data.train_files=train.parquet", "data.max_length=130"]
     report = show(*words, capsys=capsys)

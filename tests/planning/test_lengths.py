@@ -14,7 +14,7 @@ from rm_gallery.planning import lengths as planning_lengths
 from rm_gallery.planning.lengths import assumed_lengths, group_chars, read_lengths, tokenizer_in
 from rm_gallery.schema import Comparison, PreferenceGroup
 from rm_gallery.training.config import DataConfig
-from rm_gallery.training.inputs import Side, load_side
+from rm_gallery.training.data_setup import Side, load_side
 from tests.small import chat_pairs, text_pairs, write_pairs
 
 

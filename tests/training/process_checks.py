@@ -35,12 +35,12 @@ from rm_gallery.modeling.parallel.fsdp import ShardedWeights
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.objectives import bradley_terry
 from rm_gallery.objectives.metrics import Sums
-from rm_gallery.training.agreement import agree_on_run
+from rm_gallery.training.collectives import Ranks
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.optim import OptimConfig, build_optimizer, build_schedule
-from rm_gallery.training.ranks import Ranks
+from rm_gallery.training.setup import agree_on_run
 from rm_gallery.training.trainer import Intervals, Trainer
-from rm_gallery.training.validate import validate
+from rm_gallery.training.validation import validate
 from tests.small import make_tokenizer, random_groups
 
 FLOAT32 = FsdpConfig(model_dtype="fp32")

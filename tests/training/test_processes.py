@@ -21,7 +21,7 @@ from rm_gallery.distributed.process_group import World
 from rm_gallery.modeling.parallel.apply import FsdpConfig
 from rm_gallery.modeling.reward_model import load_reward_model
 from rm_gallery.objectives import bradley_terry
-from rm_gallery.training.validate import validate
+from rm_gallery.training.validation import validate
 from tests import forks
 from tests.small import random_groups
 from tests.training.process_checks import STRATEGIES, build, gradients

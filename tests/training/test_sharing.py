@@ -19,7 +19,7 @@ from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.token_group import Origin, TokenGroup
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.objectives import bradley_terry
-from rm_gallery.training.validate import validate
+from rm_gallery.training.validation import validate
 from tests.small import make_model, same_prompt_groups, text_pairs, write_pairs
 
 KINDS = ("qwen2", "gemma3_text", "bert")

@@ -21,8 +21,8 @@ from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.objectives import Objective, bradley_terry
 from rm_gallery.objectives.metrics import Sums
 from rm_gallery.training.checkpoint import Progress
+from rm_gallery.training.collectives import Ranks
 from rm_gallery.training.optim import OptimConfig, build_optimizer, build_schedule
-from rm_gallery.training.ranks import Ranks
 from rm_gallery.training.trainer import Intervals, Trainer
 from tests.small import DECODERS, ENCODERS, make_model, random_groups
 

@@ -15,9 +15,9 @@ from rm_gallery.core.runner.aggregator.base_aggregator import BaseAggregator
 from rm_gallery.core.runner.base_runner import BaseRunner, RunnerResult
 from rm_gallery.core.runner.grader_config import GraderConfig
 from rm_gallery.core.runner.grading_run import GradingRun
-from rm_gallery.core.runner.progress import progress_bar
 from rm_gallery.core.runner.results_file import ResultsFile
 from rm_gallery.errors import UserError
+from rm_gallery.progress_bar import progress_bar
 
 __all__ = ["Aggregator", "GraderConfig", "GradingRunner"]
 

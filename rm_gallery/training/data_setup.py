@@ -1,4 +1,4 @@
-"""What a run reads: tokenizer, model and data, each checked against the others."""
+"""What a run reads: tokenizer and data, each checked against the model and the others."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rm_gallery.data.token_cache.row_processor import Share
 from rm_gallery.data.token_cache.store import Store
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.export import InputRecord, settle_pad_token
-from rm_gallery.modeling.reward_model import ENCODERS, RewardModel, load_model_config, load_reward_model, max_positions
+from rm_gallery.modeling.export import InputRecord
+from rm_gallery.modeling.reward_model import ENCODERS, RewardModel, load_model_config, max_positions
 from rm_gallery.training.config import DataConfig, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -164,23 +164,6 @@ def _warn_of_overlap(train: TokenData, val: TokenData) -> None:
             "%d of %d groups of the validation data have a prompt that is in the training data too (first: %s); "
             "rm-gallery show-data says more", int(shared.sum()), len(val), val.where(int(shared.argmax())),
         )  # fmt: skip
-
-
-def build_model(config: TrainConfig, tokenizer: Any) -> RewardModel:
-    """The model in float32 on the CPU, with a pad token that is not EOS; says where its head comes from."""
-    loaded = load_reward_model(
-        config.model.partial_pretrain,
-        trust_remote_code=config.model.trust_remote_code,
-        dropout=config.model.dropout,
-    )
-    if config.model.trust_remote_code:
-        log.warning("model.trust_remote_code=true: Python code of the model folder may run")
-    if loaded.has_own_head:
-        log.info("reward head: kept from %s", config.model.partial_pretrain)
-    else:
-        log.info("reward head: new, initialised with trainer.seed=%d", config.trainer.seed)
-    settle_pad_token(loaded.model, tokenizer)
-    return loaded.model
 
 
 def check_data(config: TrainConfig, model: RewardModel, train: Loaded, val: Loaded | None) -> None:

@@ -12,16 +12,19 @@ from rm_gallery.distributed.process_group import World
 from rm_gallery.modeling.export import lacking_rows, settle_pad_token
 from rm_gallery.modeling.meta_init import NoOutline, WeightFiles, outline_reward_model
 from rm_gallery.modeling.parallel.apply import Strategy, choose_strategy
-from rm_gallery.modeling.reward_model import LoadedModel, RewardModel
+from rm_gallery.modeling.reward_model import (
+    LoadedModel,
+    RewardModel,
+    load_reward_model,
+)
 from rm_gallery.training.config import TrainConfig
-from rm_gallery.training.inputs import build_model
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class StartModel:
-    """What `parallel.apply` takes."""
+    """What `apply` of modeling/parallel takes."""
 
     model: RewardModel
     strategy: Strategy
@@ -71,3 +74,20 @@ def _outline(config: TrainConfig, tokenizer: Any) -> tuple[LoadedModel, WeightFi
         raise NoOutline("its embeddings get more rows for the tokenizer")
     settle_pad_token(loaded.model, tokenizer)
     return loaded, files
+
+
+def build_model(config: TrainConfig, tokenizer: Any) -> RewardModel:
+    """The model in float32 on the CPU, with a pad token that is not EOS; says where its head comes from."""
+    loaded = load_reward_model(
+        config.model.partial_pretrain,
+        trust_remote_code=config.model.trust_remote_code,
+        dropout=config.model.dropout,
+    )
+    if config.model.trust_remote_code:
+        log.warning("model.trust_remote_code=true: Python code of the model folder may run")
+    if loaded.has_own_head:
+        log.info("reward head: kept from %s", config.model.partial_pretrain)
+    else:
+        log.info("reward head: new, initialised with trainer.seed=%d", config.trainer.seed)
+    settle_pad_token(loaded.model, tokenizer)
+    return loaded.model

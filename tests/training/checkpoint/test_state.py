@@ -8,7 +8,7 @@ import random
 import numpy as np
 import torch
 
-from rm_gallery.training.checkpoint.random_state import random_state, random_state_kept, set_random_state
+from rm_gallery.training.checkpoint.state import random_state, random_state_kept, set_random_state
 
 
 def draw() -> tuple[object, ...]:

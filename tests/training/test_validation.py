@@ -12,7 +12,7 @@ from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.token_group import Origin
 from rm_gallery.modeling.reward_model import load_reward_model
 from rm_gallery.objectives import bradley_terry
-from rm_gallery.training.validate import validate
+from rm_gallery.training.validation import validate
 from tests.small import make_model, random_groups
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rm_gallery.errors import UserError
-from rm_gallery.training.run_folder import claimed, write_run_facts
+from rm_gallery.training.run_dir import claimed, write_run_facts
 
 HOLDER = """
 import fcntl, sys

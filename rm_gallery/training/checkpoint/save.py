@@ -1,30 +1,79 @@
-"""Saving: every rank writes its share, rank 0 finishes the folder; in the foreground or beside the training."""
+"""Saving: every rank writes its share, rank 0 finishes the folder; in the foreground or beside the training.
+
+The Hugging Face files of a checkpoint are written from the training state, and checked by rescoring.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import torch
 import torch.distributed.checkpoint as dcp
+from annotated_types import Ge
 from torch.distributed.checkpoint.api import CheckpointException
 
+from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.errors import UserError
-from rm_gallery.training.checkpoint.config import CheckpointConfig
-from rm_gallery.training.checkpoint.copies import Copies
-from rm_gallery.training.checkpoint.folders import FACTS_NAME, STATE_NAME, hash_files, hidden, publish
-from rm_gallery.training.checkpoint.progress import Progress
-from rm_gallery.training.checkpoint.random_state import random_state, random_state_kept
-from rm_gallery.training.checkpoint.retention import keep_newest, name_best
-from rm_gallery.training.checkpoint.tensors import RunTensors, quiet
-from rm_gallery.training.checkpoint.weights_folder import WeightsFolder
-from rm_gallery.training.ranks import Ranks
+from rm_gallery.modeling.export import InputRecord, check_manifest, check_rewards, write_folder
+from rm_gallery.modeling.reward_model import RewardModel
+from rm_gallery.training.checkpoint.folders import (
+    FACTS_NAME,
+    STATE_NAME,
+    hash_files,
+    hidden,
+    keep_newest,
+    name_best,
+    publish,
+)
+from rm_gallery.training.checkpoint.mirror import Copies
+from rm_gallery.training.checkpoint.state import (
+    Progress,
+    RunTensors,
+    SavedWeights,
+    quiet,
+    random_state,
+    random_state_kept,
+)
+from rm_gallery.training.collectives import Ranks
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Part of `trainer`: where and what to save, and where to go on from."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    default_local_dir: str = "./checkpoints/bt"
+    """Run folder; `experiment_name` is appended unless it ends with it already."""
+    save_freq: int = -1
+    """Steps between checkpoints; one is always written at the end. 0 or less: only that one."""
+    export_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the saved weights; `auto` is `model.fsdp_config.model_dtype`."""
+    resume_mode: str = "auto"
+    """`auto` goes on from the newest whole checkpoint of the run folder, `disable` refuses a folder that holds some;
+    the path or URL of a `global_step_N` folder goes on from that one."""
+    max_ckpt_to_keep: Annotated[int, Ge(1)] | None = None
+    """Newest checkpoints that are kept; null keeps all."""
+    save_best: bool = False
+    """Save after each validation with the highest `val/accuracy` so far, and never delete that checkpoint; best.json
+    names it."""
+    async_save: bool = False
+    """Write in the background: training waits for the copy to host memory only, which needs room there for this
+    process's share of weights and optimizer state."""
+    default_hdfs_dir: str | None = None
+    """A second place that finished checkpoints are copied to: any URL that fsspec knows (hdfs://, s3://, gs://).
+    `experiment_name` is appended as for the run folder; nothing is ever deleted there."""
 
 
 class Checkpoints:
@@ -196,3 +245,48 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@dataclass(frozen=True)
+class WeightsFolder:
+    """How a run writes its Hugging Face folders."""
+
+    model: RewardModel
+    tokenizer: Any
+    record: InputRecord
+    dtype: torch.dtype
+    """Of the written weights."""
+    device: torch.device
+    """Where the model computes."""
+    exact: bool
+    """Whether the model computes in float32 and the files hold it, so that no rounding hides a difference."""
+    probes: Sequence[TokenGroup]
+    """A few short groups, which are rescored."""
+
+    def write(self, folder: Path, state: Path) -> list[str]:
+        """Write the files into a folder that is there already, from a `training_state`; returns their names.
+
+        Raises OSError when the disk is full or a file came out damaged.
+        """
+        inner = folder / "model"
+        saved = SavedWeights(state)
+        write_folder(inner, self.model, saved.outline(), self.tokenizer, self.dtype, self.record, read=saved.read)
+        damaged = check_manifest(inner)
+        if damaged:
+            raise OSError(f"{damaged[0]} came out damaged; check the disk")
+        names = sorted(path.name for path in inner.iterdir())
+        for name in names:
+            os.replace(inner / name, folder / name)
+        inner.rmdir()
+        return names
+
+    def expected(self) -> list[float]:
+        """What the model gives the probes now. Every rank calls it at the same place."""
+        with self.model.inference():
+            rewards: list[float] = self.model(collate(self.probes).to(self.device)).tolist()
+        return rewards
+
+    def check(self, folder: Path, expected: Sequence[float]) -> None:
+        """Compare with what the files give. Raises UserError that names the largest difference."""
+        texts = [[*group.prefix.tolist(), *tail.tolist()] for group in self.probes for tail in group.tails]
+        check_rewards(folder, texts, expected, exact=self.exact)

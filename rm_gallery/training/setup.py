@@ -1,38 +1,52 @@
-"""From a configuration to a trained model: builds every part and hands them to the Trainer."""
+"""From a configuration to a trained model: builds every part and hands them to the Trainer.
+
+So it says what the processes of a run must agree on before they train, and what its checkpoints need to know of it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from rm_gallery.data.batching.loader import load_steps
-from rm_gallery.data.batching.plan import Plan
+from rm_gallery.data.batching.plan import PackingConfig, Plan
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.distributed.cpu import bf16_slowdown, keep_freed_memory
-from rm_gallery.distributed.process_group import World, processes, seed_apart, seed_everything
+from rm_gallery.distributed.process_group import World, from_main, gather, processes, seed_apart, seed_everything
 from rm_gallery.errors import StoppedBySignal, UserError
-from rm_gallery.modeling.parallel.apply import TrainedWeights, apply, offload_optimizer
+from rm_gallery.modeling.parallel.apply import DTYPES, TrainedWeights, apply, offload_optimizer
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import OBJECTIVES
-from rm_gallery.training.agreement import agree_on_plan, agree_on_run
-from rm_gallery.training.checkpoint import Checkpoints, RunTensors, Start, find_start
-from rm_gallery.training.config import TrainConfig
-from rm_gallery.training.inputs import Loaded, check_data, load_sides, mixture_of
+from rm_gallery.training.checkpoint import (
+    PLAN,
+    Checkpoints,
+    Copies,
+    RunIdentity,
+    RunTensors,
+    Start,
+    WeightsFolder,
+    find_start,
+)
+from rm_gallery.training.collectives import Ranks
+from rm_gallery.training.config import DataConfig, TrainConfig
+from rm_gallery.training.data_setup import Loaded, check_data, load_sides, mixture_of
+from rm_gallery.training.model_setup import StartModel, start_model
 from rm_gallery.training.optim import build_optimizer, build_schedule
-from rm_gallery.training.ranks import Ranks
-from rm_gallery.training.run_folder import claimed, draw_curves, write_run_facts
-from rm_gallery.training.run_state import build_checkpoints, model_shape, packing, run_identity
-from rm_gallery.training.start_model import StartModel, start_model
-from rm_gallery.training.stopping import StopSignal
+from rm_gallery.training.run_dir import claimed, draw_curves, write_run_facts
+from rm_gallery.training.signals import StopSignal
 from rm_gallery.training.trackers import NoTrackers, RunInfo, Trackers
 from rm_gallery.training.trainer import Intervals, Trainer
-from rm_gallery.training.validate import packer_for, validate
+from rm_gallery.training.validation import packer_for, validate
 
 log = logging.getLogger(__name__)
 
@@ -224,3 +238,108 @@ def _build_trainer(
         stop=loop.stop,
         save_best=config.trainer.save_best,
     )
+
+
+_NUM_PROBES = 4  # shortest training groups, rescored from a checkpoint
+
+
+def model_shape(model: RewardModel) -> str:
+    """The model's architecture, for a comparison of runs; to be asked before its weights are cut."""
+    parameters = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    digest = hashlib.sha256(repr(parameters).encode()).hexdigest()[:8]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return f"{model.network.config.model_type} with {count} parameters ({digest})"
+
+
+def packing(data: DataConfig) -> PackingConfig:
+    """What decides the plan, without where the data lie."""
+    return PackingConfig(**{each.name: getattr(data, each.name) for each in fields(PackingConfig)})
+
+
+def run_identity(config: TrainConfig, data: TokenData, plan: Plan, shape: str, total_steps: int) -> RunIdentity:
+    """What makes a run this run: under anything else a checkpoint is refused."""
+    return RunIdentity(
+        fixed={
+            "training data": f"fingerprint {data.fingerprint()}",
+            "trainer.seed": config.trainer.seed,
+            "model": shape,
+            PLAN: f"fingerprint {plan.fingerprint()}",
+        },
+        config=config.as_dict(),
+        total_steps=total_steps,
+        rate_at=lambda total_steps, step: build_schedule(config.optim, total_steps)(step),
+    )
+
+
+def build_checkpoints(
+    config: TrainConfig, model: RewardModel, weights: TrainedWeights, tensors: RunTensors, tokenizer: Any,
+    train: Loaded, ranks: Ranks, identity: RunIdentity, begin: Start,
+) -> Checkpoints:  # fmt: skip
+    """Every rank makes one at the same place."""
+    computes, wanted = config.model.fsdp_config.model_dtype, config.trainer.export_dtype
+    written = computes if wanted == "auto" else wanted
+    shortest = np.argsort(train.data.sizes.longest_text, kind="stable")[:_NUM_PROBES]
+    weights_folder = WeightsFolder(
+        model,
+        tokenizer,
+        train.input_record(config.data, tokenizer),
+        DTYPES[written],
+        weights.device,
+        exact=computes == written == "fp32",
+        probes=[train.data[int(index)] for index in shortest],
+    )
+    url = config.trainer.copies_url
+    return Checkpoints(
+        config.trainer.run_dir, config.trainer, tensors, weights_folder, ranks,
+        facts=identity.facts(begin.origin), copies=Copies(url) if url and ranks.rank == 0 else None,
+        latest=begin.folder,
+    )  # fmt: skip
+
+
+# Machines may keep the same files at different places; the plan's fingerprint holds what was read from them.
+_MAY_DIFFER = (
+    "model.partial_pretrain", "data.train_files", "data.val_files", "data.custom_cls.path", "data.cache_dir",
+)  # fmt: skip
+
+
+def agree_on_run(config: TrainConfig, world: World) -> TrainConfig:
+    """The configuration with rank 0's run folder: a time stamp in its name differs between machines and restarts.
+
+    Raises UserError, on every process, for a setting that is not the same everywhere.
+    """
+    if world.world_size == 1:
+        return config
+    trainer = config.trainer
+    folder, name, stands_in = from_main((trainer.default_local_dir, trainer.experiment_name, os.getcwd()))
+    if stands_in != os.getcwd():
+        folder = os.path.join(stands_in, os.path.expanduser(folder))
+    config = replace(config, trainer=replace(trainer, default_local_dir=folder, experiment_name=name))
+    settings = gather(_flat(config.as_dict()))
+    for other, found in enumerate(settings):
+        for key, value in settings[0].items():
+            if found.get(key) != value and key not in (*_MAY_DIFFER, "trainer.default_local_dir"):
+                raise UserError(
+                    f"{key}={found.get(key)} on rank {other}, but {value} on rank 0; start all with the same settings"
+                )
+    return config
+
+
+def agree_on_plan(plan: Plan) -> None:
+    """Raise UserError, on every process, when they read different data."""
+    fingerprints = gather(plan.fingerprint())
+    for other, found in enumerate(fingerprints):
+        if found != fingerprints[0]:
+            raise UserError(
+                f"data.train_files: rank {other} read other data than rank 0; give every machine the same files"
+            )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one level: `model.fsdp_config.model_dtype`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

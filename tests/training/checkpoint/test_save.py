@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from rm_gallery.training.checkpoint import saving
+from rm_gallery.training.checkpoint import save
 from rm_gallery.training.checkpoint.folders import damage
-from rm_gallery.training.checkpoint.weights_folder import WeightsFolder
+from rm_gallery.training.checkpoint.save import WeightsFolder
 from tests.training.short_runs import Lost, assert_same_run, train, when_logged, write_data
 
 
@@ -65,7 +65,7 @@ def test_lost_in_the_middle_of_a_save(
     place: str, whole: Path, qwen2_folder: Path, monkeypatch: Any, caplog: Any
 ) -> None:
     module, _, name = place.rpartition(".")
-    owner = getattr(saving, module) if module else saving
+    owner = getattr(save, module) if module else save
     original, calls = getattr(owner, name), iter(range(100))
 
     def dies(*arguments: Any, **options: Any) -> Any:

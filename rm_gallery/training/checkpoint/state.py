@@ -1,16 +1,24 @@
-"""The tensors of a run: float32 weights and optimizer state, sharded or not, for torch.distributed.checkpoint.
+"""The state of a run: its tensors for torch.distributed.checkpoint, its random states, and how far it has come.
 
-A checkpoint holds them under the model's own names, `model.NAME` and `optimizer.NAME.exp_avg`, whatever the strategy:
-another number of processes or another strategy reads the same files.
+A checkpoint holds float32 weights and optimizer state, sharded or not, under the model's own names, `model.NAME` and
+`optimizer.NAME.exp_avg`, whatever the strategy: another number of processes or another strategy reads the same files.
+Random states are plain JSON values: Python's, numpy's, torch's on the CPU and on the process's GPU.
 """
 
 from __future__ import annotations
 
+import base64
+import math
+import random
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -144,3 +152,80 @@ def _trained_module(model: RewardModel, weights: TrainedWeights) -> nn.Module:
 def quiet() -> None:
     """Switch off what the library warns about single processes; for good, since other threads save meanwhile."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+RandomState = dict[str, Any]
+
+
+def random_state() -> RandomState:
+    """The states of now."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    state = {
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
+        "torch": _text(torch.get_rng_state()),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = _text(torch.cuda.get_rng_state())
+    return state
+
+
+def set_random_state(state: RandomState) -> None:
+    """Go on drawing as `random_state` was taken; JSON in between changes nothing."""
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, numpy_keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(numpy_keys, np.uint32), *rest))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """What is drawn inside does not show outside: saving must not change the training that follows."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+def _text(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+BEST_METRIC = "val/accuracy"
+
+
+@dataclass
+class Progress:
+    """Counted by the trainer; the position in the plan is `step`."""
+
+    step: int = 0
+    """Optimizer steps that are done, those that were skipped included."""
+    bad_steps: int = 0
+    """Steps that were skipped since something was not finite."""
+    bad_in_a_row: int = 0
+    validation_pending: bool = False
+    """The validation of this step is due and was not made, since the run had to stop."""
+    last_val: dict[str, float] = field(default_factory=dict)
+    """Metrics of the last validation."""
+    best_step: int | None = None
+    """Step of the highest `val/accuracy` so far; of equals the first."""
+    best_accuracy: float | None = None
+
+    def note_accuracy(self, metrics: Mapping[str, float]) -> bool:
+        """Remember the accuracy of this step if it is the best so far; whether it is."""
+        accuracy = metrics.get(BEST_METRIC, math.nan)
+        if not accuracy > (-math.inf if self.best_accuracy is None else self.best_accuracy):
+            return False
+        self.best_step, self.best_accuracy = self.step, accuracy
+        return True
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
