@@ -20,7 +20,7 @@ from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
 from rm_gallery.errors import BadRow
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring.inputs import check_group
-from rm_gallery.scoring.load import ScoringModel
+from rm_gallery.scoring.loading import ScoringModel
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from rm_gallery.errors import UserError
-from rm_gallery.planning.known_shapes import KNOWN
-from rm_gallery.planning.shapes import load_shape
+from rm_gallery.planning.model_shape import KNOWN, load_shape
 from tests.small import DECODERS, ENCODERS, make_model
 
 

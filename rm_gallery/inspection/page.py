@@ -1,17 +1,19 @@
-"""Sections: the report in words, as blocks that terminal and HTML draw each in their way."""
+"""The page: the report in words, as the few blocks that terminal and HTML draw each in their way.
+
+Examples name their files instead of whole paths.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from rm_gallery.inspection.baselines import BaselineReport
-from rm_gallery.inspection.blocks import Bar, Bars, Block, Chart, Figure, Figures, Grid, Page, Samples, Section
 from rm_gallery.inspection.findings import Finding
-from rm_gallery.inspection.lengths import CostReport, LengthReport, LongTexts
-from rm_gallery.inspection.longer import LongerReport, SourceReport
-from rm_gallery.inspection.places import with_short_names
-from rm_gallery.inspection.report import Report, SideReport
-from rm_gallery.inspection.verdicts import percent, verdicts
+from rm_gallery.inspection.lengths import CostReport, Histogram, LengthReport, LongerReport, LongTexts, SourceReport
+from rm_gallery.inspection.report import Report, Sample, SideReport, Verdict, percent, verdicts
 
 
 def page_of(report: Report) -> Page:
@@ -220,3 +222,124 @@ def _samples(side: SideReport, unit: str) -> Section:
         f"Drawn at random; what all responses share stands first, in {unit}; {what}.",
         (Samples(side.samples, unit),),
     )
+
+
+def with_short_names(report: Report) -> Report:
+    """The same report; paths stay whole when two files have the same name, and in the list of files."""
+    files = sorted({file for side in report.sides for file in side.files}, key=len, reverse=True)
+    names = {file: os.path.basename(file) for file in files}
+    if len(set(names.values())) < len(files):
+        return report
+
+    def short(place: str) -> str:
+        for file, name in names.items():
+            place = place.replace(f"{file}:", f"{name}:")
+        return place
+
+    def findings(found: Sequence[Finding]) -> tuple[Finding, ...]:
+        return tuple(replace(each, examples=tuple(map(short, each.examples))) for each in found)
+
+    def of_side(side: SideReport) -> SideReport:
+        return replace(
+            side,
+            dropped=findings(side.dropped),
+            duplicates=findings(side.duplicates),
+            suspicious=findings(side.suspicious),
+            lengths=replace(side.lengths, examples=tuple(map(short, side.lengths.examples))),
+            samples=tuple(replace(each, where=short(each.where)) for each in side.samples),
+        )
+
+    return replace(report, sides=tuple(map(of_side, report.sides)), overlap=findings(report.overlap))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line: what, how much, and what that means."""
+
+    label: str
+    value: str
+    why: str = ""
+    examples: tuple[str, ...] = ()
+    stands_out: bool = False
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Lines below each other."""
+
+    rows: tuple[Figure, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of numbers."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar, from the left edge of its block."""
+
+    label: str
+    value: float
+    text: str
+    error: float = 0.0
+    """Half width of the error mark; 0 draws none."""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Horizontal bars on one scale."""
+
+    bars: tuple[Bar, ...]
+    start: float = 0.0
+    end: float | None = None
+    """None: the largest value."""
+    mark: tuple[float, str] | None = None
+    """A line across, with its label."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A histogram."""
+
+    title: str
+    histogram: Histogram
+    unit: str
+    mark: int | None = None
+    """`data.max_length`, where it applies."""
+    is_main: bool = False
+    """Whether it is drawn where there is little room, in a terminal."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Groups as text."""
+
+    samples: tuple[Sample, ...]
+    unit: str
+
+
+Block: TypeAlias = Figures | Grid | Bars | Chart | Samples | str
+"""A string is a remark."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A title, one line that says what is to be seen here, and the blocks."""
+
+    title: str
+    why: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Page:
+    """All of the report."""
+
+    title: str
+    lead: tuple[str, ...]
+    verdicts: tuple[Verdict, ...]
+    sections: tuple[Section, ...]

@@ -18,9 +18,9 @@ import pytest
 
 from rm_gallery.cli import main
 from rm_gallery.errors import UserError
-from rm_gallery.scoring import RewardScorer, files
-from rm_gallery.scoring.files import score_files
-from rm_gallery.scoring.jobs import ScoreOptions, name_models
+from rm_gallery.scoring import RewardScorer
+from rm_gallery.scoring import score_files as score_files_module
+from rm_gallery.scoring.score_files import ScoreOptions, name_models, score_files
 from tests.small import chat_pairs, text_pairs, write_pairs
 
 
@@ -50,7 +50,7 @@ def stop_after(parts: int) -> Any:
 @pytest.fixture
 def options(in_tmp: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> ScoreOptions:
     """200 pairs to score into `out.parquet`, in parts of 64, 64, 64 and 8 rows."""
-    monkeypatch.setattr(files, "_MOST_ROWS", 64)
+    monkeypatch.setattr(score_files_module, "_MOST_ROWS", 64)
     write_pairs(in_tmp / "pairs.parquet", [{**row, "number": n} for n, row in enumerate(text_pairs(200))])
     return ScoreOptions((str(text_folder),), ("pairs.parquet",), "out.parquet", device="cpu")
 
@@ -83,8 +83,8 @@ def test_a_stopped_run_goes_on_where_it_stopped(options: ScoreOptions, parts: in
 
 def test_a_killed_process_goes_on_where_it_was_killed(options: ScoreOptions, in_tmp: Path) -> None:
     program = (
-        "import sys, time; from rm_gallery.scoring.files import score_files; "
-        "from rm_gallery.scoring.jobs import ScoreOptions; "
+        "import sys, time; from rm_gallery.scoring.score_files import score_files; "
+        "from rm_gallery.scoring.score_files import ScoreOptions; "
         "score_files(ScoreOptions((sys.argv[1],), ('pairs.parquet',), 'out.parquet', device='cpu'), "
         "on_part=lambda rows: time.sleep(60))"
     )
@@ -213,8 +213,8 @@ def test_memory_stays_flat_since_rows_are_read_as_they_are_needed(
         sizes.append(len(chunk))
         return [([0.0, 0.0], None)] * len(chunk)
 
-    monkeypatch.setattr(files, "_score_rows", count)
-    monkeypatch.setattr(files, "_MOST_ROWS", 128)
+    monkeypatch.setattr(score_files_module, "_score_rows", count)
+    monkeypatch.setattr(score_files_module, "_MOST_ROWS", 128)
     with pytest.raises(Stopped):
         score_files(options, on_part=stop_after(5))
     score_files(options)
@@ -264,6 +264,6 @@ def test_ctrl_c_says_that_it_goes_on(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "score_files", interrupt)
+    monkeypatch.setattr(score_files_module, "score_files", interrupt)
     assert main(["score", "a.jsonl", "--output", "out", "b.jsonl", "--model", "m"]) == 130
     assert capsys.readouterr().err == "rm-gallery: stopped by Ctrl-C; the same command goes on from here\n"

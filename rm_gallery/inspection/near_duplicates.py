@@ -1,4 +1,4 @@
-"""Near duplicates: MinHash signatures of word triples, and the search for signatures that mostly agree.
+"""Near duplicates: MinHash signatures of word triples, and which signatures mostly agree and so hang together.
 
 The textbook method (32 hashes in 8 bands of 4), written over flat arrays: a library's index of Python objects would
 take gigabytes for a million pairs, this takes 64 bytes a pair.
@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from rm_gallery.inspection.components import connected
 from rm_gallery.inspection.views import WordIds
 
 # N groups, S segments (texts), W words, H hashes of a signature
@@ -121,3 +120,21 @@ def _agreement(signatures: np.ndarray, one: np.ndarray, other: np.ndarray) -> np
         for start in range(0, len(one), 65_536)
     ]
     return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def connected(count: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """[count] int64: for each thing the smallest index among all that links lead to.
+
+    left, right: [L] the two ends of each link. Example: 4 things, links 0-2 and 2-3, give [0 1 0 0].
+    """
+    label = np.arange(count)
+    while True:
+        low = np.minimum(label[left], label[right])
+        new = label.copy()
+        # Both the ends and what they point at sink to the lower label, so that chains shorten by more than a step.
+        for index in (left, right, label[left], label[right]):
+            np.minimum.at(new, index, low)
+        new = new[new]
+        if (new == label).all():
+            return label
+        label = new
