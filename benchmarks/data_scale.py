@@ -120,9 +120,9 @@ def make_model(folder: Path, tokenizer_folder: str | None, words: int) -> Path:
 
 def measure_rates(folder: Path, model: Path, words: int, repeats: int = 5) -> dict[str, float]:
     """Texts a second on one core: the library's tokenizer alone, and rows to token arrays; interleaved."""
-    from rm_gallery.data.process_rows import RowProcessor, RowsConfig, Work
-    from rm_gallery.data.source import SourceConfig, read_chunks, resolve_files
-    from rm_gallery.data.tokenize import load_tokenizer
+    from rm_gallery.data.sources import SourceConfig, read_chunks, resolve_files
+    from rm_gallery.data.token_cache.row_processor import RowProcessor, RowsConfig, Work
+    from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     file = folder / "rates.parquet"

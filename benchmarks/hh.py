@@ -96,8 +96,8 @@ def write_model(folder: Path, table: Any, size: str) -> int:
 
 def train(folder: Path, epochs: int, overrides: Sequence[str]) -> list[dict[str, float]]:
     """One run of the trainer; returns the lines of its metrics.jsonl."""
-    from rm_gallery.training.build import run_training
     from rm_gallery.training.config import load_config
+    from rm_gallery.training.setup import run_training
 
     config = load_config(
         None,

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from rm_gallery.data.batch import PackedBatch, collate
-from rm_gallery.data.token_group import TokenGroup
-from rm_gallery.modeling import attention
-from rm_gallery.modeling.parallel import MasterWeights
+from rm_gallery.data.batching.packed_batch import PackedBatch, collate
+from rm_gallery.data.tokenization.token_group import TokenGroup
+from rm_gallery.modeling.attention import dispatch
+from rm_gallery.modeling.parallel.apply import MasterWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.schema import Comparison
@@ -33,12 +33,12 @@ def build(seed: int = 0) -> RewardModel:
     from transformers import AutoModelForSequenceClassification, Qwen2Config
 
     torch.manual_seed(seed)
-    attention.install()
+    dispatch.install()
     config = Qwen2Config(
         vocab_size=4000, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, num_labels=1, pad_token_id=0,
     )  # fmt: skip
-    return RewardModel(AutoModelForSequenceClassification.from_config(config, attn_implementation=attention.NAME))
+    return RewardModel(AutoModelForSequenceClassification.from_config(config, attn_implementation=dispatch.NAME))
 
 
 def make_batch(seed: int, pairs: int = 16) -> PackedBatch:

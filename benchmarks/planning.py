@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from rm_gallery.data.micro_batches import Packer, attention_length
-from rm_gallery.data.packing import PackingConfig, Plan
-from rm_gallery.data.token_data import GroupSizes
+from rm_gallery.data.batching.bin_packing import Packer, attention_length
+from rm_gallery.data.batching.plan import PackingConfig, Plan
+from rm_gallery.data.token_cache.arrays import GroupSizes
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,8 @@ def make_groups(scorer: RewardScorer, count: int) -> list[PreferenceGroup]:
 
 def read_groups(scorer: RewardScorer, path: Path, count: int) -> list[PreferenceGroup]:
     """The first rows of a file that `rm-gallery score` reads; those that cannot be scored are left out."""
-    from rm_gallery.data.dropped import BadRow
-    from rm_gallery.scoring.rows import open_table, read_group, read_values
+    from rm_gallery.errors import BadRow
+    from rm_gallery.scoring.tables import open_table, read_group, read_values
 
     table = open_table(path)
     groups = []

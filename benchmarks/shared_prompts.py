@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from rm_gallery.data.micro_batches import Packer, attention_length
-from rm_gallery.data.packing import PackingConfig, Plan
-from rm_gallery.data.prepare import prepare
-from rm_gallery.data.sharing import sizes_of
-from rm_gallery.data.source import entries_of, resolve_files
-from rm_gallery.data.token_data import TokenData
+from rm_gallery.data.batching.bin_packing import Packer, attention_length
+from rm_gallery.data.batching.plan import PackingConfig, Plan
+from rm_gallery.data.batching.prompt_sharing import sizes_of
+from rm_gallery.data.sources import entries_of, resolve_files
+from rm_gallery.data.token_cache.arrays import TokenData
+from rm_gallery.data.token_cache.prepare import prepare
 from rm_gallery.training.config import DataConfig
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -89,7 +89,7 @@ def train_seconds(data: TokenData, packer: Packer, *, num_steps: int, **options:
     import torch
     from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
-    from rm_gallery.data.batch import collate
+    from rm_gallery.data.batching.packed_batch import collate
     from rm_gallery.modeling.reward_model import load_reward_model
     from rm_gallery.objectives import bradley_terry
 

@@ -60,11 +60,11 @@ def work(folder: Path, strategy: str, dtype: str, steps: int) -> None:
     """One process: a run whose phases are marked from outside."""
     peaks = Peaks()
     from rm_gallery.cli import main
-    from rm_gallery.training import build
+    from rm_gallery.training import setup
     from rm_gallery.training.checkpoint import Checkpoints
     from rm_gallery.training.trainer import Trainer
 
-    apply, save, step = build.apply, Checkpoints.save, Trainer.train_step
+    apply, save, step = setup.apply, Checkpoints.save, Trainer.train_step
 
     def marked_apply(*arguments: Any, **options: Any) -> Any:
         result = apply(*arguments, **options)
@@ -81,7 +81,7 @@ def work(folder: Path, strategy: str, dtype: str, steps: int) -> None:
         return save(*arguments, **options)
 
     peaks.bytes["between"] = 0
-    build.apply, Checkpoints.save, Trainer.train_step = marked_apply, marked_save, marked_step  # type: ignore[assignment]
+    setup.apply, Checkpoints.save, Trainer.train_step = marked_apply, marked_save, marked_step  # type: ignore[assignment]
     time.sleep(0.1)
     peaks.phase = "start-up"
     rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")

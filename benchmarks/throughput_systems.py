@@ -76,8 +76,8 @@ def ours(folder: Path, dtype: str, token_budget: int) -> dict[str, float]:
     import tempfile
 
     from benchmarks.matrix_rate import matrix_rate, operations
-    from rm_gallery.training.build import run_training
     from rm_gallery.training.config import load_config
+    from rm_gallery.training.setup import run_training
     from rm_gallery.training.trainer import Trainer
 
     done: list[tuple[Any, ...]] = []

@@ -163,8 +163,8 @@ def _loading() -> Iterator[None]:
 
 def _train(arguments: argparse.Namespace) -> None:
     with _loading():
-        from rm_gallery.training.build import run_training
         from rm_gallery.training.config import load_config
+        from rm_gallery.training.setup import run_training
     result = run_training(load_config(arguments.config, arguments.overrides))
     if result.is_main:
         print(f"checkpoint: {result.checkpoint}")
@@ -173,14 +173,14 @@ def _train(arguments: argparse.Namespace) -> None:
 def _validate_config(arguments: argparse.Namespace) -> None:
     with _loading():
         from rm_gallery.training.config import load_config
-        from rm_gallery.training.inputs import check_inputs
+        from rm_gallery.training.data_setup import check_inputs
     config = load_config(arguments.config, arguments.overrides)
     check_inputs(config)
     print(f"configuration is valid; the run folder will be {config.trainer.run_dir}")
 
 
 def _show_data(arguments: argparse.Namespace) -> None:
-    from rm_gallery.inspection.show import show_data
+    from rm_gallery.inspection.command import show_data
 
     show_data(
         arguments.config, arguments.overrides, html=arguments.html, as_json=arguments.json, samples=arguments.samples
@@ -191,9 +191,8 @@ def _estimate(arguments: argparse.Namespace) -> None:
     from rm_gallery.planning.config import load_estimate_config
 
     config = load_estimate_config(arguments.config, arguments.overrides)
-    from rm_gallery.planning.advice import advise
     from rm_gallery.planning.estimate import estimate
-    from rm_gallery.planning.report import as_text, as_values
+    from rm_gallery.planning.report import advise, as_text, as_values
 
     found = estimate(config)
     advice = None if found.fits else advise(found)
@@ -201,8 +200,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from rm_gallery.scoring.files import score_files
-    from rm_gallery.scoring.jobs import ScoreOptions
+    from rm_gallery.scoring.score_files import ScoreOptions, score_files
 
     options = ScoreOptions(
         models=tuple(arguments.model),

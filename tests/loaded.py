@@ -16,7 +16,7 @@ for _name in (
     "pydantic.type_adapter",
     "pytest",
     "rm_gallery.cli",
-    "rm_gallery.training.build",
+    "rm_gallery.training.setup",
     "rm_gallery.training.compose",
     "tests.small",
     "torch.distributed.checkpoint._fsspec_filesystem",

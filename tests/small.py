@@ -108,7 +108,7 @@ def random_groups(seed: int, *, vocab: int = 264, most: int = 40) -> list[Any]:
     """TokenGroups of all shapes: empty prefixes, single tokens, one to five responses."""
     import numpy as np
 
-    from rm_gallery.data.token_group import TokenGroup
+    from rm_gallery.data.tokenization.token_group import TokenGroup
     from rm_gallery.schema import Comparison
 
     draw = np.random.default_rng(seed)
@@ -124,7 +124,7 @@ def same_prompt_groups(seed: int, *, vocab: int = 264) -> list[list[Any]]:
     """TokenGroups by prompt: rankings of up to 16 and pairs, with responses in common, equal, or beginning alike."""
     import numpy as np
 
-    from rm_gallery.data.token_group import TokenGroup, split_prefix
+    from rm_gallery.data.tokenization.token_group import TokenGroup, split_prefix
     from rm_gallery.schema import Comparison
 
     draw = np.random.default_rng(seed)

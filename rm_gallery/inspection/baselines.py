@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from rm_gallery.inspection.duplicates import CONSTANT_SHARE
-from rm_gallery.inspection.reservoir import Reservoir
 from rm_gallery.inspection.views import WORD_PATTERN
+from rm_gallery.sampling import Reservoir
 
 # P sampled pairs, F features
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rm_gallery.inspection.findings import MAX_EXAMPLES, Finding
-from rm_gallery.inspection.near import near_clusters
+from rm_gallery.inspection.near_duplicates import near_clusters
 from rm_gallery.inspection.table import Table
 
 CONSTANT_SHARE = 0.5

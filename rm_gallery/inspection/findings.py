@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rm_gallery.data.dropped import Dropped
+from rm_gallery.errors import Dropped
 
 MAX_EXAMPLES = 3
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rm_gallery.inspection.near import Signatures
+from rm_gallery.inspection.near_duplicates import Signatures
 from rm_gallery.inspection.views import GroupView, hash_text, words_of
 from rm_gallery.schema import Comparison, PreferenceGroup
 
@@ -30,7 +30,7 @@ class Table:
     source: np.ndarray
     """[N] int64: index into `sources`."""
     signatures: np.ndarray
-    """[N, 32] uint16, see near.py."""
+    """[N, 32] uint16, see near_duplicates.py."""
     comparable: np.ndarray
     """[N] bool: long enough for near duplicates."""
     first_response: np.ndarray

@@ -11,10 +11,10 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from rm_gallery.inspection.blocks import Bars, Block, Chart, Figures, Grid, Page, Samples
-from rm_gallery.inspection.encoders import Piece
-from rm_gallery.inspection.safe_text import one_line, visible
-from rm_gallery.inspection.samples import Sample, Stretch
+from rm_gallery.inspection.html import one_line, visible
+from rm_gallery.inspection.page import Bars, Block, Chart, Figures, Grid, Page, Samples
+from rm_gallery.inspection.report import Sample, Stretch
+from rm_gallery.inspection.views import Piece
 
 MAX_WIDTH = 100
 _LEVELS = {"act": ("!!", "bold red"), "know": ("! ", "yellow"), "good": ("ok", "green")}

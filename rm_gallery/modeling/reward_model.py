@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from rm_gallery.data.batch import PackedBatch
+from rm_gallery.data.batching.packed_batch import PackedBatch
 from rm_gallery.errors import UserError
-from rm_gallery.modeling import attention
+from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.decoder_layers import adapt
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class RewardModel(nn.Module):
         self.network = network
         self.padded = network.config.model_type not in DECODERS
         """Whether texts are padded (encoders) or packed with shared prompts (decoders)."""
-        self.attention: attention.Setting = "auto"
+        self.attention: dispatch.Setting = "auto"
         # The head computes in its own type, which stays float32 whatever the backbone's type is.
         self.head.register_forward_pre_hook(_cast_input)
         self._reads_only_rewards = not self.padded and adapt(self._backbone)
@@ -80,7 +80,7 @@ class RewardModel(nn.Module):
             input_ids=batch.input_ids.unsqueeze(0),
             position_ids=batch.positions.unsqueeze(0),
             use_cache=False,
-            packed=attention.lay_out(batch, self.attention),
+            packed=dispatch.lay_out(batch, self.attention),
         ).last_hidden_state[0]  # [R, D], or [T, D]
         if not self._reads_only_rewards:
             hidden = hidden.index_select(0, batch.reward_index)
@@ -187,8 +187,8 @@ def network_class_arguments(
             setattr(config, name, dropout)
     extra = {}
     if config.model_type in DECODERS:
-        attention.install()
-        extra["attn_implementation"] = attention.NAME
+        dispatch.install()
+        extra["attn_implementation"] = dispatch.NAME
     return config, extra
 
 

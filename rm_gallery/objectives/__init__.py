@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from rm_gallery.data.batch import PackedBatch
+from rm_gallery.data.batching.packed_batch import PackedBatch
 from rm_gallery.objectives.bradley_terry import bradley_terry
 
 Objective: TypeAlias = Callable[[Tensor, PackedBatch], tuple[Tensor, dict[str, Tensor]]]

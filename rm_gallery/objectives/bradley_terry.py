@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from rm_gallery.data.batch import PackedBatch
-from rm_gallery.metrics import pairwise_sums
+from rm_gallery.data.batching.packed_batch import PackedBatch
+from rm_gallery.objectives.metrics import pairwise_sums
 
 
 def bradley_terry(rewards: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.parallel import DTYPES
+from rm_gallery.modeling.parallel.apply import DTYPES
 from rm_gallery.planning.devices import GIB, USABLE, Device, device
 from rm_gallery.planning.memory import Layout
-from rm_gallery.planning.shapes import ModelShape
+from rm_gallery.planning.model_shape import ModelShape
 from rm_gallery.training.config import TrainConfig, check_config, read_values
 
 _SHORT = {"model": "model.partial_pretrain", "data": "data.train_files"}

@@ -66,7 +66,7 @@ def device(kind: str, *, num_processes: int, dtype: str) -> Device:
         return GPUS[kind]
     import torch
 
-    from rm_gallery.host_speed import matrix_flops
+    from rm_gallery.distributed.cpu import matrix_flops
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     rate = matrix_flops(torch.bfloat16 if dtype == "bf16" else torch.float32, seconds=0.5) / num_processes

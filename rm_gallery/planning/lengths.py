@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from rm_gallery.data.dropped import Dropped
 from rm_gallery.data.formats import SAMPLE_ROWS, choose_format, read_groups
-from rm_gallery.data.process_rows import RowProcessor, Work
-from rm_gallery.data.source import Row, read_rows, resolve_files
-from rm_gallery.data.token_data import GroupSizes
-from rm_gallery.data.tokenize import load_tokenizer
-from rm_gallery.errors import UserError
+from rm_gallery.data.sources import Row, read_rows, resolve_files
+from rm_gallery.data.token_cache.arrays import GroupSizes
+from rm_gallery.data.token_cache.row_processor import RowProcessor, Work
+from rm_gallery.data.tokenization.tokenizer import load_tokenizer
+from rm_gallery.errors import Dropped, UserError
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.training.config import DataConfig
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from rm_gallery.planning.shapes import ModelShape
+from rm_gallery.planning.model_shape import ModelShape
 
 # w: bytes of a number in the compute type, 2 or 4; D hidden, I intermediate, Q query heads x head dim, K key heads x it
 

@@ -13,14 +13,14 @@ from typing import TypeAlias
 
 import torch
 
-from rm_gallery.data.batch import collate
-from rm_gallery.data.dropped import BadRow
-from rm_gallery.data.encode import Encoder
-from rm_gallery.data.token_group import TokenGroup, split_prefix
-from rm_gallery.data.tokenize import TokenizeConfig
+from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.data.tokenization.encoder import Encoder
+from rm_gallery.data.tokenization.token_group import TokenGroup, split_prefix
+from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
+from rm_gallery.errors import BadRow
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring.inputs import check_group
-from rm_gallery.scoring.load import ScoringModel
+from rm_gallery.scoring.loading import ScoringModel
 
 log = logging.getLogger(__name__)
 

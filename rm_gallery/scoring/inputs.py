@@ -9,9 +9,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from rm_gallery.data.dropped import BadRow
 from rm_gallery.data.formats import as_messages, without_repeats
-from rm_gallery.errors import UserError
+from rm_gallery.errors import BadRow, UserError
 from rm_gallery.schema import InputStyle, Message, PreferenceGroup
 
 log = logging.getLogger(__name__)

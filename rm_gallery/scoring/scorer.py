@@ -11,10 +11,10 @@ from typing import Literal
 
 from rm_gallery.modeling.export import InputRecord
 from rm_gallery.schema import Message, PreferenceGroup
-from rm_gallery.scoring.batching import Batcher, Rewards, describe
+from rm_gallery.scoring.batcher import Batcher, Rewards, describe
 from rm_gallery.scoring.engine import Encoded, Engine, Unit
 from rm_gallery.scoring.inputs import InputBuilder, Pair, Text
-from rm_gallery.scoring.load import ScoringModel, load_folder
+from rm_gallery.scoring.loading import ScoringModel, load_folder
 
 
 class RewardScorer:

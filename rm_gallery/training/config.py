@@ -12,12 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from rm_gallery.data.batching.plan import PackingConfig
 from rm_gallery.data.custom import check_custom_class
-from rm_gallery.data.packing import PackingConfig
-from rm_gallery.data.prepare import PrepareConfig
-from rm_gallery.data.source import SourceConfig, check_val_fraction, entry_problems, find_files
+from rm_gallery.data.sources import SourceConfig, check_val_fraction, entry_problems, find_files
+from rm_gallery.data.token_cache.prepare import PrepareConfig
 from rm_gallery.errors import UserError, nearest
-from rm_gallery.modeling.parallel import ModelConfig
+from rm_gallery.modeling.parallel.apply import ModelConfig
 from rm_gallery.training.checkpoint import CheckpointConfig, refuse_earlier_run
 from rm_gallery.training.compose import compose
 from rm_gallery.training.optim import OptimConfig

@@ -15,17 +15,17 @@ import torch
 from annotated_types import Ge, Gt
 from torch import nn
 
-from rm_gallery.data.loader import StepBatches
-from rm_gallery.distributed import sum_numbers
+from rm_gallery.data.batching.loader import StepBatches
+from rm_gallery.distributed.process_group import sum_numbers
 from rm_gallery.errors import StoppedBySignal, TrainingStopped
-from rm_gallery.metrics import Sums, means
-from rm_gallery.modeling.parallel import TrainedWeights
+from rm_gallery.modeling.parallel.apply import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
+from rm_gallery.objectives.metrics import Sums, means
 from rm_gallery.training.checkpoint import Progress, Start, random_state, set_random_state
+from rm_gallery.training.collectives import Ranks
 from rm_gallery.training.optim import Schedule
-from rm_gallery.training.ranks import Ranks
-from rm_gallery.training.stopping import StopSignal
+from rm_gallery.training.signals import StopSignal
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from rm_gallery.data.dropped import Dropped
-from rm_gallery.data.process_rows import RowProcessor, RowsConfig, Work
-from rm_gallery.data.source import Row
-from rm_gallery.data.token_arrays import with_starts
-from rm_gallery.data.token_data import GroupSizes, TokenData
-from rm_gallery.data.token_group import TokenGroup
+from rm_gallery.data.sources import Row
+from rm_gallery.data.token_cache.arrays import GroupSizes, TokenData, with_starts
+from rm_gallery.data.token_cache.row_processor import RowProcessor, RowsConfig, Work
+from rm_gallery.data.tokenization.token_group import TokenGroup
+from rm_gallery.errors import Dropped
 from rm_gallery.schema import Comparison, PreferenceGroup
 
 PAIR = (Comparison(0, 1),)

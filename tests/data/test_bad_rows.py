@@ -14,10 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rm_gallery.data.dropped import BadRow, Dropped
 from rm_gallery.data.formats import FormatConfig, RowReader, prompt_key, read_groups
-from rm_gallery.data.source import Row, SourceConfig, read_rows, resolve_files
-from rm_gallery.errors import UserError
+from rm_gallery.data.sources import Row, SourceConfig, read_rows, resolve_files
+from rm_gallery.errors import BadRow, Dropped, UserError
 from rm_gallery.schema import PreferenceGroup
 from tests.data.damage import FAULTS, HARMLESS, MISSING, SAMPLES, Place, Sample, damaged, places
 

@@ -10,12 +10,12 @@ from typing import Any
 import fsspec
 import pytest
 
-from rm_gallery.data.dropped import Dropped
 from rm_gallery.data.formats import FormatConfig, read_groups
-from rm_gallery.data.source import Row, SourceConfig, read_rows, resolve_files
+from rm_gallery.data.sources import Row, SourceConfig, read_rows, resolve_files
+from rm_gallery.errors import Dropped
 from rm_gallery.schema import PreferenceGroup
 from tests.data.damage import SAMPLES
-from tests.data.source.writing import KEY, WRITERS, save_to_disk, write
+from tests.data.sources.writing import KEY, WRITERS, save_to_disk, write
 
 KINDS = [*WRITERS, "arrow folder", "folder", "glob", "memory URL"]
 FLAT = ("csv", "tsv", "csv.gz")  # cells are text: lists and messages as their JSON

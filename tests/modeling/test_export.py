@@ -20,7 +20,7 @@ from rm_gallery.modeling.export import (
     read_record,
     settle_pad_token,
 )
-from rm_gallery.modeling.parallel import MasterWeights
+from rm_gallery.modeling.parallel.apply import MasterWeights
 from rm_gallery.modeling.reward_model import load_reward_model
 from tests.small import make_model, make_tokenizer
 
@@ -140,7 +140,7 @@ def test_several_files_hold_the_same_tensors_as_one(qwen2_folder: Path, tmp_path
     from safetensors.torch import load_file
     from transformers import AutoModelForSequenceClassification
 
-    from rm_gallery.modeling.export_weights import write_weights
+    from rm_gallery.modeling.export import write_weights
 
     folder = export(qwen2_folder, tmp_path / "one")
     state = load_file(folder / "model.safetensors")

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rm_gallery.data.batch import PackedBatch, collate
-from rm_gallery.metrics import Sums
+from rm_gallery.data.batching.packed_batch import PackedBatch, collate
+from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
-from rm_gallery.modeling.weights import MasterWeights
 from rm_gallery.objectives import OBJECTIVES
+from rm_gallery.objectives.metrics import Sums
 from tests.small import DECODERS, make_model, random_groups
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from rm_gallery.data.batch import PackedBatch, collate
-from rm_gallery.data.token_group import TokenGroup
+from rm_gallery.data.batching.packed_batch import PackedBatch, collate
+from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.objectives.bradley_terry import bradley_terry
 from rm_gallery.schema import Comparison
 

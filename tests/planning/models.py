@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from rm_gallery.data.batch import PackedBatch, collate
-from rm_gallery.data.token_group import TokenGroup
+from rm_gallery.data.batching.packed_batch import PackedBatch, collate
+from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.planning.memory import Pack
-from rm_gallery.planning.shapes import ModelShape, load_shape
+from rm_gallery.planning.model_shape import ModelShape, load_shape
 from rm_gallery.schema import Comparison
 from tests.small import make_model
 

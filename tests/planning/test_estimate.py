@@ -11,7 +11,7 @@ import pytest
 
 from rm_gallery.cli import main
 from rm_gallery.planning.config import EstimateConfig, device_of, layout_of, load_estimate_config
-from rm_gallery.planning.shapes import load_shape
+from rm_gallery.planning.model_shape import load_shape
 from rm_gallery.training.problems import known_keys
 from tests.small import text_pairs, write_pairs
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from rm_gallery.modeling import attention
-from rm_gallery.modeling.parallel import MasterWeights
+from rm_gallery.modeling.attention import dispatch
+from rm_gallery.modeling.parallel.apply import MasterWeights
 from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.planning.memory import Layout, MemoryUse, Pack, activations, step_memory
-from rm_gallery.planning.shapes import ModelShape, load_shape
+from rm_gallery.planning.model_shape import ModelShape, load_shape
 from rm_gallery.training.optim import OptimConfig, build_optimizer
 from tests.planning.models import batch_and_pack, bytes_kept, model_and_shape
 from tests.small import DECODERS, ENCODERS
@@ -26,7 +26,7 @@ PACK = Pack(8192, 8192, 8192 * 1000)
 @pytest.fixture(autouse=True)
 def fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """The formulas are of the fused kernel, which a GPU takes; on a CPU plain products may be faster."""
-    monkeypatch.setattr(attention, "_PLAIN_UP_TO", {})
+    monkeypatch.setattr(dispatch, "_PLAIN_UP_TO", {})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

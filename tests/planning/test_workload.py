@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from rm_gallery.data.packing import PackingConfig
-from rm_gallery.data.token_data import GroupSizes
+from rm_gallery.data.batching.plan import PackingConfig
+from rm_gallery.data.token_cache.arrays import GroupSizes
+from rm_gallery.planning.estimate import bytes_per_step, flops_per_token, fullest_pack, plan_workload
 from rm_gallery.planning.lengths import Lengths, assumed_lengths
 from rm_gallery.planning.memory import Layout
-from rm_gallery.planning.shapes import load_shape
-from rm_gallery.planning.workload import bytes_per_step, flops_per_token, fullest_pack, plan_workload
+from rm_gallery.planning.model_shape import load_shape
 from tests.planning.models import batch_and_pack, model_and_shape
 
 

@@ -1,4 +1,4 @@
-"""Scoring on a GPU; the siblings on the CPU are in test_one_reward.py and test_batching.py."""
+"""Scoring on a GPU; the siblings on the CPU are in test_one_reward.py and test_batcher.py."""
 
 from __future__ import annotations
 

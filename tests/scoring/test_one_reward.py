@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rm_gallery.data.batch import collate
-from rm_gallery.data.token_group import split_prefix
+from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.data.tokenization.token_group import split_prefix
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring import RewardScorer

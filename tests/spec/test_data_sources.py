@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rm_gallery.cli import main
-from tests.data.source.stand_in import Repository, StandIn, serving
+from tests.data.sources.stand_in import Repository, StandIn, serving
 from tests.small import text_pairs, write_pairs
 from tests.spec.text import tab_blocks
 

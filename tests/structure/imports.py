@@ -57,7 +57,7 @@ def _imports_in(path: Path) -> Iterator[Import]:
         elif isinstance(node, ast.ImportFrom):
             base = _absolute(node, package)
             for alias in node.names:
-                # `from rm_gallery.data import source` means the module; `... import Row` the file it is written in
+                # `from rm_gallery.data import sources` means the module; `... import Row` the file it is written in
                 inner = f"{base}.{alias.name}"
                 target = inner if inner in modules() else base
                 yield Import(source, target, path, node.lineno, wildcard=alias.name == "*")

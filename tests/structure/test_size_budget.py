@@ -6,14 +6,14 @@ import ast
 
 from tests.structure.tree import ROOT, at, fail_on, parse, project_files, python_files
 
-MAX_FILE_LINES = 400
+MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 80
 SOURCE_SUFFIXES = {".py", ".sh", ".yaml", ".yml", ".toml", ".cfg", ".ini"}
 SOURCE_NAMES = {"Makefile", "run", "constraints.txt"}
 UTILS_HOMES = ("rm_gallery/core/utils/", "tests/core/utils/")  # a public path and its tests; no other of that name
 
 
-def test_no_file_passes_400_lines() -> None:
+def test_no_file_passes_450_lines() -> None:
     problems = []
     for path in python_files():
         num_lines = len(path.read_text(encoding="utf-8").splitlines())

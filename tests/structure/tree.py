@@ -71,7 +71,7 @@ def at(path: Path, line: int = 1) -> str:
 
 
 def module_name(path: Path) -> str:
-    """rm_gallery/data/source.py -> rm_gallery.data.source; a folder's __init__.py is the folder."""
+    """rm_gallery/data/sources/hub.py -> rm_gallery.data.sources.hub; a folder's __init__.py is the folder."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from rm_gallery.training import build
+from rm_gallery.training import setup
 
 
 @pytest.fixture(autouse=True)
 def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "curves" not in request.keywords:
-        monkeypatch.setattr(build, "draw_curves", lambda run_dir: None)
+        monkeypatch.setattr(setup, "draw_curves", lambda run_dir: None)

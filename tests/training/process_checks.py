@@ -21,27 +21,26 @@ from typing import Any
 
 import torch
 
-from rm_gallery import distributed
-from rm_gallery.data.batch import collate
-from rm_gallery.data.loader import StepBatches
-from rm_gallery.data.token_data import TokenData
-from rm_gallery.data.token_group import Origin
-from rm_gallery.distributed import World, processes
+from rm_gallery.data.batching.loader import StepBatches
+from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.data.token_cache.arrays import TokenData
+from rm_gallery.data.tokenization.token_group import Origin
+from rm_gallery.distributed import process_group
+from rm_gallery.distributed.process_group import World, processes
 from rm_gallery.errors import UserError
-from rm_gallery.metrics import Sums
-from rm_gallery.modeling.export import InputRecord, export_folder
-from rm_gallery.modeling.export_weights import write_weights
-from rm_gallery.modeling.outline import outline_reward_model
-from rm_gallery.modeling.parallel import FsdpConfig, ModelConfig, Strategy, TrainedWeights, apply
+from rm_gallery.modeling.export import InputRecord, export_folder, write_weights
+from rm_gallery.modeling.meta_init import outline_reward_model
+from rm_gallery.modeling.parallel.apply import FsdpConfig, ModelConfig, Strategy, TrainedWeights, apply
+from rm_gallery.modeling.parallel.fsdp import ShardedWeights
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
-from rm_gallery.modeling.sharding import ShardedWeights
 from rm_gallery.objectives import bradley_terry
-from rm_gallery.training.agreement import agree_on_run
+from rm_gallery.objectives.metrics import Sums
+from rm_gallery.training.collectives import Ranks
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.optim import OptimConfig, build_optimizer, build_schedule
-from rm_gallery.training.ranks import Ranks
+from rm_gallery.training.setup import agree_on_run
 from rm_gallery.training.trainer import Intervals, Trainer
-from rm_gallery.training.validate import validate
+from rm_gallery.training.validation import validate
 from tests.small import make_tokenizer, random_groups
 
 FLOAT32 = FsdpConfig(model_dtype="fp32")
@@ -84,7 +83,7 @@ def squares(found: Mapping[str, Any], weights: TrainedWeights) -> dict[str, floa
         gradient = found.get(name)
         local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
         value = 0.0 if local is None else float(local.double().square().sum())
-        whole[name] = distributed.sum_numbers(value)[0] if isinstance(weights, ShardedWeights) else value
+        whole[name] = process_group.sum_numbers(value)[0] if isinstance(weights, ShardedWeights) else value
     return whole
 
 
@@ -227,7 +226,7 @@ def the_run_folder_is_that_of_rank_0(folder: Path, world: World) -> Any:
 def who_does_not_come_is_named(folder: Path, world: World) -> Any:
     if world.rank == 1:
         time.sleep(1.0)
-    return refusal(lambda: distributed.barrier("the test", 0.3))
+    return refusal(lambda: process_group.barrier("the test", 0.3))
 
 
 def refusal(act: Callable[[], Any]) -> str:
@@ -257,7 +256,7 @@ def main(folder: Path) -> None:
         if attempt == 0:
             if world.rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            distributed.gather("lost")
+            process_group.gather("lost")
         found = {check.__name__: check(folder / "model", world) for check in CHECKS}
         (folder / f"{world.rank}.json").write_text(json.dumps({"attempt": attempt, **found}))
 

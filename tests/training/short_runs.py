@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rm_gallery.cli import main
-from rm_gallery.training.trackers.json_lines import JsonLines
+from rm_gallery.training.trackers.base import JsonLines
 from tests.small import text_pairs, write_pairs
 
 NOT_COMPARED = ("time", "perf/pairs_per_second", "perf/tokens_per_second", "perf/step_seconds")

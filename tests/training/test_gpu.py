@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rm_gallery.cli import main
-from rm_gallery.data.batch import collate
+from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.modeling.reward_model import load_reward_model
 from rm_gallery.modeling.weights import MasterWeights
 from rm_gallery.training.trainer import Trainer

@@ -1,4 +1,4 @@
-"""Strategies on GPUs; each test has a sibling on the CPU in test_strategies.py, test_processes.py and test_sharding.py.
+"""Strategies on GPUs; each test has a sibling on the CPU in test_strategies.py, test_processes.py and test_fsdp.py.
 
 Started by torchrun on two GPUs; offloading on one as well.
 """

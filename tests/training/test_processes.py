@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rm_gallery.data.token_data import TokenData
-from rm_gallery.data.token_group import Origin
-from rm_gallery.distributed import World
-from rm_gallery.modeling.parallel import FsdpConfig
+from rm_gallery.data.token_cache.arrays import TokenData
+from rm_gallery.data.tokenization.token_group import Origin
+from rm_gallery.distributed.process_group import World
+from rm_gallery.modeling.parallel.apply import FsdpConfig
 from rm_gallery.modeling.reward_model import load_reward_model
 from rm_gallery.objectives import bradley_terry
-from rm_gallery.training.validate import validate
+from rm_gallery.training.validation import validate
 from tests import forks
 from tests.small import random_groups
 from tests.training.process_checks import STRATEGIES, build, gradients
@@ -141,12 +141,12 @@ def test_the_loss_of_a_process_on_another_machine_ends_the_run_and_is_named(tmp_
     script = tmp_path / "lost.py"
     script.write_text(
         "import os, signal, torch\n"
-        "from rm_gallery import distributed\n"
-        "with distributed.processes('cpu') as world:\n"
-        "    distributed.sum_over_ranks(torch.ones(1))\n"
+        "from rm_gallery.distributed import process_group\n"
+        "with process_group.processes('cpu') as world:\n"
+        "    process_group.sum_over_ranks(torch.ones(1))\n"
         "    if world.rank == 1:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    distributed.sum_over_ranks(torch.ones(1))\n"
+        "    process_group.sum_over_ranks(torch.ones(1))\n"
     )
     meeting = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={forks.free_port()}")
     nodes = [

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rm_gallery.data.batch import PackedBatch
+from rm_gallery.data.batching.packed_batch import PackedBatch
 from rm_gallery.objectives import OBJECTIVES, bradley_terry
 from tests.small import make_model, text_pairs, write_pairs
 from tests.training.short_runs import Lost, assert_same_run, lose, rows, send, train, when_logged, write_data

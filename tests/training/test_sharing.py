@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from rm_gallery.cli import main
-from rm_gallery.data.batch import collate
-from rm_gallery.data.micro_batches import Packer
-from rm_gallery.data.sharing import plan_step
-from rm_gallery.data.token_data import TokenData
-from rm_gallery.data.token_group import Origin, TokenGroup
+from rm_gallery.data.batching.bin_packing import Packer
+from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.data.batching.prompt_sharing import plan_step
+from rm_gallery.data.token_cache.arrays import TokenData
+from rm_gallery.data.tokenization.token_group import Origin, TokenGroup
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.objectives import bradley_terry
-from rm_gallery.training.validate import validate
+from rm_gallery.training.validation import validate
 from tests.small import make_model, same_prompt_groups, text_pairs, write_pairs
 
 KINDS = ("qwen2", "gemma3_text", "bert")

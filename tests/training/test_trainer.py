@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from rm_gallery.data.batch import PackedBatch, collate
-from rm_gallery.data.loader import StepBatches
-from rm_gallery.distributed import World
+from rm_gallery.data.batching.loader import StepBatches
+from rm_gallery.data.batching.packed_batch import PackedBatch, collate
+from rm_gallery.distributed.process_group import World
 from rm_gallery.errors import TrainingStopped
-from rm_gallery.metrics import Sums
-from rm_gallery.modeling.parallel import MasterWeights
+from rm_gallery.modeling.parallel.apply import MasterWeights
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.objectives import Objective, bradley_terry
+from rm_gallery.objectives.metrics import Sums
 from rm_gallery.training.checkpoint import Progress
+from rm_gallery.training.collectives import Ranks
 from rm_gallery.training.optim import OptimConfig, build_optimizer, build_schedule
-from rm_gallery.training.ranks import Ranks
 from rm_gallery.training.trainer import Intervals, Trainer
 from tests.small import DECODERS, ENCODERS, make_model, random_groups
 

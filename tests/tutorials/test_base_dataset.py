@@ -13,7 +13,7 @@ import pytest
 
 from rm_gallery.data.custom import CustomReader
 from rm_gallery.data.formats import FormatConfig
-from rm_gallery.data.source import Row
+from rm_gallery.data.sources import Row
 from rm_gallery.errors import UserError
 from rm_gallery.schema import Comparison, PreferenceGroup
 from tests.small import make_tokenizer, write_pairs

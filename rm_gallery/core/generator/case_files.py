@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rm_gallery.data.dropped import BadRow
-from rm_gallery.errors import UserError
+from rm_gallery.errors import BadRow, UserError
 
 PARQUET = (".parquet",)
 JSON_LINES = (".jsonl", ".ndjson")

@@ -1,4 +1,4 @@
-"""Rows: cases become pairs, or groups of scored responses, in units that must not be torn apart by a split.
+"""Rows of an export: cases become pairs, or groups of scored responses, in units that a split must not tear apart.
 
 Nothing here depends on the order of the cases: what is chosen or put first is so by content and seed.
 """
@@ -10,12 +10,73 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
+from typing import NamedTuple, TypeAlias
 
 from rm_gallery.core.generator.cases import Answer, Case
 from rm_gallery.core.generator.options import ExportOptions
-from rm_gallery.core.generator.rows import Contest, Group, Pair, Row, Unit
 from rm_gallery.core.generator.texts import Text, shared_beginning
 from rm_gallery.errors import UserError
+
+
+class Contest(NamedTuple):
+    """Responses that may be compared with each other."""
+
+    key: bytes
+    """The same for the same responses with the same scores."""
+    prompt: Text
+    answers: list[Answer]
+    is_rank: bool
+
+
+class Pair(NamedTuple):
+    """One row of layout `pairs`."""
+
+    prompt: Text
+    chosen: Answer
+    rejected: Answer
+    margin: float | None
+    """Difference of the scores; None where these are places."""
+    contest: bytes
+
+    @property
+    def source(self) -> str | None:
+        return self.chosen.source if self.chosen.source == self.rejected.source else None
+
+    @property
+    def answers(self) -> list[Answer]:
+        return [self.chosen, self.rejected]
+
+    @property
+    def key(self) -> bytes:
+        return self.chosen.key + self.rejected.key
+
+
+class Group(NamedTuple):
+    """One row of layout `groups`."""
+
+    key: bytes
+    prompt: Text
+    answers: list[Answer]
+    is_rank: bool
+
+    @property
+    def contest(self) -> bytes:
+        return self.key
+
+    @property
+    def source(self) -> str | None:
+        return self.answers[0].source if len({answer.source for answer in self.answers}) == 1 else None
+
+
+Row: TypeAlias = Pair | Group
+
+
+class Unit(NamedTuple):
+    """Rows that belong on one side of a split: those of one prompt, or without a prompt those that share responses."""
+
+    key: bytes
+    rows: list[Row]
+
 
 MAX_RESPONSES = 256  # of one row: all of them are compared with each other when it is read
 MAX_PAIRS = 10_000_000  # of one prompt, and of all that are kept: about 2 GB of records beside the texts

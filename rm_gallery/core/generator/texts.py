@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from rm_gallery.data.dropped import BadRow
 from rm_gallery.data.formats import as_messages, read_cell, without_repeats
+from rm_gallery.errors import BadRow
 from rm_gallery.schema import Message
 
 Text: TypeAlias = str | list[Message]

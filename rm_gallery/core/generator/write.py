@@ -1,19 +1,138 @@
-"""Files: all of an export, or none of it."""
+"""Files: all of an export, or none of it.
+
+Rows are dictionaries for JSON lines, and Arrow tables for parquet, with one type per column.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rm_gallery.core.generator.columns import Columns
-from rm_gallery.core.generator.rows import Row
+from rm_gallery.core.generator.pairs import Group, Pair, Row
+from rm_gallery.core.generator.texts import Text
+from rm_gallery.data.formats import as_messages
 from rm_gallery.errors import UserError
+
+_BATCH_ROWS, _BATCH_CHARACTERS = 1024, 16_000_000
+
+
+@dataclass(frozen=True)
+class _TextColumn:
+    """How the texts of a column are written."""
+
+    kind: Literal["text", "messages"]
+    role: str
+    """Of a text that is written as a message, because another one of the column holds messages."""
+    fields: tuple[str, ...] = ()
+    """Of messages in parquet; empty when they are written as JSON there, because a field holds more than text."""
+
+    @property
+    def type(self) -> pa.DataType:
+        if self.kind == "text" or not self.fields:
+            return pa.string()
+        return pa.list_(pa.struct([pa.field(name, pa.string()) for name in self.fields]))
+
+    def plain(self, value: Text) -> Text:
+        return value if self.kind == "text" else as_messages(value, self.role)
+
+    def parquet(self, value: Text) -> Any:
+        plain = self.plain(value)
+        return plain if self.kind == "text" or self.fields else json.dumps(plain, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of all files of one export."""
+
+    prompt: _TextColumn | None
+    response: _TextColumn
+    is_pairs: bool
+    is_rank: bool
+    """Of groups: written as `ranks`, not as `scores`."""
+    has_source: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Columns:
+        """Columns that hold all these rows. Raises UserError for rows of which no file can hold both."""
+        prompt = _text_column((row.prompt for row in rows if row.prompt), "user")
+        response = _text_column((answer.text for row in rows for answer in row.answers), "assistant")
+        ranked = {row.is_rank for row in rows if isinstance(row, Group)}
+        if len(ranked) > 1:
+            raise UserError(
+                "some cases have scores and others only ranks, which no column can hold both; export them apart, "
+                "or take layout='pairs'"
+            )
+        has_source = any(row.source is not None for row in rows)
+        has_prompt = any(row.prompt for row in rows)
+        return cls(prompt if has_prompt else None, response, isinstance(rows[0], Pair), ranked == {True}, has_source)
+
+    def as_dict(self, row: Row) -> dict[str, Any]:
+        """A row as JSON lines hold it: messages as lists, null for no prompt."""
+        return self._row(row, _TextColumn.plain)
+
+    def tables(self, rows: Iterable[Row]) -> Iterator[pa.Table]:
+        """The rows as parquet holds them, some at a time."""
+        batch: list[dict[str, Any]] = []
+        size = 0
+        for row in rows:
+            batch.append(self._row(row, _TextColumn.parquet))
+            size += _length(row.prompt) + sum(_length(answer.text) for answer in row.answers)
+            if len(batch) == _BATCH_ROWS or size > _BATCH_CHARACTERS:
+                yield pa.Table.from_pylist(batch, schema=self.schema)
+                batch, size = [], 0
+        if batch:
+            yield pa.Table.from_pylist(batch, schema=self.schema)
+
+    @property
+    def schema(self) -> pa.Schema:
+        fields = [("prompt", self.prompt.type)] if self.prompt else []
+        if self.is_pairs:
+            fields += [("chosen", self.response.type), ("rejected", self.response.type), ("margin", pa.float64())]
+        else:
+            fields += [("responses", pa.list_(self.response.type))]
+            fields += [("ranks" if self.is_rank else "scores", pa.list_(pa.float64()))]
+        return pa.schema(fields + ([("source", pa.string())] if self.has_source else []))
+
+    def _row(self, row: Row, write: Any) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        if self.prompt:
+            values["prompt"] = write(self.prompt, row.prompt) if row.prompt else None
+        if isinstance(row, Pair):
+            values["chosen"] = write(self.response, row.chosen.text)
+            values["rejected"] = write(self.response, row.rejected.text)
+            values["margin"] = row.margin
+        else:
+            values["responses"] = [write(self.response, answer.text) for answer in row.answers]
+            scores = [answer.score for answer in row.answers]
+            values["ranks" if self.is_rank else "scores"] = [-score for score in scores] if self.is_rank else scores
+        if self.has_source:
+            values["source"] = row.source
+        return values
+
+
+def _text_column(values: Iterable[Text], role: str) -> _TextColumn:
+    kind: Literal["text", "messages"] = "text"
+    fields = {"role": None, "content": None}
+    is_flat = True
+    for value in values:
+        if isinstance(value, str):
+            continue
+        kind = "messages"
+        for message in value:
+            fields.update(dict.fromkeys(message))
+            is_flat = is_flat and all(isinstance(content, str) for content in message.values())
+    return _TextColumn(kind, role, tuple(fields) if is_flat else ())
+
+
+def _length(value: Text) -> int:
+    return len(value) if isinstance(value, str) else sum(len(str(message.get("content") or "")) for message in value)
 
 
 def plan_files(folder: Path, sides: Sequence[str], formats: Sequence[str], *, overwrite: bool) -> list[Path]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rm_gallery.data.tokenize import load_tokenizer
+from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import UserError
 from rm_gallery.schema import Message
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from rm_gallery.core.models.base_chat_model import BaseChatModel, ChatError
-from rm_gallery.core.models.endpoint import Endpoint, RequestRefused
+from rm_gallery.core.models.endpoint import Endpoint, RequestRefused, RetryPolicy
 from rm_gallery.core.models.local import LocalGenerator, LocalRewardModel, open_folder
-from rm_gallery.core.models.retry import RetryPolicy
 from rm_gallery.core.models.schema.oai.message import Conversation, as_messages
 from rm_gallery.core.models.schema.oai.response import ChatResponse, Usage
 from rm_gallery.core.models.structured import (

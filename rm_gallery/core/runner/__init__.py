@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rm_gallery.core.runner.aggregator.base_aggregator import BaseAggregator
-    from rm_gallery.core.runner.aggregator.weighted_sum_aggregator import WeightedSumAggregator
+    from rm_gallery.core.runner.aggregator import BaseAggregator, WeightedSumAggregator
     from rm_gallery.core.runner.base_runner import BaseRunner, RunnerResult
     from rm_gallery.core.runner.grader_config import GraderConfig
     from rm_gallery.core.runner.grading_runner import GradingRunner

@@ -4,11 +4,9 @@ The class is known by its hooks alone, `_build_messages` and the others of `Base
 `build_group`; this package imports no base class.
 """
 
-from rm_gallery.data.custom.hooks import HookError, build_pair, read_row
-from rm_gallery.data.custom.load import check_custom_class, load_custom_class, source_fingerprint
-from rm_gallery.data.custom.reader import CustomFacts, CustomReader
-from rm_gallery.data.custom.render import Renderer, with_template
-from rm_gallery.data.custom.section import DataSection
+from rm_gallery.data.custom.hooks import DataSection, HookError, build_pair, read_row
+from rm_gallery.data.custom.loading import check_custom_class, load_custom_class, source_fingerprint
+from rm_gallery.data.custom.rendering import CustomFacts, CustomReader, Renderer, with_template
 
 __all__ = [
     "CustomFacts",

@@ -1,26 +1,25 @@
 """Hooks: what a custom class makes of one row becomes a checked `PreferenceGroup`.
 
 A row that holds too little is a BadRow, counted like any other. A hook that raises, or gives something else than it
-should, is a mistake in the code: a UserError that names hook, file and row.
+should, is a mistake in the code: a UserError that names hook, file and row. The class gets the `data` section as
+`config.max_length`, `config["max_length"]` or `config.get(...)`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
-from rm_gallery.data.custom.section import DataSection
-from rm_gallery.data.custom.sources import describe_error
-from rm_gallery.data.dropped import BadRow
-from rm_gallery.data.formats import as_messages, read_cell, without_repeats
-from rm_gallery.data.formats.turns import check_answer
-from rm_gallery.data.formats.values import check_text, optional_number, read_name
-from rm_gallery.data.source import Row
-from rm_gallery.errors import UserError
+from rm_gallery.data.custom.loading import describe_error
+from rm_gallery.data.formats import FormatConfig, as_messages, read_cell, without_repeats
+from rm_gallery.data.formats.cells import check_text, optional_number, read_name
+from rm_gallery.data.formats.conversations import check_answer
+from rm_gallery.data.sources import Row
+from rm_gallery.errors import BadRow, UserError
 from rm_gallery.schema import Comparison, Message, PreferenceGroup
 
 _TOO_DEEP = "values nested too deeply"
@@ -225,3 +224,40 @@ def _metadata(dataset: Any, group: PreferenceGroup, row: dict[str, Any]) -> Mapp
             except (TypeError, ValueError):
                 raise wrong_type(dataset, hook, value, f"a plain JSON value as {key}") from None
     return metadata
+
+
+class DataSection(Mapping[str, Any]):
+    """Read-only; sections inside it read the same way. Keys on how a row is read have their defaults."""
+
+    def __init__(self, values: Any = None) -> None:
+        """values: a mapping, a configuration dataclass, or None for the defaults alone."""
+        given = asdict(values) if is_dataclass(values) and not isinstance(values, type) else dict(values or {})
+        self._values: dict[str, Any] = {**asdict(FormatConfig()), **given}
+
+    def __getitem__(self, key: str) -> Any:
+        return _Section.of(self._values[key])
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._values:
+            raise AttributeError(f"the data section has no key {name!r}")
+        return self[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"DataSection({self._values})"
+
+
+class _Section(DataSection):
+    """A section inside it, with nothing added."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        return cls(value) if isinstance(value, Mapping) else value

@@ -4,26 +4,23 @@
     RowReader(config, name).read(row) -> PreferenceGroup       or BadRow(reason)
     read_groups(rows, config, dropped=...)                     both, over all rows of several files
 
-A format is one entry of `READERS` (readers.py): a function from a row's columns to a `Draft` (draft.py), and the
-columns that it needs. What all formats share lies around it: cells.py reads text and messages, values.py numbers and
-lists, turns.py puts conversations together, row_reader.py makes the group. prompt_key.py says which groups have the
-same prompt.
+A format is one entry of `READERS` (detect.py): a function from a row's columns to a `Draft` (pairs.py), and the
+columns that it needs. What all formats share lies around it: cells.py reads text, messages, numbers and lists,
+conversations.py puts turns together and says which groups have the same prompt, row_reader.py makes the group.
 """
 
 from __future__ import annotations
 
 from rm_gallery.data.formats.cells import read_cell
-from rm_gallery.data.formats.choose import SAMPLE_ROWS, Choice, choose_format
 from rm_gallery.data.formats.config import (
     ColumnNames,
     CustomClassConfig,
     FormatConfig,
     PublishedColumns,
 )
-from rm_gallery.data.formats.prompt_key import prompt_key
-from rm_gallery.data.formats.readers import READERS
+from rm_gallery.data.formats.conversations import as_messages, prompt_key, without_repeats
+from rm_gallery.data.formats.detect import READERS, SAMPLE_ROWS, Choice, choose_format
 from rm_gallery.data.formats.row_reader import RowReader, read_groups
-from rm_gallery.data.formats.turns import as_messages, without_repeats
 
 __all__ = [
     "FormatConfig",

@@ -1,14 +1,19 @@
-"""Cells: text or messages in one column, and which of the two they are."""
+"""Cells: what a column holds, as files spell it: text or messages, numbers, lists, tool definitions, names.
+
+A fault becomes a reason, the same text for all rows with the same fault: it names the column and never what stands
+there.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any, Literal, TypeAlias
 
-from rm_gallery.data.dropped import BadRow
-from rm_gallery.data.formats.values import check_text, plain_json
+from rm_gallery.errors import BadRow
 from rm_gallery.schema import Message
 
 Cell: TypeAlias = str | list[Message]
@@ -119,3 +124,125 @@ def _joined(parts: Sequence[Any], name: str) -> str:
     if not texts or not all(isinstance(text, str) for text in texts):
         raise BadRow(f"{name} with a message that has no text content")
     return check_text("".join(map(str, texts)))
+
+
+LONE_SURROGATE = "half a character (a lone surrogate) in a text"
+_LARGEST = 1e38  # the loss computes in 32 bits, which must hold the difference of two such numbers
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
+_LONGEST_NUMBER = 64  # characters
+_LONGEST_INTEGER = 1024  # bits; beyond 4,300 digits Python refuses to print one
+
+
+def check_text(text: str) -> str:
+    """The text itself; raises BadRow for half a character, which JSON can spell and no tokenizer takes."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadRow(LONE_SURROGATE) from None
+    return text
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is meant as a number: one, or its text as in CSV; true and false are none."""
+    if isinstance(value, str):
+        text = value.strip()
+        return len(text) <= _LONGEST_NUMBER and bool(_NUMBER.fullmatch(text) or _NOT_FINITE.fullmatch(text))
+    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+
+
+def read_number(value: Any, name: str) -> float:
+    """A finite number; raises BadRow for anything else, NaN, infinities and what 32 bits cannot hold among it."""
+    if isinstance(value, bool):
+        raise BadRow(f"{name} that is true or false, not a number")
+    if not is_number(value):
+        raise BadRow(f"null {name}" if value is None else f"{name} that is not a number")
+    try:
+        number = float(value)
+    except (OverflowError, ValueError):  # a whole number of 400 digits; a signalling NaN of a decimal column
+        raise BadRow(f"{name} that is not finite") from None
+    if not math.isfinite(number):
+        raise BadRow(f"{name} that is not finite")
+    if abs(number) > _LARGEST:
+        raise BadRow(f"{name} that is too large for 32 bits")
+    return number
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a cell is empty: null or, as CSV writes it, no text."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def optional_number(values: Mapping[str, Any], name: str | None) -> float | None:
+    """The number in a column, or None where the row has none."""
+    value = values.get(name) if name is not None else None
+    return None if is_nothing(value) else read_number(value, name or "")
+
+
+def read_list(value: Any, name: str) -> Sequence[Any]:
+    """The list in a cell, or in the JSON text of a cell."""
+    if value is None:
+        raise BadRow(f"null {name}")
+    if isinstance(value, str):
+        value = _parsed(value, name)
+    if not isinstance(value, list):
+        raise BadRow(f"{name} that is no list")
+    return value
+
+
+def _parsed(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadRow(f"{name} that is not valid JSON") from None
+
+
+def read_name(values: Mapping[str, Any], name: str | None) -> str:
+    """The text in a column of names, or '' where the row has none; a number is a name too, NaN is none."""
+    value = values.get(name) if name is not None else None
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, str):
+        return check_text(value)
+    if isinstance(value, int | float) and abs(value) < _LARGEST:
+        return str(value)
+    raise BadRow(f"{name} that is not text")
+
+
+def read_tools(values: Mapping[str, Any], name: str | None) -> list[Any]:
+    """Tool definitions in a column, as plain JSON values; none for no such column, null, an empty text or list."""
+    value = values.get(name) if name is not None else None
+    if is_nothing(value) or (isinstance(value, str) and value.strip() == "null"):
+        return []
+    assert name is not None
+    tools = read_list(value, name)
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadRow(f"{name} with a tool that is no JSON object")
+    plain = plain_json(tools, name, keep_nulls=isinstance(value, str))
+    assert isinstance(plain, list)
+    return plain
+
+
+def plain_json(value: Any, name: str, *, keep_nulls: bool = False) -> Any:
+    """A copy made of plain JSON values.
+
+    Unless `keep_nulls`, null fields are left out: parquet gives each struct the fields of all rows, so that a null
+    there says that this one has no such field.
+    Raises BadRow for what JSON does not know (bytes, dates, NaN) and for half a character.
+    """
+    if isinstance(value, str):
+        return check_text(value)
+    if isinstance(value, Mapping):
+        return {
+            check_text(str(key)): plain_json(item, name, keep_nulls=keep_nulls)
+            for key, item in value.items()
+            if keep_nulls or item is not None
+        }
+    if isinstance(value, list):
+        return [plain_json(item, name, keep_nulls=keep_nulls) for item in value]
+    if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, int) and value.bit_length() <= _LONGEST_INTEGER:
+        return value
+    raise BadRow(f"{name} with a value that is not JSON")

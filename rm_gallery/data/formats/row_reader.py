@@ -7,14 +7,13 @@ from dataclasses import replace
 from itertools import chain, groupby, islice
 from typing import Any
 
-from rm_gallery.data.dropped import BadRow, Dropped
-from rm_gallery.data.formats.choose import SAMPLE_ROWS, choose_format, find_format
+from rm_gallery.data.formats.cells import optional_number, read_name, read_tools
 from rm_gallery.data.formats.config import FormatConfig
-from rm_gallery.data.formats.draft import Draft
-from rm_gallery.data.formats.turns import as_messages, check_answer, without_repeats
-from rm_gallery.data.formats.values import optional_number, read_name, read_tools
-from rm_gallery.data.source import Row
-from rm_gallery.errors import UserError
+from rm_gallery.data.formats.conversations import as_messages, check_answer, without_repeats
+from rm_gallery.data.formats.detect import SAMPLE_ROWS, choose_format, find_format
+from rm_gallery.data.formats.pairs import Draft
+from rm_gallery.data.sources import Row
+from rm_gallery.errors import BadRow, Dropped, UserError
 from rm_gallery.schema import Comparison, PreferenceGroup
 
 

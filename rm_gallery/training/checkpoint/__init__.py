@@ -3,15 +3,11 @@
 To add something that must survive: a number goes into `Progress`, a tensor into `RunTensors`.
 """
 
-from rm_gallery.training.checkpoint.config import CheckpointConfig
-from rm_gallery.training.checkpoint.copies import Copies
 from rm_gallery.training.checkpoint.folders import list_checkpoints, refuse_earlier_run
-from rm_gallery.training.checkpoint.progress import Progress
-from rm_gallery.training.checkpoint.random_state import random_state, set_random_state
+from rm_gallery.training.checkpoint.mirror import Copies
 from rm_gallery.training.checkpoint.resume import PLAN, RunIdentity, Start, find_start
-from rm_gallery.training.checkpoint.saving import Checkpoints
-from rm_gallery.training.checkpoint.tensors import RunTensors
-from rm_gallery.training.checkpoint.weights_folder import WeightsFolder
+from rm_gallery.training.checkpoint.save import CheckpointConfig, Checkpoints, WeightsFolder
+from rm_gallery.training.checkpoint.state import Progress, RunTensors, random_state, set_random_state
 
 __all__ = [
     "PLAN",

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rm_gallery.errors import UserError
-from rm_gallery.training.checkpoint.copies import fetch, newest_copy
 from rm_gallery.training.checkpoint.folders import (
     STATE_NAME,
     clean,
@@ -23,10 +22,9 @@ from rm_gallery.training.checkpoint.folders import (
     set_aside,
     step_of,
 )
-from rm_gallery.training.checkpoint.progress import Progress
-from rm_gallery.training.checkpoint.random_state import RandomState
-from rm_gallery.training.checkpoint.tensors import RunTensors
-from rm_gallery.training.ranks import Ranks
+from rm_gallery.training.checkpoint.mirror import fetch, newest_copy
+from rm_gallery.training.checkpoint.state import Progress, RandomState, RunTensors
+from rm_gallery.training.collectives import Ranks
 
 log = logging.getLogger(__name__)
 

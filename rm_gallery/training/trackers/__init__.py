@@ -12,9 +12,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from rm_gallery.errors import UserError, nearest
-from rm_gallery.training.trackers.base import IDS_NAME, METRICS_NAME, RunInfo, Tracker, TrackerConfig
+from rm_gallery.training.trackers.base import IDS_NAME, METRICS_NAME, JsonLines, RunInfo, Tracker, TrackerConfig
 from rm_gallery.training.trackers.console import ConsoleTracker
-from rm_gallery.training.trackers.json_lines import JsonLines
 from rm_gallery.training.trackers.services import SwanlabTracker, TensorboardTracker, WandbTracker
 
 __all__ = ["IDS_NAME", "METRICS_NAME", "TRACKERS", "RunInfo", "Tracker", "TrackerConfig", "Trackers"]

@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
-from rm_gallery.training.trackers.bar import Bar
+from rm_gallery.progress_bar import Bar
 from rm_gallery.training.trackers.base import METRICS_NAME, RunInfo
 
 # Metric -> its label and format in a line, in this order. Every val/ metric follows under its full name.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rm_gallery.core.generator import export_data
-from rm_gallery.core.generator.split import split_units
+from rm_gallery.core.generator.export import split_units
 from rm_gallery.errors import UserError
 from tests.core.generator.exported import both_sides, export, graded, read_back
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rm_gallery.core.generator import columns, export_data, write
+from rm_gallery.core.generator import export_data, write
 from rm_gallery.errors import UserError
 from tests.core.generator.exported import export, graded, read_back
 
@@ -103,7 +103,7 @@ def test_messages_with_names_and_tool_calls_lose_nothing(tmp_path: Path) -> None
 def test_large_exports_are_written_in_parts(
     most: int, num_groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(columns, "_BATCH_CHARACTERS", most)
+    monkeypatch.setattr(write, "_BATCH_CHARACTERS", most)
     cases = [{**CASE, "prompt": str(n), "response_a": "x" * 200} for n in range(2500)]
     export(cases, tmp_path)
     groups = pq.ParquetFile(tmp_path / "all.parquet").metadata

@@ -14,7 +14,7 @@ import pytest
 
 from rm_gallery.core.graders.schema import GraderError, GraderScore
 from rm_gallery.core.runner import GradingRunner
-from rm_gallery.core.runner.grading_run import LOCAL_IN_FLIGHT
+from rm_gallery.core.runner.grading_runner import LOCAL_IN_FLIGHT
 from rm_gallery.errors import UserError
 from tests.core.graders_for_runs import LengthGrader, RaisingGrader, scores, texts
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rm_gallery.data.custom import CustomReader
 from rm_gallery.data.formats import FormatConfig
-from rm_gallery.data.source import Row
+from rm_gallery.data.sources import Row
 from rm_gallery.schema import Comparison, Message, PreferenceGroup
 from tests.small import make_tokenizer
 

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from rm_gallery.data.custom import DataSection
-from rm_gallery.data.dropped import BadRow
 from rm_gallery.data.formats import CustomClassConfig, FormatConfig
-from rm_gallery.data.source import Row
-from rm_gallery.errors import UserError
+from rm_gallery.data.sources import Row
+from rm_gallery.errors import BadRow, UserError
 from rm_gallery.schema import Comparison, PreferenceGroup
 from tests.data.custom.classes import PAIR, ROW, USER, Plain, raising, read, reader_of, said, with_hook
 from tutorials.cookbooks.training_reward_model.base import BaseTrainDataset

@@ -6,7 +6,7 @@ from typing import Any
 
 from rm_gallery.data.custom import CustomReader, source_fingerprint
 from rm_gallery.data.formats import FormatConfig
-from rm_gallery.data.source import Row
+from rm_gallery.data.sources import Row
 
 ROW = Row({"query": "Why?", "chosen": "So.", "rejected": "No."}, "a.parquet", 0)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rm_gallery.data.dropped import Dropped
 from rm_gallery.data.formats import FormatConfig, PublishedColumns, read_groups
-from rm_gallery.data.source import Row
+from rm_gallery.data.sources import Row
+from rm_gallery.errors import Dropped
 from rm_gallery.schema import Comparison, Message, PreferenceGroup
 
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from rm_gallery.data.dropped import Dropped
 from rm_gallery.data.formats import FormatConfig, read_groups
-from rm_gallery.data.source import Row
-from rm_gallery.errors import UserError
+from rm_gallery.data.sources import Row
+from rm_gallery.errors import Dropped, UserError
 from tests.data.formats.rows import assistant, conversations, only, read, read_one, system, user, why
 
 QUESTION = [system("short"), user("1 + 1?")]

@@ -17,11 +17,10 @@ from functools import cached_property
 from typing import Any, overload
 
 from rm_gallery.data.custom import DataSection, Renderer, build_pair, read_row, with_template
-from rm_gallery.data.dropped import BadRow
 from rm_gallery.data.formats import as_messages, read_cell
-from rm_gallery.data.formats.values import read_name
-from rm_gallery.data.source import Row, SourceConfig, read_rows, resolve_files
-from rm_gallery.errors import UserError
+from rm_gallery.data.formats.cells import read_name
+from rm_gallery.data.sources import Row, SourceConfig, read_rows, resolve_files
+from rm_gallery.errors import BadRow, UserError
 from rm_gallery.schema import Message, PreferenceGroup
 
 Files = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]

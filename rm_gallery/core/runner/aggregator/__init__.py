@@ -1,6 +1,71 @@
 """Aggregators: one result of the results that several graders gave for one sample."""
 
-from rm_gallery.core.runner.aggregator.base_aggregator import BaseAggregator
-from rm_gallery.core.runner.aggregator.weighted_sum_aggregator import WeightedSumAggregator
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
+from rm_gallery.errors import UserError, nearest
 
 __all__ = ["BaseAggregator", "WeightedSumAggregator"]
+
+
+class BaseAggregator(ABC):
+    """Makes one result of the results that all graders gave for one sample."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @abstractmethod
+    def __call__(self, results: Mapping[str, Any]) -> Any:
+        """results: grader name -> GraderScore, GraderRank or GraderError of one sample."""
+
+    def check(self, grader_names: Collection[str]) -> None:
+        """Raise UserError when this aggregator cannot work with these graders; called before anything is graded."""
+        del grader_names
+
+
+class WeightedSumAggregator(BaseAggregator):
+    """`sum(weight * score)` over the graders that have a weight; weights that sum to 1 give their weighted mean.
+
+    weights: grader name -> weight, negative ones too; a grader without a weight does not count. None weighs all
+    graders alike, by 1 / their number.
+    A sample for which one of the weighted graders gave no score gets a GraderError: a sum over the others would stand
+    on another scale than its neighbours, and nothing would show it.
+    """
+
+    def __init__(self, name: str = "weighted_sum", weights: Mapping[str, float] | None = None) -> None:
+        super().__init__(name)
+        for grader, weight in (weights or {}).items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise UserError(f"aggregator {name!r}: the weight of {grader!r} is {weight!r}: it must be a number")
+        self.weights = dict(weights) if weights else None
+
+    def check(self, grader_names: Collection[str]) -> None:
+        for grader in self.weights or ():
+            if grader not in grader_names:
+                raise UserError(
+                    f"aggregator {self.name!r} has a weight for {grader!r}, but the graders are "
+                    f"{', '.join(map(repr, grader_names))}.{nearest(grader, grader_names)}"
+                )
+
+    def __call__(self, results: Mapping[str, GraderScore | GraderRank | GraderError]) -> GraderScore | GraderError:
+        weights = self.weights or {grader: 1 / len(results) for grader in results}
+        scores: dict[str, float] = {}
+        for grader in weights:
+            result = results.get(grader)
+            if isinstance(result, GraderScore):
+                scores[grader] = result.score
+                continue
+            why = result.error if isinstance(result, GraderError) else f"its result is {type(result).__name__}"
+            return GraderError(name=self.name, error=f"there is no score of {grader!r} to sum: {why}")
+        terms = [f"{weights[grader]:g} * {score:.4g} ({grader})" for grader, score in scores.items()]
+        return GraderScore(
+            name=self.name,
+            score=math.fsum(weights[grader] * score for grader, score in scores.items()),
+            reason=" + ".join(terms),
+            metadata={"weights": dict(weights), "scores": scores},
+        )

@@ -1,0 +1,1 @@
+"""Batching: token groups become steps, micro-batches of like cost, and packed tensors."""

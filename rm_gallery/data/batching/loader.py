@@ -1,0 +1,56 @@
+"""Loading: the plan's steps as batches, in order, from any step on, prepared in the background."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from rm_gallery.data.batching.packed_batch import PackedBatch, collate
+from rm_gallery.data.batching.plan import Plan
+from rm_gallery.data.token_cache.arrays import TokenData
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """The micro-batches of one rank in one optimizer step."""
+
+    batches: list[PackedBatch]
+    num_comparisons: int
+    """Over all ranks: what the loss sum is divided by."""
+    num_tokens: int
+    """That this rank computes: each shared prompt and each shared response counted once."""
+    epoch: float
+    """Epochs of data seen once this step is done."""
+
+
+def load_steps(data: TokenData, plan: Plan, *, rank: int = 0, start_step: int = 0) -> Iterator[StepBatches]:
+    """Steps from `start_step` on, epoch after epoch without end; the next one is made while one is trained on."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as worker:
+        pending = None
+        for groups, epoch in _steps(plan, start_step):
+            following = worker.submit(_load_step, data, plan, groups, rank, epoch)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+
+
+def _steps(plan: Plan, start_step: int) -> Iterator[tuple[np.ndarray, float]]:
+    """The groups of each step, and the epochs of data seen once it is done."""
+    epoch, first = 0, 0
+    while True:
+        steps = plan.epoch_steps(epoch)
+        if not steps:
+            return
+        for place in range(max(0, start_step - first), len(steps)):
+            yield steps[place], epoch + (place + 1) / len(steps)
+        first += len(steps)
+        epoch += 1
+
+
+def _load_step(data: TokenData, plan: Plan, groups: np.ndarray, rank: int, epoch: float) -> StepBatches:
+    step = plan.step(data, groups)
+    batches = [collate(step.load(data, pack)) for pack in step.packs[rank]]
+    return StepBatches(batches, step.num_comparisons, sum(batch.num_tokens for batch in batches), epoch)

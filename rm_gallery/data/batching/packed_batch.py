@@ -1,0 +1,129 @@
+"""Batches: the groups of one micro-batch laid out as tensors.
+
+In: TokenGroups. Out: a PackedBatch, without a padding token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rm_gallery.data.tokenization.token_group import TokenGroup
+
+# T tokens, G groups, R responses, C comparisons
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Groups one after the other: each its common prefix, then its responses.
+
+    Example, two groups with prefixes [a b] and []:
+
+        input_ids    a b | c d | e || f | g h
+        positions    0 1   2 3   2    0   0 1
+        group        0 0   0 0   0    1   1 1
+        response    -1 -1  0 0   1    2   3 3      (-1: common prefix)
+        reward_index           3   4    5     7
+
+    An empty pack (T = G = R = C = 0) is legal.
+    """
+
+    input_ids: Tensor
+    """[T] int64."""
+    positions: Tensor
+    """[T] int64; restart for each group, and each response goes on from the end of the common prefix."""
+    group: Tensor
+    """[T] int64: which group of this batch a token belongs to."""
+    response: Tensor
+    """[T] int64: which response of this batch a token belongs to, -1 in a common prefix."""
+    reward_index: Tensor
+    """[R] int64: the last token of each response, where its reward is read."""
+    better: Tensor
+    """[C] int64 responses of this batch."""
+    worse: Tensor
+    """[C] int64."""
+    weight: Tensor
+    """[C] float32."""
+    margin: Tensor
+    """[C] float32, NaN where the data have none."""
+    p_better: Tensor
+    """[C] float32: share of people who prefer `better`; NaN where the data have none."""
+    group_lengths: tuple[int, ...]
+    """G tokens of each group, on the host."""
+    tail_lengths: tuple[tuple[int, ...], ...]
+    """G tuples, on the host: tokens of each response behind the common prefix."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on another device, copied without waiting where the device allows it."""
+        if self.input_ids.device == device:
+            return self
+        tensors: dict[str, Any] = {
+            # Only from pinned memory does a copy to a GPU go on by itself.
+            name: (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
+
+
+def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
+    """Lay groups out one after the other; see `PackedBatch` for an example."""
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    responses: list[np.ndarray] = []
+    last_tokens: list[int] = []
+    better: list[int] = []
+    worse: list[int] = []
+    weight: list[float] = []
+    margin: list[float] = []
+    p_better: list[float] = []
+    group_lengths: list[int] = []
+    end = 0
+    for group in groups:
+        start, first = end, len(last_tokens)
+        size = len(group.prefix)
+        ids.append(group.prefix)
+        positions.append(np.arange(size))
+        responses.append(np.full(size, -1))
+        end += size
+        for tail in group.tails:
+            ids.append(tail)
+            positions.append(np.arange(size, size + len(tail)))
+            responses.append(np.full(len(tail), len(last_tokens)))
+            end += len(tail)
+            last_tokens.append(end - 1)
+        for comparison in group.comparisons:
+            better.append(first + comparison.better)
+            worse.append(first + comparison.worse)
+            weight.append(comparison.weight)
+            margin.append(math.nan if comparison.margin is None else comparison.margin)
+            p_better.append(math.nan if comparison.p_better is None else comparison.p_better)
+        group_lengths.append(end - start)
+    return PackedBatch(
+        input_ids=_int64(ids),
+        positions=_int64(positions),
+        group=torch.from_numpy(np.repeat(np.arange(len(groups)), np.array(group_lengths, np.int64))),
+        response=_int64(responses),
+        reward_index=torch.tensor(last_tokens, dtype=torch.int64),
+        better=torch.tensor(better, dtype=torch.int64),
+        worse=torch.tensor(worse, dtype=torch.int64),
+        weight=torch.tensor(weight, dtype=torch.float32),
+        margin=torch.tensor(margin, dtype=torch.float32),
+        p_better=torch.tensor(p_better, dtype=torch.float32),
+        group_lengths=tuple(group_lengths),
+        tail_lengths=tuple(tuple(len(tail) for tail in group.tails) for group in groups),
+    )
+
+
+def _int64(parts: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64))

@@ -1,0 +1,269 @@
+"""Prompt sharing: groups of the same prompt become one unit of a step, and a group above the token budget several.
+
+In: the groups of one step. Out: units, each with whole comparisons, so that every comparison of the step is in one of
+them; the loss is a sum over comparisons and stays what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rm_gallery.data.batching.bin_packing import Packer, Packs
+from rm_gallery.data.token_cache.arrays import GroupSizes, TokenData
+from rm_gallery.data.tokenization.token_group import TokenGroup, split_prefix
+from rm_gallery.schema import Comparison
+
+# N groups of one step, U units, K responses of a group
+
+# A unit of several groups costs at most the first number's part of a micro-batch's share: of what is left of the step,
+# or of the whole step. The best of these plans is taken; one of the second kind, whose last units are as large as its
+# first, must gain the share of time that an uneven step may lose. ...
+_SHARES = ((2, True), (8, True), (2, False))
+_UNEVEN = 0.03
+# ... and has at most this many times the tokens of its longest text: by then one more prefix would save little, while
+# attention over a group that wide costs.
+_MOST_TEXTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A group of the data, or some of its comparisons."""
+
+    group: int
+    comparisons: tuple[int, ...] | None = None
+    """Numbers of comparisons; None for all."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is computed together: one group, a piece of one, or several groups of the same prompt."""
+
+    parts: tuple[Part, ...]
+    tokens: int
+    longest_text: int
+    num_responses: int
+    num_comparisons: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The micro-batches of one optimizer step; see `Packs`, whose numbers are those of `units`."""
+
+    units: list[Unit]
+    packs: Packs
+    num_comparisons: int
+    """Over all ranks: what the loss sum is divided by."""
+
+    def load(self, data: TokenData, pack: Sequence[int]) -> list[TokenGroup]:
+        """The tokens of a micro-batch."""
+        return [load_unit(data, self.units[number]) for number in pack]
+
+
+def plan_step(data: TokenData, groups: np.ndarray, packer: Packer, *, share_prompts: bool = True) -> StepPlan:
+    """The micro-batches of the step that holds these groups. Depends on its arguments alone, on every rank.
+
+    share_prompts: groups of the same prompt are merged where that saves tokens, but only if the step is estimated to
+    take less time by it: a large unit is harder to balance over ranks than its groups.
+    """
+    apart = [unit for group in groups.tolist() for unit in _unshared(data, group, packer)]
+    best = apart, packer.pack(sizes_of(apart))
+    prompts = _same_prompts(data, groups, packer) if share_prompts else []
+    if prompts:
+        texts = [sorted((_Texts.of(data, group) for group in members), key=_Texts.order) for members in prompts]
+        repeated = {group for members in prompts for group in members}
+        alone = {unit.parts[0].group: unit for unit in apart}
+        others = [unit for unit in apart if unit.parts[0].group not in repeated]
+        least = packer.step_cost(best[1], sizes_of(apart))
+        total = int(packer.costs(sizes_of(apart)).sum())
+        count = sum(map(len, best[1]))
+        for share, of_rest in _SHARES:
+            merged = _merge(texts, packer, total, share * count, of_rest=of_rest)
+            units = others + [unit if len(unit.parts) > 1 else alone[unit.parts[0].group] for unit in merged]
+            packs = packer.pack(sizes_of(units))
+            cost = packer.step_cost(packs, sizes_of(units))
+            if cost < least * (1 if of_rest else 1 - _UNEVEN):
+                best, least = (units, packs), cost
+    return StepPlan(*best, int(data.sizes.num_comparisons[groups].sum()))
+
+
+def sizes_of(units: Sequence[Unit]) -> GroupSizes:
+    """Each [U] int64."""
+    columns = np.array(
+        [(unit.tokens, unit.longest_text, unit.num_responses, unit.num_comparisons) for unit in units], np.int64
+    ).reshape(-1, 4)
+    return GroupSizes(*columns.T)
+
+
+def load_unit(data: TokenData, unit: Unit) -> TokenGroup:
+    """The tokens of a unit."""
+    if len(unit.parts) == 1 and unit.parts[0].comparisons is None:
+        return data[unit.parts[0].group]
+    return _join((data[part.group], part.comparisons) for part in unit.parts)
+
+
+def _join(parts: Iterable[tuple[TokenGroup, Sequence[int] | None]]) -> TokenGroup:
+    """One group of the responses that these comparisons name, equal ones once, with the common prefix found again."""
+    numbers: dict[bytes, int] = {}
+    texts: list[np.ndarray] = []
+    comparisons: list[Comparison] = []
+    for group, kept in parts:
+        own: dict[int, int] = {}  # number of a response in its group -> in the joined one
+        for each in group.comparisons if kept is None else [group.comparisons[number] for number in kept]:
+            for response in (each.better, each.worse):
+                if response not in own:
+                    text = np.concatenate([group.prefix, group.tails[response]])
+                    own[response] = numbers.setdefault(text.tobytes(), len(numbers))
+                    if len(numbers) > len(texts):
+                        texts.append(text)
+            comparisons.append(replace(each, better=own[each.better], worse=own[each.worse]))
+    return split_prefix(texts, comparisons)
+
+
+def _unit(parts: tuple[Part, ...], group: TokenGroup) -> Unit:
+    tails = [len(tail) for tail in group.tails]
+    prefix = len(group.prefix)
+    return Unit(parts, prefix + sum(tails), prefix + max(tails), len(tails), len(group.comparisons))
+
+
+def _tokens(unit: Unit, packer: Packer) -> int:
+    return unit.longest_text * unit.num_responses if packer.padded else unit.tokens
+
+
+# --- One group: whole, or in pieces
+
+
+def _unshared(data: TokenData, group: int, packer: Packer) -> list[Unit]:
+    """The group itself, or pieces that fit into the budget as far as single comparisons do."""
+    sizes = data.sizes
+    whole = Unit(
+        (Part(group),),
+        int(sizes.tokens[group]),
+        int(sizes.longest_text[group]),
+        int(sizes.num_responses[group]),
+        int(sizes.num_comparisons[group]),
+    )
+    if _tokens(whole, packer) <= packer.token_budget or whole.num_comparisons < 2:
+        return [whole]
+    tokens = data[group]
+    pieces = [Part(group, piece) for piece in cut_comparisons(tokens, packer)]
+    return [_unit((piece,), _join([(tokens, piece.comparisons)])) for piece in pieces]
+
+
+# --- Several groups of the same prompt
+
+
+def _same_prompts(data: TokenData, groups: np.ndarray, packer: Packer) -> list[list[int]]:
+    """The groups of each prompt that several of the step have, most first; without groups above the budget."""
+    small = packer.tokens(data.sizes.of(groups)) <= packer.token_budget
+    usable = groups[small & (data.sizes.num_comparisons[groups] > 0)]
+    _, prompt, counts = np.unique(data.prompt_hashes[usable], return_inverse=True, return_counts=True)
+    order = np.argsort(prompt, kind="stable")
+    members = [each.tolist() for each in np.split(usable[order], np.cumsum(counts)[:-1]) if len(each) > 1]
+    return sorted(members, key=len, reverse=True)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Groups that are computed together: the whole texts that their comparisons name, as bytes of their tokens."""
+
+    groups: tuple[int, ...]
+    texts: dict[bytes, int]
+    """Tokens of each."""
+    prefix: np.ndarray
+    """What all texts begin with, but for one token at least of each."""
+    num_comparisons: int
+
+    @classmethod
+    def of(cls, data: TokenData, number: int) -> _Texts:
+        group = _join([(data[number], None)])
+        head = group.prefix.tobytes()
+        texts = {head + tail.tobytes(): len(group.prefix) + len(tail) for tail in group.tails}
+        return cls((number,), texts, group.prefix, len(group.comparisons))
+
+    def order(self) -> bytes:
+        """Sorts groups that begin alike next to each other."""
+        return min(self.texts)
+
+    def with_(self, other: _Texts) -> _Texts:
+        """Both together. The common prefix of all is that of the two prefixes."""
+        size = min(len(self.prefix), len(other.prefix))
+        differs = np.flatnonzero(self.prefix[:size] != other.prefix[:size])
+        prefix = self.prefix[: int(differs[0]) if len(differs) else size]
+        return _Texts(
+            self.groups + other.groups, self.texts | other.texts, prefix, self.num_comparisons + other.num_comparisons
+        )
+
+    def unit(self) -> Unit:
+        lengths = self.texts.values()
+        tokens = sum(lengths) - (len(lengths) - 1) * len(self.prefix)
+        parts = tuple(Part(group) for group in self.groups)
+        return Unit(parts, tokens, max(lengths), len(lengths), self.num_comparisons)
+
+
+def _merge(prompts: Sequence[Sequence[_Texts]], packer: Packer, left: int, parts: int, *, of_rest: bool) -> list[Unit]:
+    """Neighbours of a prompt together, as long as that costs less than apart and a unit stays small enough.
+
+    A unit costs at most the `parts`-th part of the step. of_rest: of what is left of it, so that the last units are
+    small and even out the micro-batches (Polychronopoulos and Kuck 1987, "Guided self-scheduling").
+    left: cost of all groups of the step apart.
+    """
+    units: list[Unit] = []
+    for texts in prompts:
+        cost = apart = _cost(texts[0].unit(), packer)
+        together = texts[0]
+        for each in texts[1:]:
+            both, own = together.with_(each), _cost(each.unit(), packer)
+            unit = both.unit()
+            joint = _cost(unit, packer)
+            room = min(packer.token_budget, _MOST_TEXTS * unit.longest_text)
+            if _tokens(unit, packer) <= room and joint <= left // parts and joint < cost + own:
+                together, cost, apart = both, joint, apart + own
+            else:
+                units.append(together.unit())
+                left -= apart if of_rest else 0
+                together, cost, apart = each, own, own
+        units.append(together.unit())
+        left -= apart if of_rest else 0
+    return units
+
+
+def _cost(unit: Unit, packer: Packer) -> int:
+    return packer.cost(_tokens(unit, packer), unit.longest_text)
+
+
+def cut_comparisons(group: TokenGroup, packer: Packer) -> list[tuple[int, ...]]:
+    """Numbers of comparisons, each in one piece; every piece repeats the common prefix.
+
+    A piece begins with the first comparison that is left, and takes in one response after the other: the one that
+    brings most comparisons for its tokens.
+    """
+    tails = np.array([len(tail) for tail in group.tails], np.int64)
+    left = dict(enumerate(group.comparisons))
+    between = np.zeros((len(tails), len(tails)), np.int64)  # [K, K] comparisons that are left
+    for each in group.comparisons:
+        between[[each.better, each.worse], [each.worse, each.better]] += 1
+    pieces = []
+    while left:
+        first = next(iter(left.values()))
+        inside = np.zeros(len(tails), bool)
+        inside[[first.better, first.worse]] = True
+        while True:
+            gains = between[inside].sum(0)
+            if packer.padded:
+                longest = len(group.prefix) + np.maximum(tails, tails[inside].max())
+                cost = longest * (inside.sum() + 1)
+            else:
+                cost = len(group.prefix) + tails[inside].sum() + tails
+            fits = ~inside & (gains > 0) & (cost <= packer.token_budget)
+            if not fits.any():
+                break
+            inside[int(np.argmax(np.where(fits, gains / tails, 0)))] = True
+        piece = [number for number, each in left.items() if inside[each.better] and inside[each.worse]]
+        between[np.ix_(inside, inside)] = 0
+        for number in piece:
+            del left[number]
+        pieces.append(tuple(piece))
+    return pieces

@@ -1,0 +1,247 @@
+"""Detection: which format a file is in, from its columns and first rows, and whether the columns hold what it reads.
+
+`READERS` has the formats by name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rm_gallery.data.formats.cells import is_number, kind_of
+from rm_gallery.data.formats.config import FormatConfig
+from rm_gallery.data.formats.pairs import (
+    Column,
+    Format,
+    common_columns,
+    pair_columns,
+    prompted_columns,
+    read_conversations,
+    read_prompted,
+    read_texts,
+)
+from rm_gallery.data.formats.rankings import (
+    completions_columns,
+    helpsteer3_columns,
+    nested_columns,
+    ranked_columns,
+    read_completions,
+    read_helpsteer3,
+    read_nested,
+    read_ranked,
+    read_scored,
+    scored_columns,
+)
+from rm_gallery.data.sources import Row
+from rm_gallery.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
+
+SAMPLE_ROWS = 32
+"""Rows from the start of a file that are enough to choose from."""
+_PAIRS = ("text", "messages", "json", "prompt")
+_KINDS = {"text": "text", "messages": "lists of messages", "json": "JSON strings of lists of messages"}
+_HOLDS = {"cell": "text or messages", "list": "lists or their JSON", "number": "numbers", "name": "names"}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A format, and what decided for it."""
+
+    name: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name}, since {self.why}"
+
+
+def choose_format(rows: Sequence[Row], config: FormatConfig, *, said: set[str] | None = None) -> Choice:
+    """The format of a file: the one that `config` names, or under `auto` the first whose columns it has.
+
+    rows: the first rows of the file, at least one; SAMPLE_ROWS are enough. A column counts as there when any of them
+    has it.
+    said: choices that were logged already, so that a thousand files in one format give one line; None logs each.
+    Raises UserError, naming the file and its columns, when it is in no format or not in the named one, when a column
+    that the configuration renames is not there, and when a column holds nothing of the kind that is read from it.
+    """
+    assert rows, "a format is chosen from at least one row"
+    file, readable = rows[0].file, [row for row in rows if not row.fault]
+    if not readable:
+        raise UserError(
+            f"{rows[0].where}: {rows[0].fault}; none of the first {len(rows)} rows can be read: write the file again"
+        )
+    there = dict.fromkeys(name for row in readable for name in row.values)
+    name = config.format
+    known = READERS.values() if name == "auto" else [find_format(name)]
+    _check_renamed(file, there, config, known)
+    if name == "auto":
+        choice = _choose(file, readable, there, config)
+    else:
+        _check_needed(file, there, find_format(name).columns(config))
+        choice = Choice(name, f"data.format={name}")
+    for column in (*find_format(choice.name).columns(config), *common_columns(config)):
+        _check_values(readable, column)
+    if name == "auto" and (said is None or f"{choice}" not in said):
+        log.info("%s: data.format is %s, since %s", file, choice.name, choice.why)
+        if said is not None:
+            said.add(f"{choice}")
+    return choice
+
+
+def find_format(name: str) -> Format:
+    """The format of this name; UserError for one that does not exist."""
+    if name not in READERS:
+        raise UserError(f"data.format={name}: must be auto or one of {', '.join(READERS)}.{nearest(name, READERS)}")
+    return READERS[name]
+
+
+def _choose(file: str, rows: Sequence[Row], there: Mapping[str, None], config: FormatConfig) -> Choice:
+    fitting = [
+        name
+        for name, each in READERS.items()
+        if all(column.name is not None and column.name in there for column in _needed(each, config))
+    ]
+    if not fitting:
+        raise _no_format(file, there, config)
+    chosen = Choice(fitting[0], "")
+    if fitting[0] in _PAIRS:
+        chosen = _choose_pairs(rows, config)
+    needed = _needed(READERS[chosen.name], config)
+    why = chosen.why or f"it has {_listed(column.name for column in needed)}"
+    extra = [*READERS[chosen.name].columns(config), *common_columns(config)]
+    read_too = [column.name for column in extra if not column.needed and column.name in there]
+    if read_too:
+        why += f"; read too: {_listed(read_too)}"
+    others = [name for name in fitting if name not in _PAIRS and name != chosen.name]
+    if others:
+        why += f"; {_listed(others)} would fit too"
+    return Choice(chosen.name, why)
+
+
+def _choose_pairs(rows: Sequence[Row], config: FormatConfig) -> Choice:
+    """By what most of the responses in these rows are, and whether any row has a prompt."""
+    names = [name for name in (config.chosen_key, config.rejected_key) if name is not None]
+    kinds = Counter(kind for row in rows for name in names if (kind := kind_of(row.values.get(name))))
+    chats = kinds["messages"] + kinds["json"]
+    kind = "text" if kinds["text"] > chats or not chats else "json" if kinds["json"] > kinds["messages"] else "messages"
+    what = f"{_listed(names)} hold {_KINDS[kind]}"
+    if len(kinds) > 1:
+        what += f" in {kinds[kind]} of {kinds.total()} cells"
+    prompts = [row.values.get(config.prompt_key) for row in rows] if config.prompt_key is not None else []
+    prompt = next((value for value in prompts if value and (not isinstance(value, str) or value.strip())), None)
+    if prompt is not None:
+        kind_of_prompt = _KINDS.get(kind_of(prompt) or "", "something else")
+        return Choice("prompt", f"{_shown(config.prompt_key)} holds {kind_of_prompt}, and {what}")
+    return Choice(kind, f"{what}, and there is no prompt")
+
+
+def _needed(each: Format, config: FormatConfig) -> list[Column]:
+    return [column for column in each.columns(config) if column.needed]
+
+
+def _check_renamed(file: str, there: Mapping[str, None], config: FormatConfig, known: Iterable[Format]) -> None:
+    """Raise UserError for a column that the configuration names, in place of the usual one, and that is not there."""
+    defaults = {column.key: column.name for each in READERS.values() for column in each.columns(FormatConfig())}
+    defaults |= {column.key: column.name for column in common_columns(FormatConfig())}
+    for column in (*(column for each in known for column in each.columns(config)), *common_columns(config)):
+        if column.name is not None and column.name != defaults[column.key] and column.name not in there:
+            raise _no_column(file, there, column)
+
+
+def _check_needed(file: str, there: Mapping[str, None], columns: Iterable[Column]) -> None:
+    for column in columns:
+        if column.needed and column.name is None:
+            raise UserError(f"data.{column.key}=null: data.format needs this column; name it, or set another format")
+        if column.needed and column.name not in there:
+            raise _no_column(file, there, column)
+
+
+def _check_values(rows: Sequence[Row], column: Column) -> None:
+    """Raise UserError for a column in which no row holds what is read from it: then not a row but the file is wrong."""
+    values = [(row, row.values.get(column.name or "")) for row in rows]
+    filled = [(row, value) for row, value in values if value not in (None, "", "null")]
+    if not filled or any(_fits(value, column) for _, value in filled):
+        return
+    row, value = filled[0]
+    must = column.needed and column.key != "prompt_key"  # without a prompt, pairs are in another format
+    unless = "" if must else "; null reads no such column"
+    raise UserError(
+        f"{row.where}: column {_shown(column.name)!r} holds {_held(value)}, not {_HOLDS[column.holds]}; "
+        f"write it so, or name another column with data.{column.key}{unless}"
+    )
+
+
+def _fits(value: Any, column: Column) -> bool:
+    if column.holds == "cell":
+        return kind_of(value) is not None
+    if column.holds == "list":
+        return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
+    if column.holds == "number":
+        return is_number(value)
+    return isinstance(value, str | int | float)
+
+
+def _held(value: Any) -> str:
+    if isinstance(value, list):
+        items = [item for item in value if item is not None]
+        return f"lists of {type(items[0]).__name__}" if items else "lists"
+    return "text" if isinstance(value, str) else type(value).__name__
+
+
+def _no_format(file: str, there: Mapping[str, None], config: FormatConfig) -> UserError:
+    """The column that is missing where some of a format's are there, else what all formats need."""
+    best: list[Column] = []
+    share = 0.0
+    for each in READERS.values():
+        needed = [column for column in _needed(each, config) if column.name is not None]
+        missing = [column for column in needed if column.name not in there]
+        found = 1 - len(missing) / len(needed) if needed else 0.0
+        if found > share:
+            best, share = missing, found
+    for column in best:
+        return _no_column(file, there, column)
+    looks = "; ".join(f"{name}: {each.looks}" for name, each in READERS.items())
+    close = next((hint for name in ("chosen", "rejected", "responses") if (hint := nearest(name, there))), "")
+    return UserError(
+        f"{file}: no known format in the columns {_listed(there)}; rename them, or name them with data.chosen_key, "
+        f"data.rejected_key and the like ({looks}).{close}"
+    )
+
+
+def _no_column(file: str, there: Mapping[str, None], column: Column) -> UserError:
+    name = column.name or ""
+    return UserError(
+        f"{file}: no column {_shown(name)!r} (columns: {_listed(there)}); rename it or set data.{column.key}."
+        + nearest(name, there)
+    )
+
+
+def _listed(names: Iterable[str | None], limit: int = 20) -> str:
+    """'a, b and 3 more'; 'none' for none."""
+    shown = [_shown(name) for name in names]
+    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return (", ".join(shown[:limit]) or "none") + more
+
+
+def _shown(name: str | None) -> str:
+    """A column's name as it fits into a sentence: short, and on one line."""
+    text = name or ""
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+READERS: dict[str, Format] = {
+    "text": Format("chosen and rejected as bare texts", read_texts, pair_columns),
+    "messages": Format("chosen and rejected as lists of messages", read_conversations, pair_columns),
+    "json": Format("chosen and rejected as JSON strings of lists of messages", read_conversations, pair_columns),
+    "prompt": Format("a prompt with chosen and rejected", read_prompted, prompted_columns),
+    "scored": Format("responses with scores", read_scored, scored_columns),
+    "ranked": Format("responses with ranks", read_ranked, ranked_columns),
+    "helpsteer3": Format("two responses with an overall preference", read_helpsteer3, helpsteer3_columns),
+    "nested": Format("input, and output with a label or score for each response", read_nested, nested_columns),
+    "completions": Format("completions with scores", read_completions, completions_columns),
+}
+"""In this order `auto` takes the first whose columns a file has; the first three differ by what these hold."""

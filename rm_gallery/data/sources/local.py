@@ -1,0 +1,337 @@
+"""Local files: what a path, a folder or a glob names, what identifies a file, and which files are a split.
+
+Splits go by a README's YAML or by the names of files, here and on the hub. The rules follow those of the `datasets`
+library, so that a split here is the split that people know from there.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from rm_gallery.data.sources.config import FileEntry, Role, refuse_keys
+from rm_gallery.data.sources.records import checked_kind, data_files, kind_of, of_one_kind
+from rm_gallery.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
+
+LOCAL_SCHEMES = ("file", "local")
+_END_BYTES = 64 << 10
+
+
+def local_path(text: str) -> Path:
+    """The path that a text names: `~` is the home folder, the schemes `file` and `local` are taken off."""
+    scheme, mark, rest = text.partition("://")
+    return Path(rest if mark and scheme in LOCAL_SCHEMES else text).expanduser()
+
+
+def exists_here(text: str) -> bool:
+    """Whether a text names something on this machine as it stands; a glob does not count."""
+    try:
+        return local_path(text).exists()
+    except (OSError, ValueError):  # too long a name, a NUL byte in it
+        return False
+
+
+def expand_local(entry: FileEntry, split: str | None, role: Role, what: str) -> list[Path]:
+    """Data files that a local path names, in order.
+
+    split: the split wanted of a folder with several, or None for the one that fits `role`.
+    what: begins each sentence. Raises UserError for a path that does not exist or names no data.
+    """
+    refuse_keys(entry, what, "subset", "revision")
+    try:
+        found = _expand(entry, split, role, what)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise UserError(f"{what[:150]}: cannot be looked up ({error.strerror}); name another path") from error
+    if not found:
+        raise UserError(f"{what}: no such file or folder (working directory {Path.cwd()})")
+    return found
+
+
+def _expand(entry: FileEntry, split: str | None, role: Role, what: str) -> list[Path]:
+    path = local_path(entry.path)
+    if path.is_dir():
+        return _expand_folder(path, split, role, what)
+    if path.is_file():
+        checked_kind(path.name, what=what)
+        refuse_keys(entry, what, "split")
+        return [path]
+    if path.exists():
+        raise UserError(f"{what}: neither a file nor a folder; write the rows to a file and name that")
+    return _expand_glob(path, entry, what) if has_pattern(entry.path) else []
+
+
+def has_pattern(text: str) -> bool:
+    """Whether a path has a mark of a glob in it."""
+    return any(mark in text for mark in "*?[")
+
+
+def _expand_glob(path: Path, entry: FileEntry, what: str) -> list[Path]:
+    matching = [name for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
+    if not matching:
+        raise UserError(f"{what}: no file matches the pattern (working directory {Path.cwd()})")
+    # Names are judged one by one: the pattern itself may lie in a hidden folder.
+    found = [name for name in matching if data_files([Path(name).name])]
+    if not found:
+        checked_kind(matching[0], what=f"{what}: matches only {Path(matching[0]).name}")
+    refuse_keys(entry, what, "split")
+    return [Path(name) for name in of_one_kind(found, what=what, where=f"{Path(found[0]).parent}/")]
+
+
+def _expand_folder(folder: Path, split: str | None, role: Role, what: str) -> list[Path]:
+    splits = _saved_json(folder, "dataset_dict.json", "splits", what)
+    if splits is not None:  # what DatasetDict.save_to_disk writes
+        names = choose_split({str(name): [str(name)] for name in splits}, split, role, what)
+        return _expand_saved(folder / names[0], what)
+    if (folder / "state.json").is_file():  # what Dataset.save_to_disk writes
+        return _expand_saved(folder, what)
+    names = data_files(each.name for each in folder.iterdir() if each.is_file())
+    if not names:
+        names = data_files(_names_below(folder))
+    if not names:
+        raise UserError(f"{what}: the folder holds no data file (parquet, JSON lines, CSV, Arrow); name one that does")
+    by_split = splits_by_name(names)
+    if split is not None or len(by_split) > 1:
+        chosen = choose_split(by_split, split, role, what)
+        log.info("%s: %d of %d files, those of one split", what, len(chosen), len(names))
+        names = chosen
+    return [folder / name for name in of_one_kind(names, what=what, where=f"{folder}/")]
+
+
+def _names_below(folder: Path) -> list[str]:
+    return [
+        Path(parent, name).relative_to(folder).as_posix()
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if kind_of(name) is not None
+    ]
+
+
+def _expand_saved(folder: Path, what: str) -> list[Path]:
+    """Arrow files of one split that `save_to_disk` wrote; files of an earlier save may lie beside them."""
+    listed = _saved_json(folder, "state.json", "_data_files", what)
+    try:
+        names = [str(each["filename"]) for each in listed] if listed is not None else None
+    except (KeyError, TypeError):
+        names = None
+    if names is None:
+        raise UserError(f"{what}: {folder.name}/state.json does not list the data files; save the data set again")
+    if not names:
+        raise UserError(f"{what}: the data set that was saved there is empty; name another")
+    missing = next((name for name in names if not (folder / name).is_file()), None)
+    if missing is not None:
+        raise UserError(f"{what}: {missing} is missing from {folder.name}; save or copy the data set again")
+    return [folder / name for name in names]
+
+
+def _saved_json(folder: Path, name: str, key: str, what: str) -> list[Any] | None:
+    """The list below `key` of a JSON file that `save_to_disk` writes, or None without such a file."""
+    path = folder / name
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        value = found.get(key) if isinstance(found, dict) else None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, list):
+        raise UserError(f"{what}: {name} is damaged; save the data set again")
+    return value
+
+
+def identity_of(path: Path) -> str:
+    """Hash of the path, size, time of the last change, and first and last 64 KiB of a file."""
+    digest = hashlib.sha256()
+    stat = path.stat()
+    digest.update(f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(errors="surrogateescape"))
+    with path.open("rb") as file:
+        digest.update(file.read(_END_BYTES))
+        if stat.st_size > _END_BYTES:
+            file.seek(max(_END_BYTES, stat.st_size - _END_BYTES))
+            digest.update(file.read(_END_BYTES))
+    return digest.hexdigest()
+
+
+Splits = dict[str, list[str]]
+"""Paths by split; the split '' holds all files where names tell no splits apart."""
+
+_KEYWORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_WORD = re.compile(rf"(?<![A-Za-z])({'|'.join(word for words in _KEYWORDS.values() for word in words)})(?![A-Za-z])")
+_SPLIT_OF_WORD = {word: split for split, words in _KEYWORDS.items() for word in words}
+_SHARD = re.compile(r"(?:data/)?(?P<split>\w[\w.]*)-\d{5}-of-\d{5}[^/]*")
+_CONVERTED = re.compile(r"(?P<subset>[^/]+)/(?P<split>[^/]+)/\d{4}\.parquet")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Subsets of a data set, each with its splits."""
+
+    subsets: dict[str, Splits]
+    default: str | None
+    """The subset that is meant when none is named; None when one must be."""
+
+
+def layout_of(paths: Sequence[str], readme: str = "") -> Layout:
+    """How a data set is laid out; the `configs` in the YAML block of its README win over the names of its files."""
+    found = data_files(paths)
+    configs = _configs(readme)
+    if configs:
+        subsets = {str(config["config_name"]): _config_splits(config, found) for config in configs}
+        flagged = [str(config["config_name"]) for config in configs if config.get("default") is True]
+        return _layout({name: splits for name, splits in subsets.items() if splits}, flagged)
+    converted = [_CONVERTED.fullmatch(path) for path in found]
+    if found and all(converted):  # the hub's own conversion, revision refs/convert/parquet
+        subsets = {}
+        for match in converted:
+            assert match is not None
+            subsets.setdefault(match["subset"], {}).setdefault(match["split"], []).append(match[0])
+        return _layout(subsets, [])
+    return _layout({"default": splits_by_name(found)} if found else {}, [])
+
+
+def _layout(subsets: dict[str, Splits], flagged: Sequence[str]) -> Layout:
+    default = next((name for name in (*flagged, "default") if name in subsets), None)
+    return Layout(subsets, next(iter(subsets)) if len(subsets) == 1 else default)
+
+
+def _configs(readme: str) -> list[Mapping[str, Any]]:
+    """`configs` of the YAML block that a README begins with."""
+    import yaml
+
+    block = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", readme.replace("\r\n", "\n"), re.DOTALL)
+    if block is None:
+        return []
+    try:
+        header = yaml.safe_load(block[1])
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        log.warning("README.md: its YAML block cannot be read (%s); splits are taken from file names", error)
+        return []
+    configs = header.get("configs") if isinstance(header, dict) else None
+    configs = configs if isinstance(configs, list) else []
+    return [config for config in configs if isinstance(config, dict) and "config_name" in config]
+
+
+def _config_splits(config: Mapping[str, Any], paths: Sequence[str]) -> Splits:
+    folder = str(config.get("data_dir") or "").strip("./")
+    if folder:
+        paths = [path for path in paths if path.startswith(f"{folder}/")]
+    patterns = config.get("data_files")
+    if patterns is None:
+        start = f"{folder}/" if folder else ""
+        inside = splits_by_name([path.removeprefix(start) for path in paths])
+        return {split: [start + path for path in each] for split, each in inside.items()}
+    found: Splits = {}
+    for split, pattern in _patterns(patterns):
+        full = f"{folder}/{pattern}" if folder else pattern
+        matching = [path for path in matching_paths(full, paths) if path not in found.get(split, ())]
+        if matching:
+            found.setdefault(split, []).extend(matching)
+    return found
+
+
+def _patterns(value: Any) -> list[tuple[str, str]]:
+    """(split, pattern) pairs of `data_files`: a pattern, a list of them, a mapping by split, or split-path sections."""
+    if isinstance(value, str):
+        return [("train", value)]
+    if isinstance(value, dict):
+        return [(str(split), pattern) for split, each in value.items() for _, pattern in _patterns(each)]
+    if not isinstance(value, list):
+        return []
+    found = []
+    for each in value:
+        if isinstance(each, dict) and "path" in each:
+            found += [(str(each.get("split", "train")), pattern) for _, pattern in _patterns(each["path"])]
+        elif isinstance(each, str):
+            found.append(("train", each))
+    return found
+
+
+def matching_paths(pattern: str, paths: Sequence[str]) -> list[str]:
+    """Paths that a glob pattern means, sorted; `*` stays within a folder, `**` does not."""
+    from fsspec.utils import glob_translate
+
+    pattern = re.sub(r"^(\./|/)+", "", pattern)
+    expression = re.compile(glob_translate(pattern))
+    return sorted(path for path in paths if path == pattern or expression.match(path))
+
+
+def splits_by_name(paths: Sequence[str]) -> Splits:
+    """Splits that folder and file names tell apart; {'': all} when they tell none, {} for no paths.
+
+    Shards come first (`train_sft-00000-of-00002.parquet`, there any word is a split), then folders called like a
+    split (`val/a.csv`), then files (`my_test.jsonl`). A file that does not tell its split is in none then.
+    """
+    in_data = [path for path in paths if path.startswith("data/") and _SHARD.fullmatch(path)]
+    are_shards = in_data or (paths if all(_SHARD.fullmatch(path) for path in paths) else [])
+    found: Splits = {}
+    for path in are_shards:
+        match = _SHARD.fullmatch(path)
+        assert match is not None
+        found.setdefault(match["split"], []).append(path)
+    if len(found) > 1 or any(_WORD.search(split) for split in found):
+        return found
+    for told_by in (_folder_word, _file_word):
+        found = {}
+        for path in paths:
+            if word := told_by(PurePosixPath(path.lower())):
+                found.setdefault(_SPLIT_OF_WORD[word], []).append(path)
+        if found:
+            return found
+    return {"": list(paths)} if paths else {}
+
+
+def _folder_word(path: PurePosixPath) -> str:
+    """The word for a split in the folders of a path, the innermost one; '' for none."""
+    return next((match[1] for part in reversed(path.parts[:-1]) if (match := _WORD.search(part))), "")
+
+
+def _file_word(path: PurePosixPath) -> str:
+    """The first word for a split in the name of a file; '' for none."""
+    match = _WORD.search(path.name)
+    return match[1] if match else ""
+
+
+def choose_subset(layout: Layout, subset: str | None, what: str) -> Splits:
+    """The splits of a subset; raises UserError, naming those that exist, when it is not clear which is meant."""
+    names = ", ".join(layout.subsets)
+    chosen = layout.default if subset is None else subset
+    if chosen is None:
+        raise UserError(f"{what}: holds several subsets ({names}); name one in an entry, as {{path: ..., subset: ...}}")
+    if chosen not in layout.subsets:
+        raise UserError(f"{what}: has no subset {chosen!r}; it has {names}.{nearest(chosen, layout.subsets)}")
+    return layout.subsets[chosen]
+
+
+def choose_split(splits: Splits, wanted: str | None, role: Role, what: str) -> list[str]:
+    """Files of the split that is wanted, else of `train` for training and of `validation` or `test` for validation.
+
+    Raises UserError, naming the splits that exist, when there is none of that name.
+    """
+    names = {split or "train": paths for split, paths in splits.items()}
+    tried = (wanted,) if wanted is not None else ("train",) if role == "train" else ("validation", "test")
+    for split in tried:
+        if split in names:
+            return names[split]
+        alike = [name for name in names if _SPLIT_OF_WORD.get(name) == _SPLIT_OF_WORD.get(split, split)]
+        if len(alike) == 1:
+            return names[alike[0]]
+    asked = " or ".join(repr(split) for split in tried)
+    hint = "" if wanted is None else nearest(wanted, names)
+    held_out = role == "val" or (wanted is not None and _SPLIT_OF_WORD.get(wanted) in ("validation", "test"))
+    rest = ", or leave data.val_files empty and set data.val_fraction to hold out a share" if held_out else ""
+    raise UserError(
+        f"{what}: has no split {asked}; it has {', '.join(sorted(names))}.{hint} Name one of these as split{rest}"
+    )

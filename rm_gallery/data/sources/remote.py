@@ -1,0 +1,266 @@
+"""URLs: which files a URL, a folder behind one or a glob names, what identifies them, and how they are opened.
+
+Files are read through fsspec so that reading survives a connection that breaks off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import IO, Any, TypeVar
+
+from rm_gallery.data.sources.config import FileEntry, Role, refuse_keys
+from rm_gallery.data.sources.hub import endpoint, hub_sentence
+from rm_gallery.data.sources.local import LOCAL_SCHEMES, choose_split, splits_by_name
+from rm_gallery.data.sources.records import checked_kind, data_files, of_one_kind, without_query
+from rm_gallery.errors import UserError, reason_of
+
+log = logging.getLogger(__name__)
+
+_END_BYTES = 64 << 10
+# What file systems tell of a file that changes when its content does.
+_MARKS = (
+    "ETag", "etag", "Content-MD5", "md5Hash", "content_settings", "blob_id", "sha256", "checksum", "crc32c",
+    "LastModified", "Last-Modified", "last_modified", "mtime", "updated", "created",
+)  # fmt: skip
+
+
+def expand_remote(entry: FileEntry, split: str | None, role: Role, what: str) -> list[tuple[str, str]]:
+    """(URL, identity) of the data files that a URL, a URL of a folder or one with a glob names, in order.
+
+    split: the split wanted of a folder with several, or None for the one that fits `role`.
+    what: begins each sentence. Raises UserError for what cannot be reached or holds no data.
+    """
+    refuse_keys(entry, what, "subset", "revision")
+    fs, path = file_system(entry.path, what)
+    with failing(entry.path, what, "looked up"):
+        return tried(entry.path, lambda: _looked_up(fs, path, entry, split, role, what))
+
+
+def _looked_up(fs: Any, path: str, entry: FileEntry, split: str | None, role: Role, what: str) -> list[tuple[str, str]]:
+    if "::" in entry.path or not _names_several(fs, entry.path, path):
+        refuse_keys(entry, what, "split")
+        checked_kind(entry.path.partition("::")[0], what=what)
+        return [(entry.path, _identity(fs, entry.path, path))]
+    is_pattern = _has_pattern(entry.path)
+    if is_pattern:
+        refuse_keys(entry, what, "split")
+    found = data_files(fs.glob(path) if is_pattern else _relative(fs.find(path), path))
+    if not found:
+        raise UserError(f"{what}: no data file there; name a file, a folder or a pattern that holds some")
+    if not is_pattern:
+        by_split = splits_by_name(found)
+        if split is not None or len(by_split) > 1:
+            found = choose_split(by_split, split, role, what)
+        found = [f"{path.rstrip('/')}/{name}" for name in found]
+    chosen = of_one_kind(found, what=what, where=entry.path.rpartition("/")[0] + "/")
+    return [(url, _identity(fs, url, name)) for name in chosen for url in [fs.unstrip_protocol(name)]]
+
+
+def _relative(names: list[str], folder: str) -> list[str]:
+    return [name.removeprefix(folder.rstrip("/") + "/") for name in names]
+
+
+def _has_pattern(url: str) -> bool:
+    return any(mark in url for mark in "*[")  # not the question mark, which begins the query of a URL
+
+
+def _names_several(fs: Any, url: str, path: str) -> bool:
+    if _has_pattern(url):
+        return True
+    if url.startswith(("http://", "https://")):
+        return url.endswith("/")  # every page is a file too
+    return bool(fs.isdir(path))
+
+
+def _identity(fs: Any, url: str, path: str) -> str:
+    info = fs.info(path)
+    marks = {name: str(info[name]) for name in _MARKS if info.get(name)}
+    digest = hashlib.sha256(repr((url, info.get("size"), marks)).encode(errors="surrogateescape"))
+    if not marks and info.get("size"):
+        with open_remote(url) as file:
+            digest.update(file.read(_END_BYTES))
+            file.seek(max(0, info["size"] - _END_BYTES))
+            digest.update(file.read(_END_BYTES))
+    return digest.hexdigest()
+
+
+_WAITS = (0.5, 1.0, 2.0, 4.0)
+"""Seconds before each further try when a connection broke off."""
+_BLOCK = 4 << 20
+_PACKAGES = {
+    "http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs",
+    "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "sftp": "paramiko", "ssh": "paramiko",
+}  # fmt: skip
+_IN_EXTRA = ("aiohttp", "s3fs")
+_Result = TypeVar("_Result")
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is a URL to open through fsspec, not one of a local file."""
+    scheme, mark, _ = text.partition("://")
+    return bool(mark) and scheme not in LOCAL_SCHEMES
+
+
+def file_system(url: str, what: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path that it knows the file by."""
+    from fsspec.core import url_to_fs
+
+    scheme = url.partition("://")[0].rpartition("::")[2]
+    # The hub's file system would take the endpoint that was set when it was imported.
+    options = {"endpoint": endpoint()} if scheme == "hf" and endpoint() else {}
+    try:
+        fs, path = url_to_fs(url, **options)
+    except ImportError as error:
+        package = _PACKAGES.get(scheme)
+        if package is None:
+            raise UserError(f"{what}: {scheme}:// needs a package that is missing ({reason_of(error)})") from error
+        install = "'rm-gallery[remote]'" if package in _IN_EXTRA else package
+        raise UserError(f"{what}: {scheme}:// needs the package {package}; run pip install {install}") from error
+    except ValueError as error:
+        raise UserError(f"{what}: {scheme}:// cannot be opened ({reason_of(error)}); check the URL") from error
+    return fs, str(path)
+
+
+@contextmanager
+def failing(url: str, what: str, doing: str) -> Iterator[None]:
+    """Turn whatever a file system raises into a sentence: each one has errors of its own, with no common base."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, FileNotFoundError) and error.__cause__ is None:
+            raise UserError(f"{what}: no such file; check the URL") from error
+        if url.startswith("hf://"):
+            repo = "/".join(url.split("/")[3:5]).partition("@")[0]
+            raise UserError(f"{what}: {hub_sentence(error, repo, url)}") from error
+        reason = reason_of(error.__cause__ or error).replace(url, file_name(url))
+        raise UserError(f"{what}: cannot be {doing} ({reason}); check the URL, the network and your rights") from error
+
+
+def tried(url: str, call: Callable[[], _Result]) -> _Result:
+    """What the call gives; tried again a few times when it fails in a way that may pass."""
+    for wait in (*_WAITS, None):
+        try:
+            return call()
+        except Exception as error:  # each file system has errors of its own
+            if wait is None or _is_final(error):
+                raise
+            log.warning("%s: the connection broke off (%s); trying again", file_name(url), reason_of(error))
+            time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another try would end the same: the file is not there, or may not be read."""
+    if isinstance(error, UserError | PermissionError | IsADirectoryError):
+        return True
+    if isinstance(error, FileNotFoundError) and error.__cause__ is None:
+        return True
+    for each in (error, error.__cause__):
+        status = getattr(each, "status", None) or getattr(getattr(each, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status < 500 and status not in (408, 429)
+    return False
+
+
+def open_remote(url: str) -> IO[bytes]:
+    """The file behind a URL, which can seek; goes on by itself where a connection broke off.
+
+    A server that sends no parts of a file has it copied to a temporary file first.
+    Reading raises UserError when it stays broken off.
+    """
+    name = file_name(url)
+    fs, path = file_system(url, name)
+    with failing(url, name, "opened"):
+        info = tried(url, lambda: fs.info(path))
+    has_parts = not url.startswith(("http://", "https://")) or bool(info.get("partial"))
+    if has_parts and info.get("size") is not None:
+        return io.BufferedReader(_RemoteFile(fs, path, url, info["size"]), _BLOCK)
+    return _copy(fs, path, url)
+
+
+def _copy(fs: Any, path: str, url: str) -> IO[bytes]:
+    """The whole file in a temporary file that goes with its file object."""
+    with ExitStack() as stack:
+        file = stack.enter_context(tempfile.TemporaryFile())
+
+        def copy() -> None:
+            file.seek(0)
+            file.truncate()
+            with fs.open(path, "rb", block_size=0) as stream:
+                while part := stream.read(_BLOCK):
+                    file.write(part)
+
+        with failing(url, file_name(url), "read on"):
+            tried(url, copy)
+        file.seek(0)
+        stack.pop_all()
+        return file
+
+
+def file_name(url: str) -> str:
+    """A URL as messages call it: without its query, which may hold a key."""
+    return without_query(url)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A remote file of known size that opens itself again where reading failed."""
+
+    def __init__(self, fs: Any, path: str, url: str, size: int) -> None:
+        self._fs, self._path, self._url, self._size = fs, path, url, size
+        self._place = 0
+        self._file: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        self._place = max(0, start + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._place)
+        if wanted <= 0:
+            return 0
+        with failing(self._url, file_name(self._url), "read on"):
+            data = tried(self._url, lambda: self._read(wanted))
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+    def _read(self, size: int) -> bytes:
+        try:
+            if self._file is None:
+                self._file = self._fs.open(self._path, "rb", block_size=_BLOCK, cache_type="none")
+            if self._file.tell() != self._place:
+                self._file.seek(self._place)
+            data: bytes = self._file.read(size)
+            if not data:
+                raise OSError(f"ended after {self._place} of {self._size} bytes")
+            return data
+        except Exception:
+            self._close_file()  # the next try opens it again
+            raise
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def close(self) -> None:
+        self._close_file()
+        super().close()

@@ -1,0 +1,97 @@
+"""From the configuration to the files that are read: each entry is a local path, a URL or a data set of the hub."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from rm_gallery.data.sources import hub
+from rm_gallery.data.sources.config import FileEntry, Files, SourceConfig, as_entries, entries_of, role_of
+from rm_gallery.data.sources.local import exists_here, expand_local, has_pattern, identity_of, local_path
+from rm_gallery.data.sources.records import DataFile, checked_kind
+from rm_gallery.data.sources.remote import expand_remote, file_name, is_url
+from rm_gallery.errors import UserError, reason_of
+
+
+def find_files(files: Files | Sequence[str | FileEntry], *, key: str) -> list[Path]:
+    """Local data files that the value of a key names, in order; URLs and hub data sets are not looked up.
+
+    Raises UserError for a local path that does not exist or holds no data, and for a value that names nothing.
+    """
+    found: list[Path] = []
+    for entry in _named(as_entries(files), key):
+        if _place_of(entry.path) == "local":
+            found += expand_local(entry, entry.split, role_of(key), _what(entry, key))
+    return found
+
+
+def resolve_files(config: SourceConfig, *, key: str) -> list[DataFile]:
+    """The files of `data.train_files` or `data.val_files`, whichever `key` says, in order; each can be opened.
+
+    Looks hub data sets up and downloads what the hub's cache lacks. `DataFile.entry` counts `entries_of(config, key)`.
+    Raises UserError for what is not there, cannot be reached, or is named twice.
+    """
+    found: list[DataFile] = []
+    for place, entry in enumerate(_named(entries_of(config, key), key)):
+        found += _resolve(entry, place, config, key)
+    seen: dict[str, DataFile] = {}
+    for file in found:
+        if file.path in seen:
+            raise UserError(f"{key}: {file.name} is named twice; name it once, with a weight of 2 to use it twice")
+        seen[file.path] = file
+    return found
+
+
+def _named(entries: Sequence[FileEntry], key: str) -> Sequence[FileEntry]:
+    if not entries:
+        raise UserError(f"{key} names no file; set it to a file, a folder, a hub data set or a list of these")
+    if any(not entry.path.strip() for entry in entries):
+        raise UserError(f"{key} names an empty path; take it out or name a file")
+    for entry in entries:
+        if "\0" in entry.path:
+            raise UserError(f"{key}={entry.path!r}: no path holds a NUL character; take it out")
+    return entries
+
+
+def _place_of(text: str) -> str:
+    """`local`, `remote` or `hub`; what lies on this machine is local, whatever it looks like."""
+    if exists_here(text):
+        return "local"
+    if is_url(text):
+        return "remote"
+    is_local_pattern = has_pattern(text) and bool(glob.glob(str(local_path(text)), recursive=True))
+    return "hub" if hub.is_hub_name(text) and not is_local_pattern else "local"
+
+
+def _what(entry: FileEntry, key: str) -> str:
+    return f"{key}={file_name(entry.path)}"
+
+
+def _resolve(entry: FileEntry, place: int, config: SourceConfig, key: str) -> list[DataFile]:
+    role, what = role_of(key), _what(entry, key)
+    split = entry.split or (config.val_split if role == "val" else config.train_split)
+    where = _place_of(entry.path)
+    if where == "remote":
+        return [
+            DataFile(url, file_name(url), checked_kind(url.partition("::")[0], what=what), place, identity)
+            for url, identity in expand_remote(entry, split, role, what)
+        ]
+    if where == "hub":
+        return [
+            DataFile(str(file.path), file.name, checked_kind(file.name, what=what), place, _identity(file))
+            for file in hub.download(entry, split, entry.revision or config.revision, role, what)
+        ]
+    paths = expand_local(entry, split, role, what)
+    try:
+        return [
+            DataFile(str(path), str(path), checked_kind(path.name, what=what), place, identity_of(path))
+            for path in paths
+        ]
+    except OSError as error:
+        raise UserError(f"{what}: cannot be opened ({reason_of(error)}); check its rights") from error
+
+
+def _identity(file: hub.HubFile) -> str:
+    return hashlib.sha256(f"{file.name}\0{file.commit}".encode()).hexdigest()

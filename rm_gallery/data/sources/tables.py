@@ -1,0 +1,272 @@
+"""Parquet and Arrow files as chunks of record batches, and such a batch as rows; how a data file is opened."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rm_gallery.data.sources.records import CHUNK_BYTES, CHUNK_ROWS, COMPRESSIONS, KNOWN, Chunk, DataFile, Row, suffixes
+from rm_gallery.data.sources.remote import is_url, open_remote
+from rm_gallery.errors import UserError
+
+NOT_UTF8 = "text that is not valid UTF-8"
+# Of each column of a parquet file so much is read ahead; without it, or with `pre_buffer`, a whole row group would be.
+_LOCAL_BUFFER, _REMOTE_BUFFER = 1 << 20, 4 << 20
+
+
+@dataclass(frozen=True)
+class ArrowChunk(Chunk):
+    """Rows as a record batch."""
+
+    batch: Any
+    """pyarrow.RecordBatch; pickled without the rows beside it that share its memory."""
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        import pyarrow as pa
+
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self.batch.schema) as writer:
+            writer.write_batch(self.batch)
+        return _unpickled, (self.file, self.first, sink.getvalue().to_pybytes())
+
+    def rows(self) -> Iterator[Row]:
+        batch = _with_text_for_times(self.batch)
+        try:
+            for offset, values in enumerate(batch.to_pylist()):
+                yield Row(values, self.file, self.first + offset)
+        except _UNREADABLE:
+            for offset in range(len(batch)):
+                yield _lone_row(batch.slice(offset, 1), self.file, self.first + offset)
+
+
+def _unpickled(file: str, first: int, data: bytes) -> ArrowChunk:
+    import pyarrow as pa
+
+    with pa.ipc.open_stream(data) as reader:
+        return ArrowChunk(file, first, reader.read_next_batch())
+
+
+@dataclass(frozen=True)
+class FaultyChunk(Chunk):
+    """A row that cannot be read from its file without harm."""
+
+    fault: str
+
+    def __len__(self) -> int:
+        return 1
+
+    def rows(self) -> Iterator[Row]:
+        yield Row({}, self.file, self.first, self.fault)
+
+
+# What pyarrow raises for a cell that Python has no value for: text that is no UTF-8, a date after the year 9999, a
+# struct with two fields of one name. Its own errors are among these.
+_UNREADABLE = (ValueError, OverflowError, NotImplementedError, KeyError)
+
+
+def _lone_row(batch: Any, file: str, index: int) -> Row:
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            column.to_pylist()
+        except UnicodeDecodeError:
+            return Row({}, file, index, f"{name} with {NOT_UTF8}")
+        except _UNREADABLE:
+            return Row({}, file, index, f"{name} with a value that Python cannot hold")
+    return Row(batch.to_pylist()[0], file, index)
+
+
+def _with_text_for_times(batch: Any) -> Any:
+    """The batch with times as text: Python has no nanoseconds, and metadata is plain JSON."""
+    import pyarrow as pa
+
+    for place, field in enumerate(batch.schema):
+        if pa.types.is_temporal(field.type):
+            column = batch.column(place)
+            try:
+                text = column.cast(pa.string())
+            except pa.ArrowException:  # a duration, or a time zone that is not known here
+                text = column.cast(pa.int64() if field.type.bit_width == 64 else pa.int32())
+            batch = batch.set_column(place, field.name, text)
+    return batch
+
+
+def read_parquet(file: DataFile) -> Iterator[Chunk]:
+    """Chunks of a parquet file. Holds a buffer per column, one page of each, and a batch: not a whole row group."""
+    import pyarrow.parquet as pq
+
+    remote = is_url(file.path)
+    with open_bytes(file) as stream:
+        source: Any = stream if remote else file.path
+        buffer = _REMOTE_BUFFER if remote else _LOCAL_BUFFER
+        with pq.ParquetFile(source, buffer_size=buffer, pre_buffer=False, page_checksum_verification=True) as parquet:
+            check_names(file.name, parquet.schema_arrow.names)
+            first = 0
+            for group in range(parquet.metadata.num_row_groups):
+                facts = parquet.metadata.row_group(group)
+                bytes_per_row = max(1, facts.total_byte_size // max(1, facts.num_rows))
+                size = max(1, min(CHUNK_ROWS, CHUNK_BYTES // bytes_per_row))
+                for batch in parquet.iter_batches(batch_size=size, row_groups=[group]):
+                    for part in _parts(batch):
+                        yield ArrowChunk(file.name, first, part)
+                        first += len(part)
+
+
+def read_arrow(file: DataFile) -> Iterator[Chunk]:
+    """Chunks of an Arrow file in stream or file format. Holds one record batch, as its writer chose its size;
+    of a local file without compression not even that, as it is mapped into memory."""
+    import pyarrow as pa
+
+    with open_bytes(file) as stream:
+        start = stream.read(8)
+        if start.startswith(b"FEA1"):
+            raise UserError(f"{file.name}: Feather version 1 is not read; write it again with a newer library")
+        if not start:
+            return
+        stream.seek(0)
+        source = pa.PythonFile(stream, "r") if is_url(file.path) else pa.memory_map(file.path)
+        with source:
+            first = 0
+            for batch in _record_batches(source, is_file=start.startswith(b"ARROW1")):
+                check_names(file.name, batch.schema.names)
+                yield from _sound_chunks(batch, file.name, first)
+                first += len(batch)
+
+
+def _record_batches(source: Any, *, is_file: bool) -> Iterator[Any]:
+    import pyarrow as pa
+
+    if is_file:
+        with pa.ipc.open_file(source) as reader:
+            for place in range(reader.num_record_batches):
+                yield reader.get_batch(place)
+    else:
+        with pa.ipc.open_stream(source) as reader:
+            yield from reader
+
+
+def _sound_chunks(batch: Any, name: str, first: int) -> Iterator[Chunk]:
+    """Chunks of a batch as it lay in a file: nobody has checked yet that its offsets stay inside its memory."""
+    import pyarrow as pa
+
+    for start in range(0, len(batch), CHUNK_ROWS):
+        rows = batch.slice(start, CHUNK_ROWS)
+        place = first + start
+        try:
+            rows.validate(full=True)
+        except pa.ArrowInvalid:
+            yield from _lone_chunks(rows, name, place)
+            continue
+        for part in _parts(rows):
+            yield ArrowChunk(name, place, part)
+            place += len(part)
+
+
+def _lone_chunks(rows: Any, name: str, first: int) -> Iterator[Chunk]:
+    """A chunk for each row, of which at least one is damaged."""
+    for offset in range(len(rows)):
+        row = rows.slice(offset, 1)
+        fault = _fault(row)
+        if fault:
+            yield FaultyChunk(name, first + offset, fault)
+        else:
+            yield ArrowChunk(name, first + offset, next(_parts(row)))
+
+
+def _fault(row: Any) -> str:
+    """What is wrong with a lone row, or ''."""
+    import pyarrow as pa
+
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            is_text = "utf8" in str(error).lower().replace("-", "")
+            return f"{name} with {NOT_UTF8}" if is_text else f"{name} with a damaged value"
+    return ""
+
+
+def _parts(batch: Any) -> Iterator[Any]:
+    """The batch in slices of at most 8 MB, or of one row; memory of its own where a slice would share too much."""
+    import pyarrow as pa
+
+    plain = pa.schema([field.with_type(_plain_type(field.type)) for field in batch.schema])
+    if plain != batch.schema:
+        batch = batch.cast(plain)
+    if len(batch) > 1 and batch.nbytes > CHUNK_BYTES:
+        half = len(batch) // 2
+        yield from _parts(batch.slice(0, half))
+        yield from _parts(batch.slice(half))
+    elif len(batch):
+        yield batch
+
+
+def _plain_type(kind: Any) -> Any:
+    """The type without dictionaries and views, whose slices drag the memory of all rows along."""
+    import pyarrow as pa
+
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _plain_type(kind.value_type)
+    if types.is_string_view(kind):
+        return pa.large_string()
+    if types.is_binary_view(kind):
+        return pa.large_binary()
+    if types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_plain_type(kind.value_type)))
+    if types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_plain_type(kind.value_type)))
+    if types.is_struct(kind):
+        return pa.struct([field.with_type(_plain_type(field.type)) for field in kind])
+    return kind
+
+
+def check_names(file: str, names: list[str]) -> None:
+    """Raise UserError for a column that stands there twice: which of the two is meant cannot be told."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"{file}: column {twice[0]!r} stands there more than once; rename one of the two")
+
+
+_BUFFER = 1 << 20
+# What the first bytes of a file say it is, when its name says that it is text.
+_MAGIC = {
+    b"PAR1": "parquet", b"ARROW1": "Arrow", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz", b"PK\x03\x04": "a zip archive", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text",
+}  # fmt: skip
+
+
+@contextmanager
+def open_bytes(file: DataFile) -> Iterator[IO[bytes]]:
+    """The file as it lies there; it can seek."""
+    with open_remote(file.path) if is_url(file.path) else Path(file.path).open("rb", buffering=_BUFFER) as stream:
+        yield stream
+
+
+@contextmanager
+def open_text(file: DataFile) -> Iterator[io.BufferedReader]:
+    """The bytes of a text file, decompressed when its name ends in .gz or .zst.
+
+    Raises UserError for a file whose first bytes are those of another kind of file.
+    """
+    import pyarrow as pa
+
+    compression = COMPRESSIONS.get(suffixes(file.name)[1])
+    with ExitStack() as stack:
+        raw: Any = stack.enter_context(open_bytes(file))
+        if compression is not None:
+            raw = stack.enter_context(pa.CompressedInputStream(pa.PythonFile(raw, "r"), compression))
+        stream = io.BufferedReader(raw, _BUFFER)
+        start = stream.peek(8)
+        for magic, held in _MAGIC.items():
+            if start.startswith(magic):
+                raise UserError(
+                    f"{file.name}: holds {held}, which its name does not say; convert or rename it ({KNOWN})"
+                )
+        yield stream

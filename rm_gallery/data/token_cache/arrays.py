@@ -1,0 +1,273 @@
+"""Token arrays: all groups of a data set, by number, in flat arrays that are laid out alike in memory and in files.
+
+Files are mapped (`store.py`): nothing here copies them whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rm_gallery.data.tokenization.token_group import Origin, TokenGroup
+from rm_gallery.schema import Comparison, InputStyle
+
+# N groups, R responses, C comparisons, T tokens; each count is over the whole data set or chunk
+
+# What token data consist of: name -> type, by what it has one item for.
+PER_GROUP = {
+    "prefix": np.int32, "num_responses": np.int32, "num_comparisons": np.int32, "group_tokens": np.int32,
+    "longest_text": np.int32, "file": np.int32, "row": np.int64, "source": np.int32, "prompt_hash": np.uint64,
+    "metadata_bytes": np.int32,
+}  # fmt: skip
+PER_RESPONSE = {"tail": np.int32}
+PER_COMPARISON = {
+    "better": np.int32, "worse": np.int32, "weight": np.float32, "margin": np.float32, "p_better": np.float32,
+}  # fmt: skip
+ARRAYS = {**PER_GROUP, **PER_RESPONSE, **PER_COMPARISON, "tokens": np.int32, "metadata": np.uint8}
+# Where a group's items begin in the arrays of the others, one more than there are groups; int64.
+STARTS = {
+    "token_start": "group_tokens", "response_start": "num_responses", "comparison_start": "num_comparisons",
+    "metadata_start": "metadata_bytes",
+}  # fmt: skip
+
+
+@dataclass
+class TokenChunk:
+    """Some groups as the arrays of `ARRAYS`; `file` and `source` are numbers into the chunk's own lists of names."""
+
+    arrays: dict[str, np.ndarray]
+    files: list[str]
+    sources: list[str]
+
+    def __len__(self) -> int:
+        return len(self.arrays["prefix"])
+
+
+def make_chunk(groups: Iterable[tuple[TokenGroup, Origin]]) -> TokenChunk:
+    """Groups with their origins as arrays."""
+    files: dict[str, int] = {}
+    sources: dict[str, int] = {}
+    per_group: list[tuple[int, ...]] = []
+    tails: list[int] = []
+    comparisons: list[tuple[float, ...]] = []
+    tokens: list[np.ndarray] = []
+    metadata: list[bytes] = []
+    for group, origin in groups:
+        lengths = [len(tail) for tail in group.tails]
+        note = json.dumps(dict(origin.metadata), default=str).encode() if origin.metadata else b""
+        per_group.append(
+            (
+                len(group.prefix), len(lengths), len(group.comparisons), len(group.prefix) + sum(lengths),
+                len(group.prefix) + max(lengths), files.setdefault(origin.file, len(files)), origin.row,
+                sources.setdefault(origin.source, len(sources)), origin.prompt_hash, len(note),
+            )
+        )  # fmt: skip
+        tails += lengths
+        comparisons += [
+            (each.better, each.worse, each.weight, _or_nan(each.margin), _or_nan(each.p_better))
+            for each in group.comparisons
+        ]
+        tokens += [group.prefix, *group.tails]
+        metadata.append(note)
+    arrays = {
+        **_columns(PER_GROUP, per_group),
+        **_columns(PER_COMPARISON, comparisons),
+        "tail": np.array(tails, np.int32),
+        "tokens": np.concatenate(tokens).astype(np.int32, copy=False) if tokens else np.zeros(0, np.int32),
+        "metadata": np.frombuffer(b"".join(metadata), np.uint8),
+    }
+    return TokenChunk(arrays, list(files), list(sources))
+
+
+def _columns(types: Mapping[str, Any], rows: list[tuple[Any, ...]]) -> dict[str, np.ndarray]:
+    columns = list(zip(*rows, strict=True)) or [()] * len(types)
+    return {name: np.array(column, kind) for (name, kind), column in zip(types.items(), columns, strict=True)}
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def with_starts(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays together with those of `STARTS`."""
+    starts = {
+        name: np.concatenate([[0], np.cumsum(arrays[counted], dtype=np.int64)]) for name, counted in STARTS.items()
+    }
+    return {**arrays, **starts}
+
+
+class Fingerprint:
+    """Hash of what the model sees of token data, fed chunk after chunk; how they were cut does not matter."""
+
+    _SEEN = ("tokens", "prefix", "num_responses", "tail", "num_comparisons", *PER_COMPARISON)
+
+    def __init__(self) -> None:
+        self._digests = {name: hashlib.blake2b(digest_size=16) for name in self._SEEN}
+
+    def add(self, arrays: Mapping[str, np.ndarray]) -> Fingerprint:
+        for name, digest in self._digests.items():
+            digest.update(np.ascontiguousarray(arrays[name]).data)
+        return self
+
+    def hexdigest(self) -> str:
+        return hashlib.blake2b(b"".join(each.digest() for each in self._digests.values())).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSizes:
+    """What planning needs to know of the groups; each is [N] int32 or int64, perhaps mapped from a file."""
+
+    tokens: np.ndarray
+    """Tokens of the group, the common prefix counted once."""
+    longest_text: np.ndarray
+    """Tokens of its longest whole text, prefix and response."""
+    num_responses: np.ndarray
+    num_comparisons: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def of(self, groups: np.ndarray) -> GroupSizes:
+        """Those of some groups, in this order."""
+        return GroupSizes(
+            self.tokens[groups], self.longest_text[groups], self.num_responses[groups], self.num_comparisons[groups]
+        )
+
+
+class TokenData:
+    """All groups of a data set; `data[i]` is the i-th `TokenGroup`."""
+
+    def __init__(
+        self, arrays: Mapping[str, np.ndarray], *, files: Sequence[str], sources: Sequence[str], style: InputStyle,
+        has_text_prompts: bool = False, fingerprint: str | None = None,
+    ) -> None:  # fmt: skip
+        """arrays: those of `ARRAYS` and `STARTS`. fingerprint: if it is known already, since it takes a while."""
+        self._arrays = arrays
+        self.files, self.sources = files, sources
+        """Names that `file` and `source` of a group are numbers into."""
+        self.style = style
+        self.has_text_prompts = has_text_prompts
+        """Style `text`: whether a prompt stood before the responses, joined directly."""
+        self._fingerprint = fingerprint
+        self.sizes = GroupSizes(
+            tokens=arrays["group_tokens"],
+            longest_text=arrays["longest_text"],
+            num_responses=arrays["num_responses"],
+            num_comparisons=arrays["num_comparisons"],
+        )
+
+    @classmethod
+    def from_groups(
+        cls, groups: Iterable[tuple[TokenGroup, Origin]], style: InputStyle = "text", *, has_text_prompts: bool = False
+    ) -> TokenData:
+        """Token data in memory."""
+        chunk = make_chunk(groups)
+        return cls(
+            with_starts(chunk.arrays),
+            files=chunk.files,
+            sources=chunk.sources,
+            style=style,
+            has_text_prompts=has_text_prompts,
+        )
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> TokenGroup:
+        arrays = self._arrays
+        start, prefix = int(arrays["token_start"][index]), int(arrays["prefix"][index])
+        tails = arrays["tail"][arrays["response_start"][index] : arrays["response_start"][index + 1]]
+        tokens = np.asarray(arrays["tokens"][start : int(arrays["token_start"][index + 1])])
+        bounds = prefix + np.cumsum(np.concatenate([[0], tails]))
+        parts = [tokens[first:last] for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
+        return TokenGroup(tokens[:prefix], parts, self._comparisons(index))
+
+    def _comparisons(self, index: int) -> list[Comparison]:
+        first, last = (int(self._arrays["comparison_start"][place]) for place in (index, index + 1))
+        columns = [self._arrays[name][first:last].tolist() for name in PER_COMPARISON]
+        return [
+            Comparison(better, worse, weight, _or_none(margin), _or_none(p_better))
+            for better, worse, weight, margin, p_better in zip(*columns, strict=True)
+        ]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[T] int32: of every group its common prefix, then its responses' own tokens."""
+        return self._arrays["tokens"]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all groups, shared prompts counted once."""
+        return len(self.tokens)
+
+    @property
+    def num_comparisons(self) -> int:
+        return len(self._arrays["better"])
+
+    @property
+    def tail_lengths(self) -> np.ndarray:
+        """[R] int32: tokens of each response behind the common prefix, group after group."""
+        return self._arrays["tail"]
+
+    @property
+    def prefix_lengths(self) -> np.ndarray:
+        """[N] int32: tokens of the common prefix of each group."""
+        return self._arrays["prefix"]
+
+    @property
+    def prompt_hashes(self) -> np.ndarray:
+        """[N] uint64: the same number for groups of the same prompt."""
+        return self._arrays["prompt_hash"]
+
+    def pair_lengths(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Each comparison of these groups: its group, and tokens of the common prefix and of the two responses.
+
+        Each [C] int64, C comparisons of these groups.
+        """
+        arrays = self._arrays
+        counts = self.sizes.num_comparisons[groups].astype(np.int64)
+        owner = np.repeat(groups, counts)
+        ends = np.cumsum(counts)
+        index = np.arange(len(owner)) + np.repeat(arrays["comparison_start"][groups] - (ends - counts), counts)
+        first = arrays["response_start"][owner]
+        better, worse = (arrays["tail"][first + arrays[side][index]].astype(np.int64) for side in ("better", "worse"))
+        return owner, arrays["prefix"][owner].astype(np.int64), better, worse
+
+    @property
+    def source_numbers(self) -> np.ndarray:
+        """[N] int32: numbers into `sources`."""
+        return self._arrays["source"]
+
+    @property
+    def file_numbers(self) -> np.ndarray:
+        """[N] int32: numbers into `files`."""
+        return self._arrays["file"]
+
+    def where(self, index: int) -> str:
+        """`file:row` of a group."""
+        return f"{self.files[int(self._arrays['file'][index])]}:{int(self._arrays['row'][index])}"
+
+    def metadata(self, index: int) -> dict[str, Any]:
+        """What the group's row brought along (its ground truth, say)."""
+        first, last = (int(self._arrays["metadata_start"][place]) for place in (index, index + 1))
+        return json.loads(self._arrays["metadata"][first:last].tobytes()) if last > first else {}
+
+    def unused_labels(self) -> list[str]:
+        """Which of margins and soft labels any comparison carries."""
+        names = {"margin": "margins", "p_better": "soft labels"}
+        return [label for name, label in names.items() if not np.isnan(self._arrays[name]).all()]
+
+    def fingerprint(self) -> str:
+        """Hash of everything the model sees: tokens, where responses begin and end, comparisons."""
+        if self._fingerprint is None:
+            self._fingerprint = Fingerprint().add(self._arrays).hexdigest()
+        return self._fingerprint
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else value

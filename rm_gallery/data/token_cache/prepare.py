@@ -1,0 +1,239 @@
+"""Preparing: the files of one side become token data, from the cache on disk where it holds them already.
+
+The cache lies in `data.cache_dir`, a folder for each fingerprint: of the files, the tokenizer and its template, and
+every setting that decides tokens. Processes that start together build it once, the others wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import metadata
+from itertools import chain, islice
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge
+
+from rm_gallery import __version__
+from rm_gallery.data.custom import CustomFacts, source_fingerprint
+from rm_gallery.data.formats import SAMPLE_ROWS, choose_format
+from rm_gallery.data.sources import DataFile, FileEntry, read_chunks
+from rm_gallery.data.token_cache.row_processor import (
+    Processed,
+    RowProcessor,
+    RowsConfig,
+    Share,
+    Task,
+    Work,
+    process_in_order,
+)
+from rm_gallery.data.token_cache.store import Facts, Store, StoreWriter, open_store
+from rm_gallery.errors import Dropped, UserError
+from rm_gallery.schema import InputStyle
+
+log = logging.getLogger(__name__)
+
+_STORE_VERSION = 1  # of what is stored, and of how rows become tokens: raise it when either changes
+_SECONDS_BETWEEN_NEWS = 10.0
+_CHECK_ROWS = 8  # that are read before a run begins
+
+
+@dataclass(frozen=True)
+class PrepareConfig(RowsConfig):
+    """Part of `data`: how rows become token data on disk."""
+
+    cache_dir: str | None = None
+    """Folder of tokenized data, one inside for each data set with its settings; may be deleted at any time. Default:
+    `$RM_GALLERY_CACHE`, or `~/.cache/rm_gallery`."""
+    num_workers: Annotated[int, Ge(0)] | None = None
+    """Processes that tokenize, besides the main one; default: one per core, once the main process has worked for five
+    seconds."""
+
+
+def prepare(
+    files: Sequence[DataFile],
+    entries: Sequence[FileEntry],
+    config: PrepareConfig,
+    tokenizer: Any,
+    *,
+    key: str,
+    share: Share | None = None,
+) -> Store:
+    """Token data of all usable rows of the files, in order, with what was left out.
+
+    entries: those that the files' `entry` counts. key: configuration key that the files came from, for messages.
+    share: the side of the hold-out by prompt that is wanted; None takes every row.
+    Raises UserError for files that cannot be read or mix chats with bare texts, and when the cache cannot be written.
+    """
+    folder = _cache_folder(config) / _fingerprint(files, entries, config, tokenizer, share)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        store = open_store(folder)
+        if store is not None:
+            log.info("%s: tokens from the cache (%s)", key, folder)
+            return store
+        with _locked(folder, key):
+            store = open_store(folder)  # another process may have built it meanwhile
+            return store or _build(folder, files, entries, Work(config, tokenizer, share), config, key)
+    except OSError as error:  # what reading the data may raise is a UserError already
+        raise UserError(
+            f"{folder.parent}: the cache of tokenized data cannot be used ({error.strerror or error}); "
+            "set data.cache_dir to a folder with room"
+        ) from error
+
+
+def peek(
+    files: Sequence[DataFile], entries: Sequence[FileEntry], config: PrepareConfig, tokenizer: Any, *, key: str
+) -> CustomFacts:
+    """Read the first rows of each file as training would; raises UserError as `prepare` does."""
+    processor, chosen, custom = RowProcessor(Work(config, tokenizer)), set[str](), CustomFacts()
+    for file in files:
+        for task in islice(tasks_of([file], entries, config, key, chosen), 1):
+            rows = islice(task.chunk.rows(), _CHECK_ROWS)
+            custom.add(processor.process(rows, processor.reader(task.format_name), task.source).custom)
+    return custom
+
+
+def _cache_folder(config: PrepareConfig) -> Path:
+    if config.cache_dir is not None:
+        return Path(config.cache_dir).expanduser()
+    return Path(os.environ.get("RM_GALLERY_CACHE") or "~/.cache/rm_gallery").expanduser()
+
+
+@contextmanager
+def _locked(folder: Path, key: str) -> Iterator[None]:
+    """One process at a time on this machine; the lock of a process that dies is free."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            # A worker of the process that holds the lock: it would wait for ever.
+            raise UserError(
+                "a script that starts training without `if __name__ == '__main__':` starts it again in each process "
+                "that tokenizes; add that line, or set data.num_workers=0"
+            ) from None
+        log.info("%s: waiting for another process that tokenizes the same data", key)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fingerprint(
+    files: Sequence[DataFile],
+    entries: Sequence[FileEntry],
+    config: PrepareConfig,
+    tokenizer: Any,
+    share: Share | None,
+) -> str:
+    """Hash of all that decides the token data of these files."""
+    decides = {each.name for each in fields(RowsConfig)}
+    facts = {
+        "store": _STORE_VERSION,
+        "versions": [__version__, *(metadata.version(name) for name in ("tokenizers", "transformers", "jinja2"))],
+        "files": [asdict(file) for file in files],
+        "entries": [(entry.format, _source_of(entry, entries)) for entry in entries],
+        "config": {name: value for name, value in asdict(config).items() if name in decides},
+        "custom class": source_fingerprint(config.custom_cls) if config.custom_cls.path else None,
+        "share": share,
+        "tokenizer": hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "class": type(tokenizer).__name__,
+        "template": tokenizer.chat_template,
+        "special tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    }
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _build(
+    folder: Path, files: Sequence[DataFile], entries: Sequence[FileEntry], work: Work, config: PrepareConfig, key: str
+) -> Store:
+    chosen: set[str] = set()
+    totals = _Totals(key)
+    with StoreWriter(folder) as writer:
+        tasks = tasks_of(files, entries, config, key, chosen)
+        for processed in process_in_order(tasks, work, num_workers=config.num_workers):
+            totals.add(processed)
+            writer.append(processed.chunk)
+        writer.finish(totals.facts(sorted(chosen)), totals.dropped, totals.custom)
+    store = open_store(folder)
+    if store is None:
+        raise UserError(f"{folder}: what was written there cannot be read back; check the disk")
+    return store
+
+
+def tasks_of(
+    files: Sequence[DataFile], entries: Sequence[FileEntry], config: PrepareConfig, key: str, chosen: set[str]
+) -> Iterator[Task]:
+    """The chunks of all files; says once how files are read, and why."""
+    for file in files:
+        chunks = read_chunks(file, key=key)
+        first = next(chunks, None)
+        if first is None:
+            continue
+        name, entry = "", entries[file.entry]
+        if config.custom_cls.path is None:
+            wanted = config if entry.format is None else replace(config, format=entry.format)  # type: ignore[arg-type]
+            name = choose_format(list(islice(first.rows(), SAMPLE_ROWS)), wanted, said=chosen).name
+        for chunk in chain([first], chunks):
+            yield Task(chunk, name, _source_of(entry, entries))
+
+
+def _source_of(entry: FileEntry, entries: Sequence[FileEntry]) -> str:
+    """What metrics call the data set of rows that name none: with several entries the last part of their path."""
+    if entry.name is not None:
+        return entry.name
+    return Path(entry.path.rstrip("/")).stem if len(entries) > 1 else ""
+
+
+class _Totals:
+    """What became of all rows so far; says now and then how far it is."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self.dropped = Dropped()
+        self._styles: dict[InputStyle, str] = {}
+        self._has_text_prompts = False
+        self.custom = CustomFacts()
+        self._num_rows = self._held_out = 0
+        self._start = self._said = time.monotonic()
+
+    def add(self, processed: Processed) -> None:
+        for reason, count in processed.dropped.counts.items():
+            self.dropped.add(reason, processed.dropped.examples[reason], count)
+        for style, where in processed.styles.items():
+            self._styles.setdefault(style, where)
+        if len(self._styles) > 1:
+            raise UserError(
+                f"the data mix chat messages ({self._styles['chat']}) with bare texts ({self._styles['text']}); "
+                "set data.input_style=chat to read all as chats, or split the files"
+            )
+        self._has_text_prompts |= processed.has_text_prompts
+        self.custom.add(processed.custom)
+        self._num_rows += processed.num_rows
+        self._held_out += processed.held_out
+        now = time.monotonic()
+        if now - self._said > _SECONDS_BETWEEN_NEWS:
+            self._said = now
+            rate = self._num_rows / (now - self._start)
+            log.info("%s: %d rows tokenized (%.0f a second)", self._key, self._num_rows, rate)
+
+    def facts(self, formats: list[str]) -> Facts:
+        return Facts(
+            style=next(iter(self._styles), "text"),
+            has_text_prompts=self._has_text_prompts,
+            formats=formats,
+            num_rows=self._num_rows,
+            held_out=self._held_out,
+        )

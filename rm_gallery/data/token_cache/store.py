@@ -1,0 +1,149 @@
+"""Token store: token data in a folder of flat files, written once, chunk after chunk, and mapped into memory.
+
+A folder is complete or not there at all: it is written under a temporary name, its `store.json` last, and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from rm_gallery.data.custom import CustomFacts
+from rm_gallery.data.token_cache.arrays import ARRAYS, STARTS, Fingerprint, TokenChunk, TokenData
+from rm_gallery.errors import Dropped
+from rm_gallery.schema import InputStyle
+
+RECORD_NAME = "store.json"
+_START_TYPE = np.int64
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a store says about its data besides the arrays."""
+
+    style: InputStyle
+    has_text_prompts: bool
+    formats: list[str]
+    """How each file was read and why, in sentences."""
+    num_rows: int
+    """Rows that were read, those without a group included."""
+    held_out: int
+    """Groups that belong to the other side of `data.val_fraction`."""
+
+
+class StoreWriter:
+    """Writes a store; nothing is at `folder` before `finish`, and nothing stays if it is not called."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+        self._counts = dict.fromkeys([*ARRAYS, *STARTS], 0)
+        self._ends = dict.fromkeys(STARTS, 0)
+        self._files: dict[str, BinaryIO] = {}
+        self._names: dict[str, dict[str, int]] = {"file": {}, "source": {}}
+        self._fingerprint = Fingerprint()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> StoreWriter:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        for left_over in self.folder.parent.glob(f"{self.folder.name}.tmp-*"):
+            shutil.rmtree(left_over)
+        self._temporary.mkdir()
+        for name in self._counts:
+            self._files[name] = self._stack.enter_context((self._temporary / f"{name}.bin").open("wb"))
+        for name in STARTS:
+            self._write(name, np.zeros(1, _START_TYPE))
+        return self
+
+    def append(self, chunk: TokenChunk) -> None:
+        """Add the groups of a chunk behind those that are there."""
+        arrays = dict(chunk.arrays)
+        for kind, names in (("file", chunk.files), ("source", chunk.sources)):
+            known = self._names[kind]
+            numbers = np.array([known.setdefault(name, len(known)) for name in names], ARRAYS[kind])
+            arrays[kind] = numbers[arrays[kind]] if len(numbers) else arrays[kind]
+        self._fingerprint.add(arrays)
+        for name, array in arrays.items():
+            self._write(name, array)
+        for name, counted in STARTS.items():
+            ends = self._ends[name] + np.cumsum(arrays[counted], dtype=_START_TYPE)
+            self._write(name, ends)
+            self._ends[name] = int(ends[-1]) if len(ends) else self._ends[name]
+
+    def _write(self, name: str, array: np.ndarray) -> None:
+        self._files[name].write(np.ascontiguousarray(array).data)
+        self._counts[name] += len(array)
+
+    def finish(self, facts: Facts, dropped: Dropped, custom: CustomFacts | None = None) -> None:
+        """Make the store complete and put it in its place."""
+        self._stack.close()
+        record = {
+            "facts": asdict(facts),
+            "custom": asdict(custom or CustomFacts()),
+            "dropped": {"counts": dropped.counts, "examples": dropped.examples},
+            "counts": self._counts,
+            "names": {kind: list(names) for kind, names in self._names.items()},
+            "fingerprint": self._fingerprint.hexdigest(),
+        }
+        (self._temporary / RECORD_NAME).write_text(json.dumps(record), encoding="utf-8")
+        if self.folder.exists():  # it could not be opened, or it would be used
+            shutil.rmtree(self.folder)
+        self._temporary.rename(self.folder)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._stack.close()
+        except OSError:  # a full disk shows here once more; what matters was raised before
+            if kind is None:
+                raise
+        finally:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Store:
+    """An open store."""
+
+    data: TokenData
+    facts: Facts
+    dropped: Dropped
+    custom: CustomFacts
+    """What a custom class made of the rows; nothing where there is none."""
+
+
+def open_store(folder: Path) -> Store | None:
+    """The token data of a complete store, mapped into memory; None where there is none, or it lacks a part."""
+    try:
+        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+        arrays = {name: _mapped(folder / f"{name}.bin", name, count) for name, count in record["counts"].items()}
+        facts = Facts(**record["facts"])
+        data = TokenData(
+            arrays,
+            files=record["names"]["file"],
+            sources=record["names"]["source"],
+            style=facts.style,
+            has_text_prompts=facts.has_text_prompts,
+            fingerprint=record["fingerprint"],
+        )
+        return Store(data, facts, Dropped(**record["dropped"]), CustomFacts(**record["custom"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _mapped(file: Path, name: str, count: int) -> np.ndarray:
+    kind: Any = ARRAYS.get(name, _START_TYPE)
+    size = count * np.dtype(kind).itemsize
+    if file.stat().st_size != size:
+        raise ValueError(f"{file} has {file.stat().st_size} bytes, not {size}")
+    # asarray: the plain array type, whose slices cost less than those of np.memmap
+    return np.asarray(np.memmap(file, kind, mode="r", shape=(count,))) if count else np.zeros(0, kind)

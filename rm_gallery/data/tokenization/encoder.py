@@ -1,0 +1,194 @@
+"""Encoding: the whole texts of a group as token ids, exactly those that any server makes of the same conversation.
+
+Each whole text is tokenized by itself; the common prefix is found later, on the tokens. Needs a tokenizer, never torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from rm_gallery.data.tokenization.special_tokens import ControlTokens
+from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
+from rm_gallery.errors import BadRow, UserError
+from rm_gallery.schema import PreferenceGroup
+
+Render: TypeAlias = Callable[..., str]
+"""`render(prompt messages, response messages, where="file:row")` -> the whole text, in place of the chat template."""
+
+
+class Encoder:
+    """Groups to token ids with one tokenizer under one configuration; used by one thread at a time.
+
+    Chats are rendered by the template, which writes the special tokens itself, but for the CLS that an encoder's head
+    reads; control tokens that message contents spell are tokenized as ordinary text. Bare texts get the special tokens
+    that the tokenizer adds by itself, but no second BOS where the text already begins with one; `text_special_tokens`
+    decides whether the control tokens that they spell are read as such.
+    """
+
+    def __init__(self, tokenizer: Any, config: TokenizeConfig, *, render: Render | None = None) -> None:
+        self.tokenizer, self.config = tokenizer, config
+        self.control = ControlTokens(tokenizer)
+        self._render = render
+        self._backend = _own_backend(tokenizer)
+        self._bos, self._cls = tokenizer.bos_token or "", tokenizer.cls_token or ""
+        self._eos = tokenizer.eos_token or tokenizer.sep_token or ""
+
+    def encode(self, group: PreferenceGroup) -> list[list[int]]:
+        """Token ids of each whole text of one group; raises BadRow where `encode_many` gives it."""
+        [found] = self.encode_many([group])
+        if isinstance(found, BadRow):
+            raise found
+        return found
+
+    def encode_many(self, groups: Sequence[PreferenceGroup]) -> list[list[list[int]] | BadRow]:
+        """Token ids of every whole text, as `[group][response]`, before any length policy.
+
+        A group that cannot be rendered has the BadRow that says why in its place.
+        Raises UserError when there is no template or a broken one.
+        """
+        batches = {False: _Batch(), True: _Batch()}  # by whether the tokenizer adds its special tokens
+        found: list[list[list[int]] | BadRow] = []
+        for group in groups:
+            try:
+                found.append(self._encode_group(group, batches))
+            except BadRow as error:
+                found.append(error)
+        for adds, batch in batches.items():
+            batch.fill(self._encode_texts(batch.texts, adds))
+        return found
+
+    def _encode_group(self, group: PreferenceGroup, batches: dict[bool, _Batch]) -> list[list[int]]:
+        """Ids of texts that need care; those of the others are put in their places once a batch is encoded."""
+        hidden = group.style == "chat" and self.control.occur_in(_contents(group))
+        texts: list[list[int]] = []
+        for text in self._render_group(group, hidden):
+            adds = self._adds_special_tokens(text, group)
+            if hidden:
+                texts.append(self.control.encode_rendered(text, add_special_tokens=adds))
+            elif self._is_plain(group) and self.control.occur_in(text):
+                texts.append(self._encode_plain(text))
+            else:
+                batches[adds].add(text, texts)
+                texts.append([])
+        return texts
+
+    def render(self, group: PreferenceGroup) -> list[str]:
+        """The K whole texts of a group, as they are tokenized but for special tokens that the tokenizer adds."""
+        hidden = group.style == "chat" and self.control.occur_in(_contents(group))
+        return [self.control.show(text) for text in self._render_group(group, hidden)]
+
+    def _is_plain(self, group: PreferenceGroup) -> bool:
+        return group.style == "text" and self.config.text_special_tokens == "plain"
+
+    def _adds_special_tokens(self, text: str, group: PreferenceGroup) -> bool:
+        if group.style == "chat":
+            return bool(self._cls) and not text.startswith(self._cls)
+        return self._is_plain(group) or not (self._bos and text.startswith(self._bos))
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """A bare text in which control tokens are text, all but the one that `append_eos` wrote at its end."""
+        if self.config.append_eos and text.endswith(self._eos):
+            ids = self.control.encode_plain(text.removesuffix(self._eos), add_special_tokens=True)
+            return [*ids, self.tokenizer.convert_tokens_to_ids(self._eos)]
+        return self.control.encode_plain(text, add_special_tokens=True)
+
+    def _encode_texts(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        if self._backend is not None:
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+            return [encoding.ids for encoding in encodings]
+        return _library_ids(self.tokenizer, texts, add_special_tokens)
+
+    def _render_group(self, group: PreferenceGroup, hidden: bool) -> list[str]:
+        texts = self._render_texts(group) if group.style == "text" else self._render_chats(group, hidden)
+        try:
+            for text in texts:
+                text.encode()
+        except UnicodeEncodeError:  # JSON can spell it
+            raise BadRow("half a character (a lone surrogate) in a text") from None
+        return texts
+
+    def _render_texts(self, group: PreferenceGroup) -> list[str]:
+        assert isinstance(group.prompt, str)
+        texts = [f"{group.prompt}{response}" for response in group.responses]
+        return [text + self._eos if self.config.append_eos and not text.endswith(self._eos) else text for text in texts]
+
+    def _render_chats(self, group: PreferenceGroup, hidden: bool) -> list[str]:
+        from jinja2 import TemplateSyntaxError
+
+        if self._render is None and self.tokenizer.chat_template is None:
+            raise UserError(
+                f"{group.where}: the data are chat messages but the tokenizer has no chat template; "
+                "set data.chat_template to one, or give bare texts"
+            )
+        contents = (group.prompt, group.responses, group.metadata.get("tools"))
+        prompt, responses, tools = self.control.hide(contents) if hidden else contents
+        assert not isinstance(prompt, str)
+        try:
+            if self._render is not None:
+                return [self._render(prompt, response, where=group.where) for response in responses]
+            template = self.tokenizer.apply_chat_template
+            return [template([*prompt, *response], tools=tools, tokenize=False) for response in responses]
+        except UserError:
+            raise
+        except TemplateSyntaxError as error:
+            raise UserError(
+                f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); "
+                "mend it, or set data.chat_template to another"
+            ) from error
+        except (Exception, RecursionError) as error:
+            # Templates end in jinja's exceptions or in plain TypeErrors; either way this row does not fit the template.
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise BadRow(f"chat template refuses the conversation: {reason[:200]}") from error
+
+
+class _Batch:
+    """Texts that are tokenized in one call, and where their ids go."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self._places: list[tuple[list[list[int]], int]] = []
+
+    def add(self, text: str, target: list[list[int]]) -> None:
+        """The ids of this text will be the next item of `target`."""
+        self.texts.append(text)
+        self._places.append((target, len(target)))
+
+    def fill(self, ids: list[list[int]]) -> None:
+        for (target, place), each in zip(self._places, ids, strict=True):
+            target[place] = each
+
+
+def _contents(group: PreferenceGroup) -> list[Any]:
+    return [group.prompt, group.responses, group.metadata.get("tools")]
+
+
+def _library_ids(tokenizer: Any, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    # verbose=False: the library would warn about texts longer than the model; the length policy comes after.
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=add_special_tokens,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return encoded["input_ids"]
+
+
+_PROBES = ["", " a", "A b\n c", "\u00e9\U0001f600 1234  x", "a</s><s> [SEP] <|im_end|>\n", "x " * 3000]
+
+
+def _own_backend(tokenizer: Any) -> Any:
+    """The tokenizer's own engine without its Python layer, twice as fast; None where the layer changes the ids."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    for adds in (True, False):
+        ids = [each.ids for each in backend.encode_batch_fast(_PROBES, add_special_tokens=adds)]
+        if ids != _library_ids(tokenizer, _PROBES, adds):
+            return None
+    return backend

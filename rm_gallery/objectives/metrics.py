@@ -1,0 +1,77 @@
+"""Metrics: sums kept on the device, divided once when they are read.
+
+A mean of per-batch means is wrong when batches differ in size, and reading a value per micro-batch stalls a
+GPU. So every metric here is a pair (sum, weight) that is added to, summed over the processes and divided at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rm_gallery.distributed.process_group import sum_over_ranks
+
+# C comparisons
+
+
+class Sums:
+    """Named float64 sums on one device; nothing is copied to the host before `read`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, sums: Mapping[str, Tensor]) -> None:
+        """Add 0-dimensional tensors, by name."""
+        for name, value in sums.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def merge(self, other: Sums) -> None:
+        """Add all sums of another."""
+        self.add(other._sums)
+
+    def read(self) -> dict[str, float]:
+        """All sums over all processes as Python floats, with one copy to the host; they start again at nothing.
+
+        Every process must read, with the same names.
+        """
+        names = list(self._sums)
+        values = sum_over_ranks(torch.stack([self._sums[name] for name in names])).tolist() if names else []
+        self._sums = {}
+        return dict(zip(names, values, strict=True))
+
+    def peek(self) -> dict[str, float]:
+        """The sums of this process alone, which stay."""
+        return {name: float(value) for name, value in self._sums.items()}
+
+
+def pairwise_sums(better: Tensor, worse: Tensor) -> dict[str, Tensor]:
+    """Sums over comparisons that accuracy and mean rewards are made of.
+
+    better, worse: [C] float32 rewards of the preferred and the other response.
+    A tie counts as wrong (as RewardBench counts it): a model that gives every text the same reward has accuracy 0.
+    """
+    return {
+        # Filled on the device: torch.tensor(..., device=...) would copy from pageable memory and wait for the GPU.
+        "comparisons": torch.full((), float(better.numel()), device=better.device),
+        "correct": (better > worse).sum(),
+        "margin": (better - worse).sum(),
+        "reward_chosen": better.sum(),
+        "reward_rejected": worse.sum(),
+    }
+
+
+def means(sums: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """Metric names and values from sums that `pairwise_sums` and an objective's `loss` made; {} without comparisons."""
+    count = sums.get("comparisons", 0.0)
+    if not count:
+        return {}
+    return {
+        f"{prefix}/loss": sums["loss"] / count,
+        f"{prefix}/accuracy": sums["correct"] / count,
+        f"{prefix}/margin": sums["margin"] / count,
+        f"{prefix}/reward_chosen": sums["reward_chosen"] / count,
+        f"{prefix}/reward_rejected": sums["reward_rejected"] / count,
+    }

@@ -1,0 +1,258 @@
+"""What a model's configuration says about its size, counted on the meta device, where weights take no room.
+
+Published shapes stand here, so that a plan needs no download: the values of each repository's config.json on the hub.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rm_gallery.errors import UserError, nearest
+from rm_gallery.modeling.attention import dispatch
+from rm_gallery.modeling.reward_model import (
+    DECODERS,
+    RewardModel,
+    check_model_config,
+    first_line,
+    max_positions,
+    quiet_transformers,
+)
+
+_MOST_LAYERS = 1000  # a configuration with more is a slip of the pen; building it would take minutes
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A reward model's size; parameters are counts, not bytes."""
+
+    name: str
+    source: str
+    """Where the configuration comes from."""
+    model_type: str
+    padded: bool
+    """Texts are padded (encoders), not packed with shared prompts."""
+    num_layers: int
+    hidden: int
+    intermediate: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+    """Each layer's sliding window in tokens; None sees the whole text."""
+    relative_span: int
+    """DeBERTa: relative positions in each direction; 0 for all others."""
+    max_positions: int | None
+    parameters: int
+    head_parameters: int
+    """Of the reward head, which stays float32."""
+    layer_parameters: int
+    """Of the largest layer: what sharding gathers at a time."""
+    matrix_parameters: int
+    """Weights that every token is multiplied with: all matrices of all layers, no embedding."""
+    largest_matrix: int
+    """Of these."""
+    largest_embedding: int
+
+    @property
+    def outer_parameters(self) -> int:
+        """Outside the layers: embeddings, last norm, head."""
+        return self.parameters - self.num_layers * self.layer_parameters
+
+
+def load_shape(model: str, *, key: str = "model.partial_pretrain", trust_remote_code: bool = False) -> ModelShape:
+    """The shape of a folder with config.json, a configuration file, a known shape, or a model of the hub.
+
+    Raises UserError for a name that is none of these, and for a model that could not be trained.
+    """
+    source, config = _find_config(model, key, trust_remote_code)
+    check_model_config(config, model, key=key)
+    _check_layers(getattr(config, "num_hidden_layers", None), model, key)
+    try:
+        return measure(config, name=model, source=source)
+    except Exception as error:  # sizes that do not fit together end in any of torch's and the library's errors
+        raise UserError(
+            f"{key}={model}: no model can be built from this configuration ({first_line(error)})"
+        ) from error
+
+
+def _find_config(model: str, key: str, trust_remote_code: bool) -> tuple[str, Any]:
+    path = Path(model).expanduser()
+    is_path = path.is_absolute() or model.startswith((".", "~")) or model.endswith(".json") or model.count("/") > 1
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        if path.is_dir():
+            raise UserError(f"{key}={model}: the folder holds no config.json")
+        if is_path:
+            raise UserError(f"{key}={model}: no such folder or file (working directory {Path.cwd()})")
+        if (known := known_config(model)) is not None:
+            return f"published config.json of {known[0]}", known[1]
+        file = Path(model)
+        if "/" not in model:
+            raise UserError(_unknown(model, key))
+    from transformers import AutoConfig
+
+    try:
+        if file.is_file():  # before the library, which takes its time over millions of layers
+            values = json.loads(file.read_text(encoding="utf-8"))
+            _check_layers(values.get("num_hidden_layers", 1), model, key)
+        with quiet_transformers():
+            # A name with a folder part ends up at the hub, which gives the configuration alone.
+            return f"{file}", AutoConfig.from_pretrained(os.fspath(file), trust_remote_code=trust_remote_code)
+    except UserError:
+        raise
+    except Exception as error:
+        if file.is_file():
+            raise UserError(
+                f"{key}={model}: not a configuration that transformers reads ({first_line(error)})"
+            ) from error
+        raise UserError(f"{_unknown(model, key)}; the hub does not give it either ({first_line(error)})") from error
+
+
+def _check_layers(layers: Any, model: str, key: str) -> None:
+    if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
+        raise UserError(f"{key}={model}: num_hidden_layers={layers!r} must be a number from 1 to {_MOST_LAYERS}")
+
+
+def _unknown(model: str, key: str) -> str:
+    found = nearest(short_name(model), KNOWN)
+    return (
+        f"{key}={model}: neither a folder with config.json nor a known shape.{found} Known: {', '.join(KNOWN)}; "
+        "others by a path or as owner/name of the hub"
+    )
+
+
+def measure(config: Any, *, name: str, source: str) -> ModelShape:
+    """Build the reward model of a configuration on the meta device and count."""
+    from transformers import AutoModelForSequenceClassification
+
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if min(config.hidden_size, config.intermediate_size, config.vocab_size, heads, kv_heads) < 1 or heads % kv_heads:
+        raise ValueError("its sizes must be at least 1, and its heads a multiple of its key heads")
+    config.num_labels = 1
+    config.problem_type = "regression"
+    extra = {}
+    if config.model_type in DECODERS:
+        dispatch.install()
+        extra["attn_implementation"] = dispatch.NAME
+    with torch.device("meta"), quiet_transformers():
+        network = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, **extra)
+    model = RewardModel(network)
+    layers = next(
+        part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == config.num_hidden_layers
+    )
+    matrices = [part.weight.numel() for part in layers.modules() if isinstance(part, nn.Linear)]
+    embeddings = [part.weight.numel() for part in model.modules() if isinstance(part, nn.Embedding)]
+    relative = config.model_type == "deberta-v2" and config.relative_attention
+    span = config.position_buckets if relative and config.position_buckets > 0 else 0
+    return ModelShape(
+        name=name,
+        source=source,
+        model_type=config.model_type,
+        padded=model.padded,
+        num_layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        windows=_windows(config),
+        relative_span=span or (config.max_position_embeddings if relative else 0),
+        max_positions=max_positions(model),
+        parameters=_count(model),
+        head_parameters=_count(model.head),
+        layer_parameters=max(_count(layer) for layer in layers),
+        matrix_parameters=sum(matrices),
+        largest_matrix=max(matrices),
+        largest_embedding=max(embeddings),
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _windows(config: Any) -> tuple[int | None, ...]:
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+# Hub repository, model type, and the values that _NAMES names.
+_ROWS: tuple[tuple[str, str, int, int, int, int, int, int, int, int], ...] = (
+    ("Qwen/Qwen2.5-0.5B", "qwen2", 24, 896, 4864, 14, 2, 64, 151936, 32768),
+    ("Qwen/Qwen2.5-1.5B", "qwen2", 28, 1536, 8960, 12, 2, 128, 151936, 131072),
+    ("Qwen/Qwen2.5-3B", "qwen2", 36, 2048, 11008, 16, 2, 128, 151936, 32768),
+    ("Qwen/Qwen2.5-7B", "qwen2", 28, 3584, 18944, 28, 4, 128, 152064, 131072),
+    ("Qwen/Qwen2.5-14B", "qwen2", 48, 5120, 13824, 40, 8, 128, 152064, 131072),
+    ("Qwen/Qwen2.5-32B", "qwen2", 64, 5120, 27648, 40, 8, 128, 152064, 131072),
+    ("Qwen/Qwen2.5-72B", "qwen2", 80, 8192, 29568, 64, 8, 128, 152064, 131072),
+    ("Qwen/Qwen3-0.6B", "qwen3", 28, 1024, 3072, 16, 8, 128, 151936, 40960),
+    ("Qwen/Qwen3-1.7B", "qwen3", 28, 2048, 6144, 16, 8, 128, 151936, 40960),
+    ("Qwen/Qwen3-4B", "qwen3", 36, 2560, 9728, 32, 8, 128, 151936, 40960),
+    ("Qwen/Qwen3-8B", "qwen3", 36, 4096, 12288, 32, 8, 128, 151936, 40960),
+    ("Qwen/Qwen3-14B", "qwen3", 40, 5120, 17408, 40, 8, 128, 151936, 40960),
+    ("Qwen/Qwen3-32B", "qwen3", 64, 5120, 25600, 64, 8, 128, 151936, 40960),
+    ("meta-llama/Llama-3.2-1B", "llama", 16, 2048, 8192, 32, 8, 64, 128256, 131072),
+    ("meta-llama/Llama-3.2-3B", "llama", 28, 3072, 8192, 24, 8, 128, 128256, 131072),
+    ("meta-llama/Llama-3.1-8B", "llama", 32, 4096, 14336, 32, 8, 128, 128256, 131072),
+    ("meta-llama/Llama-3.1-70B", "llama", 80, 8192, 28672, 64, 8, 128, 128256, 131072),
+    ("mistralai/Mistral-7B-v0.3", "mistral", 32, 4096, 14336, 32, 8, 128, 32768, 32768),
+    ("google-bert/bert-base-uncased", "bert", 12, 768, 3072, 12, 12, 64, 30522, 512),
+    ("google-bert/bert-large-uncased", "bert", 24, 1024, 4096, 16, 16, 64, 30522, 512),
+    ("FacebookAI/roberta-base", "roberta", 12, 768, 3072, 12, 12, 64, 50265, 514),
+    ("FacebookAI/roberta-large", "roberta", 24, 1024, 4096, 16, 16, 64, 50265, 514),
+    ("microsoft/deberta-v3-base", "deberta-v2", 12, 768, 3072, 12, 12, 64, 128100, 512),
+    ("microsoft/deberta-v3-large", "deberta-v2", 24, 1024, 4096, 16, 16, 64, 128100, 512),
+    ("answerdotai/ModernBERT-base", "modernbert", 22, 768, 1152, 12, 12, 64, 50368, 8192),
+    ("answerdotai/ModernBERT-large", "modernbert", 28, 1024, 2624, 16, 16, 64, 50368, 8192),
+)  # fmt: skip
+_NAMES = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+_MORE: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "roberta": {"type_vocab_size": 1},
+    "deberta-v2": {
+        "relative_attention": True, "position_buckets": 256, "pos_att_type": ["p2c", "c2p"], "share_att_key": True,
+        "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
+        "max_relative_positions": -1,
+    },
+}  # fmt: skip
+_TAILS = ("-instruct", "-chat", "-base", "-uncased", "-cased")
+
+
+def short_name(repository: str) -> str:
+    """`Qwen/Qwen2.5-7B-Instruct` as `qwen2.5-7b`: what a shape is called here."""
+    name = repository.lower().rpartition("/")[2]
+    for tail in _TAILS:
+        # Some shapes are called "base" themselves: bert-base-uncased.
+        if name.endswith(tail) and not (tail == "-base" and name.startswith(("bert", "roberta", "deberta", "modern"))):
+            name = name.removesuffix(tail)
+    return name
+
+
+KNOWN = {short_name(row[0]): row for row in _ROWS}
+
+
+def known_config(model: str) -> tuple[str, Any] | None:
+    """(hub repository, transformers' configuration) of a shape called by its short or hub name; None for any other."""
+    row = KNOWN.get(short_name(model))
+    owner = model.rpartition("/")[0]
+    if row is None or owner not in ("", row[0].partition("/")[0]):
+        return None
+    from transformers import AutoConfig
+
+    repository, model_type = row[0], row[1]
+    values: dict[str, Any] = dict(zip(_NAMES, row[2:], strict=True))
+    if model_type in ("bert", "roberta", "deberta-v2", "modernbert"):
+        del values["num_key_value_heads"], values["head_dim"]
+    return repository, AutoConfig.for_model(model_type, **values, **_MORE.get(model_type, {}))

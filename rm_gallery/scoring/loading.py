@@ -1,0 +1,221 @@
+"""Loading for scoring: a folder of ours, or any one-label sequence classification model that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rm_gallery.data.batching.packed_batch import PackedBatch
+from rm_gallery.data.tokenization.tokenizer import load_tokenizer
+from rm_gallery.distributed.cpu import keep_freed_memory
+from rm_gallery.errors import UserError
+from rm_gallery.modeling.export import InputRecord, read_record, settle_pad_token
+from rm_gallery.modeling.parallel.apply import DTYPES
+from rm_gallery.modeling.reward_model import (
+    DECODERS,
+    ENCODERS,
+    RewardModel,
+    check_one_label,
+    first_line,
+    load_reward_model,
+    max_positions,
+    pad_texts,
+    quiet_transformers,
+    read_model_config,
+)
+
+log = logging.getLogger(__name__)
+
+KEY = "model"
+UNLIMITED = 2**31
+_DTYPES = {**DTYPES, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# R responses, L longest text
+
+
+class PaddedModel(nn.Module):
+    """A model of the library as it is: whole texts, padded on the right, its own attention. Slower than packs."""
+
+    padded = True
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Rewards [R] float32, one per response."""
+        input_ids, mask = pad_texts(batch, self.network.config.pad_token_id)
+        logits = self.network(input_ids=input_ids, attention_mask=mask).logits
+        if logits.numel() != len(input_ids):
+            raise UserError(
+                f"{type(self.network).__name__} gives outputs of shape {list(logits.shape)} for {len(input_ids)} "
+                "texts, but a reward model gives one number a text"
+            )
+        return logits.reshape(-1)[: len(batch.reward_index)].float()
+
+
+@dataclass(frozen=True)
+class ScoringModel:
+    """What a folder holds, on its device and ready to score."""
+
+    model: RewardModel | PaddedModel
+    tokenizer: Any
+    record: InputRecord
+    """How texts were given in training; a guess for folders that are not ours."""
+    positions: int | None
+    """Most tokens of a text that the model has learned positions for; None when it has no table of them."""
+    closing_ids: tuple[int, ...] = ()
+    """Token ids behind each text (`reward_token_id` of InternLM2-style models)."""
+
+
+def load_folder(
+    folder: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> ScoringModel:
+    """The model of a folder on its device.
+
+    Raises UserError for a folder that is no model, an adapter, a classifier with more than one label, weights
+    without a reward head, an unknown device or dtype.
+    """
+    path = str(folder)
+    where = _find_device(device)
+    if where.type == "cpu":
+        keep_freed_memory()
+    kind = _find_dtype(dtype, where)
+    _check_remote_code(path, trust_remote_code)
+    config = read_model_config(path, key=KEY, trust_remote_code=trust_remote_code)
+    check_one_label(config, path, key=KEY, hint="name the folder of a reward model")
+    has_own_code = trust_remote_code and bool(getattr(config, "auto_map", None))
+    is_known = config.model_type in DECODERS + ENCODERS and not getattr(config, "use_bidirectional_attention", None)
+    tokenizer = load_tokenizer(path, key=KEY, trust_remote_code=trust_remote_code)
+    model = (
+        _load_known(path, config) if is_known and not has_own_code else _load_other(path, config, has_own_code, kind)
+    )
+    with quiet_transformers():
+        settle_pad_token(model, tokenizer)  # type: ignore[arg-type]  # it needs the network alone
+    try:
+        model.to(where, kind).eval()
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{KEY}={path}: the model does not fit into the memory of {where}; try dtype=bf16") from error
+    if isinstance(model, RewardModel):
+        model.head.float()
+    else:
+        text_config = model.network.config.get_text_config()  # where decoders look
+        text_config.pad_token_id = tokenizer.pad_token_id
+        text_config.use_cache = False  # one pass has no use for what it would keep
+    how = "whole texts, padded" if model.padded else "packs that share prompts"
+    log.info("%s: %s, %s on %s, %s", path, type(model.network).__name__, str(kind).removeprefix("torch."), where, how)
+    limit = max_positions(model)  # type: ignore[arg-type]
+    record = read_record(os.path.expanduser(path)) or InputRecord(
+        "chat" if tokenizer.chat_template else "text", max_length=limit or UNLIMITED
+    )
+    if record.own_rendering:
+        log.warning(
+            "%s: the model was trained on texts that a data.custom_cls rendered in its own way; give it text rendered "
+            "so, since messages go through the chat template",
+            path,
+        )
+    reward_token = getattr(config, "reward_token_id", None)
+    closing = (reward_token,) if isinstance(reward_token, int) and reward_token >= 0 else ()
+    return ScoringModel(model, tokenizer, record, limit if _has_position_table(model, limit) else None, closing)
+
+
+def _load_known(path: str, config: Any) -> RewardModel:
+    loaded = load_reward_model(path, key=KEY)
+    _check_parts(path, config, loaded.new_parts)
+    return loaded.model
+
+
+def _load_other(path: str, config: Any, has_own_code: bool, dtype: torch.dtype) -> PaddedModel:
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    library: Any = AutoModelForSequenceClassification
+    names = list(config.architectures or [])
+    if has_own_code and library.__name__ not in config.auto_map:
+        library = AutoModel  # InternLM2's reward model is listed under this name
+    elif not has_own_code and not any(name.endswith("ForSequenceClassification") for name in names):
+        _refuse_without_head(path, config)
+    try:
+        with quiet_transformers():
+            network, info = library.from_pretrained(
+                os.path.expanduser(path), dtype=dtype, output_loading_info=True, trust_remote_code=has_own_code
+            )
+    except Exception as error:
+        raise UserError(f"{KEY}={path}: the model cannot be loaded ({first_line(error)})") from error
+    _check_parts(path, config, sorted(info["missing_keys"]))
+    log.info("%s: architecture %s has no packed form here", path, config.model_type)
+    return PaddedModel(network)
+
+
+def _check_parts(path: str, config: Any, missing: Any) -> None:
+    """Refuse weights without a head (the library would make one up), or with another part missing."""
+    if not missing:
+        return
+    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+        _refuse_without_head(path, config)
+    raise UserError(f"{KEY}={path}: the weights lack {len(missing)} tensors (first: {missing[0]}); is the copy whole?")
+
+
+def _refuse_without_head(path: str, config: Any) -> None:
+    name = (config.architectures or [config.model_type])[0]
+    raise UserError(
+        f"{KEY}={path}: {name} is not a sequence classification model, so it has no reward head; "
+        "name the folder of a trained reward model"
+    )
+
+
+def _check_remote_code(path: str, allowed: bool) -> None:
+    file = Path(path).expanduser() / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # said with more words when the library reads it
+    from transformers import CONFIG_MAPPING
+
+    if (
+        isinstance(values, dict)
+        and "auto_map" in values
+        and not allowed
+        and values.get("model_type") not in CONFIG_MAPPING
+    ):
+        raise UserError(
+            f"{KEY}={path}: the model comes with code of its own ({values.get('model_type')}); read it, "
+            "then allow it with trust_remote_code=True (--trust-remote-code)"
+        )
+
+
+def _find_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device={device}: no such device; write auto, cpu, cuda or cuda:N") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={device}: {torch.cuda.device_count()} GPUs are visible here; write auto or cpu")
+    return found
+
+
+def _find_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        is_fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if is_fast else torch.float32
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype={dtype}: write auto, fp32 or bf16")
+    return _DTYPES[dtype]
+
+
+def _has_position_table(model: nn.Module, limit: int | None) -> bool:
+    """Whether positions are looked up in a table, which has an end, and not worked out."""
+    return limit is not None and any(
+        isinstance(module, nn.Embedding)
+        and ("position" in name.rpartition(".")[2] or name.endswith("wpe"))
+        and limit <= module.num_embeddings <= limit + 8  # some tables have rows before position 0
+        for name, module in model.named_modules()
+    )

@@ -1,0 +1,231 @@
+"""The state of a run: its tensors for torch.distributed.checkpoint, its random states, and how far it has come.
+
+A checkpoint holds float32 weights and optimizer state, sharded or not, under the model's own names, `model.NAME` and
+`optimizer.NAME.exp_avg`, whatever the strategy: another number of processes or another strategy reads the same files.
+Random states are plain JSON values: Python's, numpy's, torch's on the CPU and on the process's GPU.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import random
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from rm_gallery.modeling.parallel.apply import TrainedWeights
+from rm_gallery.modeling.reward_model import RewardModel
+
+_MODEL = "model.network."  # what stands before the library's names
+
+
+class RunTensors:
+    """The weights that the optimizer updates, and its state."""
+
+    def __init__(self, model: RewardModel, weights: TrainedWeights, optimizer: torch.optim.Optimizer) -> None:
+        self.weights, self.optimizer = weights, optimizer
+        self._module = _trained_module(model, weights)
+
+    def read(self) -> dict[str, Any]:
+        """All tensors by name, as they lie on this rank; not copies. Every rank calls it at the same place."""
+        quiet()
+        state: dict[str, Any] = {"model": get_model_state_dict(self._module)}
+        if self.optimizer.state:
+            state["optimizer"] = get_optimizer_state_dict(self._module, self.optimizer)["state"]
+        return state
+
+    def load(self, folder: Path, group: dist.ProcessGroup | None) -> None:
+        """Take all tensors from a checkpoint's `training_state`. Every rank calls it at the same place.
+
+        The optimizer's settings (rates, decay) stay those of the configuration. Raises whatever
+        torch.distributed.checkpoint does when names or shapes are not those of this model.
+        """
+        quiet()
+        saved = _saved_names(folder)
+        state: dict[str, Any] = {"model": get_model_state_dict(self._module)}
+        # Gives every parameter a state, which takes a step at rate 0; the weights come afterwards.
+        optimizer: dict[str, Any] = get_optimizer_state_dict(self._module, self.optimizer)
+        found = optimizer["state"]
+        # A parameter that has had no gradient has no state. In a run where every step was bad, none has.
+        kept = {name: found[name] for name in found if f"optimizer.{name}.exp_avg" in saved}
+        if kept:
+            state["optimizer"] = kept
+        dcp.load(state, checkpoint_id=folder, process_group=group)
+        set_model_state_dict(self._module, state["model"])
+        set_optimizer_state_dict(
+            self._module,
+            self.optimizer,
+            {"state": state.get("optimizer", {}), "param_groups": optimizer["param_groups"]},
+            options=StateDictOptions(strict=False),
+        )
+        if not kept:
+            self.optimizer.state.clear()
+        self.weights.publish()
+
+
+class SavedWeights:
+    """The whole weights in a checkpoint's `training_state`, under the names of the library's model.
+
+    One process reads them alone, one at a time, from files that all ranks have written: no device and no host ever
+    holds the whole model for that.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        quiet()
+        self._reader = _Reader(folder)
+        entries: dict[str, Any] = self._reader.read_metadata().state_dict_metadata
+        self._names = {name.removeprefix(_MODEL): name for name in entries if name.startswith(_MODEL)}
+        self._entries = entries
+
+    def outline(self) -> dict[str, Tensor]:
+        """Tensors without values."""
+        return {short: self._empty(name, "meta") for short, name in self._names.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One of them, on the host."""
+        found = {self._names[name]: self._empty(self._names[name], "cpu")}
+        dcp.load(found, storage_reader=self._reader, no_dist=True)
+        return found[self._names[name]]
+
+    def _empty(self, name: str, device: str) -> Tensor:
+        entry = self._entries[name]
+        return torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the list of tensors once, not for each tensor: with many tensors and processes it is long."""
+
+    @cached_property
+    def _metadata(self) -> Any:
+        return super().read_metadata()
+
+    def read_metadata(self, *arguments: Any, **options: Any) -> Any:
+        return self._metadata
+
+
+def _saved_names(folder: Path) -> set[str]:
+    return set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+
+
+def _trained_module(model: RewardModel, weights: TrainedWeights) -> nn.Module:
+    """A module whose parameters are the ones that the optimizer updates: the model, unless it computes with copies."""
+    own = set(model.parameters())
+    masters = dict(weights.named_parameters())
+    if all(parameter in own for parameter in masters.values()):
+        return model
+    module = nn.Module()
+    parameters = dict(model.named_parameters())
+    for name, value in [*masters.items(), *model.state_dict(keep_vars=True).items()]:
+        if name not in masters and name in parameters:
+            continue
+        *path, last = name.split(".")
+        place = module
+        for part in path:
+            if not hasattr(place, part):
+                place.add_module(part, nn.Module())
+            place = getattr(place, part)
+        if name in masters:
+            place.register_parameter(last, masters[name])
+        elif not hasattr(place, last):
+            place.register_buffer(last, value)
+    return module
+
+
+def quiet() -> None:
+    """Switch off what the library warns about single processes; for good, since other threads save meanwhile."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+RandomState = dict[str, Any]
+
+
+def random_state() -> RandomState:
+    """The states of now."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    state = {
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
+        "torch": _text(torch.get_rng_state()),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = _text(torch.cuda.get_rng_state())
+    return state
+
+
+def set_random_state(state: RandomState) -> None:
+    """Go on drawing as `random_state` was taken; JSON in between changes nothing."""
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, numpy_keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(numpy_keys, np.uint32), *rest))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """What is drawn inside does not show outside: saving must not change the training that follows."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+def _text(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+BEST_METRIC = "val/accuracy"
+
+
+@dataclass
+class Progress:
+    """Counted by the trainer; the position in the plan is `step`."""
+
+    step: int = 0
+    """Optimizer steps that are done, those that were skipped included."""
+    bad_steps: int = 0
+    """Steps that were skipped since something was not finite."""
+    bad_in_a_row: int = 0
+    validation_pending: bool = False
+    """The validation of this step is due and was not made, since the run had to stop."""
+    last_val: dict[str, float] = field(default_factory=dict)
+    """Metrics of the last validation."""
+    best_step: int | None = None
+    """Step of the highest `val/accuracy` so far; of equals the first."""
+    best_accuracy: float | None = None
+
+    def note_accuracy(self, metrics: Mapping[str, float]) -> bool:
+        """Remember the accuracy of this step if it is the best so far; whether it is."""
+        accuracy = metrics.get(BEST_METRIC, math.nan)
+        if not accuracy > (-math.inf if self.best_accuracy is None else self.best_accuracy):
+            return False
+        self.best_step, self.best_accuracy = self.step, accuracy
+        return True
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

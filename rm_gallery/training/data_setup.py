@@ -1,0 +1,189 @@
+"""What a run reads: tokenizer and data, each checked against the model and the others."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from rm_gallery.data.batching.bin_packing import Packer
+from rm_gallery.data.batching.plan import Mixture, long_pairs
+from rm_gallery.data.custom import CustomReader
+from rm_gallery.data.sources import DataFile, entries_of, resolve_files
+from rm_gallery.data.token_cache.arrays import TokenData
+from rm_gallery.data.token_cache.prepare import peek, prepare
+from rm_gallery.data.token_cache.row_processor import Share
+from rm_gallery.data.token_cache.store import Store
+from rm_gallery.data.tokenization.tokenizer import load_tokenizer
+from rm_gallery.errors import UserError
+from rm_gallery.modeling.export import InputRecord
+from rm_gallery.modeling.reward_model import ENCODERS, RewardModel, load_model_config, max_positions
+from rm_gallery.training.config import DataConfig, TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One side of the data as tokens, and what was left out."""
+
+    store: Store
+    files: list[DataFile]
+
+    @property
+    def data(self) -> TokenData:
+        return self.store.data
+
+    def input_record(self, config: DataConfig, tokenizer: Any) -> InputRecord:
+        """How the model is given these texts, for the checkpoint."""
+        record = InputRecord(
+            self.data.style,
+            config.append_eos,
+            config.max_length,
+            separator="" if self.data.has_text_prompts else "\n\n",
+            text_special_tokens=config.text_special_tokens,
+        )
+        if config.custom_cls.path is None or self.data.style == "text":
+            return record
+        custom = CustomReader.from_config(config, tokenizer)
+        return replace(
+            record,
+            input_style=custom.style,
+            append_eos=custom.append_eos,
+            separator=custom.separator,
+            own_rendering=not self.store.custom.matches_template,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """For run.json."""
+        dropped = self.store.dropped
+        return {
+            "files": [file.name for file in self.files],
+            "formats": self.store.facts.formats,
+            "groups": len(self.data),
+            "comparisons": self.data.num_comparisons,
+            "tokens": self.data.num_tokens,
+            "style": self.data.style,
+            "fingerprint": self.data.fingerprint(),
+            "rows": self.store.facts.num_rows,
+            "held_out": self.store.facts.held_out,
+            "dropped": {
+                reason: {"rows": count, "first": dropped.examples[reason]} for reason, count in dropped.counts.items()
+            },
+        }
+
+
+def check_inputs(config: TrainConfig) -> None:
+    """Look at what a run would read, without reading all of it: run folder, tokenizer, model folder, first rows.
+
+    Raises UserError as `run_training` would.
+    """
+    model = config.model
+    tokenizer = load_tokenizer(
+        model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template
+    )
+    load_model_config(model.partial_pretrain, trust_remote_code=model.trust_remote_code)
+    for side in sides_of(config.data):
+        files, entries = resolve_files(config.data, key=side.key), entries_of(config.data, side.key)
+        for warning in peek(files, entries, config.data, tokenizer, key=side.key).warnings():
+            log.warning("%s: %s", side.key, warning)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Training or validation data: the key that names its files, and its share of them."""
+
+    key: str
+    share: Share | None = None
+
+
+def sides_of(config: DataConfig) -> list[Side]:
+    """The training side, and the validation side where there is one."""
+    if config.val_files:
+        return [Side("data.train_files"), Side("data.val_files")]
+    if config.val_fraction:
+        held_out = config.val_fraction
+        return [Side("data.train_files", ("train", held_out)), Side("data.train_files", ("val", held_out))]
+    return [Side("data.train_files")]
+
+
+def load_sides(config: DataConfig, tokenizer: Any) -> tuple[Loaded, Loaded | None]:
+    """Training data and validation data, if there are any, as tokens; says what was left out, and of overlap.
+
+    Raises UserError when no usable row is left on a side.
+    """
+    loaded = [load_side(side, config, tokenizer) for side in sides_of(config)]
+    train, val = loaded[0], loaded[1] if len(loaded) > 1 else None
+    if val is not None:
+        _warn_of_overlap(train.data, val.data)
+    unused = train.data.unused_labels()
+    if unused:
+        log.info("the data carry %s, which the Bradley-Terry loss does not use", " and ".join(unused))
+    return train, val
+
+
+def load_side(side: Side, config: DataConfig, tokenizer: Any) -> Loaded:
+    """One side as tokens, from the cache where it is there; see `load_sides`."""
+    key = side.key if side.share is None else f"{side.key} ({side.share[0]} share)"
+    files, entries = resolve_files(config, key=side.key), entries_of(config, side.key)
+    store = prepare(files, entries, config, tokenizer, key=key, share=side.share)
+    dropped, facts = store.dropped, store.facts
+    if dropped.total:
+        log.warning("%s: left out %d of %d rows: %s", key, dropped.total, facts.num_rows, dropped.describe())
+    if not len(store.data):
+        why = dropped.describe() or f"{facts.held_out} are on the other side of data.val_fraction={config.val_fraction}"
+        raise UserError(
+            f"{key}: none of {facts.num_rows} rows can be used: {why}; mend the data, or raise "
+            "data.max_length where texts are too long"
+        )
+    log.info(
+        "%s: %d groups, %d comparisons as %s, %d tokens with shared prompts once",
+        key, len(store.data), store.data.num_comparisons, store.data.style, store.data.num_tokens,
+    )  # fmt: skip
+    for warning in store.custom.warnings():
+        log.warning("%s: %s", key, warning)
+    return Loaded(store, files)
+
+
+def mixture_of(train: Loaded, config: DataConfig) -> Mixture | None:
+    """How often each entry of `data.train_files` is used in an epoch; None when every group is used once."""
+    weights = [entry.weight for entry in entries_of(config, "data.train_files")]
+    if all(weight == 1 for weight in weights):
+        return None
+    entry_of = {file.name: file.entry for file in train.files}
+    entries = np.array([entry_of[name] for name in train.data.files], np.int32)
+    return Mixture(entries[train.data.file_numbers], weights)
+
+
+def _warn_of_overlap(train: TokenData, val: TokenData) -> None:
+    shared = np.isin(val.prompt_hashes, train.prompt_hashes)
+    if shared.any():
+        log.warning(
+            "%d of %d groups of the validation data have a prompt that is in the training data too (first: %s); "
+            "rm-gallery show-data says more", int(shared.sum()), len(val), val.where(int(shared.argmax())),
+        )  # fmt: skip
+
+
+def check_data(config: TrainConfig, model: RewardModel, train: Loaded, val: Loaded | None) -> None:
+    """Raise UserError for data that do not fit the model or each other; warn of pairs above the token budget."""
+    if val is not None and val.data.style != train.data.style:
+        raise UserError(
+            f"data.val_files hold {val.data.style} but data.train_files hold {train.data.style}; "
+            "set data.input_style to read both the same way"
+        )
+    limit = max_positions(model)
+    for key, side in (("data.train_files", train), ("data.val_files", val)):
+        if side is None:
+            continue
+        longest = int(side.data.sizes.longest_text.max())
+        if limit is not None and longest > limit:
+            what = f"{key}: the longest text has {longest} tokens, but the model has positions for {limit}"
+            if model.network.config.model_type in ENCODERS:
+                raise UserError(f"{what}; set data.max_length={limit}")
+            log.warning("%s; set data.max_length=%d unless that is meant", what, limit)
+        packer = Packer(config.data.budget, padded=model.padded)
+        warning = long_pairs(side.data, packer, key="data.max_tokens_per_micro_batch")
+        if warning:
+            log.warning("%s: %s", key, warning)

@@ -1,0 +1,345 @@
+"""From a configuration to a trained model: builds every part and hands them to the Trainer.
+
+So it says what the processes of a run must agree on before they train, and what its checkpoints need to know of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rm_gallery.data.batching.loader import load_steps
+from rm_gallery.data.batching.plan import PackingConfig, Plan
+from rm_gallery.data.token_cache.arrays import TokenData
+from rm_gallery.data.tokenization.tokenizer import load_tokenizer
+from rm_gallery.distributed.cpu import bf16_slowdown, keep_freed_memory
+from rm_gallery.distributed.process_group import World, from_main, gather, processes, seed_apart, seed_everything
+from rm_gallery.errors import StoppedBySignal, UserError
+from rm_gallery.modeling.parallel.apply import DTYPES, TrainedWeights, apply, offload_optimizer
+from rm_gallery.modeling.reward_model import RewardModel
+from rm_gallery.objectives import OBJECTIVES
+from rm_gallery.training.checkpoint import (
+    PLAN,
+    Checkpoints,
+    Copies,
+    RunIdentity,
+    RunTensors,
+    Start,
+    WeightsFolder,
+    find_start,
+)
+from rm_gallery.training.collectives import Ranks
+from rm_gallery.training.config import DataConfig, TrainConfig
+from rm_gallery.training.data_setup import Loaded, check_data, load_sides, mixture_of
+from rm_gallery.training.model_setup import StartModel, start_model
+from rm_gallery.training.optim import build_optimizer, build_schedule
+from rm_gallery.training.run_dir import claimed, draw_curves, write_run_facts
+from rm_gallery.training.signals import StopSignal
+from rm_gallery.training.trackers import NoTrackers, RunInfo, Trackers
+from rm_gallery.training.trainer import Intervals, Trainer
+from rm_gallery.training.validation import packer_for, validate
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind."""
+
+    run_dir: Path
+    checkpoint: Path
+    val_metrics: dict[str, float]
+    is_main: bool = True
+    """Whether this process is the one that talks to people."""
+
+
+def run_training(config: TrainConfig) -> RunResult:
+    """Train as configured, from nothing or the newest checkpoint of the run folder to the last one.
+
+    Under torchrun every process calls it, and rank 0 writes. Raises UserError for anything a person can mend, and
+    StoppedBySignal when SIGTERM or Ctrl-C came; checkpoints that were written before stay.
+    """
+    stop, trainer = StopSignal(), config.trainer
+    with stop.listening(), processes(trainer.device, timeout_seconds=trainer.timeout_seconds) as world:
+        return _run(agree_on_run(config, world), world, stop)
+
+
+def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
+    tokenizer = load_tokenizer(
+        config.model.partial_pretrain,
+        trust_remote_code=config.model.trust_remote_code,
+        chat_template=config.data.chat_template,
+    )
+    if world.device.type == "cpu":
+        keep_freed_memory()
+        if world.is_main and config.model.fsdp_config.model_dtype == "bf16" and (slowdown := bf16_slowdown()) > 1.5:
+            log.info(
+                "this processor multiplies matrices %.1f times slower in bf16 than in fp32; "
+                "model.fsdp_config.model_dtype=fp32 trains faster here", slowdown,
+            )  # fmt: skip
+    seed_everything(config.trainer.seed)
+    start = start_model(config, tokenizer, world)  # before the data, which may take long: a bad folder is said at once
+    shape = model_shape(start.model)
+    train, val = load_sides(config.data, tokenizer)
+    check_data(config, start.model, train, val)
+    model, weights = apply(start.model, config.model, world, strategy=start.strategy, files=start.files)
+    seed_apart(config.trainer.seed, world)
+    plan = Plan(
+        train.data.sizes,
+        packing(config.data),
+        packer_for(model, token_budget=config.data.budget, world_size=world.world_size),
+        seed=config.trainer.seed,
+        mixture=mixture_of(train, config.data),
+        prompts=train.data.prompt_hashes,
+    )
+    agree_on_plan(plan)
+    total_steps = _count_steps(plan, config, train.data)
+    optimizer = build_optimizer(weights.named_parameters(), config.optim, is_matrix=weights.is_matrix)
+    offload_optimizer(optimizer, config.model.fsdp_config, world.device)
+    run_dir, ranks = config.trainer.run_dir, Ranks(world)
+    with ranks.first(claimed(run_dir)):
+        tensors = RunTensors(model, weights, optimizer)
+        identity = run_identity(config, train.data, plan, shape, total_steps)
+        begin = find_start(
+            run_dir, config.trainer.resume_mode, identity, tensors, ranks, copies_url=config.trainer.copies_url
+        )
+        if begin.folder is not None and begin.progress.step == total_steps:
+            log.info("the run is complete: %s is its last step", begin.folder)
+            return RunResult(run_dir, begin.folder, begin.progress.last_val, world.is_main)
+        if world.is_main:
+            _write_facts(config, world, start, plan, train, val, total_steps, begin.progress.step)
+        checkpoints = build_checkpoints(config, model, weights, tensors, tokenizer, train, ranks, identity, begin)
+        loop = _Loop(world, ranks, stop, model, weights, optimizer, plan, train, val, total_steps)
+        val_metrics = _train(config, loop, begin, checkpoints)
+        if world.is_main:
+            draw_curves(run_dir)
+    assert checkpoints.latest is not None
+    return RunResult(run_dir, checkpoints.latest, val_metrics, world.is_main)
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """What the training loop is built from."""
+
+    world: World
+    ranks: Ranks
+    stop: StopSignal
+    model: RewardModel
+    weights: TrainedWeights
+    optimizer: torch.optim.Optimizer
+    plan: Plan
+    train: Loaded
+    val: Loaded | None
+    total_steps: int
+
+
+def _train(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Checkpoints) -> dict[str, float]:
+    """Train from where `begin` says to the end; returns the last validation's metrics."""
+    run = RunInfo(
+        config.trainer.project_name,
+        config.trainer.experiment_name,
+        config.trainer.run_dir,
+        config.as_dict(),
+        loop.total_steps,
+        start_step=begin.progress.step,
+        repeats_validation=begin.progress.validation_pending,
+    )
+    trackers = Trackers(config.trainer.logger, run) if loop.world.is_main else NoTrackers()
+    failed, hurry = True, False
+    try:
+        trainer = _build_trainer(config, loop, begin, checkpoints, trackers)
+        val_metrics = trainer.train(val_before_train=config.trainer.val_before_train)
+        failed = False
+        return val_metrics
+    except StoppedBySignal:
+        hurry = True
+        raise
+    finally:
+        checkpoints.close(hurry=hurry)
+        trackers.close(failed=failed)
+
+
+def _count_steps(plan: Plan, config: TrainConfig, data: TokenData) -> int:
+    if not plan.epoch_steps(0):
+        raise UserError(
+            f"data.train_batch_size={config.data.train_batch_size} with data.drop_last=true leaves no step: there are "
+            f"{data.num_comparisons} pairs; lower it, or set data.drop_last=false"
+        )
+    return config.trainer.total_training_steps or plan.num_steps(config.trainer.total_epochs)
+
+
+def _write_facts(
+    config: TrainConfig,
+    world: World,
+    start: StartModel,
+    plan: Plan,
+    train: Loaded,
+    val: Loaded | None,
+    total_steps: int,
+    start_step: int,
+) -> None:
+    facts = {
+        "device": str(world.device),
+        "world_size": world.world_size,
+        "strategy": start.strategy,
+        "total_steps": total_steps,
+        "model": {
+            "type": start.model.network.config.model_type,
+            "parameters": start.num_parameters,
+        },
+        "data": {"train": train.facts(), "val": val and val.facts(), "plan_fingerprint": plan.fingerprint()},
+    }
+    write_run_facts(config.trainer.run_dir, config.to_yaml(), facts, start_step=start_step)
+    steps_per_epoch = len(plan.epoch_steps(0))
+    log.info("%d steps (%s epochs of %d)", total_steps, f"{total_steps / steps_per_epoch:g}", steps_per_epoch)
+
+
+def _build_trainer(
+    config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Checkpoints, trackers: Trackers | NoTrackers
+) -> Trainer:
+    objective = OBJECTIVES["bradley_terry"]
+    model, val = loop.model, loop.val
+
+    def run_validation(before_pack: Callable[[], None]) -> dict[str, float]:
+        assert val is not None
+        return validate(
+            model, val.data, objective, token_budget=config.data.budget, share_prompts=config.data.share_prompts,
+            device=loop.world.device, before_pack=before_pack,
+        )  # fmt: skip
+
+    if val is not None:
+        padded = " padded" if model.padded else ""
+        log.info("micro-batches of at most %d%s tokens", config.data.budget, padded)
+    return Trainer(
+        model=model,
+        weights=loop.weights,
+        objective=objective,
+        optimizer=loop.optimizer,
+        schedule=build_schedule(config.optim, loop.total_steps),
+        clip_grad=config.optim.clip_grad or math.inf,
+        steps=load_steps(loop.train.data, loop.plan, rank=loop.world.rank, start_step=begin.progress.step),
+        total_steps=loop.total_steps,
+        intervals=Intervals(config.trainer.log_freq, config.trainer.test_freq, config.trainer.save_freq),
+        max_bad_steps=config.trainer.max_bad_steps,
+        validate=run_validation if val is not None else None,
+        checkpoints=checkpoints,
+        sink=trackers,
+        ranks=loop.ranks,
+        start=begin,
+        stop=loop.stop,
+        save_best=config.trainer.save_best,
+    )
+
+
+_NUM_PROBES = 4  # shortest training groups, rescored from a checkpoint
+
+
+def model_shape(model: RewardModel) -> str:
+    """The model's architecture, for a comparison of runs; to be asked before its weights are cut."""
+    parameters = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    digest = hashlib.sha256(repr(parameters).encode()).hexdigest()[:8]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return f"{model.network.config.model_type} with {count} parameters ({digest})"
+
+
+def packing(data: DataConfig) -> PackingConfig:
+    """What decides the plan, without where the data lie."""
+    return PackingConfig(**{each.name: getattr(data, each.name) for each in fields(PackingConfig)})
+
+
+def run_identity(config: TrainConfig, data: TokenData, plan: Plan, shape: str, total_steps: int) -> RunIdentity:
+    """What makes a run this run: under anything else a checkpoint is refused."""
+    return RunIdentity(
+        fixed={
+            "training data": f"fingerprint {data.fingerprint()}",
+            "trainer.seed": config.trainer.seed,
+            "model": shape,
+            PLAN: f"fingerprint {plan.fingerprint()}",
+        },
+        config=config.as_dict(),
+        total_steps=total_steps,
+        rate_at=lambda total_steps, step: build_schedule(config.optim, total_steps)(step),
+    )
+
+
+def build_checkpoints(
+    config: TrainConfig, model: RewardModel, weights: TrainedWeights, tensors: RunTensors, tokenizer: Any,
+    train: Loaded, ranks: Ranks, identity: RunIdentity, begin: Start,
+) -> Checkpoints:  # fmt: skip
+    """Every rank makes one at the same place."""
+    computes, wanted = config.model.fsdp_config.model_dtype, config.trainer.export_dtype
+    written = computes if wanted == "auto" else wanted
+    shortest = np.argsort(train.data.sizes.longest_text, kind="stable")[:_NUM_PROBES]
+    weights_folder = WeightsFolder(
+        model,
+        tokenizer,
+        train.input_record(config.data, tokenizer),
+        DTYPES[written],
+        weights.device,
+        exact=computes == written == "fp32",
+        probes=[train.data[int(index)] for index in shortest],
+    )
+    url = config.trainer.copies_url
+    return Checkpoints(
+        config.trainer.run_dir, config.trainer, tensors, weights_folder, ranks,
+        facts=identity.facts(begin.origin), copies=Copies(url) if url and ranks.rank == 0 else None,
+        latest=begin.folder,
+    )  # fmt: skip
+
+
+# Machines may keep the same files at different places; the plan's fingerprint holds what was read from them.
+_MAY_DIFFER = (
+    "model.partial_pretrain", "data.train_files", "data.val_files", "data.custom_cls.path", "data.cache_dir",
+)  # fmt: skip
+
+
+def agree_on_run(config: TrainConfig, world: World) -> TrainConfig:
+    """The configuration with rank 0's run folder: a time stamp in its name differs between machines and restarts.
+
+    Raises UserError, on every process, for a setting that is not the same everywhere.
+    """
+    if world.world_size == 1:
+        return config
+    trainer = config.trainer
+    folder, name, stands_in = from_main((trainer.default_local_dir, trainer.experiment_name, os.getcwd()))
+    if stands_in != os.getcwd():
+        folder = os.path.join(stands_in, os.path.expanduser(folder))
+    config = replace(config, trainer=replace(trainer, default_local_dir=folder, experiment_name=name))
+    settings = gather(_flat(config.as_dict()))
+    for other, found in enumerate(settings):
+        for key, value in settings[0].items():
+            if found.get(key) != value and key not in (*_MAY_DIFFER, "trainer.default_local_dir"):
+                raise UserError(
+                    f"{key}={found.get(key)} on rank {other}, but {value} on rank 0; start all with the same settings"
+                )
+    return config
+
+
+def agree_on_plan(plan: Plan) -> None:
+    """Raise UserError, on every process, when they read different data."""
+    fingerprints = gather(plan.fingerprint())
+    for other, found in enumerate(fingerprints):
+        if found != fingerprints[0]:
+            raise UserError(
+                f"data.train_files: rank {other} read other data than rank 0; give every machine the same files"
+            )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one level: `model.fsdp_config.model_dtype`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,73 @@
+"""Validation: one pass over all validation data; nothing of the model or the run changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from rm_gallery.data.batching.bin_packing import Packer, attention_length
+from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.data.batching.prompt_sharing import plan_step
+from rm_gallery.data.token_cache.arrays import TokenData
+from rm_gallery.data.tokenization.token_group import TokenGroup
+from rm_gallery.distributed.process_group import rank, world_size
+from rm_gallery.modeling.reward_model import RewardModel
+from rm_gallery.objectives import Objective
+from rm_gallery.objectives.metrics import Sums, means
+
+_BY_SOURCE = ("val/loss", "val/accuracy")
+_GROUPS_AT_ONCE = 4096  # packs are planned over so many groups, so that little memory is needed for any number
+
+
+def validate(
+    model: RewardModel, data: TokenData, objective: Objective, *, token_budget: int, share_prompts: bool = True,
+    device: torch.device | None = None, before_pack: Callable[[], None] = lambda: None,
+) -> dict[str, float]:  # fmt: skip
+    """val/loss, val/accuracy and mean rewards over every comparison; with several sources, loss and accuracy of each.
+
+    Each process does its share, and gets all figures.
+    token_budget: tokens of a micro-batch; share_prompts: compute pairs of the same prompt together. The figures depend
+    on neither (float64 sums of float32 rewards).
+    device: where the model computes, unless its weights lie there too. before_pack: called before each micro-batch;
+    what it raises ends the validation.
+    """
+    device = device or next(model.parameters()).device
+    packer = packer_for(model, token_budget=token_budget, world_size=world_size())
+    by_source = {number: Sums() for number in range(len(data.sources))}
+    with model.inference():
+        for source, groups in load_packs(data, packer, share_prompts=share_prompts):
+            before_pack()
+            batch = collate(groups).to(device)
+            by_source[source].add(objective(model(batch), batch)[1])
+    total = Sums()
+    for sums in by_source.values():
+        total.merge(sums)
+    metrics = means(total.read(), "val")
+    if len(by_source) > 1:
+        for number, sums in by_source.items():
+            found = means(sums.read(), "val")
+            name = data.sources[number] or "other"
+            metrics.update({f"{metric}/{name}": found[metric] for metric in _BY_SOURCE if metric in found})
+    return metrics
+
+
+def packer_for(model: RewardModel, *, token_budget: int, world_size: int) -> Packer:
+    """How groups are packed for this model."""
+    length = attention_length(model.network.config.hidden_size)
+    return Packer(token_budget, world_size, padded=model.padded, attention_length=length)
+
+
+def load_packs(data: TokenData, packer: Packer, *, share_prompts: bool) -> Iterator[tuple[int, list[TokenGroup]]]:
+    """This process's share of all groups in micro-batches, in any order; each process gets equally many, some empty.
+
+    The groups of a micro-batch have one source, whose number it has.
+    """
+    for source in range(len(data.sources)):
+        members = np.flatnonzero(data.source_numbers == source)
+        for start in range(0, len(members), _GROUPS_AT_ONCE):
+            groups = members[start : start + _GROUPS_AT_ONCE]
+            step = plan_step(data, groups, packer, share_prompts=share_prompts)
+            for pack in step.packs[rank()]:
+                yield source, step.load(data, pack)

@@ -1,0 +1,183 @@
+"""JSON lines and JSON lists: every good row is read, and every bad one is a fault of that row alone."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from rm_gallery.data.sources import text_files
+from rm_gallery.errors import UserError
+from tests.data.sources.writing import faults_of, rows_of, values_of
+
+GOOD = b'{"chosen": "a", "rejected": "b"}'
+GZIPPED, GZIPPED_PARQUET = (gzip.compress(content, mtime=0) for content in (GOOD, b"PAR1"))  # without the time
+
+FAULTY: dict[str, tuple[bytes, str]] = {
+    "text": (b"not json", "line that is not valid JSON"),
+    "cut off": (GOOD[:-4], "line that is not valid JSON"),
+    "two objects": (GOOD + GOOD, "line that is not valid JSON"),
+    "single quotes": (b"{'chosen': 'a'}", "line that is not valid JSON"),
+    "control character": (b'{"chosen": "a\x01"}', "line that is not valid JSON"),
+    "NUL bytes": (b"\0\0\0\0", "line that is not valid JSON"),
+    "a number of 5,000 digits": (b'{"chosen": ' + b"9" * 5000 + b"}", "line that is not valid JSON"),
+    "list": (b'["a", "b"]', "JSON that is not an object"),
+    "text in quotes": (b'"a"', "JSON that is not an object"),
+    "number": (b"1.5", "JSON that is not an object"),
+    "null": (b"null", "JSON that is not an object"),
+    "true": (b"true", "JSON that is not an object"),
+    "no UTF-8": (b'{"chosen": "\xff\xfe"}', "text that is not valid UTF-8"),
+    "Latin-1": ('{"chosen": "\u00e9"}'.encode("latin-1"), "text that is not valid UTF-8"),
+    "UTF-16": ('{"chosen": "a"}'.encode("utf-16-le"), "line that is not valid JSON"),
+    "a surrogate as bytes": (b'{"chosen": "\xed\xa0\x80"}', "text that is not valid UTF-8"),
+    "half a surrogate pair": (b'{"chosen": "a\\ud83d"}', "text with half of a surrogate pair"),
+    "the other half": (b'{"chosen": {"content": ["\\uDE00"]}}', "text with half of a surrogate pair"),
+    "a key with half a pair": (b'{"\\ud83d": "a"}', "text with half of a surrogate pair"),
+    "10,000 lists deep": (b'{"chosen": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", "JSON that is nested more than 100"),
+    "10,000 objects deep": (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, "JSON that is nested more than 100 deep"),
+    "120 deep": (b'{"a":' * 120 + b"1" + b"}" * 120, "JSON that is nested more than 100 deep"),
+    "10,000 deep and cut off": (b'{"a":' * 10_000, "JSON that is nested more than 100 deep"),
+    "a key twice": (b'{"chosen": "a", "chosen": "b"}', "JSON object with a key that stands there twice"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTY)
+def test_a_bad_line_is_a_fault_between_two_good_rows(in_tmp: Path, case: str) -> None:
+    line, fault = FAULTY[case]
+    Path("a.jsonl").write_bytes(b"\n".join([GOOD, line, GOOD]))
+    rows = rows_of("a.jsonl")
+    assert [bool(row.fault) for row in rows] == [False, True, False]
+    assert rows[1].fault.startswith(fault) and rows[1].values == {} and rows[1].where == "a.jsonl:1"
+    assert rows[0].values == rows[2].values == json.loads(GOOD)
+
+
+@pytest.mark.parametrize("case", [case for case in FAULTY if case not in ("cut off", "two objects", "UTF-16",
+                                                                          "10,000 deep and cut off")])  # fmt: skip
+def test_a_bad_element_of_a_list_is_a_fault_between_two_good_rows(in_tmp: Path, case: str) -> None:
+    line, fault = FAULTY[case]
+    Path("a.json").write_bytes(b"[" + b",\n".join([GOOD, line, GOOD]) + b"]")
+    faults = faults_of("a.json")
+    assert list(faults) == [1] and faults[1].startswith(fault)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["\U0001f600 \u202e \u05d0", "\0", "\u2028", "a\\u0041", "[[[", "}{", "\\", "\\ud83d\\ude00 as text"],
+    ids=lambda value: repr(value[:9]),
+)  # fmt: skip
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_odd_text_is_read_as_it_is(in_tmp: Path, value: str, ascii_only: bool) -> None:
+    rows = [{"chosen": value, "rejected": "b"}, {"chosen": "a", "rejected": value}]
+    Path("a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows), encoding="utf-8")
+    Path("list.json").write_text(json.dumps(rows, ensure_ascii=ascii_only), encoding="utf-8")
+    assert values_of("a.jsonl") == values_of("list.json") == rows
+
+
+def test_cells_of_10_mb_are_read_whole(in_tmp: Path) -> None:
+    rows = [{"chosen": "x" * 10_000_000, "rejected": "b"}] * 2
+    Path("a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    Path("list.json").write_text(json.dumps(rows))
+    assert values_of("a.jsonl") == values_of("list.json") == rows
+
+
+def test_blank_lines_ends_of_windows_and_a_byte_order_mark_are_no_rows(in_tmp: Path) -> None:
+    Path("a.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n\r\n  \n" + GOOD + b"\n\n")
+    Path("list.json").write_bytes(b"\xef\xbb\xbf \n[" + GOOD + b"\r\n,\t" + GOOD + b" ]\n\n")
+    for name in ("a.jsonl", "list.json"):
+        assert [(row.index, row.fault) for row in rows_of(name)] == [(0, ""), (1, "")], name
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
+def test_a_list_is_taken_apart_the_same_wherever_its_parts_end(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    rng = random.Random(0)
+    rows = [{"".join(rng.choices('a"\\{[]},: \n', k=6)): ["".join(rng.choices('"\\{[]},:\u00e9', k=9)), {"b": [1, {}]}]}
+            for _ in range(40)]  # fmt: skip
+    Path("list.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+    monkeypatch.setattr(text_files, "_READ", size)
+    assert values_of("list.json") == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "a.json: the file holds no rows; remove it from data.train_files or write it again"),
+        (b" \n\n", "a.json: the file holds no rows; remove it from data.train_files or write it again"),
+        (b"[]", "a.json: the file holds no rows; remove it from data.train_files or write it again"),
+        (b"[" + GOOD + b"," + GOOD[:-3], "a.json:1: the file ends inside the list; it was cut off, write it again"),
+        (b"[" + GOOD + b",", "a.json:1: the file ends inside the list; it was cut off, write it again"),
+        (b"[" + GOOD + b"] x", "a.json:1: text follows the end of the list; write one list, or one object a line"),
+        (b'{\n"chosen": [],\n"rejected": []\n}', "a.json: one JSON object over several lines; write one object "),
+        ("[]".encode("utf-16"), "a.json: holds UTF-16 text, which its name does not say; convert or rename it ("),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_list_of_rows_is_named(in_tmp: Path, content: bytes, sentence: str) -> None:
+    Path("a.json").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        rows_of("a.json")
+    assert str(error.value).startswith(sentence)
+
+
+def test_an_empty_place_in_a_list_is_a_fault(in_tmp: Path) -> None:
+    Path("a.json").write_bytes(b"[" + GOOD + b",," + GOOD + b",]")
+    assert faults_of("a.json") == {1: "line that is not valid JSON"}
+
+
+def test_a_line_without_an_end_does_not_fill_the_memory(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rm_gallery.data.sources.text_files.LONGEST_ROW", 2 << 20)
+    monkeypatch.setattr("rm_gallery.data.sources.text_files.LONGEST_ROW", 2 << 20)
+    for name, start in (("a.jsonl", b'{"chosen": "'), ("a.json", b'[{"chosen": "')):
+        Path(name).write_bytes(start + b"x" * (5 << 20))
+        with pytest.raises(UserError, match=rf"^{name}:0: the (line|row) is longer than 2 MB; "):
+            rows_of(name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.9, 0.9999])
+def test_a_compressed_file_that_was_cut_off_is_never_read_as_whole(in_tmp: Path, name: str, keep: float) -> None:
+    import pyarrow as pa
+
+    rng = random.Random(0)
+    rows = [{"chosen": rng.randbytes(200).hex(), "rejected": "b"} for _ in range(3000)]
+    content = (
+        json.dumps(rows).encode() if "json." in name else b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    )
+    whole = gzip.compress(content) if name.endswith("gz") else pa.compress(content, codec="zstd", asbytes=True)
+    Path(name).write_bytes(whole)
+    assert values_of(name) == rows
+    Path(name).write_bytes(whole[: int(len(whole) * keep)])
+    with pytest.raises(UserError, match=rf"^{name}(:\d+)?: (cannot be read (on )?as JSON lines in |the file holds no)"):
+        rows_of(name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_compressed_file_of_several_parts_is_read_whole(in_tmp: Path, name: str) -> None:
+    import pyarrow as pa
+
+    parts = [GOOD[:20], GOOD[20:] + b"\n" + GOOD]
+    packed = [gzip.compress(part) if name.endswith("gz") else pa.compress(part, codec="zstd", asbytes=True)
+              for part in parts]  # fmt: skip
+    Path(name).write_bytes(b"".join(packed))
+    assert values_of(name) == [json.loads(GOOD)] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.jsonl", GZIPPED, "a.jsonl: holds gzip, which its name does not say; convert or rename it ("),
+        ("a.jsonl", b"PAR1....", "a.jsonl: holds parquet, which its name does not say; convert or rename it ("),
+        ("a.json", b"PK\x03\x04....", "a.json: holds a zip archive, which its name does not say; convert or "),
+        ("a.jsonl.gz", GOOD, "a.jsonl.gz: cannot be read as JSON lines in .gz (zlib inflate failed: incorrect header"),
+        ("a.jsonl.zst", GOOD, "a.jsonl.zst: cannot be read as JSON lines in .zst ("),
+        ("a.jsonl.gz", GZIPPED_PARQUET, "a.jsonl.gz: holds parquet, which its name does not say; convert or "),
+    ],
+)  # fmt: skip
+def test_a_wrong_ending_is_named(in_tmp: Path, name: str, content: bytes, sentence: str) -> None:
+    Path(name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        rows_of(name)
+    assert str(error.value).startswith(sentence)

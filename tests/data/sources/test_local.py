@@ -1,0 +1,239 @@
+"""Local files: which are read, in which order, and what is said about paths that name none."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from rm_gallery.data.sources import FileEntry, SourceConfig, entries_of, find_files, resolve_files
+from rm_gallery.errors import UserError
+from tests.data.sources.writing import KEY, PAIRS, WRITERS, resolve, save_to_disk, values_of, write
+
+
+def find(*paths: str, key: str = KEY) -> list[str]:
+    found = [str(path) for path in find_files(paths, key=key)]
+    assert found == [file.path for file in resolve(*paths, key=key)]
+    return found
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_the_same_rows(in_tmp: Path, name: str) -> None:
+    write(Path(name), like=name)
+    assert values_of(name) == PAIRS
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("place", ["folder", "glob"])
+def test_every_kind_of_file_is_found_in_a_folder(in_tmp: Path, name: str, place: str) -> None:
+    write(Path("data", name), like=name)
+    write(Path("data", f"b{name}"), like=name)
+    assert find("data" if place == "folder" else "data/*") == sorted([f"data/{name}", f"data/b{name}"])
+
+
+def test_a_folder_gives_its_files_sorted_by_name_and_no_others(in_tmp: Path) -> None:
+    for name in ("b", "a", "c", ".hidden"):
+        write(Path("data", f"{name}.parquet"))
+    for name in ("notes.txt", "dataset_info.json", "LICENSE"):
+        Path("data", name).write_text("{}")
+    assert find("data") == ["data/a.parquet", "data/b.parquet", "data/c.parquet"]
+
+
+def test_a_folder_without_files_of_its_own_gives_those_below(in_tmp: Path) -> None:
+    write(Path("set/part.parquet/0.parquet"))
+    write(Path("set/part.parquet/deep/1.parquet"))
+    write(Path("set/.cache/2.parquet"))
+    assert find("set") == ["set/part.parquet/0.parquet", "set/part.parquet/deep/1.parquet"]
+
+
+def test_a_folder_with_splits_gives_the_one_that_fits(in_tmp: Path) -> None:
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        write(Path("set/data", f"{name}.parquet"))
+    train = ["set/data/train-00000-of-00002.parquet", "set/data/train-00001-of-00002.parquet"]
+    test = ["set/data/test-00000-of-00001.parquet"]
+    for folder in ("set", "set/data"):
+        assert find(folder) == train
+        assert find(folder, key="data.val_files") == test
+        assert [file.path for file in resolve(folder, train_split="test")] == test
+
+
+def test_an_entry_names_its_own_split(in_tmp: Path) -> None:
+    for name in ("train", "dev"):
+        write(Path("set", f"{name}.jsonl"))
+    entry = FileEntry("set", split="validation")
+    assert [str(path) for path in find_files([entry], key=KEY)] == ["set/dev.jsonl"]
+    files = resolve_files(SourceConfig(("set", entry)), key=KEY)
+    assert [(file.path, file.entry) for file in files] == [("set/train.jsonl", 0), ("set/dev.jsonl", 1)]
+
+
+def test_a_glob_gives_sorted_files_and_a_list_keeps_its_order(in_tmp: Path) -> None:
+    for name in ("b", "a", "other"):
+        write(Path(f"{name}.parquet"))
+    assert find("[ab].parquet") == ["a.parquet", "b.parquet"]
+    assert find("other.parquet", "a.parquet") == ["other.parquet", "a.parquet"]
+    assert [file.entry for file in resolve("other.parquet", "[ab].parquet")] == [0, 1, 1]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(in_tmp: Path) -> None:
+    write(Path("a[1].parquet"))
+    assert find("a[1].parquet") == ["a[1].parquet"]
+
+
+@pytest.mark.parametrize("path", ["~/pairs.parquet", "file:/" + "/{}/pairs.parquet", "{}/pairs.parquet"])
+def test_other_ways_to_write_a_path(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setenv("HOME", str(in_tmp))
+    write(Path("pairs.parquet"))
+    assert find(path.format(in_tmp)) == [str(in_tmp / "pairs.parquet")]
+
+
+def test_a_local_path_wins_over_a_hub_name(in_tmp: Path) -> None:
+    write(Path("org/name/train.parquet"))
+    assert find("org/name/train.parquet") == find("org/name") == ["org/name/train.parquet"]
+    assert find("org/name/*.parquet") == ["org/name/train.parquet"]
+
+
+def test_what_save_to_disk_wrote_is_read_by_its_list_of_files(in_tmp: Path) -> None:
+    save_to_disk(Path("saved"), PAIRS[:2], PAIRS[2:])
+    write(Path("saved/data-00000-of-00005.arrow"), like="stream.arrow")  # left over from an earlier save
+    assert find("saved") == ["saved/data-00000-of-00002.arrow", "saved/data-00001-of-00002.arrow"]
+    assert values_of("saved") == PAIRS
+
+
+def test_a_saved_dict_of_splits_gives_the_one_that_fits(in_tmp: Path) -> None:
+    save_to_disk(Path("saved/train"), PAIRS)
+    save_to_disk(Path("saved/test"), PAIRS[:1])
+    Path("saved/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert values_of("saved") == PAIRS
+    assert values_of("saved", key="data.val_files") == PAIRS[:1]
+    with pytest.raises(UserError, match=r"^data\.train_files=saved: has no split 'dev'; it has test, train\."):
+        resolve("saved", train_split="dev")
+
+
+def empty_folder() -> None:
+    Path("set").mkdir()
+
+
+def mixed_folder() -> None:
+    write(Path("set/a.parquet"))
+    write(Path("set/b.csv"))
+
+
+def folder_without_train() -> None:
+    write(Path("set/dev.csv"))
+    write(Path("set/test.csv"))
+
+
+def incomplete_save() -> None:
+    save_to_disk(Path("set"), PAIRS, PAIRS)
+    Path("set/data-00001-of-00002.arrow").unlink()
+
+
+def empty_save() -> None:
+    save_to_disk(Path("set"))
+
+
+def damaged_save() -> None:
+    empty_folder()
+    Path("set/state.json").write_text('{"_data_files": [')
+
+
+def other_state() -> None:
+    empty_folder()
+    Path("set/state.json").write_text('{"_data_files": [1]}')
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (empty_folder, "the folder holds no data file (parquet, JSON lines, CSV, Arrow); name one that does"),
+        (mixed_folder, "holds CSV and parquet files; name one kind, as set/*.parquet"),
+        (folder_without_train, "has no split 'train'; it has test, validation. Name one of these as split"),
+        (incomplete_save, "data-00001-of-00002.arrow is missing from set; save or copy the data set again"),
+        (empty_save, "the data set that was saved there is empty; name another"),
+        (damaged_save, "state.json is damaged; save the data set again"),
+        (other_state, "set/state.json does not list the data files; save the data set again"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_named_with_what_to_do(in_tmp: Path, make: object, sentence: str) -> None:
+    assert callable(make)
+    make()
+    for call in (lambda: find_files("set", key=KEY), lambda: resolve("set")):
+        with pytest.raises(UserError) as error:
+            call()
+        assert str(error.value) == f"data.train_files=set: {sentence}"
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("nope.parquet", "data.train_files=nope.parquet: no such file or folder (working directory "),
+        ("./org/set/train.parquet", "data.train_files=./org/set/train.parquet: no such file or folder (working "),
+        ("no*.parquet", "data.train_files=no*.parquet: no file matches the pattern (working directory "),
+        (" ", "data.train_files names an empty path; take it out or name a file"),
+        ("x" * 300, "cannot be looked up (File name too long); name another path"),
+        ("a\0/*.parquet", "data.train_files='a\\x00/*.parquet': no path holds a NUL character; take it out"),
+        ("notes.txt", "data.train_files=notes.txt: files that end in .txt are not read; rename or convert it so that"),
+        ("notes", "data.train_files=notes: the name does not tell what the file holds; rename or convert it so that"),
+        ("a.parquet.gz", "data.train_files=a.parquet.gz: files that end in .parquet.gz are not read; rename or "),
+        ("note*", "data.train_files=note*: matches only notes: the name does not tell what the file holds; rename"),
+        ("pipe.jsonl", "data.train_files=pipe.jsonl: neither a file nor a folder; write the rows to a file and"),
+    ],
+)  # fmt: skip
+def test_a_path_without_data_is_named_with_what_to_do(in_tmp: Path, path: str, sentence: str) -> None:
+    for name in ("notes.txt", "notes", "a.parquet.gz"):
+        Path(name).write_text("no data")
+    os.mkfifo("pipe.jsonl")
+    for call in (lambda: find_files(path, key=KEY), lambda: resolve(path)):
+        with pytest.raises(UserError) as error:
+            call()
+        assert sentence in str(error.value)
+
+
+def test_no_files_at_all_are_refused(in_tmp: Path) -> None:
+    for files in ("", ()):
+        with pytest.raises(UserError, match=r"^data\.train_files names no file; set it to a file, a folder, a hub"):
+            find_files(files, key=KEY)
+
+
+def test_a_file_that_is_named_twice_is_refused(in_tmp: Path) -> None:
+    write(Path("data/a.parquet"))
+    with pytest.raises(UserError, match=r"^data\.train_files: data/a\.parquet is named twice; name it once, with a"):
+        resolve("data", "data/a.parquet")
+
+
+@pytest.mark.parametrize("name", ["split", "subset", "revision"])
+def test_what_says_nothing_about_a_lone_file_is_refused(in_tmp: Path, name: str) -> None:
+    write(Path("a.parquet"))
+    for path in ("a.parquet", "*.parquet"):
+        with pytest.raises(UserError, match=rf": {name} says nothing about such a path; take it out of the entry$"):
+            find_files([FileEntry(path, **{name: "x"})], key=KEY)
+    assert len(resolve("a.parquet", train_split="x", revision="x")) == 1  # meant for other entries
+
+
+def test_json_that_describes_other_files_is_left_out(in_tmp: Path) -> None:
+    write(Path("data/a.parquet"))
+    Path("data/stats.json").write_text(json.dumps({"rows": 5}))
+    assert find("data") == ["data/a.parquet"]
+
+
+def test_the_identity_of_a_file_changes_with_its_content_only(in_tmp: Path) -> None:
+    path = write(Path("a.jsonl"))
+    before = resolve("a.jsonl")[0].identity
+    assert resolve("a.jsonl")[0].identity == before
+    content, stat = path.read_bytes(), path.stat()
+    for changed in (content.replace(b"good 0", b"good 9"), content[:-30]):
+        path.write_bytes(changed)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert resolve("a.jsonl")[0].identity != before
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert resolve("a.jsonl")[0].identity != before
+
+
+def test_entries_are_counted_over_the_whole_key() -> None:
+    config = SourceConfig(("a.parquet", FileEntry("b", weight=2.0)), FileEntry("c"))
+    assert entries_of(config, KEY) == (FileEntry("a.parquet"), FileEntry("b", weight=2.0))
+    assert entries_of(config, "data.val_files") == (FileEntry("c"),)
+    assert entries_of(SourceConfig(), KEY) == ()

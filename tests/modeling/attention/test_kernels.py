@@ -1,0 +1,192 @@
+"""Every kernel against the rule written out, forward and backward.
+
+Kernels that need a GPU have a sibling here on the CPU: the variable-length one runs its own cutting and gathering
+around plain products, FlexAttention runs as it is, forward only, and its map of blocks is compared with the rule.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rm_gallery.errors import UserError
+from rm_gallery.modeling.attention import dispatch
+from rm_gallery.modeling.attention.cpu import split_attention
+from rm_gallery.modeling.attention.dispatch import attend, check, visible
+from rm_gallery.modeling.attention.flex import BLOCK, block_map, block_mask, flex_attention
+from rm_gallery.modeling.attention.varlen import Sequences, cut, find_flash, varlen_attention
+from tests.modeling.attention.cases import HEADS, LONG_SHAPES, SHAPES, draw_inputs, layout_of, worst_difference
+
+CPU = torch.device("cpu")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this file has CPU siblings")
+EXACT = 2e-5
+ROUNDED = 3e-2  # bfloat16 has 8 bits
+
+
+def plain_flash(q: Tensor, k: Tensor, v: Tensor, cut: Sequences, scaling: float, window: int | None) -> Tensor:
+    """What a variable-length kernel computes, sequence by sequence: causal, ending at the bottom right."""
+    outputs = []
+    for number in range(len(cut.query_ends) - 1):
+        rows = slice(int(cut.query_ends[number]), int(cut.query_ends[number + 1]))
+        columns = slice(int(cut.key_ends[number]), int(cut.key_ends[number + 1]))
+        num_q, num_k = rows.stop - rows.start, columns.stop - columns.start
+        assert 0 < num_q <= cut.max_queries and num_k <= cut.max_keys
+        place = torch.arange(num_k - num_q, num_k)[:, None]
+        seen = torch.arange(num_k)[None] <= place
+        if window is not None:
+            seen &= torch.arange(num_k)[None] > place - window
+        heads = q.shape[1] // k.shape[1]
+        keys, values = (part[columns].transpose(0, 1).repeat_interleave(heads, 0) for part in (k, v))
+        logits = (q[rows].transpose(0, 1) @ keys.transpose(1, 2)) * scaling
+        outputs.append((logits.masked_fill(~seen, float("-inf")).softmax(-1) @ values).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kernel", ["plain", "sdpa"])
+def test_kernels_of_a_cpu(kernel: str, shape: str, heads: tuple[int, int, int], window: int | None) -> None:
+    layout = layout_of(SHAPES[shape], CPU, kernel)
+    for dtype, tolerance in ((torch.float32, EXACT), (torch.bfloat16, ROUNDED)):
+        difference = worst_difference(
+            lambda q, k, v, scaling: attend(q, k, v, layout, scaling=scaling, window=window),
+            layout, heads, dtype, window=window,
+        )  # fmt: skip
+        assert difference < tolerance
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prompt_and_responses_apart_are_the_whole(shape: str, heads: tuple[int, int, int]) -> None:
+    """What scores many responses on a CPU: without gradients, in float32."""
+    layout = layout_of(SHAPES[shape], CPU)
+    difference = worst_difference(
+        lambda q, k, v, scaling: split_attention(q, k, v, layout, scaling=scaling),
+        layout, heads, torch.float32, backward=False,
+    )  # fmt: skip
+    assert difference < EXACT
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "is_split"), [(60, None, True), (60, 100, True), (60, 99, False), (10, None, False)]
+)
+def test_prompt_and_responses_are_apart_in_long_texts_unless_a_window_ends_within_one(
+    length: int, window: int | None, is_split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = layout_of([(40, [length] * 8), (3, [length] * 2)], CPU)
+    calls = []
+    split = dispatch.split_attention
+    monkeypatch.setattr(dispatch, "split_attention", lambda *a, **k: (calls.append(1), split(*a, **k))[1])
+    for grad, dtype in ((True, torch.float32), (False, torch.bfloat16), (False, torch.float32)):
+        assert not calls, "not where gradients are wanted, nor in bfloat16"
+        with torch.set_grad_enabled(grad):
+            difference = worst_difference(
+                lambda q, k, v, scaling: attend(q, k, v, layout, scaling=scaling, window=window),
+                layout, HEADS[1], dtype, window=window, backward=grad,
+            )  # fmt: skip
+        assert difference < (EXACT if dtype == torch.float32 else ROUNDED)
+    assert bool(calls) == is_split
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_varlen_cuts_and_gathers_by_the_rule(shape: str, heads: tuple[int, int, int], window: int | None) -> None:
+    layout = layout_of(SHAPES[shape], CPU)
+    difference = worst_difference(
+        lambda q, k, v, scaling: varlen_attention(
+            q, k, v, cut(layout), scaling=scaling, window=window, flash=plain_flash
+        ),
+        layout, heads, torch.float32, window=window,
+    )  # fmt: skip
+    assert difference < EXACT
+
+
+def test_varlen_by_hand() -> None:
+    sequences = cut(layout_of([(2, [2, 1]), (0, [1])], CPU))
+    assert sequences.query_ends.tolist() == [0, 2, 4, 5, 6]
+    assert sequences.key_ends.tolist() == [0, 2, 6, 9, 10]
+    assert sequences.tokens.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5]
+    assert sequences.own.tolist() == [0, 1, 4, 5, 8, 9]
+    assert (sequences.max_queries, sequences.max_keys) == (2, 4)
+    assert sequences.query_ends.dtype == sequences.key_ends.dtype == torch.int32
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flex_follows_the_rule(shape: str, heads: tuple[int, int, int], window: int | None) -> None:
+    layout = layout_of(SHAPES[shape], CPU)
+    mask = block_mask(layout, window)
+    difference = worst_difference(
+        lambda q, k, v, scaling: flex_attention(q, k, v, mask, scaling=scaling),
+        layout, heads, torch.float32, window=window, backward=False,
+    )  # fmt: skip
+    assert difference < EXACT
+
+
+@pytest.mark.parametrize("window", [None, 6, 200])
+@pytest.mark.parametrize("shape", [*SHAPES.values(), *LONG_SHAPES.values()][:6])
+def test_flex_lists_every_block_with_something_to_see(shape: list[tuple[int, list[int]]], window: int | None) -> None:
+    layout = layout_of(shape, CPU)
+    partial, full = block_map(layout, window)
+    num_tokens, size = len(layout.labels), len(partial) * BLOCK
+    seen = np.zeros((size, size), bool)
+    for start in range(0, num_tokens, BLOCK):
+        rows = layout.labels[start : start + BLOCK]
+        seen[start : start + len(rows), :num_tokens] = visible(rows, layout.labels, window).numpy()
+    blocks = seen.reshape(len(partial), BLOCK, len(partial), BLOCK)
+    assert not (partial & full).any()
+    assert not (blocks.any((1, 3)) & ~(partial | full)).any()
+    assert blocks.all((1, 3))[full].all()
+    if window is None:
+        assert blocks.any((1, 3))[partial].all()
+
+
+@pytest.mark.parametrize("kernel", ["plain", "sdpa"])
+def test_reward_tokens_alone_get_what_they_get_among_all(kernel: str) -> None:
+    for shape in SHAPES.values():
+        layout = layout_of(shape, CPU, kernel)
+        (query, key, value), _ = draw_inputs(len(layout.labels), (4, 2, 64), CPU, torch.float32)
+        every = attend(query, key, value, layout, scaling=0.1, window=9)
+        rows = layout.reward_index
+        only = attend(query[rows], key, value, layout, rewards_only=True, scaling=0.1, window=9)
+        torch.testing.assert_close(only, every[rows], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["varlen", "flex"])
+def test_a_kernel_of_gpus_is_refused_on_a_cpu(kernel: str) -> None:
+    with pytest.raises(UserError, match=f"model.attention={kernel}: it needs a GPU; set auto"):
+        check(kernel, CPU, torch.bfloat16, 0.0)
+
+
+def test_plain_products_know_no_dropout() -> None:
+    with pytest.raises(UserError, match=r"model\.dropout is not 0"):
+        check("plain", CPU, torch.float32, 0.1)
+    check("sdpa", CPU, torch.float32, 0.1)
+    check("auto", CPU, torch.float32, 0.1)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("shape", {**SHAPES, **LONG_SHAPES})
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen", "flex"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kernels_of_a_gpu(
+    dtype: torch.dtype, kernel: str, shape: str, heads: tuple[int, int, int], window: int | None
+) -> None:
+    device = torch.device("cuda")
+    if kernel == "varlen" and (dtype == torch.float32 or find_flash() is None):
+        pytest.skip("flash attention has no float32, or there is none here; its cutting is tested on the CPU")
+    layout = layout_of({**SHAPES, **LONG_SHAPES}[shape], device, kernel)
+    difference = worst_difference(
+        lambda q, k, v, scaling: attend(q, k, v, layout, scaling=scaling, window=window),
+        layout, heads, dtype, window=window,
+    )  # fmt: skip
+    assert difference < (ROUNDED if dtype == torch.bfloat16 else 1e-3)  # float32 products may run as tf32

@@ -1,0 +1,109 @@
+"""Cutting, in one process: units, groups, and fsdp2 of a process alone, which one GPU with offloading runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.distributed.process_group import World
+from rm_gallery.errors import UserError
+from rm_gallery.modeling.meta_init import outline_reward_model
+from rm_gallery.modeling.parallel.apply import FsdpConfig, ModelConfig, choose_strategy
+from rm_gallery.modeling.parallel.fsdp import Cut, shard, units
+from rm_gallery.modeling.parallel.master_weights import MasterWeights
+from rm_gallery.modeling.reward_model import load_reward_model
+from rm_gallery.objectives import bradley_terry
+from tests.small import DECODERS, ENCODERS, make_model, random_groups
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", DECODERS + ENCODERS)
+def test_units_are_the_layers(kind: str, tmp_path: Path) -> None:
+    model = load_reward_model(str(make_model(kind, tmp_path))).model
+    found = units(model, 0)
+    assert len(found) == 2 and len({type(module) for module in found}) == 1
+    assert "Layer" in type(found[0]).__name__
+
+
+def test_units_of_a_least_size_hold_it_and_nest_from_inside(qwen2_folder: Path) -> None:
+    model = load_reward_model(str(qwen2_folder)).model
+    found = units(model, 2000)
+    sizes = []
+    for number, module in enumerate(found):
+        inside = {id(p) for earlier in found[:number] for p in earlier.parameters()}
+        sizes.append(sum(p.numel() for p in module.parameters() if id(p) not in inside))
+        assert not any(module in earlier.modules() for earlier in found[:number]), "inner ones come first"
+    assert min(sizes) >= 2000
+    assert model not in found and model.network not in found, "nobody calls the network of a decoder"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fsdp2_of_one_process_makes_the_step_of_one_process(
+    dtype: torch.dtype, qwen2_folder: Path, group_of_one: None
+) -> None:
+    batch = collate(random_groups(0))
+    world = World(0, 1, CPU)
+    outline, files = outline_reward_model(str(qwen2_folder), seed=0)
+    torch.manual_seed(0)
+    whole = load_reward_model(str(qwen2_folder)).model
+    model, weights = shard(outline.model, files, Cut("fsdp2", dtype, 1, offload=True), world)
+    alone = MasterWeights(whole, dtype)
+    found = []
+    for each, own in ((model, weights), (whole, alone)):
+        loss = bradley_terry(each(batch), batch)[0]
+        own.backward(loss, is_last=True)
+        found.append(own.gather_gradients(loss.detach().double(), math.inf))
+    assert found[0] == pytest.approx(found[1], rel=1e-5 if dtype == torch.float32 else 0.02)
+    state = weights.state_dict(model)
+    for name, value in alone.state_dict(whole).items():
+        assert torch.equal(state[name].full_tensor(), value), name  # type: ignore[attr-defined]
+
+
+def test_auto_keeps_small_models_whole_and_cuts_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = 100 * 18 * 4
+    monkeypatch.setattr("rm_gallery.modeling.parallel.apply._memory_of_a_process", lambda world: memory)
+    world = World(0, 4, CPU)
+    assert choose_strategy(ModelConfig(), world, 100) == "ddp"
+    assert choose_strategy(ModelConfig(), world, 101) == "fsdp2"
+    assert choose_strategy(ModelConfig(fsdp_config=FsdpConfig(cpu_offload=True)), world, 100) == "fsdp2"
+    assert choose_strategy(ModelConfig(strategy="fsdp"), world, 1) == "fsdp"
+    assert choose_strategy(ModelConfig(strategy="fsdp"), World(0, 1, CPU), 1) == "none"
+
+
+def test_group_sizes_that_do_not_divide_are_refused() -> None:
+    world = World(0, 4, CPU)
+    config = ModelConfig(strategy="fsdp2", fsdp_config=FsdpConfig(fsdp_size=3))
+    with pytest.raises(UserError, match=r"fsdp_size=3 does not divide the 4 processes"):
+        choose_strategy(config, world, 1)
+    with pytest.raises(UserError, match=r"fsdp_size=8 does not divide the 4 processes"):
+        choose_strategy(ModelConfig(strategy="fsdp", fsdp_config=FsdpConfig(fsdp_size=8)), world, 1)
+    assert choose_strategy(ModelConfig(strategy="fsdp2", fsdp_config=FsdpConfig(fsdp_size=1)), world, 1) == "ddp"
+
+
+def test_what_does_nothing_on_a_cpu_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("rm_gallery.modeling.parallel.apply.log.info", lambda text, *values: said.append(text % values))
+    config = ModelConfig(strategy="ddp", fsdp_config=FsdpConfig(cpu_offload=True, offload_params=True))
+    assert choose_strategy(config, World(0, 2, CPU), 1) == "ddp"
+    assert said == ["model.fsdp_config: offloading does nothing on a CPU, where all is in host memory already"]
+
+
+def test_a_gpu_cannot_offload_weights_that_are_not_cut() -> None:
+    config = ModelConfig(strategy="ddp", fsdp_config=FsdpConfig(cpu_offload=True))
+    with pytest.raises(UserError, match=r"model.strategy=ddp cannot offload weights"):
+        choose_strategy(config, World(0, 2, torch.device("cuda", 0)), 1)
+    alone = World(0, 1, torch.device("cuda", 0))
+    assert choose_strategy(config, alone, 1) == "fsdp2", "one GPU offloads through fsdp2"

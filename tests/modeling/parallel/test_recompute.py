@@ -1,0 +1,46 @@
+"""What activation checkpointing computes again, counted, and that it changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.modeling.parallel.apply import Mode, enable_checkpointing
+from rm_gallery.modeling.reward_model import load_reward_model
+from rm_gallery.objectives import OBJECTIVES
+from tests.small import make_model, random_groups
+
+
+def train_once(folder: Path, mode: Mode | None, kernel: str) -> tuple[dict[str, torch.Tensor], int]:
+    """Gradients, and products of numbers in forward and backward pass."""
+    torch.manual_seed(1)
+    model = load_reward_model(str(folder)).model.train()
+    model.attention = kernel  # type: ignore[assignment]
+    if mode is not None:
+        enable_checkpointing(model, mode)
+    batch = collate(random_groups(4))
+    with FlopCounterMode(display=False) as counter:
+        OBJECTIVES["bradley_terry"](model(batch), batch)[0].backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return gradients, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text", "bert"])
+@pytest.mark.parametrize("kernel", ["sdpa", "plain"])
+def test_selective_keeps_matrix_products_and_changes_no_gradient(kind: str, kernel: str, tmp_path: Path) -> None:
+    folder = make_model(kind, tmp_path)
+    plain, least = train_once(folder, None, kernel)
+    full, most = train_once(folder, "full", kernel)
+    selective, products = train_once(folder, "selective", kernel)
+    for found in (full, selective):
+        assert found.keys() == plain.keys()
+        for name, gradient in plain.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
+    if kernel == "sdpa":
+        assert least == products < most
+    else:  # the products inside plain attention are computed again
+        assert least <= products < most

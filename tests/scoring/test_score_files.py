@@ -1,0 +1,269 @@
+"""`rm-gallery score`: as many rows out as in, in order; several files and models; it goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rm_gallery.cli import main
+from rm_gallery.errors import UserError
+from rm_gallery.scoring import RewardScorer
+from rm_gallery.scoring import score_files as score_files_module
+from rm_gallery.scoring.score_files import ScoreOptions, name_models, score_files
+from tests.small import chat_pairs, text_pairs, write_pairs
+
+
+class Stopped(Exception):
+    """Stands for a power cut."""
+
+
+def write_lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def stop_after(parts: int) -> Any:
+    left = iter(range(parts - 1))
+
+    def hook(_: int) -> None:
+        if next(left, None) is None:
+            raise Stopped
+
+    return hook
+
+
+@pytest.fixture
+def options(in_tmp: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> ScoreOptions:
+    """200 pairs to score into `out.parquet`, in parts of 64, 64, 64 and 8 rows."""
+    monkeypatch.setattr(score_files_module, "_MOST_ROWS", 64)
+    write_pairs(in_tmp / "pairs.parquet", [{**row, "number": n} for n, row in enumerate(text_pairs(200))])
+    return ScoreOptions((str(text_folder),), ("pairs.parquet",), "out.parquet", device="cpu")
+
+
+def test_pairs_keep_their_rows_and_get_two_columns(options: ScoreOptions, text_scorer: RewardScorer) -> None:
+    (scored,) = score_files(options)
+    assert (scored.num_rows, scored.was_there) == (200, False)
+    found = pq.read_table("out.parquet")
+    given = pq.read_table("pairs.parquet")
+    assert found.select(given.column_names) == given
+    expected = text_scorer.score_pairs(given.to_pylist())
+    for name, side in (("reward_chosen", 0), ("reward_rejected", 1)):
+        assert found[name].to_pylist() == pytest.approx([pair[side] for pair in expected], abs=1e-4)
+    assert sorted(path.name for path in Path().iterdir()) == [".out.parquet.score.json", "out.parquet", "pairs.parquet"]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_stopped_run_goes_on_where_it_stopped(options: ScoreOptions, parts: int, in_tmp: Path) -> None:
+    score_files(ScoreOptions(**{**vars(options), "output": "whole.parquet"}))
+    with pytest.raises(Stopped):
+        score_files(options, on_part=stop_after(parts))
+    assert not (in_tmp / "out.parquet").exists()
+    done: list[int] = []
+    score_files(options, on_part=done.append)
+    assert sum(done) == 200 - 64 * parts
+    whole = pq.read_table("whole.parquet")["reward_chosen"].to_pylist()
+    assert pq.read_table("out.parquet")["reward_chosen"].to_pylist() == pytest.approx(whole, abs=1e-4)
+    assert score_files(options, on_part=done.append)[0].was_there
+
+
+def test_a_killed_process_goes_on_where_it_was_killed(options: ScoreOptions, in_tmp: Path) -> None:
+    program = (
+        "import sys, time; from rm_gallery.scoring.score_files import score_files; "
+        "from rm_gallery.scoring.score_files import ScoreOptions; "
+        "score_files(ScoreOptions((sys.argv[1],), ('pairs.parquet',), 'out.parquet', device='cpu'), "
+        "on_part=lambda rows: time.sleep(60))"
+    )
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, options.models[0]], env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not list(in_tmp.glob(".out.parquet.parts/*/[0-9]*.parquet")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    done: list[int] = []
+    assert score_files(options, on_part=done.append)[0].num_rows == 200
+    assert sum(done) == 200 - 64, "the part that was written is kept"
+    assert not list(in_tmp.glob(".out.parquet.parts*"))
+
+
+def test_another_model_or_input_never_takes_the_parts(
+    options: ScoreOptions, chat_folder: Path, text_scorer: RewardScorer
+) -> None:
+    with pytest.raises(Stopped):
+        score_files(options, on_part=stop_after(1))
+    done: list[int] = []
+    with pytest.raises(Stopped):
+        score_files(ScoreOptions(**{**vars(options), "models": (str(chat_folder),)}), on_part=stop_after(1))
+    write_pairs(Path("pairs.parquet"), text_pairs(70, seed=9))
+    score_files(options, on_part=done.append)
+    assert sum(done) == 70
+    expected = [chosen for chosen, _ in text_scorer.score_pairs(text_pairs(70, seed=9))]
+    assert pq.read_table("out.parquet")["reward_chosen"].to_pylist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_is_not_its_own_output_is_never_overwritten(options: ScoreOptions) -> None:
+    Path("out.parquet").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.parquet: exists, and was not made of this input"):
+        score_files(options)
+    with pytest.raises(UserError, match="is the input itself"):
+        score_files(ScoreOptions(**{**vars(options), "output": "pairs.parquet"}))
+    assert Path("out.parquet").read_text() == "mine"
+
+
+def test_rows_that_cannot_be_scored_have_null_and_a_count(
+    in_tmp: Path, text_folder: Path, text_scorer: RewardScorer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[Any] = [
+        {"prompt": "Why?", "response": "So.", "big": 12345678901234567890},
+        {"prompt": "Why?", "response": None},
+        "this is no JSON",
+        {"response": 7},
+        {"prompt": "Why?", "response": b"\\ud800".decode("unicode_escape")},
+        {},
+        {"response": "last"},
+    ]
+    write_lines(in_tmp / "rows.jsonl", rows)
+    assert main(["score", "--model", str(text_folder), "rows.jsonl", "--output", "out", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "out/rows.jsonl: 7 rows" in printed
+    assert "global_step_1: 5 without a reward: 2 null response (first: rows.jsonl:1), " in printed
+    assert "1 half a character (a lone surrogate) in a text (first: rows.jsonl:4)" in printed
+    lines = (in_tmp / "out/rows.jsonl").read_text().splitlines()
+    assert lines[0].startswith('{"prompt": "Why?", "response": "So.", "big": 12345678901234567890, "reward": ')
+    assert lines[2:4] == ['{"unreadable_line": "this is no JSON", "reward": null}', '{"response": 7, "reward": null}']
+    assert lines[5] == '{"reward": null}'
+    rewards = [json.loads(line)["reward"] for line in lines]
+    expected = text_scorer.score([text_scorer.build_group(*each) for each in (("Why?", ["So."]), (None, ["last"]))])
+    assert [rewards[0], rewards[6]] == pytest.approx([each[0] for each in expected], abs=1e-4)
+    assert rewards[1:6] == [None] * 5
+
+
+def test_messages_responses_and_files_in_folders(in_tmp: Path, chat_folder: Path, chat_scorer: RewardScorer) -> None:
+    pairs = chat_pairs(5)
+    chats = [[*row["prompt"], {"role": "assistant", "content": row["chosen"]}] for row in pairs]
+    (in_tmp / "in").mkdir()
+    write_pairs(in_tmp / "in/a.parquet", [{"messages": chat} for chat in chats])
+    many = [{"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"], "x"]} for row in pairs]
+    write_lines(in_tmp / "in/b.jsonl", [*many, {"prompt": "a", "responses": []}])
+    write_lines(in_tmp / "c.jsonl", pairs)
+    options = ScoreOptions((str(chat_folder),), ("in", "c.jsonl"), "out", device="cpu")
+    assert [scored.output for scored in score_files(options)] == [
+        Path(f"out/{n}") for n in ("a.parquet", "b.jsonl", "c.jsonl")
+    ]
+    chosen = [first for first, _ in chat_scorer.score_pairs(pairs)]
+    rejected = [second for _, second in chat_scorer.score_pairs(pairs)]
+    assert pq.read_table("out/a.parquet")["reward"].to_pylist() == pytest.approx(chosen, abs=1e-4)
+    listed = [row["rewards"] for row in read_lines(Path("out/b.jsonl"))]
+    assert [each[:2] for each in listed[:5]] == [pytest.approx(p, abs=1e-4) for p in zip(chosen, rejected, strict=True)]
+    assert listed[5] == []
+    assert [row["reward_rejected"] for row in read_lines(Path("out/c.jsonl"))] == pytest.approx(rejected, abs=1e-4)
+
+
+def test_several_models_have_their_names_before_their_columns(
+    options: ScoreOptions, text_folder: Path, chat_folder: Path, in_tmp: Path
+) -> None:
+    first, second = in_tmp / "run1", in_tmp / "run2"
+    for folder, source in ((first, text_folder), (second, chat_folder)):
+        shutil.copytree(source, folder / "global_step_1")
+    models = tuple(str(folder / "global_step_1") for folder in (first, second))
+    assert name_models(models) == ["run1/global_step_1", "run2/global_step_1"]
+    assert name_models(["a/x", "b/y"]) == ["x", "y"]
+    with pytest.raises(Stopped):  # in the second model
+        score_files(ScoreOptions(**{**vars(options), "models": models}), on_part=stop_after(6))
+    done: list[int] = []
+    score_files(ScoreOptions(**{**vars(options), "models": models}), on_part=done.append)
+    assert sum(done) == 72
+    score_files(ScoreOptions(**{**vars(options), "models": models[1:], "output": "second.parquet"}))
+    found = pq.read_table("out.parquet")
+    assert found.column_names[-4:] == [
+        f"run{n}/global_step_1/reward_{side}" for n in (1, 2) for side in ("chosen", "rejected")
+    ]
+    alone = pq.read_table("second.parquet")["reward_chosen"].to_pylist()
+    assert found["run2/global_step_1/reward_chosen"].to_pylist() == pytest.approx(alone, abs=1e-4)
+
+
+def test_memory_stays_flat_since_rows_are_read_as_they_are_needed(
+    in_tmp: Path, options: ScoreOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pa.Table.from_pylist(text_pairs(100))
+    pq.write_table(pa.concat_tables([table] * 20), "pairs.parquet", row_group_size=300)
+    sizes: list[int] = []
+
+    def count(chunk: Any, *rest: Any) -> Any:
+        sizes.append(len(chunk))
+        return [([0.0, 0.0], None)] * len(chunk)
+
+    monkeypatch.setattr(score_files_module, "_score_rows", count)
+    monkeypatch.setattr(score_files_module, "_MOST_ROWS", 128)
+    with pytest.raises(Stopped):
+        score_files(options, on_part=stop_after(5))
+    score_files(options)
+    assert max(sizes) <= 128 and sum(sizes) == 2000
+    assert pq.read_metadata("out.parquet").num_rows == 2000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lost.parquet"], "lost.parquet: no such file or folder"),
+        (["notes.txt"], "notes.txt: only parquet and JSON lines are read"),
+        (["empty.jsonl"], "empty.jsonl: the file holds no rows"),
+        (["other.jsonl"], "other.jsonl: no columns that can be scored (columns: a, b)"),
+        (["broken.parquet"], "broken.parquet: cannot be read as parquet"),
+        (["scored.jsonl"], "scored.jsonl: has a column 'reward' already"),
+        (["good.jsonl", "other.jsonl"], "other.jsonl: no columns"),
+        (["good.jsonl", "good.jsonl"], "good.jsonl: the file is named twice"),
+        (["good.jsonl", "--output", "out.parquet"], "the output is written like the input"),
+        (["good.jsonl", "--model", "model"], "--model names the same folder twice"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(
+    in_tmp: Path, text_folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (in_tmp / "model").symlink_to(text_folder)
+    for name, content in (("notes.txt", "a"), ("empty.jsonl", "\n"), ("broken.parquet", "PAR1")):
+        (in_tmp / name).write_text(content)
+    write_lines(in_tmp / "other.jsonl", [{"a": 1, "b": 2}])
+    write_lines(in_tmp / "good.jsonl", [{"response": "a"}])
+    write_lines(in_tmp / "scored.jsonl", [{"response": "a", "reward": 1.0}])
+    assert main(["score", "--model", "model", "--output", "out", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and len(printed.err.splitlines()) == 1
+    assert not (in_tmp / "out").exists()
+
+
+def test_a_model_that_cannot_be_used_is_named(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_lines(in_tmp / "good.jsonl", [{"response": "a"}])
+    assert main(["score", "--output", "out", "good.jsonl", "--model", "./nowhere"]) == 2
+    assert "model=./nowhere: no such folder" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_that_it_goes_on(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score_files_module, "score_files", interrupt)
+    assert main(["score", "a.jsonl", "--output", "out", "b.jsonl", "--model", "m"]) == 130
+    assert capsys.readouterr().err == "rm-gallery: stopped by Ctrl-C; the same command goes on from here\n"
