@@ -151,7 +151,7 @@ def padded(config: Any, groups: list[TokenGroup], device: torch.device, *, check
 def estimated_peak(folder: Path, packs: list[PackedBatch], *, checkpointing: bool) -> float:
     """Bytes that `rm-gallery estimate` expects of a step over these micro-batches, without the CUDA context."""
     from rm_gallery.planning.memory import Layout, Pack, step_memory
-    from rm_gallery.planning.shapes import load_shape
+    from rm_gallery.planning.model_shape import load_shape
 
     shape = load_shape(str(folder), trust_remote_code=False)
     layout = Layout("none", 1, 1, 2, checkpointing, False, False, len(packs) == 1)

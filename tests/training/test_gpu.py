@@ -11,8 +11,8 @@ import torch
 
 from rm_gallery.cli import main
 from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.modeling.reward_model import load_reward_model
-from rm_gallery.modeling.weights import MasterWeights
 from rm_gallery.training.trainer import Trainer
 from tests.small import random_groups, text_pairs, write_pairs
 
