@@ -91,7 +91,7 @@ def test_texts_of_bare_text_need_no_tokenizer_and_others_do(files: Path) -> None
             return PreferenceGroup(row["prompt"], [" yes", " no"], PAIR)
 
     assert Bare("data/a.parquet").texts(1) == ["Why 1? yes", "Why 1? no"]
-    with pytest.raises(UserError, match=r"^texts need a tokenizer; give the data set one$"):
+    with pytest.raises(UserError, match=r"^texts need a tokenizer; pass one to the dataset$"):
         BaseTrainDataset("data/a.parquet").texts(0)
 
 
