@@ -5,8 +5,8 @@
         path: ./my_dataset.py     # relative to the working directory
         name: MyDataset
 
-Every hook has a default, so a subclass overrides only what its rows need. The trainer creates an instance without files,
-reads the rows itself, and calls the hooks in several processes: a hook must depend on its row only.
+Every hook has a default, so a subclass overrides only what its rows need. The trainer creates an instance without
+files, reads the rows itself, and calls the hooks in several processes: a hook must depend on its row only.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class BaseTrainDataset(Sequence[PreferenceGroup]):
         return row_dict.get("ground_truth")
 
     def _get_data_source(self, row_dict: dict[str, Any]) -> str:
-        """The name for metrics by source; "" uses the name of the file. Default: the column `data_source`, else the column
-        `data.source_key`."""
+        """The name for metrics by source; "" uses the name of the file. Default: the column `data_source`, else the
+        column `data.source_key`."""
         return read_name(row_dict, "data_source") or read_name(row_dict, self.config.source_key)
 
     def build_group(self, row: dict[str, Any]) -> PreferenceGroup | tuple[None, str] | None:
