@@ -24,18 +24,24 @@ DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test check bench format clean
+.PHONY: help quickstart test test-all test-gpu check bench format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 quickstart: $(PLOT_STAMP)  ## train a small reward model on this machine and show what it learned
 	$(QUICKSTART_PREPARE)
 	$(QUICKSTART_TRAIN)
 	$(QUICKSTART_SHOW)
 
-test: $(DEV_STAMP)  ## run all tests (some of them: make test ARGS="tests/data -k packing")
-	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+test: $(DEV_STAMP)  ## run the tests (some of them: make test ARGS="tests/data -k packing")
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+test-all: $(DEV_STAMP)  ## run the long tests, which make test does not run; pytest alone runs both
+	$(PY) -m pytest -n 2 --dist worksteal -m slow $(ARGS)
+
+test-gpu: $(DEV_STAMP)  ## run the tests that need a GPU and print each name
+	$(PY) -m pytest -n 4 --dist worksteal -m gpu -vv $(ARGS)
 
 check: $(DEV_STAMP)  ## format, lint, types, structure; changes nothing
 	$(PY) -m ruff format --check --output-format concise .

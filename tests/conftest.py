@@ -18,10 +18,37 @@ from typing import Any
 
 import pytest
 
-from tests.small import make_model, make_tokenizer
-
 # A shell's background jobs ignore Ctrl-C, and so would the tests of it: they would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+NUM_DESELECTED = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect GPU tests where there is no CUDA device: 300 skipped tests would hide the others that are skipped."""
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_tests:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=gpu_tests)
+        config.stash[NUM_DESELECTED] = len(gpu_tests)
+        if hasattr(config, "workeroutput"):  # in a worker of pytest-xdist
+            config.workeroutput["deselected_gpu_tests"] = len(gpu_tests)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over the number from a worker of pytest-xdist; each collects the same tests."""
+    node.config.stash[NUM_DESELECTED] = getattr(node, "workeroutput", {}).get("deselected_gpu_tests", 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if number := config.stash.get(NUM_DESELECTED, 0):
+        terminalreporter.write_line(f"{number} GPU tests deselected: no CUDA device")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,6 +62,8 @@ def token_cache() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level tokenizer with a ChatML template, on disk."""
+    from tests.small import make_tokenizer
+
     folder = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer().save_pretrained(folder)
     return folder
@@ -42,12 +71,16 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
+    from tests.small import make_tokenizer
+
     return make_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def qwen2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-layer Qwen2 causal language model with its tokenizer: what people start training from."""
+    """A two-layer Qwen2 causal language model with its tokenizer, as training starts from."""
+    from tests.small import make_model
+
     return make_model("qwen2", tmp_path_factory.mktemp("qwen2"))
 
 

@@ -45,7 +45,6 @@ def test_the_meta_device_notices_waiting() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the CPU sibling is above")
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_micro_batch_on_a_gpu(kind: str, tmp_path: Path) -> None:
     device = torch.device("cuda")

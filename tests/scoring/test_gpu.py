@@ -6,16 +6,12 @@ import asyncio
 from pathlib import Path
 
 import pytest
-import torch
 
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring import RewardScorer
 from tests.small import text_pairs
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; see the siblings on the CPU"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-3), ("auto", 0.2)])

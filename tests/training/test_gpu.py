@@ -16,10 +16,7 @@ from rm_gallery.modeling.reward_model import load_reward_model
 from rm_gallery.training.trainer import Trainer
 from tests.small import random_groups, text_pairs, write_pairs
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; test_runs.py is the CPU sibling"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def test_rewards_on_the_gpu_equal_those_on_the_cpu(qwen2_folder: Path) -> None:

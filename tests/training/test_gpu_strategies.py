@@ -27,10 +27,7 @@ CASES = {
     "optimizer-offload": ["model.strategy=fsdp2", "model.fsdp_config.optimizer_offload=true"],
     "checkpointing": ["model.strategy=fsdp2", "model.enable_gradient_checkpointing=true"],
 }
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; test_strategies.py is the sibling"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def losses(folder: Path, model: Path, name: str, processes: int, *settings: str) -> list[float]:

@@ -17,12 +17,6 @@ from tests.small import random_groups
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def needs(device: str) -> torch.device:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device; the same test runs on the CPU")
-    return torch.device(device)
-
-
 def test_rule_by_hand() -> None:
     #   group, response, position: a common prefix of two tokens, two responses, and a second group
     labels = torch.tensor([[0, -1, 0], [0, -1, 1], [0, 0, 2], [0, 0, 3], [0, 1, 2], [1, 2, 0]])
@@ -46,7 +40,7 @@ def test_rule_by_hand() -> None:
 def test_kernel_equals_the_reference(
     device: str, heads: int, kv_heads: int, size: int, window: int | None, seed: int
 ) -> None:
-    where = needs(device)
+    where = torch.device(device)
     batch = collate(random_groups(seed) + random_groups(seed + 10, most=9)).to(where)
     layout = lay_out(batch)
     draw = torch.Generator().manual_seed(seed)
@@ -65,7 +59,7 @@ def test_kernel_equals_the_reference(
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_kernel_in_bfloat16_is_as_close_as_its_rounding(device: str) -> None:
-    where = needs(device)
+    where = torch.device(device)
     batch = collate(random_groups(3)).to(where)
     layout = lay_out(batch)
     draw = torch.Generator().manual_seed(3)

@@ -20,7 +20,6 @@ from rm_gallery.modeling.attention.varlen import Sequences, cut, find_flash, var
 from tests.modeling.attention.cases import HEADS, LONG_SHAPES, SHAPES, draw_inputs, layout_of, worst_difference
 
 CPU = torch.device("cpu")
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this file has CPU siblings")
 EXACT = 2e-5
 ROUNDED = 3e-2  # bfloat16 has 8 bits
 
@@ -172,7 +171,6 @@ def test_plain_products_know_no_dropout() -> None:
 
 
 @pytest.mark.gpu
-@on_gpu
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("shape", {**SHAPES, **LONG_SHAPES})

@@ -68,7 +68,7 @@ def test_a_missing_package_is_named(qwen2_folder: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not (has_package and torch.cuda.is_available()), reason="needs a CUDA device and liger-kernel")
+@pytest.mark.skipif(not has_package, reason="needs liger-kernel")
 @pytest.mark.parametrize("kind", DECODERS)
 def test_rewards_and_gradients_on_a_gpu(kind: str, tmp_path: Path) -> None:
     folder, device = make_model(kind, tmp_path), torch.device("cuda")
