@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from rm_gallery.errors import UserError, nearest
+from rm_gallery.errors import UserError, nearest, one_line
 from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.reward_model import (
     DECODERS,
     RewardModel,
     check_model_config,
-    first_line,
     max_positions,
     quiet_transformers,
 )
@@ -77,9 +76,7 @@ def load_shape(model: str, *, key: str = "model.partial_pretrain", trust_remote_
     try:
         return measure(config, name=model, source=source)
     except Exception as error:  # sizes that do not fit together end in any of torch's and the library's errors
-        raise UserError(
-            f"{key}={model}: no model can be built from this configuration ({first_line(error)})"
-        ) from error
+        raise UserError(f"{key}={model}: no model can be built from this configuration ({one_line(error)})") from error
 
 
 def _find_config(model: str, key: str, trust_remote_code: bool) -> tuple[str, Any]:
@@ -110,9 +107,9 @@ def _find_config(model: str, key: str, trust_remote_code: bool) -> tuple[str, An
     except Exception as error:
         if file.is_file():
             raise UserError(
-                f"{key}={model}: not a configuration that transformers reads ({first_line(error)})"
+                f"{key}={model}: not a configuration that transformers reads ({one_line(error)})"
             ) from error
-        raise UserError(f"{_unknown(model, key)}; the hub does not give it either ({first_line(error)})") from error
+        raise UserError(f"{_unknown(model, key)}; the hub does not give it either ({one_line(error)})") from error
 
 
 def _check_layers(layers: Any, model: str, key: str) -> None:

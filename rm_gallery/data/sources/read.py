@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from rm_gallery.data.sources.records import LABELS, Chunk, DataFile, FileKind, Row, suffixes
 from rm_gallery.data.sources.tables import read_arrow, read_parquet
 from rm_gallery.data.sources.text_files import read_csv, read_json
-from rm_gallery.errors import UserError, reason_of
+from rm_gallery.errors import UserError, one_line
 
 _READERS: dict[FileKind, Callable[[DataFile], Iterator[Chunk]]] = {
     "parquet": read_parquet, "jsonl": read_json, "csv": read_csv, "arrow": read_arrow,
@@ -34,7 +34,7 @@ def read_chunks(file: DataFile, *, key: str) -> Iterator[Chunk]:
         label = LABELS[file.kind] + (f" in {suffixes(file.name)[1]}" if suffixes(file.name)[1] else "")
         where, doing = (f"{file.name}:{rows}", "read on") if rows else (file.name, "read")
         raise UserError(
-            f"{where}: cannot be {doing} as {label} ({reason_of(error)}); write it again or take it out of {key}"
+            f"{where}: cannot be {doing} as {label} ({one_line(error)}); write it again or take it out of {key}"
         ) from error
     if not rows:
         raise UserError(f"{file.name}: the file holds no rows; remove it from {key} or write it again")
