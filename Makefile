@@ -46,7 +46,7 @@ check: $(DEV_STAMP)  ## format, lint, types, structure; changes nothing
 bench: $(DEV_STAMP) $(PEER)  ## training speed against TRL, side by side (DATA=folder of parquet files; PEER=python with TRL)
 	$(PY) -m benchmarks.throughput --peer-python $(PEER) $(if $(DATA),--data $(DATA)) $(ARGS)
 
-format: $(DEV_STAMP)  ## format the code and mend what ruff can mend
+format: $(DEV_STAMP)  ## format the code and fix what ruff can fix
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 
@@ -54,7 +54,7 @@ clean:  ## remove caches and build output; runs, checkpoints and the environment
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find rm_gallery tutorials tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# TRL pins libraries of its own, so the peer lives in an environment of its own.
+# TRL pins libraries of its own, so the peer gets a separate environment.
 .venv-trl/bin/python:
 	$(PYTHON) -m venv .venv-trl
 	$@ -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) torch transformers trl datasets pyarrow pandas

@@ -18,7 +18,8 @@ from rm_gallery.data.batching.packed_batch import PackedBatch, collate
 from rm_gallery.data.token_cache.arrays import GroupSizes
 from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.distributed.process_group import World
-from rm_gallery.modeling.parallel.apply import FsdpConfig, ModelConfig, apply
+from rm_gallery.modeling.config import FsdpConfig, ModelConfig
+from rm_gallery.modeling.parallel.apply import apply
 from rm_gallery.modeling.reward_model import RewardModel, network_class_arguments
 from rm_gallery.objectives import bradley_terry
 from rm_gallery.schema import Comparison

@@ -21,7 +21,7 @@ from torch import nn
 from rm_gallery.data.batching.packed_batch import PackedBatch, collate
 from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.modeling.attention import dispatch
-from rm_gallery.modeling.parallel.apply import MasterWeights
+from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.schema import Comparison

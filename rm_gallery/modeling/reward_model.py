@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rm_gallery.data.batching.packed_batch import PackedBatch
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.attention import dispatch
+from rm_gallery.modeling.config import AttentionKernel
 from rm_gallery.modeling.decoder_layers import adapt
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class RewardModel(nn.Module):
         self.network = network
         self.padded = network.config.model_type not in DECODERS
         """Whether texts are padded (encoders) or packed with shared prompts (decoders)."""
-        self.attention: dispatch.Setting = "auto"
+        self.attention: AttentionKernel = "auto"
         # The head computes in its own type, which stays float32 whatever the backbone's type is.
         self.head.register_forward_pre_hook(_cast_input)
         self._reads_only_rewards = not self.padded and adapt(self._backbone)

@@ -17,7 +17,7 @@ from rm_gallery.data.custom import check_custom_class
 from rm_gallery.data.sources import SourceConfig, check_val_fraction, entry_problems, find_files
 from rm_gallery.data.token_cache.prepare import PrepareConfig
 from rm_gallery.errors import UserError, nearest
-from rm_gallery.modeling.parallel.apply import ModelConfig
+from rm_gallery.modeling.config import ModelConfig
 from rm_gallery.training.checkpoint import CheckpointConfig, refuse_earlier_run
 from rm_gallery.training.compose import compose
 from rm_gallery.training.optim import OptimConfig

@@ -11,7 +11,8 @@ import torch
 from rm_gallery.distributed.process_group import World
 from rm_gallery.modeling.export import lacking_rows, settle_pad_token
 from rm_gallery.modeling.meta_init import NoOutline, WeightFiles, outline_reward_model
-from rm_gallery.modeling.parallel.apply import Strategy, choose_strategy
+from rm_gallery.modeling.parallel.apply import resolve_strategy
+from rm_gallery.modeling.parallel.strategy import Strategy
 from rm_gallery.modeling.reward_model import (
     LoadedModel,
     RewardModel,
@@ -48,7 +49,7 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
             reason = str(error)
     model = outline[0].model if outline else build_model(config, tokenizer)
     count = sum(parameter.numel() for parameter in model.parameters())
-    strategy = choose_strategy(config.model, world, count)
+    strategy = resolve_strategy(config.model, world, count)
     if strategy not in ("fsdp", "fsdp2"):
         return StartModel(build_model(config, tokenizer) if outline else model, strategy, None, count)
     if outline is None:

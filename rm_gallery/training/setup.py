@@ -24,7 +24,8 @@ from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.distributed.cpu import bf16_slowdown, keep_freed_memory
 from rm_gallery.distributed.process_group import World, from_main, gather, processes, seed_apart, seed_everything
 from rm_gallery.errors import StoppedBySignal, UserError
-from rm_gallery.modeling.parallel.apply import DTYPES, TrainedWeights, apply, offload_optimizer
+from rm_gallery.modeling.parallel.apply import DTYPES, apply, offload_optimizer
+from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.training.checkpoint import (

@@ -18,7 +18,7 @@ from torch import nn
 from rm_gallery.data.batching.loader import StepBatches
 from rm_gallery.distributed.process_group import sum_numbers
 from rm_gallery.errors import StoppedBySignal, TrainingStopped
-from rm_gallery.modeling.parallel.apply import TrainedWeights
+from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
 from rm_gallery.objectives.metrics import Sums, means

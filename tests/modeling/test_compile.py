@@ -10,7 +10,8 @@ import torch
 
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.distributed.process_group import World
-from rm_gallery.modeling.parallel.apply import FsdpConfig, ModelConfig, apply
+from rm_gallery.modeling.config import FsdpConfig, ModelConfig
+from rm_gallery.modeling.parallel.apply import apply
 from rm_gallery.modeling.reward_model import load_reward_model
 from rm_gallery.objectives import OBJECTIVES
 from tests.small import make_model, random_groups

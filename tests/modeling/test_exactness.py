@@ -10,7 +10,7 @@ import torch
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.modeling.export import InputRecord, export_folder, rescore, settle_pad_token
-from rm_gallery.modeling.parallel.apply import MasterWeights
+from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.objectives import OBJECTIVES
 from tests.small import DECODERS, ENCODERS, make_model, make_tokenizer, random_groups, whole_texts

@@ -20,7 +20,7 @@ from rm_gallery.modeling.export import (
     read_record,
     settle_pad_token,
 )
-from rm_gallery.modeling.parallel.apply import MasterWeights
+from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.modeling.reward_model import load_reward_model
 from tests.small import make_model, make_tokenizer
 

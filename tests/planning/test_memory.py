@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from rm_gallery.modeling.attention import dispatch
-from rm_gallery.modeling.parallel.apply import MasterWeights
+from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.planning.memory import Layout, MemoryUse, Pack, activations, step_memory
 from rm_gallery.planning.model_shape import ModelShape, load_shape

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rm_gallery.modeling.export import InputRecord, export_folder, settle_pad_token
-from rm_gallery.modeling.parallel.apply import MasterWeights
+from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.schema import InputStyle
 from tests.small import ENCODERS, make_model, make_tokenizer

@@ -53,6 +53,8 @@ LIGHT = [
     "rm_gallery.data.tokenization",
     "rm_gallery.data.token_cache",
     "rm_gallery.data.batching.plan",
+    "rm_gallery.modeling.config",
+    "rm_gallery.modeling.parallel.strategy",
     "rm_gallery.core",
 ]
 MAY_LOAD_TRANSFORMERS = ("rm_gallery.data.tokenization.tokenizer",)

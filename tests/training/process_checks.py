@@ -28,10 +28,13 @@ from rm_gallery.data.tokenization.token_group import Origin
 from rm_gallery.distributed import process_group
 from rm_gallery.distributed.process_group import World, processes
 from rm_gallery.errors import UserError
+from rm_gallery.modeling.config import FsdpConfig, ModelConfig
 from rm_gallery.modeling.export import InputRecord, export_folder, write_weights
 from rm_gallery.modeling.meta_init import outline_reward_model
-from rm_gallery.modeling.parallel.apply import FsdpConfig, ModelConfig, Strategy, TrainedWeights, apply
+from rm_gallery.modeling.parallel.apply import apply
 from rm_gallery.modeling.parallel.fsdp import ShardedWeights
+from rm_gallery.modeling.parallel.master_weights import TrainedWeights
+from rm_gallery.modeling.parallel.strategy import Strategy
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.objectives import bradley_terry
 from rm_gallery.objectives.metrics import Sums

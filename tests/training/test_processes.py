@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.token_group import Origin
 from rm_gallery.distributed.process_group import World
-from rm_gallery.modeling.parallel.apply import FsdpConfig
+from rm_gallery.modeling.config import FsdpConfig
 from rm_gallery.modeling.reward_model import load_reward_model
 from rm_gallery.objectives import bradley_terry
 from rm_gallery.training.validation import validate

@@ -16,7 +16,7 @@ from rm_gallery.data.batching.loader import StepBatches
 from rm_gallery.data.batching.packed_batch import PackedBatch, collate
 from rm_gallery.distributed.process_group import World
 from rm_gallery.errors import TrainingStopped
-from rm_gallery.modeling.parallel.apply import MasterWeights
+from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.objectives import Objective, bradley_terry
 from rm_gallery.objectives.metrics import Sums

@@ -68,7 +68,7 @@ def test_it_is_a_sequence_of_groups(files: Path) -> None:
     assert len(BaseTrainDataset()) == 0
     with pytest.raises(IndexError):
         dataset[5]
-    with pytest.raises(UserError, match=r"^data/b\.parquet:1: null rejected; training leaves this row out$"):
+    with pytest.raises(UserError, match=r"^data/b\.parquet:1: null rejected; training drops this row$"):
         dataset[4]
     with pytest.raises(UserError, match=r"^data\.train_files=nope\.parquet: no such file or folder"):
         len(BaseTrainDataset("nope.parquet"))
@@ -91,7 +91,7 @@ def test_texts_of_bare_text_need_no_tokenizer_and_others_do(files: Path) -> None
             return PreferenceGroup(row["prompt"], [" yes", " no"], PAIR)
 
     assert Bare("data/a.parquet").texts(1) == ["Why 1? yes", "Why 1? no"]
-    with pytest.raises(UserError, match=r"^texts need a tokenizer; give the data set one$"):
+    with pytest.raises(UserError, match=r"^texts need a tokenizer; pass one to the dataset$"):
         BaseTrainDataset("data/a.parquet").texts(0)
 
 
@@ -100,7 +100,7 @@ def test_votes_become_a_weighted_comparison_or_a_reason(files: Path) -> None:
     assert votes[0].comparisons == (Comparison(1, 0, weight=3),)
     assert votes[0].responses == [said("a"), said("b")]
     assert votes.texts(0)[0] == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
-    with pytest.raises(UserError, match=r"^votes\.parquet:1: as many votes for both; training leaves this row out$"):
+    with pytest.raises(UserError, match=r"^votes\.parquet:1: as many votes for both; training drops this row$"):
         votes[1]
     example = inspect.getdoc(BaseTrainDataset.build_group)
     assert example is not None

@@ -57,6 +57,6 @@ def test_it_shows_what_it_learned(
     monkeypatch.setattr(sys, "argv", ["show", str(folder)])
     runpy.run_module(f"{PACKAGE}.show", run_name="__main__")
     printed = capsys.readouterr().out
-    assert printed.count("the first is better with probability") == 2
+    assert printed.count("P(first is better)") == 2
     assert "rm-gallery train model.partial_pretrain=" in printed
     assert (folder / "run/curves.png").is_file()

@@ -7,7 +7,7 @@ own response. `install` registers this with transformers' attention interface, s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ from rm_gallery.modeling.attention.varlen import cut, find_flash, varlen_attenti
 __all__ = [
     "NAME",
     "PackLayout",
-    "Setting",
     "attend",
     "check",
     "install",
@@ -37,7 +36,6 @@ __all__ = [
 # T tokens, N queries (T, or R in the last layer), B groups of a bucket, L its longest group, H heads, D head dimension
 
 NAME = "rm_gallery_packed"
-Setting: TypeAlias = Literal["auto", "plain", "sdpa", "varlen", "flex"]
 Kernel: TypeAlias = Callable[..., Tensor]
 """(query, key, value, layout, rewards_only, scaling, window, dropout) -> [N, H, D]"""
 _PLAIN_UP_TO = {torch.bfloat16: 2048, torch.float32: 256}  # tokens of a pack's longest group

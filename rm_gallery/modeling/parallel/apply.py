@@ -8,141 +8,55 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
-from annotated_types import Ge
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from rm_gallery.distributed.process_group import World, from_main, turn
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.attention import dispatch
-from rm_gallery.modeling.attention.dispatch import Setting as AttentionKernel
+from rm_gallery.modeling.config import DTYPE_BYTES, CheckpointingMode, FsdpConfig, ModelConfig
 from rm_gallery.modeling.meta_init import WeightFiles
 from rm_gallery.modeling.parallel.fsdp import Cut, shard, units
 from rm_gallery.modeling.parallel.master_weights import MasterWeights, TrainedWeights, copy_from_main
+from rm_gallery.modeling.parallel.strategy import Strategy, choose_strategy
 from rm_gallery.modeling.reward_model import RewardModel
 
 log = logging.getLogger(__name__)
 
-__all__ = [
-    "DTYPES", "FsdpConfig", "MasterWeights", "ModelConfig", "TrainedWeights", "WrapPolicyConfig", "apply",
-    "choose_strategy", "offload_optimizer",
-]  # fmt: skip
-
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class WrapPolicyConfig:
-    """`model.fsdp_config.wrap_policy`: which modules are sharded on their own."""
+def resolve_strategy(config: ModelConfig, world: World, num_parameters: int) -> Strategy:
+    """The strategy that runs on this world: `choose_strategy` with the facts of this process.
 
-    __pydantic_config__ = {"extra": "forbid"}
-
-    min_num_params: Annotated[int, Ge(0)] = 0
-    """Least parameters of a module that is gathered on its own; 0 takes each transformer layer."""
-
-
-@dataclass(frozen=True)
-class FsdpConfig:
-    """`model.fsdp_config`: precision, sharding and offload."""
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    model_dtype: Literal["fp32", "bf16"] = "bf16"
-    """Type that the backbone computes in. The weights that the optimizer updates are float32 either way."""
-    cpu_offload: bool = False
-    """`fsdp` and `fsdp2`: weights, gradients and optimizer state lie in host memory, where the optimizer runs too."""
-    offload_params: bool = False
-    """The same; FSDP1's name. Neither engine can offload weights without their gradients and optimizer state."""
-    param_offload: bool = False
-    """The same; fsdp2's name."""
-    optimizer_offload: bool = False
-    """Only the optimizer state lies in host memory, between its steps. Any strategy, one GPU too."""
-    fsdp_size: Annotated[int, Ge(-1)] = -1
-    """Processes of one sharding group (on GPUs best those of one machine): weights are cut inside a group, and the
-    groups hold copies of each other. -1: all processes are one group."""
-    wrap_policy: WrapPolicyConfig = field(default_factory=WrapPolicyConfig)
-
-    @property
-    def offloads_weights(self) -> bool:
-        """Whether weights, gradients and optimizer state lie in host memory."""
-        return self.cpu_offload or self.offload_params or self.param_offload
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """`model`: what is trained, and how it runs."""
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    partial_pretrain: str = ""
-    """Folder or hub name of the model to start from: a base model, a chat model, or a reward model."""
-    trust_remote_code: bool = False
-    """Run Python code that the model folder brings along."""
-    enable_gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
-    checkpointing_mode: Mode = "full"
-    """With `enable_gradient_checkpointing`: `full` keeps only each layer's input, `selective` also the outputs of
-    matrix products and of fused attention, so that little is computed twice."""
-    attention: AttentionKernel = "auto"
-    """Attention kernel of decoders: `plain` products, torch's `sdpa`, `varlen` (flash attention, bf16) or `flex`, these
-    two on GPUs. `auto`: on a CPU plain or sdpa by length and type, on a GPU the first that can: varlen, flex, sdpa."""
-    use_liger: bool = False
-    """Norms and gated MLPs by Liger's GPU kernels (extra `liger`); nothing on a CPU, or with `compile`."""
-    compile: bool = False
-    """Compile each layer with torch.compile. The first steps take long, and a CPU gains little."""
-    strategy: Literal["auto", "fsdp", "fsdp2", "ddp"] = "auto"
-    """How several processes share the work: `ddp` keeps all weights in each, `fsdp` (FSDP1) and `fsdp2` cut them.
-    `auto`: `ddp` if weights, gradients and optimizer state take at most a quarter of a process's memory, else `fsdp2`.
-    One process needs none of them."""
-    dropout: float = 0.0
-    """All dropout rates of the model. Off by default: noise in rewards costs more than it regularizes."""
-    fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
-
-
-Strategy: TypeAlias = Literal["none", "ddp", "fsdp", "fsdp2"]
-"""How it runs in the end; `none` is one process that holds everything on its device."""
-
-
-def choose_strategy(config: ModelConfig, world: World, num_parameters: int) -> Strategy:
-    """The strategy that runs.
-
-    Every process must call it, since rank 0 chooses. Raises UserError for group sizes and offloading that do not fit.
+    Every process must call it, since rank 0 measures the memory. Raises UserError for group sizes and offloading that
+    do not fit.
     """
     fsdp = config.fsdp_config
-    on_gpu = world.device.type == "cuda"
+    strategy = choose_strategy(
+        config.strategy,
+        world_size=world.world_size,
+        memory=from_main(_memory_of_a_process(world)),
+        num_parameters=num_parameters,
+        dtype_bytes=DTYPE_BYTES[fsdp.model_dtype],
+        offload=fsdp.offloads_weights,
+        fsdp_size=fsdp.fsdp_size,
+        on_gpu=world.device.type == "cuda",
+    )
     if world.world_size == 1:
-        return "fsdp2" if on_gpu and fsdp.offloads_weights else "none"
-    if config.strategy != "auto":
-        strategy: Strategy = config.strategy
-    else:
-        # float32 weights, gradients and AdamW's two moments, and the weights in the compute type
-        needed = num_parameters * (16 + (2 if fsdp.model_dtype == "bf16" else 0))
-        is_small = 4 * needed <= _memory_of_a_process(world) and not fsdp.offloads_weights
-        strategy = from_main("ddp" if is_small else "fsdp2")
+        return strategy
+    if config.strategy == "auto":
         log.info(
             "model.strategy=auto: %s for %d parameters on %d processes", strategy, num_parameters, world.world_size
         )
-    size = fsdp.fsdp_size
-    if strategy != "ddp" and size > 0 and world.world_size % size:
-        raise UserError(
-            f"model.fsdp_config.fsdp_size={size} does not divide the {world.world_size} processes into equal groups; "
-            "set a divisor, or -1 for one group"
-        )
-    if strategy != "ddp" and size == 1:
+    elif strategy == "ddp" != config.strategy:
         log.info("model.fsdp_config.fsdp_size=1: groups of one process cut nothing, so each keeps all weights (ddp)")
-        strategy = "ddp"
     if strategy == "ddp" and fsdp.offloads_weights:
-        if on_gpu:
-            raise UserError(
-                "model.strategy=ddp cannot offload weights; set fsdp2, or cpu_offload=false (optimizer_offload can)"
-            )
         log.info("model.fsdp_config: %s", _IN_HOST_MEMORY)
     return strategy
 
@@ -243,8 +157,6 @@ def _compile(model: RewardModel) -> None:
     log.info("model.compile: %d layers, each at its first micro-batch", len(layers))
 
 
-Mode: TypeAlias = Literal["full", "selective"]
-
 _KEPT = (
     "aten::mm", "aten::addmm",
     "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention",
@@ -254,7 +166,7 @@ _KEPT = (
 """What `selective` keeps: the outputs of weight matrices and of fused attention."""
 
 
-def enable_checkpointing(model: RewardModel, mode: Mode) -> None:
+def enable_checkpointing(model: RewardModel, mode: CheckpointingMode) -> None:
     """`full` keeps each layer's input alone; `selective` also what takes long to compute, and recomputes the rest.
 
     Plain attention on a CPU, which is made of products of its own, is computed again either way.

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from rm_gallery.modeling.parallel.apply import TrainedWeights
+from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 
 _MODEL = "model.network."  # what stands before the library's names

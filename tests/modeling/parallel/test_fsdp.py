@@ -12,10 +12,12 @@ import torch
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.distributed.process_group import World
 from rm_gallery.errors import UserError
+from rm_gallery.modeling.config import FsdpConfig, ModelConfig
 from rm_gallery.modeling.meta_init import outline_reward_model
-from rm_gallery.modeling.parallel.apply import FsdpConfig, ModelConfig, choose_strategy
+from rm_gallery.modeling.parallel.apply import resolve_strategy
 from rm_gallery.modeling.parallel.fsdp import Cut, shard, units
 from rm_gallery.modeling.parallel.master_weights import MasterWeights
+from rm_gallery.modeling.parallel.strategy import choose_strategy
 from rm_gallery.modeling.reward_model import load_reward_model
 from rm_gallery.objectives import bradley_terry
 from tests.small import DECODERS, ENCODERS, make_model, random_groups
@@ -76,34 +78,38 @@ def test_auto_keeps_small_models_whole_and_cuts_large_ones(monkeypatch: pytest.M
     memory = 100 * 18 * 4
     monkeypatch.setattr("rm_gallery.modeling.parallel.apply._memory_of_a_process", lambda world: memory)
     world = World(0, 4, CPU)
-    assert choose_strategy(ModelConfig(), world, 100) == "ddp"
-    assert choose_strategy(ModelConfig(), world, 101) == "fsdp2"
-    assert choose_strategy(ModelConfig(fsdp_config=FsdpConfig(cpu_offload=True)), world, 100) == "fsdp2"
-    assert choose_strategy(ModelConfig(strategy="fsdp"), world, 1) == "fsdp"
-    assert choose_strategy(ModelConfig(strategy="fsdp"), World(0, 1, CPU), 1) == "none"
+    assert resolve_strategy(ModelConfig(), world, 100) == "ddp"
+    assert resolve_strategy(ModelConfig(), world, 101) == "fsdp2"
+    assert resolve_strategy(ModelConfig(fsdp_config=FsdpConfig(cpu_offload=True)), world, 100) == "fsdp2"
+    assert resolve_strategy(ModelConfig(strategy="fsdp"), world, 1) == "fsdp"
+    assert resolve_strategy(ModelConfig(strategy="fsdp"), World(0, 1, CPU), 1) == "none"
 
 
 def test_group_sizes_that_do_not_divide_are_refused() -> None:
     world = World(0, 4, CPU)
     config = ModelConfig(strategy="fsdp2", fsdp_config=FsdpConfig(fsdp_size=3))
     with pytest.raises(UserError, match=r"fsdp_size=3 does not divide the 4 processes"):
-        choose_strategy(config, world, 1)
+        resolve_strategy(config, world, 1)
     with pytest.raises(UserError, match=r"fsdp_size=8 does not divide the 4 processes"):
-        choose_strategy(ModelConfig(strategy="fsdp", fsdp_config=FsdpConfig(fsdp_size=8)), world, 1)
-    assert choose_strategy(ModelConfig(strategy="fsdp2", fsdp_config=FsdpConfig(fsdp_size=1)), world, 1) == "ddp"
+        resolve_strategy(ModelConfig(strategy="fsdp", fsdp_config=FsdpConfig(fsdp_size=8)), world, 1)
+    assert resolve_strategy(ModelConfig(strategy="fsdp2", fsdp_config=FsdpConfig(fsdp_size=1)), world, 1) == "ddp"
 
 
 def test_what_does_nothing_on_a_cpu_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("rm_gallery.modeling.parallel.apply.log.info", lambda text, *values: said.append(text % values))
     config = ModelConfig(strategy="ddp", fsdp_config=FsdpConfig(cpu_offload=True, offload_params=True))
-    assert choose_strategy(config, World(0, 2, CPU), 1) == "ddp"
+    assert resolve_strategy(config, World(0, 2, CPU), 1) == "ddp"
     assert said == ["model.fsdp_config: offloading does nothing on a CPU, where all is in host memory already"]
 
 
 def test_a_gpu_cannot_offload_weights_that_are_not_cut() -> None:
-    config = ModelConfig(strategy="ddp", fsdp_config=FsdpConfig(cpu_offload=True))
+    def choose(world_size: int) -> str:
+        return choose_strategy(
+            "ddp", world_size=world_size, memory=1e9, num_parameters=1, dtype_bytes=2, offload=True, fsdp_size=-1,
+            on_gpu=True,
+        )  # fmt: skip
+
     with pytest.raises(UserError, match=r"model.strategy=ddp cannot offload weights"):
-        choose_strategy(config, World(0, 2, torch.device("cuda", 0)), 1)
-    alone = World(0, 1, torch.device("cuda", 0))
-    assert choose_strategy(config, alone, 1) == "fsdp2", "one GPU offloads through fsdp2"
+        choose(2)
+    assert choose(1) == "fsdp2", "one GPU offloads through fsdp2"

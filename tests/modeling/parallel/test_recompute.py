@@ -9,13 +9,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rm_gallery.data.batching.packed_batch import collate
-from rm_gallery.modeling.parallel.apply import Mode, enable_checkpointing
+from rm_gallery.modeling.config import CheckpointingMode
+from rm_gallery.modeling.parallel.apply import enable_checkpointing
 from rm_gallery.modeling.reward_model import load_reward_model
 from rm_gallery.objectives import OBJECTIVES
 from tests.small import make_model, random_groups
 
 
-def train_once(folder: Path, mode: Mode | None, kernel: str) -> tuple[dict[str, torch.Tensor], int]:
+def train_once(folder: Path, mode: CheckpointingMode | None, kernel: str) -> tuple[dict[str, torch.Tensor], int]:
     """Gradients, and products of numbers in forward and backward pass."""
     torch.manual_seed(1)
     model = load_reward_model(str(folder)).model.train()

@@ -3,25 +3,25 @@
 #
 #   bash run_bt.sh [KEY=VALUE ...]
 #
-# Every setting below can come from the environment; KEY=VALUE arguments win over both. The configuration is checked
-# before torchrun starts, so a mistake ends with one sentence and status 2. Relative paths start where you stand.
-# Beside this file: slurm.sbatch and kubernetes.yaml start it on every machine of a job.
+# Environment variables override the settings below; KEY=VALUE arguments override both. The configuration is checked
+# before torchrun starts, so an error is one sentence and exit status 2. Paths are relative to the working directory.
+# slurm.sbatch and kubernetes.yaml in this folder start the script on every machine of a job.
 
 TIMESTAMP=$(date "+%m%dT%H%M")
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PYTHON=${PYTHON:-$(command -v python || command -v python3)}
-# A checkout that is not installed works too.
+# Also works from a checkout that is not installed.
 "$PYTHON" -c "import rm_gallery" 2>/dev/null || export PYTHONPATH="$HERE/../../../..${PYTHONPATH:+:$PYTHONPATH}"
 
-# Distributed training. One process for each GPU; without a GPU as many on the CPU as are asked for.
-# NNODES and NODE_RANK win over WORLD_SIZE and RANK, which some schedulers set instead.
+# Distributed training: one process per GPU, or N_GPUS_PER_NODE processes on the CPU.
+# NNODES and NODE_RANK take precedence over WORLD_SIZE and RANK, which some schedulers set instead.
 if [ -z "${N_GPUS_PER_NODE:-}" ]; then
     N_GPUS_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
     [ "$N_GPUS_PER_NODE" -gt 0 ] || N_GPUS_PER_NODE=1
 fi
 NNODES=${NNODES:-${WORLD_SIZE:-1}}
 NODE_RANK=${NODE_RANK:-${RANK:-0}}
-MAX_RESTARTS=${MAX_RESTARTS:-0} # how often torchrun starts all processes again when one fails
+MAX_RESTARTS=${MAX_RESTARTS:-0} # restarts of all processes by torchrun after a failure
 
 # Model and data
 SAVE_PATH=${SAVE_PATH:-./checkpoints/bt}
@@ -29,7 +29,7 @@ MODEL_PATH=${MODEL_PATH:-Qwen/Qwen2.5-7B-Instruct}
 TRAIN_FILE=${TRAIN_FILE:-hendrydong/preference_700K/train.parquet}
 VAL_FILE=${VAL_FILE-hendrydong/preference_700K/test.parquet} # empty: no validation
 
-# The run folder is $SAVE_PATH/$EXPERIMENT_NAME; that of node 0 counts on all nodes.
+# The run directory is $SAVE_PATH/$EXPERIMENT_NAME; all nodes use that of node 0.
 PROJECT_NAME=${PROJECT_NAME:-rm-gallery-bt}
 EXPERIMENT_NAME=${EXPERIMENT_NAME:-qwen2.5-7b-bt-${TIMESTAMP}}
 
@@ -66,19 +66,19 @@ if [ "$NNODES" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
     refuse "NNODES=$NNODES needs MASTER_ADDR, the address of node 0, on every node"
 fi
 
-# Where the processes meet: a free port of this machine, unless one was named or there are other machines.
+# Rendezvous: a free port of this machine, unless a port is set or there are several machines.
 if [ "$NNODES" -eq 1 ] && [ -z "${MASTER_PORT:-}" ]; then
-    MEETING=(--standalone)
+    RENDEZVOUS=(--standalone)
 else
-    MEETING=(--node_rank="$NODE_RANK" --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${MASTER_PORT:-29500}")
+    RENDEZVOUS=(--node_rank="$NODE_RANK" --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${MASTER_PORT:-29500}")
 fi
 
-# Threads of each process; torchrun would give each one.
+# Threads per process; torchrun defaults to one.
 CORES=$(nproc 2>/dev/null || echo 1)
 THREADS=$((CORES / N_GPUS_PER_NODE))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))}
 
-# The workers' rank variables must not reach the check, which is one process.
+# The check runs in one process, without the rank variables of the workers.
 env -u RANK -u WORLD_SIZE -u LOCAL_RANK "$PYTHON" -m rm_gallery.cli validate-config \
     --config "$HERE/trainer.yaml" "${SETTINGS[@]}" || exit $?
 
@@ -87,6 +87,6 @@ exec "$PYTHON" -m torch.distributed.run \
     --nnodes="$NNODES" \
     --nproc_per_node="$N_GPUS_PER_NODE" \
     --max_restarts="$MAX_RESTARTS" \
-    "${MEETING[@]}" \
+    "${RENDEZVOUS[@]}" \
     "$HERE/trainer.py" \
     "${SETTINGS[@]}"

@@ -1,4 +1,4 @@
-"""Last step of the quickstart: what the trained model thinks of answers it has not seen, and what to type next.
+"""Last step of the quickstart: score held-out answers with the trained model, and print the next commands.
 
 python -m tutorials.cookbooks.training_reward_model.quickstart.show FOLDER
 """
@@ -21,7 +21,7 @@ SKILLS = ("topic", "change_of_mind")
 
 
 def main() -> None:
-    """Score the answers with the newest checkpoint and say what to do next."""
+    """Score the answers with the newest checkpoint and print the next commands."""
     parser = argparse.ArgumentParser(description="Show what the quickstart's model has learned.")
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder
@@ -35,24 +35,24 @@ def main() -> None:
         PreferenceGroup(row["prompt"], [[{"role": "assistant", "content": row[side]}] for side in SIDES], style="chat")
         for row in shown
     ]
-    print("\nAnswers to prompts it has not seen:")
+    print("\nRewards of answers to held-out prompts:")
     for row, (first, second) in zip(shown, scorer.score(groups), strict=True):
         print()
         for message in row["prompt"]:
             print(f"  {message['role']:<15} {message['content']}")
         print(f"  reward {first:+8.3f} {row['chosen']}\n  reward {second:+8.3f} {row['rejected']}")
-        print(f"  the first is better with probability {1 / (1 + math.exp(second - first)):.3f}")
+        print(f"  P(first is better) = {1 / (1 + math.exp(second - first)):.3f}")
     print(
         f"""
 Curves: {folder / "run/curves.png"}    every step: {folder / "run/metrics.jsonl"}    model: {checkpoints[-1]}
 
-Next, train on your own pairs (parquet with columns chosen and rejected, and prompt if you have one):
+Next, train on your own pairs (parquet with columns chosen and rejected, and optionally prompt):
 
   .venv/bin/rm-gallery train model.partial_pretrain={folder / "model"} \\
       data.train_files=YOUR_TRAIN.parquet data.val_files=YOUR_VAL.parquet \\
       data.max_length=512 data.train_batch_size=32 optim.lr=5e-4 trainer.experiment_name=mine
 
-or start from a pretrained model: name its folder as model.partial_pretrain, and see README.md."""
+or start from a pretrained model: set model.partial_pretrain to its folder (see README.md)."""
     )
 
 
