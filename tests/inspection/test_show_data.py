@@ -99,9 +99,10 @@ def test_prompts_in_both_sides_are_counted(folder: Path, capsys: pytest.CaptureF
 def test_lengths_and_savings_are_those_of_training(
     folder: Path, qwen2_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from rm_gallery.data.config import Side
     from rm_gallery.data.tokenization.tokenizer import load_tokenizer
     from rm_gallery.training.config import load_config
-    from rm_gallery.training.data_setup import Side, load_side
+    from rm_gallery.training.data_setup import load_side
 
     words = [f"model.partial_pretrain={qwen2_folder}", "data.train_files=train.parquet", "data.max_length=130"]
     report = show(*words, capsys=capsys)
