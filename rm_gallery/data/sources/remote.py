@@ -55,7 +55,7 @@ def _looked_up(fs: Any, path: str, entry: FileEntry, split: str | None, role: Ro
         raise UserError(f"{what}: no data file there; name a file, a folder or a pattern that holds some")
     if not is_pattern:
         by_split = splits_by_name(found)
-        if split is not None or len(by_split) > 1:
+        if split is not None or (len(by_split) > 1 and role != "all"):
             found = choose_split(by_split, split, role, what)
         found = [f"{path.rstrip('/')}/{name}" for name in found]
     chosen = of_one_kind(found, what=what, where=entry.path.rpartition("/")[0] + "/")
