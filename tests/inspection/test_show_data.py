@@ -39,8 +39,8 @@ def test_a_report_replaces_a_report_and_nothing_else(show: Show) -> None:
 
 
 def test_lengths_are_those_of_training(show: Show, qwen2_folder: Path) -> None:
-    from rm_gallery.data.tokenization.tokenizer import load_tokenizer
     from rm_gallery.data.config import Side
+    from rm_gallery.data.tokenization.tokenizer import load_tokenizer
     from rm_gallery.training.config import load_config
     from rm_gallery.training.data_setup import load_side
 
