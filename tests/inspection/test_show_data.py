@@ -39,9 +39,10 @@ def test_a_report_replaces_a_report_and_nothing_else(show: Show) -> None:
 
 
 def test_lengths_are_those_of_training(show: Show, qwen2_folder: Path) -> None:
+    from rm_gallery.data.config import Side
     from rm_gallery.data.tokenization.tokenizer import load_tokenizer
     from rm_gallery.training.config import load_config
-    from rm_gallery.training.data_setup import Side, load_side
+    from rm_gallery.training.data_setup import load_side
 
     rows = [pair("q" * number, "a" * 40, "b" * 30) for number in range(1, 61)]
     words = [f"model.partial_pretrain={qwen2_folder}", *files(rows), "data.max_length=130"]
