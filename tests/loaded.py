@@ -16,6 +16,7 @@ for _name in (
     "pydantic.type_adapter",
     "pytest",
     "rm_gallery.cli",
+    "rm_gallery.scoring.score_files",
     "rm_gallery.training.setup",
     "tests.small",
     "torch.distributed.checkpoint._fsspec_filesystem",

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from rm_gallery.errors import UserError
 from rm_gallery.scoring import RewardScorer
 from rm_gallery.scoring import score_files as score_files_module
 from rm_gallery.scoring.score_files import ScoreOptions, name_models, score_files
+from tests import forks
 from tests.small import chat_pairs, text_pairs, write_pairs
 
 
@@ -81,17 +79,12 @@ def test_a_stopped_run_goes_on_where_it_stopped(options: ScoreOptions, parts: in
     assert score_files(options, on_part=done.append)[0].was_there
 
 
+def score_one_part(options: ScoreOptions) -> None:
+    score_files(options, on_part=lambda rows: time.sleep(60))
+
+
 def test_a_killed_process_goes_on_where_it_was_killed(options: ScoreOptions, in_tmp: Path) -> None:
-    program = (
-        "import sys, time; from rm_gallery.scoring.score_files import score_files; "
-        "from rm_gallery.scoring.score_files import ScoreOptions; "
-        "score_files(ScoreOptions((sys.argv[1],), ('pairs.parquet',), 'out.parquet', device='cpu'), "
-        "on_part=lambda rows: time.sleep(60))"
-    )
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, options.models[0]], env={**os.environ, "PYTHONPATH": str(root)}
-    )
+    process = forks.start(score_one_part, options, log=in_tmp / "log")
     try:
         deadline = time.monotonic() + 60
         while not list(in_tmp.glob(".out.parquet.parts/*/[0-9]*.parquet")):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import resource
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ import pytest
 from rm_gallery.data.formats import CustomClassConfig
 from rm_gallery.data.sources import SourceConfig, entries_of, resolve_files
 from rm_gallery.data.token_cache import prepare as module
-from rm_gallery.data.token_cache import row_processor
+from rm_gallery.data.token_cache import row_processor, store
 from rm_gallery.data.token_cache.prepare import PrepareConfig, prepare
 from rm_gallery.data.token_cache.row_processor import is_wanted
 from rm_gallery.data.token_cache.store import Store
 from rm_gallery.data.tokenization.token_group import hash_prompt
 from rm_gallery.errors import UserError
+from tests import forks
 from tests.data.groups import texts_of
 from tests.small import CHATML, chat_pairs, make_tokenizer, text_pairs, write_pairs
 
@@ -190,44 +190,28 @@ def test_a_script_that_its_own_workers_start_again_is_told(
     assert len(run(tokenizer).data) == 40
 
 
-KILLED = """
-import os, signal, sys
-from rm_gallery.data.token_cache import store
-from tests.data.token_cache.test_prepare import run
-from tests.small import make_tokenizer
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-store.StoreWriter.finish = die
-run(make_tokenizer())
-"""
+def die_before_the_end() -> None:
+    store.StoreWriter.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    run(make_tokenizer())
 
 
 def test_a_killed_build_leaves_nothing_that_is_used(files: Path, tokenizer: Any) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    killed = subprocess.run([sys.executable, "-c", KILLED], env=environment, capture_output=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    log = files / "log"
+    assert forks.start(die_before_the_end, log=log).wait(120) == -signal.SIGKILL, log.read_text()
     assert len(stores()) == 1 and ".tmp-" in stores()[0]
     assert len(run(tokenizer).data) == 40
     assert len(stores()) == 1 and ".tmp-" not in stores()[0]
 
 
-FULL = """
-import resource, sys
-from rm_gallery.errors import UserError
-from tests.data.token_cache.test_prepare import run
-from tests.small import make_tokenizer
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-try:
-    run(make_tokenizer())
-except UserError as error:
-    print(error)
-"""
+def build_on_a_full_disk() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    with pytest.raises(UserError, match=r"^cache: the cache of tokenized data cannot be used \(File too large\)"):
+        run(make_tokenizer())
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(files: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    full = subprocess.run([sys.executable, "-c", FULL], env=environment, capture_output=True, text=True, timeout=120)
-    assert full.stdout.startswith("cache: the cache of tokenized data cannot be used (File too large)"), full.stderr
+    log = files / "log"
+    assert forks.start(build_on_a_full_disk, log=log).wait(120) == 0, log.read_text()
     assert stores() == []
 
 
