@@ -11,10 +11,10 @@ import numpy as np
 from rm_gallery.data.batching.bin_packing import Packer
 from rm_gallery.data.batching.plan import Mixture, long_pairs
 from rm_gallery.data.custom import CustomReader
+from rm_gallery.data.formats import HoldOut
 from rm_gallery.data.sources import DataFile, entries_of, resolve_files
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.token_cache.prepare import peek, prepare
-from rm_gallery.data.token_cache.row_processor import Share
 from rm_gallery.data.token_cache.store import Store
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import UserError
@@ -96,7 +96,7 @@ class Side:
     """Training or validation data: the key that names its files, and its share of them."""
 
     key: str
-    share: Share | None = None
+    share: HoldOut | None = None
 
 
 def sides_of(config: DataConfig) -> list[Side]:
