@@ -21,6 +21,7 @@ from rm_gallery.data.formats import Readers, RowCounts, Task, iter_tasks, prompt
 from rm_gallery.data.sources import entries_of, resolve_files
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import UserError
+from rm_gallery.files import write_text
 from rm_gallery.inspection.collect import Side, Survey, survey
 from rm_gallery.inspection.html import MARKER, html_of
 from rm_gallery.inspection.lengths import LongTexts
@@ -72,13 +73,9 @@ def _is_ours(path: Path) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
-    """Under another name first, so that a report is whole or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"--html={path}: cannot be written ({error.strerror}); name another file") from error
 
 
