@@ -152,7 +152,9 @@ def test_a_compressed_file_that_was_cut_off_is_never_read_as_whole(in_tmp: Path,
     Path(name).write_bytes(whole)
     assert values_of(name) == rows
     Path(name).write_bytes(whole[: int(len(whole) * keep)])
-    with pytest.raises(UserError, match=rf"^{name}(:\d+)?: (cannot be read (on )?as JSON lines in |the file holds no)"):
+    with pytest.raises(
+        UserError, match=rf"^{name}(:\d+)?: (cannot be read (further )?as JSON lines in |the file holds no)"
+    ):
         rows_of(name)
 
 

@@ -124,7 +124,7 @@ def test_a_damaged_file_is_named_in_one_sentence(in_tmp: Path, name: str, damage
                 list(chunk.rows())
     sentence = str(error.value)
     assert sentence.startswith(name) and "\n" not in sentence
-    assert "take it out of data.train_files" in sentence or "the file holds no rows; remove it from" in sentence
+    assert "remove it from data.train_files" in sentence or "the file holds no rows; remove it from" in sentence
 
 
 @pytest.mark.parametrize("name", WRITE)
