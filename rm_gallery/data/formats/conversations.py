@@ -70,7 +70,7 @@ def prompt_key(group: PreferenceGroup) -> str:
     its flipped copy have the same key.
     """
     if group.style == "chat":
-        shared = _shared_turns([response for response in group.responses if not isinstance(response, str)])
+        shared = shared_turns([response for response in group.responses if not isinstance(response, str)])
         prompt = [] if isinstance(group.prompt, str) else group.prompt
         return json.dumps([_turn(message) for message in (*prompt, *shared)], sort_keys=True, default=str)
     texts = [response.strip() for response in group.responses if isinstance(response, str)]
@@ -80,7 +80,7 @@ def prompt_key(group: PreferenceGroup) -> str:
     return _shared_beginning(texts) or min(texts)
 
 
-def _shared_turns(responses: Sequence[Sequence[Message]]) -> Sequence[Message]:
+def shared_turns(responses: Sequence[Sequence[Message]]) -> Sequence[Message]:
     """The turns that all responses begin with, the last one of each left out."""
     if not responses:
         return []
