@@ -18,7 +18,7 @@ from rm_gallery.data.formats.cells import Cell, plain_json, read_list, read_name
 from rm_gallery.data.formats.conversations import check_answer, shared_turns
 from rm_gallery.data.sources import Row
 from rm_gallery.data.tokenization.token_group import hash_prompt
-from rm_gallery.errors import BadRow, Dropped, UserError, nearest
+from rm_gallery.errors import BadRow, Dropped, UserError, nearest, one_line
 from rm_gallery.schema import PreferenceGroup
 
 PROMPTS = ("prompt", "query", "messages")
@@ -75,7 +75,7 @@ class Fault(BadRow):
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason)
-        self.detail = " ".join(detail.split())[:200]
+        self.detail = one_line(detail)
 
 
 def content_key(value: Cell, role: str) -> int:

@@ -29,7 +29,8 @@ from rm_gallery.core.utils.mapping import Mapper
 from rm_gallery.data.formats import as_messages
 from rm_gallery.data.formats.cells import Cell
 from rm_gallery.data.sources import DataFile, read_rows, resolve_entries
-from rm_gallery.errors import UserError, reason_of
+from rm_gallery.errors import UserError, one_line
+from rm_gallery.files import sync, temporary_path
 
 log = logging.getLogger(__name__)
 
@@ -289,11 +290,11 @@ def write_files(rows: Mapping[Path, Sequence[ScoredGroup]], columns: Columns, *,
         folder.mkdir(parents=True, exist_ok=True)
         for file, content in rows.items():
             if content:
-                written[file] = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+                written[file] = temporary_path(file)
                 _write(written[file], file.suffix, content, columns)
         _publish(rows, written, overwrite)
     except (OSError, pa.ArrowException) as error:
-        reason = getattr(error, "strerror", None) or reason_of(error)
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(
             f"output_dir {folder}: cannot be written ({reason}); make room or name another folder, and export again"
         ) from error
@@ -311,8 +312,7 @@ def _write(path: Path, suffix: str, rows: Sequence[ScoredGroup], columns: Column
         else:
             for row in rows:
                 file.write(json.dumps(columns.values(row, suffix), ensure_ascii=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)
 
 
 def _publish(files: Iterable[Path], written: Mapping[Path, Path], overwrite: bool) -> None:
