@@ -13,11 +13,10 @@ from rm_gallery.core.generator.summary import ExportSummary
 from rm_gallery.core.graders.prompt import is_messages
 from rm_gallery.core.graders.reward import places
 from rm_gallery.core.utils.mapping import Mapper, check_mapper, get_value_by_path
-from rm_gallery.data.formats import as_messages, prompt_key, read_cell, without_repeats
+from rm_gallery.data.formats import as_messages, hash_prompt, prompt_key, read_cell, without_repeats
 from rm_gallery.data.formats.cells import Cell, plain_json, read_list, read_name, read_number
 from rm_gallery.data.formats.conversations import check_answer, shared_turns
 from rm_gallery.data.sources import Row
-from rm_gallery.data.tokenization.token_group import hash_prompt
 from rm_gallery.errors import BadRow, Dropped, UserError, nearest, one_line
 from rm_gallery.schema import PreferenceGroup
 
@@ -240,7 +239,7 @@ class _CaseReader:
                     raise score
                 text = read_text(item["response"] if _is_scored(item) else item, "response")
                 if isinstance(text, list):
-                    check_answer(text[-1], "response")
+                    check_answer(text, "response")
             except BadRow as error:
                 _count(self.dropped, error, self.where)
                 continue

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from rm_gallery.core.generator.cases import ScoredGroup, ScoredResponse, group_key
 from rm_gallery.core.generator.summary import ExportOptions, ExportSummary
+from rm_gallery.data.formats import hash_prompt
 from rm_gallery.data.formats.rankings import MAX_RESPONSES
-from rm_gallery.data.tokenization.token_group import hash_prompt
 from rm_gallery.errors import UserError
 
 MAX_PAIRS = 10_000_000  # of one prompt, and of all rows: about 2 GB of records besides the texts

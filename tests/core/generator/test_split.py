@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 
 from rm_gallery.core.generator import export_data
-from rm_gallery.data.formats import prompt_key
-from rm_gallery.data.token_cache.row_processor import is_wanted
-from rm_gallery.data.tokenization.token_group import hash_prompt
+from rm_gallery.data.formats import hash_prompt, is_wanted, prompt_key
 from rm_gallery.errors import UserError
 from rm_gallery.schema import PreferenceGroup
 from tests.core.generator.exported import both_sides, export, graded, read_back
