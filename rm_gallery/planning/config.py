@@ -103,6 +103,8 @@ def layout_of(config: EstimateConfig, shape: ModelShape, device: Device, *, one_
     elif strategy == "auto":
         needed = shape.parameters * (16 + (2 if fsdp.model_dtype == "bf16" else 0))
         strategy = "ddp" if 4 * needed <= device.memory / USABLE and not offload else "fsdp2"
+    elif strategy == "fsdp":
+        strategy = "fsdp2"
     if strategy != "none" and fsdp.fsdp_size == 1 and config.n_gpus > 1:
         strategy = "ddp"
     group = fsdp.fsdp_size if 0 < fsdp.fsdp_size <= config.n_gpus else config.n_gpus

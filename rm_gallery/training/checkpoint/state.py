@@ -78,7 +78,7 @@ class RunTensors:
         )
         if not kept:
             self.optimizer.state.clear()
-        self.weights.publish()
+        self.weights.copy_to_model()
 
 
 class SavedWeights:
