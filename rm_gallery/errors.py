@@ -30,6 +30,19 @@ class StoppedBySignal(Exception):
         self.status = status
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a configuration: the key it is about, and the whole message, which names the key too."""
+
+    key: str
+    """As `data.train_files`; a section's name for the section as a whole."""
+    text: str
+
+    def is_about(self, key: str) -> bool:
+        """Whether it is about this key, or about a key inside this section."""
+        return self.key == key or self.key.startswith(f"{key}.")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """' Did you mean X?' for the known word that looks most like `word`, or '' when none does."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

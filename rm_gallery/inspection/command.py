@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rm_gallery.data.config import DataConfig, sides_of
+from rm_gallery.data.config import Side as DataSide
 from rm_gallery.data.custom import CustomReader
 from rm_gallery.data.formats import RowReader, prompt_key
 from rm_gallery.data.sources import entries_of, resolve_files
@@ -30,9 +32,7 @@ from rm_gallery.inspection.report import Report, ReportOptions, build_report
 from rm_gallery.inspection.terminal import print_page
 from rm_gallery.inspection.views import Encoder, TokenEncoder, WordEncoder
 from rm_gallery.schema import PreferenceGroup
-from rm_gallery.training.config import DataConfig, TrainConfig, load_config
-from rm_gallery.training.data_setup import Side as DataSide
-from rm_gallery.training.data_setup import sides_of
+from rm_gallery.training.config import TrainConfig, load_config
 
 log = logging.getLogger(__name__)
 

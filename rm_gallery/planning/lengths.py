@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rm_gallery.data.config import DataConfig
 from rm_gallery.data.formats import SAMPLE_ROWS, choose_format, read_groups
 from rm_gallery.data.sources import Row, read_rows, resolve_files
 from rm_gallery.data.token_cache.arrays import GroupSizes
@@ -17,7 +18,6 @@ from rm_gallery.data.token_cache.row_processor import RowProcessor, Work
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import Dropped, UserError
 from rm_gallery.schema import PreferenceGroup
-from rm_gallery.training.config import DataConfig
 
 _SAMPLE_ROWS = 4000
 
