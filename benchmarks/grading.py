@@ -93,8 +93,8 @@ def http(status: str, content: Any, headers: str = "") -> bytes:
 
 def grade(url: str, num_samples: int, concurrency: int, output_path: str | None) -> None:
     """One measurement, printed as JSON: the child process."""
+    from rm_gallery.core.graders.base_grader import GraderScore
     from rm_gallery.core.graders.common import RelevanceGrader
-    from rm_gallery.core.graders.schema import GraderScore
     from rm_gallery.core.models import OpenAIChatModel
     from rm_gallery.core.runner import GradingRunner
 

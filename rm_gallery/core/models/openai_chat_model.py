@@ -9,10 +9,15 @@ from collections.abc import AsyncGenerator
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from rm_gallery.core.models.base_chat_model import BaseChatModel, ChatError
+from rm_gallery.core.models.base_chat_model import (
+    BaseChatModel,
+    ChatError,
+    ChatResponse,
+    Conversation,
+    Usage,
+    as_messages,
+)
 from rm_gallery.core.models.local import LocalGenerator, LocalRewardModel, open_folder
-from rm_gallery.core.models.schema.oai.message import Conversation, as_messages
-from rm_gallery.core.models.schema.oai.response import ChatResponse, Usage
 from rm_gallery.core.models.structured import (
     ParseError,
     ResponseFormat,

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from rm_gallery.core.generator import export_data
-from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
-from rm_gallery.core.models.schema.oai.message import ChatMessage
+from rm_gallery.core.graders.base_grader import GraderError, GraderRank, GraderScore
+from rm_gallery.core.models.base_chat_model import ChatMessage
 from rm_gallery.errors import UserError
 from tests.core.generator.exported import export, pairs_of
 

@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from rm_gallery.core.models import ChatError, OpenAIChatModel
-from rm_gallery.core.models.schema.oai.message import ChatMessage
+from rm_gallery.core.models.base_chat_model import ChatMessage
 from rm_gallery.errors import UserError
 from tests.core.stand_in import StandIn
 
