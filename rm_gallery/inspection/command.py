@@ -24,6 +24,7 @@ from rm_gallery.data.token_cache.row_processor import Reader, Task, is_wanted
 from rm_gallery.data.tokenization.token_group import hash_prompt
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import BadRow, Dropped, UserError
+from rm_gallery.files import write_text
 from rm_gallery.inspection.collect import Side, Survey, survey
 from rm_gallery.inspection.html import MARKER, html_of
 from rm_gallery.inspection.lengths import LongTexts
@@ -75,13 +76,9 @@ def _is_ours(path: Path) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
-    """Under another name first, so that a report is whole or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"--html={path}: cannot be written ({error.strerror}); name another file") from error
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rm_gallery.errors import UserError, nearest
+from rm_gallery.errors import UserError, nearest, one_line
 
 _MOST_LAYERS = 1000  # a configuration with more is a slip of the pen; building it would take minutes
 
@@ -59,7 +59,7 @@ def load_shape(model: str, *, key: str = "model.partial_pretrain", trust_remote_
 
     Raises UserError for a name that is none of these, and for a model that could not be trained.
     """
-    from rm_gallery.modeling.reward_model import check_model_config, first_line
+    from rm_gallery.modeling.reward_model import check_model_config
 
     source, config = _find_config(model, key, trust_remote_code)
     check_model_config(config, model, key=key)
@@ -67,9 +67,7 @@ def load_shape(model: str, *, key: str = "model.partial_pretrain", trust_remote_
     try:
         return measure(config, name=model, source=source)
     except Exception as error:  # sizes that do not fit together end in any of torch's and the library's errors
-        raise UserError(
-            f"{key}={model}: no model can be built from this configuration ({first_line(error)})"
-        ) from error
+        raise UserError(f"{key}={model}: no model can be built from this configuration ({one_line(error)})") from error
 
 
 def _find_config(model: str, key: str, trust_remote_code: bool) -> tuple[str, Any]:
@@ -88,7 +86,7 @@ def _find_config(model: str, key: str, trust_remote_code: bool) -> tuple[str, An
             raise UserError(_unknown(model, key))
     from transformers import AutoConfig
 
-    from rm_gallery.modeling.reward_model import first_line, quiet_transformers
+    from rm_gallery.modeling.reward_model import quiet_transformers
 
     try:
         if file.is_file():  # before the library, which takes its time over millions of layers
@@ -102,9 +100,9 @@ def _find_config(model: str, key: str, trust_remote_code: bool) -> tuple[str, An
     except Exception as error:
         if file.is_file():
             raise UserError(
-                f"{key}={model}: not a configuration that transformers reads ({first_line(error)})"
+                f"{key}={model}: not a configuration that transformers reads ({one_line(error)})"
             ) from error
-        raise UserError(f"{_unknown(model, key)}; the hub does not give it either ({first_line(error)})") from error
+        raise UserError(f"{_unknown(model, key)}; the hub does not give it either ({one_line(error)})") from error
 
 
 def _check_layers(layers: Any, model: str, key: str) -> None:

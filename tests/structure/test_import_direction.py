@@ -44,6 +44,7 @@ LAYERS = [
 # These load neither torch nor transformers when they are imported (a file that needs them imports them in a function).
 LIGHT = [
     "rm_gallery.errors",
+    "rm_gallery.files",
     "rm_gallery.log",
     "rm_gallery.schema",
     "rm_gallery.sampling",

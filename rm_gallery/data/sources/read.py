@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rm_gallery.data.sources.records import LABELS, Chunk, DataFile, FileKind, Row, suffixes
 from rm_gallery.data.sources.tables import count_parquet, read_arrow, read_parquet
 from rm_gallery.data.sources.text_files import read_csv, read_json
-from rm_gallery.errors import UserError, reason_of
+from rm_gallery.errors import UserError, one_line
 
 _READERS: dict[FileKind, Callable[[DataFile, int], Iterator[Chunk]]] = {
     "parquet": read_parquet, "jsonl": read_json, "csv": read_csv, "arrow": read_arrow,
@@ -46,7 +46,7 @@ def _describe_errors(file: DataFile, key: str, row: Callable[[], int]) -> Iterat
         label = LABELS[file.kind] + (f" in {suffixes(file.name)[1]}" if suffixes(file.name)[1] else "")
         where, doing = (f"{file.name}:{row()}", "read on") if row() else (file.name, "read")
         raise UserError(
-            f"{where}: cannot be {doing} as {label} ({reason_of(error)}); write it again or take it out of {key}"
+            f"{where}: cannot be {doing} as {label} ({one_line(error)}); write it again or take it out of {key}"
         ) from error
 
 

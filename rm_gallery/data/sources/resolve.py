@@ -12,7 +12,7 @@ from rm_gallery.data.sources.config import FileEntry, Files, Role, SourceConfig,
 from rm_gallery.data.sources.local import exists_here, expand_local, has_pattern, identity_of, local_path
 from rm_gallery.data.sources.records import DataFile, checked_kind
 from rm_gallery.data.sources.remote import expand_remote, file_name, is_url
-from rm_gallery.errors import UserError, reason_of
+from rm_gallery.errors import UserError, one_line
 
 
 def find_files(files: Files | Sequence[str | FileEntry], *, key: str) -> list[Path]:
@@ -109,7 +109,7 @@ def _resolve(
             for path in paths
         ]
     except OSError as error:
-        raise UserError(f"{what}: cannot be opened ({reason_of(error)}); check its rights") from error
+        raise UserError(f"{what}: cannot be opened ({one_line(error)}); check its rights") from error
 
 
 def _identity(file: hub.HubFile) -> str:

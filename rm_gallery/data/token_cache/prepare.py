@@ -37,6 +37,7 @@ from rm_gallery.data.token_cache.row_processor import (
 )
 from rm_gallery.data.token_cache.store import Facts, Store, StoreWriter, open_store
 from rm_gallery.errors import Dropped, UserError
+from rm_gallery.files import lock
 from rm_gallery.schema import InputStyle
 
 log = logging.getLogger(__name__)
@@ -111,24 +112,18 @@ def _cache_folder(config: PrepareConfig) -> Path:
 @contextmanager
 def _locked(folder: Path, key: str) -> Iterator[None]:
     """One process at a time on this machine; the lock of a process that dies is free."""
-    from filelock import FileLock, Timeout
 
-    lock = FileLock(f"{folder}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+    def on_wait(holder: str) -> None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
-            # A worker of the process that holds the lock: it would wait for ever.
+            # A worker of the process that holds the lock: it would wait forever.
             raise UserError(
                 "a script that starts training without `if __name__ == '__main__':` starts it again in each process "
                 "that tokenizes; add that line, or set data.num_workers=0"
-            ) from None
-        log.info("%s: waiting for another process that tokenizes the same data", key)
-        lock.acquire()
-    try:
+            )
+        log.info("%s: waiting for %s, which tokenizes the same data", key, holder)
+
+    with lock(folder.with_name(f"{folder.name}.lock"), on_wait=on_wait):
         yield
-    finally:
-        lock.release()
 
 
 def _fingerprint(

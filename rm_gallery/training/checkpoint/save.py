@@ -21,13 +21,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.data.tokenization.token_group import TokenGroup
-from rm_gallery.errors import UserError
+from rm_gallery.errors import UserError, one_line
+from rm_gallery.files import sha256_files
 from rm_gallery.modeling.export import InputRecord, check_manifest, check_rewards, write_folder
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.training.checkpoint.folders import (
     FACTS_NAME,
     STATE_NAME,
-    hash_files,
     hidden,
     keep_newest,
     name_best,
@@ -38,6 +38,7 @@ from rm_gallery.training.checkpoint.state import (
     Progress,
     RunTensors,
     SavedWeights,
+    first_failure,
     quiet,
     random_state,
     random_state_kept,
@@ -183,7 +184,7 @@ class _Job:
         rank = self.ranks.rank
         (self.state / f"rank_{rank}.json").write_text(json.dumps(self.rank_facts), encoding="utf-8")
         names = [f"rank_{rank}.json", *(path.name for path in self.state.glob(f"__{rank}_*"))]
-        return hash_files(self.staging, [f"{STATE_NAME}/{name}" for name in names])
+        return sha256_files(self.staging, [f"{STATE_NAME}/{name}" for name in names])
 
     def _finish_folder(self, hashes: dict[str, str]) -> None:
         lost = [name for name in hashes if not (self.staging / name).is_file()]
@@ -192,7 +193,7 @@ class _Job:
         (self.state / FACTS_NAME).write_text(json.dumps(self.run_facts, indent=2) + "\n", encoding="utf-8")
         names = self.owner.weights_folder.write(self.staging, self.state)
         own = [*names, f"{STATE_NAME}/{FACTS_NAME}", f"{STATE_NAME}/.metadata"]
-        publish(self.staging, self.folder, {**hashes, **hash_files(self.staging, own)})
+        publish(self.staging, self.folder, {**hashes, **sha256_files(self.staging, own)})
         self._after()
 
     def _after(self) -> None:
@@ -209,14 +210,8 @@ class _Job:
             tidy()
 
     def _cannot(self, error: BaseException) -> str:
-        return f"{self.folder}: the checkpoint could not be written ({_cause(error)}); earlier ones are whole"
-
-
-def _cause(error: BaseException) -> str:
-    """The text of an error; of several ranks' errors, as the library reports them, the first."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(first_failure(error))
+        return f"{self.folder}: the checkpoint could not be written ({reason}); earlier checkpoints are intact"
 
 
 @dataclass(frozen=True)

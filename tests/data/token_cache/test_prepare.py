@@ -149,7 +149,7 @@ def test_processes_that_start_together_build_once(
 
     class Watch(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if "waiting for another process" in record.getMessage():
+            if "which tokenizes the same data" in record.getMessage():
                 waiting.set()
 
     def slow_build(*arguments: Any) -> Store:
