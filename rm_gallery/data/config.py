@@ -14,10 +14,10 @@ import numpy as np
 from rm_gallery.config import problem_of
 from rm_gallery.data.batching.plan import Mixture, PackingConfig
 from rm_gallery.data.custom import check_custom_class
+from rm_gallery.data.formats import HoldOut
 from rm_gallery.data.sources import DataFile, SourceConfig, check_val_fraction, entries_of, entry_problems, find_files
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.token_cache.prepare import PrepareConfig
-from rm_gallery.data.token_cache.row_processor import Share
 from rm_gallery.errors import Problem
 
 FILE_KEYS = ("data.train_files", "data.val_files")
@@ -80,7 +80,7 @@ class Side:
     """Training or validation data: the key that names its files, and its share of their prompts."""
 
     key: str
-    share: Share | None = None
+    share: HoldOut | None = None
     """None takes every row."""
 
 
