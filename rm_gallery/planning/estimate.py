@@ -87,8 +87,8 @@ def estimate(config: EstimateConfig) -> Estimate:
     notes = [check_positions(config, shape)]
     if longest > budget:
         notes.append(
-            f"the longest group has {longest} tokens, but a micro-batch holds {budget}: training splits it into pieces, "
-            "each with the prompt, and a pair that is too long gets a micro-batch of its own; "
+            f"the longest group has {longest} tokens, but a micro-batch holds {budget}: training splits it into "
+            "pieces, each with the prompt, and a pair that is too long gets a micro-batch of its own; "
             f"set data.max_tokens_per_micro_batch={longest} to avoid it"
         )
     return Estimate(

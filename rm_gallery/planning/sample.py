@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,16 @@ def read_sample(config: DataConfig, *, tokenizer_folder: str | None, chars_per_t
     Reads every row and keeps 4,000, drawn uniformly with a fixed seed.
     Raises UserError for files that cannot be read and for data without a usable row.
     """
+    tokenizer: Any = None
+    if tokenizer_folder:  # before the data, which may take long
+        tokenizer = load_tokenizer(tokenizer_folder, key="tokenizer", chat_template=config.chat_template)
     files, entries = resolve_files(config, key=_KEY), entries_of(config, _KEY)
     # Rows that follow each other often have the same prompt. Where a step holds such rows, they are drawn in blocks.
     block = 1 if config.shuffle and not config.keep_prompts_together else _BLOCK_ROWS
     drawn, total = _draw(iter_tasks(files, entries, config, _KEY, set()), block)
     num_rows = sum(len(each.rows) for each in drawn)
     counts = RowCounts()
-    if tokenizer_folder:
-        tokenizer = load_tokenizer(tokenizer_folder, key="tokenizer", chat_template=config.chat_template)
+    if tokenizer is not None:
         chunks = list(_tokenize(drawn, config, tokenizer, counts))
         how = f"tokens of the tokenizer in {tokenizer_folder}"
     else:
@@ -131,8 +133,8 @@ def _count_characters(
     readers = Readers(config, has_chat_template=True)
     ids: dict[str, int] = {}
     for each in drawn:
-        groups = []
-        for row, group, prompt in read_groups(each.rows, readers.get(each.format_name), counts, bad_rows=config.bad_rows):
+        groups, reader = [], readers.get(each.format_name)
+        for row, group, prompt in read_groups(each.rows, reader, counts, bad_rows=config.bad_rows):
             texts = [_split_characters(text, chars_per_token, ids) for text in _texts(group)]
             try:
                 tokens = split_prefix(_fit(texts, config), group.comparisons)
@@ -150,7 +152,7 @@ def _split_characters(text: str, chars_per_token: float, ids: dict[str, int]) ->
     """
     count = max(1, round(len(text) / chars_per_token))
     ends = [round(number * chars_per_token) for number in range(count)] + [len(text)]
-    return [ids.setdefault(text[start:end], len(ids)) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    return [ids.setdefault(text[start:end], len(ids)) for start, end in pairwise(ends)]
 
 
 def _texts(group: PreferenceGroup) -> list[str]:
