@@ -95,7 +95,8 @@ def ours(
     config: Any, folder: Path, packs: list[PackedBatch], device: torch.device, **settings: Any
 ) -> Callable[[], None]:
     """A step of our trainer's parts: forward, loss, backward of each pack; clip, AdamW, publish."""
-    from rm_gallery.training.optim import OptimConfig, build_optimizer
+    from rm_gallery.training.config import OptimConfig
+    from rm_gallery.training.optim import build_optimizer
 
     (folder / "model.safetensors").touch()  # the check of a model folder asks for weights, which are random here
     _, extra = network_class_arguments(str(folder), key="model", trust_remote_code=False, dropout=0.0)

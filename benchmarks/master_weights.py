@@ -25,7 +25,8 @@ from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.schema import Comparison
-from rm_gallery.training.optim import OptimConfig, build_optimizer
+from rm_gallery.training.config import OptimConfig
+from rm_gallery.training.optim import build_optimizer
 
 
 def build(seed: int = 0) -> RewardModel:

@@ -24,10 +24,10 @@ import pyarrow.parquet as pq
 from rm_gallery.data.batching.bin_packing import Packer, attention_length
 from rm_gallery.data.batching.plan import PackingConfig, Plan
 from rm_gallery.data.batching.prompt_sharing import sizes_of
+from rm_gallery.data.config import DataConfig
 from rm_gallery.data.sources import entries_of, resolve_files
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.token_cache.prepare import prepare
-from rm_gallery.training.config import DataConfig
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 VOCABULARY = 4000

@@ -17,7 +17,6 @@ for _name in (
     "pytest",
     "rm_gallery.cli",
     "rm_gallery.training.setup",
-    "rm_gallery.training.compose",
     "tests.small",
     "torch.distributed.checkpoint._fsspec_filesystem",
     "torch.distributed.checkpoint.state_dict",
@@ -39,9 +38,10 @@ def _use() -> None:
     from matplotlib.figure import Figure
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    from rm_gallery.training.compose import compose
+    from rm_gallery.config import compose
+    from rm_gallery.training.config import TrainConfig
 
-    compose(None, ["trainer.seed=1"])
+    compose(TrainConfig, None, ["trainer.seed=1"])
     get_checkpoint_conversion_mapping("qwen2")
     figure = Figure()
     figure.subplots().plot([0, 1])

@@ -107,7 +107,26 @@ def test_ctrl_c_ends_with_130_and_a_sentence(
     assert capsys.readouterr().err == "rm-gallery: stopped by Ctrl-C; checkpoints that were written are whole\n"
 
 
-def test_help_and_version_need_no_torch() -> None:
-    program = "import sys; from rm_gallery.cli import main\ntry: main(['--version'])\nexcept SystemExit: pass\n"
-    program += "sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], check=False).returncode == 0
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--version"], 0),
+        (["estimate", "--help"], 0),
+        (["estimate", "n_gpus=0"], 2),
+        (["show-data", "data.train_files=train.parquet"], 0),
+    ],
+)
+def test_what_needs_no_model_loads_neither_torch_nor_transformers(arguments: list[str], status: int) -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from rm_gallery.cli import main
+try:
+    status = main({arguments!r})
+except SystemExit as stopped:
+    status = stopped.code
+loaded = [name for name in ("torch", "transformers", "datasets", "pandas") if name in sys.modules]
+sys.exit(f"loaded: {{loaded}}" if loaded else status)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert ran.returncode == status, ran.stderr

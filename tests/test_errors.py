@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from rm_gallery.errors import Dropped, TrainingStopped, UserError, nearest
+from rm_gallery.errors import Dropped, TrainingStopped, UserError, nearest, one_line
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,23 @@ def test_reasons_that_quote_their_row_do_not_fill_the_memory() -> None:
         dropped.add(f"the template refuses {number}", f"a:{number}")
     assert dropped.total == 5000
     assert len(dropped.counts) == len(dropped.examples) == 201
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("disk full", "disk full"),
+        ("  disk\tfull.\n\nmore", "disk full"),
+        ("Error loading:\n  missing key a\n  missing key b", "Error loading: missing key a missing key b"),
+        ("", "ValueError"),
+        ("x" * 300, "x" * 197 + "..."),
+    ],
+)
+def test_an_error_in_one_line(text: str, line: str) -> None:
+    assert one_line(ValueError(text)) == line
+
+
+def test_an_error_without_a_message_is_described_by_its_cause() -> None:
+    error = RuntimeError()
+    error.__cause__ = OSError("no route to host")
+    assert one_line(error) == "no route to host"

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rm_gallery.distributed.watchdog import RankWatch
-from rm_gallery.errors import StoppedBySignal, UserError
+from rm_gallery.errors import StoppedBySignal, UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,8 @@ def processes(device: str = "auto", *, timeout_seconds: float = 1800.0) -> Itera
             cause = watch.wait_for_cause(20)
         if cause is not None:
             raise UserError(cause) from error
-        watch.report(_first_line(error))
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        watch.report(kind + one_line(error, 1000))
         time.sleep(_HOLD_SECONDS)
         raise
     finally:
@@ -153,7 +154,7 @@ def _join(world: World, timeout_seconds: float) -> _Meeting:
             _rendezvous, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_START_SECONDS)))
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"rank {world.rank} cannot reach the other processes ({_first_line(error)}); look at MASTER_ADDR="
+            f"rank {world.rank} cannot reach the other processes ({one_line(error)}); look at MASTER_ADDR="
             f"{os.environ.get('MASTER_ADDR')} and MASTER_PORT={os.environ.get('MASTER_PORT')}, or start with torchrun"
         ) from error
     _num_meetings += 1
@@ -287,11 +288,6 @@ def _comes_from_others(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and bool(_OF_OTHERS.search(str(error)))
     )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if isinstance(error, UserError) and text else f"{type(error).__name__}: {text[:200]}"
 
 
 def seed_everything(seed: int) -> None:

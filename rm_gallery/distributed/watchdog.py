@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rm_gallery.errors import one_line
+
 log = logging.getLogger(__name__)
 
 _FAILURE = "failure"
@@ -118,7 +120,7 @@ class RankWatch:
             except Exception as error:
                 lost_since = lost_since or time.monotonic()
                 if time.monotonic() - lost_since > self.pace.silence / 2:
-                    text = f"the store of the run cannot be reached ({_line(error)}): node 0 ended; see its output"
+                    text = f"the store of the run cannot be reached ({one_line(error)}): node 0 ended; see its output"
                     self._learn(text, self.pace.grace)
             if self.cause is not None:
                 self._end_soon()
@@ -193,7 +195,3 @@ class RankWatch:
                 handler.flush()
             sys.stderr.flush()
             os._exit(1)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rm_gallery.distributed.process_group import from_main, rank, turn
 from rm_gallery.errors import UserError
+from rm_gallery.files import sha256
 from rm_gallery.modeling.reward_model import RewardModel, quiet_transformers
 from rm_gallery.schema import InputStyle
 
@@ -144,7 +145,7 @@ def _write_rest(folder: Path, model: RewardModel, tokenizer: Any, dtype: torch.d
     _finish_config(folder / "config.json", model, dtype, record)
     _save_tokenizer(folder, tokenizer, record)
     _make_readable(folder)
-    files = {path.name: _file_hash(path) for path in sorted(folder.iterdir())}
+    files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"sha256": files}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -193,18 +194,11 @@ def _make_readable(folder: Path) -> None:
         path.chmod(0o666 & ~umask)
 
 
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_manifest(folder: Path) -> list[str]:
     """Names of the files in the folder that are missing or differ from their recorded hash; [] when all are whole."""
     recorded = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
     return [
-        name
-        for name, digest in recorded.items()
-        if not (folder / name).is_file() or _file_hash(folder / name) != digest
+        name for name, digest in recorded.items() if not (folder / name).is_file() or sha256(folder / name) != digest
     ]
 
 

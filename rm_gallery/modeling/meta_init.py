@@ -18,11 +18,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rm_gallery.errors import UserError
+from rm_gallery.errors import UserError, one_line
 from rm_gallery.modeling.reward_model import (
     LoadedModel,
     RewardModel,
-    first_line,
     has_head,
     lost_parts,
     network_class_arguments,
@@ -63,7 +62,7 @@ class WeightFiles:
                     for name in names:
                         _copy_rows(state[name], source.get_slice(self.tensors[name][1]))
             except Exception as error:
-                raise UserError(f"{file}: the weights cannot be read ({first_line(error)})") from error
+                raise UserError(f"{file}: the weights cannot be read ({one_line(error)})") from error
 
 
 def rows_here(tensor: Tensor) -> slice | None:
@@ -114,7 +113,7 @@ def outline_reward_model(
         with quiet_transformers(), _parameters_without_memory():
             network = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, **extra)
     except Exception as error:
-        raise UserError(f"{key}={path}: the model cannot be loaded ({first_line(error)})") from error
+        raise UserError(f"{key}={path}: the model cannot be loaded ({one_line(error)})") from error
     found, missing = _find_tensors(network, files)
     lost = lost_parts(missing)
     if lost:
@@ -133,7 +132,7 @@ def _weight_files(path: str) -> list[Path]:
             with quiet_transformers():
                 folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
         except Exception as error:
-            raise NoOutline(f"its files cannot be fetched by themselves ({first_line(error)})") from error
+            raise NoOutline(f"its files cannot be fetched by themselves ({one_line(error)})") from error
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
@@ -177,7 +176,7 @@ def _find_tensors(network: Any, files: list[Path]) -> tuple[dict[str, tuple[Path
                     part = source.get_slice(name)
                     places[name], shapes[name], types[name] = (file, name), part.get_shape(), part.get_dtype()
         except Exception as error:
-            raise NoOutline(f"{file} cannot be read ({first_line(error)})") from error
+            raise NoOutline(f"{file} cannot be read ({one_line(error)})") from error
     prefix = f"{network.base_model_prefix}."
     found, missing = {}, []
     for name, tensor in network.state_dict().items():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from rm_gallery.data.batching.packed_batch import PackedBatch
-from rm_gallery.errors import UserError
+from rm_gallery.errors import UserError, one_line
 from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.config import AttentionKernel
 from rm_gallery.modeling.decoder_layers import adapt
@@ -165,7 +165,7 @@ def load_reward_model(
                 trust_remote_code=trust_remote_code, **extra,
             )  # fmt: skip
     except Exception as error:
-        raise UserError(f"{key}={path}: the model cannot be loaded ({first_line(error)})") from error
+        raise UserError(f"{key}={path}: the model cannot be loaded ({one_line(error)})") from error
     missing = sorted(info["missing_keys"])
     lost = lost_parts(missing)
     if lost:
@@ -269,16 +269,11 @@ def read_model_config(path: str, *, key: str, trust_remote_code: bool = False) -
         config = AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UserError(
-            f"{key}={path}: no model there ({first_line(error)}); name a folder with config.json and weights"
+            f"{key}={path}: no model there ({one_line(error)}); name a folder with config.json and weights"
         ) from error
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise UserError(f"{key}={path}: the folder holds no weights; copy the model's *.safetensors files there")
     return config
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".:") if text else type(error).__name__
 
 
 def max_positions(model: RewardModel) -> int | None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from rm_gallery.errors import UserError
-from rm_gallery.modeling.parallel.apply import DTYPES
+from rm_gallery.config import load
+from rm_gallery.data.config import data_problems
+from rm_gallery.errors import Problem
+from rm_gallery.modeling.config import DTYPE_BYTES
+from rm_gallery.modeling.parallel.strategy import choose_strategy
 from rm_gallery.planning.devices import GIB, USABLE, Device, device
 from rm_gallery.planning.memory import Layout
 from rm_gallery.planning.model_shape import ModelShape
-from rm_gallery.training.config import TrainConfig, check_config, read_values
+from rm_gallery.training.config import TrainConfig, model_problems, normalize, optim_problems
 
-_SHORT = {"model": "model.partial_pretrain", "data": "data.train_files"}
+_ALIASES = {"model": "model.partial_pretrain", "data": "data.train_files"}
 # A plan needs no weights, no validation data and no run folder.
-_UNUSED = ("model.partial_pretrain", "data.train_files", "data.val_files", "trainer")
+_IGNORED = ("model.partial_pretrain", "data.train_files", "data.val_files")
 
 
 @dataclass(frozen=True)
@@ -58,59 +61,57 @@ class EstimateConfig(TrainConfig):
 
 
 def load_estimate_config(file: str | None, overrides: Sequence[str]) -> EstimateConfig:
-    """Read a training configuration and what stands beside it; `model=X` and `data=X` are short for their paths.
+    """Read a training configuration with the keys of the estimate; `model=X` and `data=X` are short for their paths.
 
     Raises UserError that lists all problems, one a line.
     """
-    values = read_values(file, [_written_out(override) for override in overrides], EstimateConfig)
+    return load(EstimateConfig, file, overrides, aliases=_ALIASES, prepare=_normalize, check=_problems, ignore=_IGNORED)
+
+
+def _normalize(values: dict[str, Any]) -> Iterator[Problem]:
     if isinstance(values.get("gpu"), str | int):
-        values["gpu"] = str(values["gpu"]).lower()  # 4090 is read as a number
-    config = check_config(values, EstimateConfig, unused=_UNUSED)
-    problems = []
+        values["gpu"] = str(values["gpu"]).lower()  # YAML reads 4090 as a number
+    return normalize(values)
+
+
+def _problems(config: EstimateConfig) -> Iterator[Problem]:
     if not config.model.partial_pretrain:
-        problems.append("model is not set; name a folder with config.json, a configuration file, or a known shape")
-    fsdp = config.model.fsdp_config
-    group = fsdp.fsdp_size
-    offloads = fsdp.cpu_offload or fsdp.offload_params or fsdp.param_offload
-    if config.model.strategy == "ddp" and offloads and config.gpu != "cpu" and config.n_gpus > 1:
-        problems.append("model.strategy=ddp cannot offload weights; set model.strategy=fsdp2, or the offload to false")
-    if group < -1 or (group > 0 and config.n_gpus % group):
-        problems.append(f"model.fsdp_config.fsdp_size={group}: must divide n_gpus={config.n_gpus}, or be -1 for all")
+        text = "model is not set; name a folder with config.json, a configuration file, or a known shape"
+        yield Problem("model", text)
+    yield from model_problems(config.model)
+    yield from data_problems(config.data)
+    yield from optim_problems(config.optim)
     prompt, response = config.assumed_tokens
     if not config.data.train_files and prompt + response > config.data.max_length:
-        problems.append(
+        yield Problem(
+            "prompt_tokens",
             f"prompt_tokens={prompt} with response_tokens={response}: together more than "
-            f"data.max_length={config.data.max_length}"
+            f"data.max_length={config.data.max_length}",
         )
-    if problems:
-        raise UserError("\n".join(problems))
-    return config
-
-
-def _written_out(override: str) -> str:
-    key, equals, value = override.partition("=")
-    return f"{_SHORT.get(key, key)}{equals}{value}"
 
 
 def layout_of(config: EstimateConfig, shape: ModelShape, device: Device, *, one_micro_batch: bool) -> Layout:
     """How weights and work are spread: the choices that training makes on its processes."""
     fsdp = config.model.fsdp_config
     on_gpu = config.gpu != "cpu"
-    offload = on_gpu and (fsdp.cpu_offload or fsdp.offload_params or fsdp.param_offload)
-    strategy: str = config.model.strategy
-    if config.n_gpus == 1:
-        strategy = "fsdp2" if offload else "none"
-    elif strategy == "auto":
-        needed = shape.parameters * (16 + (2 if fsdp.model_dtype == "bf16" else 0))
-        strategy = "ddp" if 4 * needed <= device.memory / USABLE and not offload else "fsdp2"
-    if strategy != "none" and fsdp.fsdp_size == 1 and config.n_gpus > 1:
-        strategy = "ddp"
+    offload = on_gpu and fsdp.offloads_weights
+    dtype_bytes = DTYPE_BYTES[fsdp.model_dtype]
+    strategy = choose_strategy(
+        config.model.strategy,
+        world_size=config.n_gpus,
+        memory=device.memory / USABLE,
+        num_parameters=shape.parameters,
+        dtype_bytes=dtype_bytes,
+        offload=fsdp.offloads_weights,
+        fsdp_size=fsdp.fsdp_size,
+        on_gpu=on_gpu,
+    )
     group = fsdp.fsdp_size if 0 < fsdp.fsdp_size <= config.n_gpus else config.n_gpus
     return Layout(
         strategy=strategy,
         num_processes=config.n_gpus,
         shards=group if strategy in ("fsdp", "fsdp2") else 1,
-        width=DTYPES[fsdp.model_dtype].itemsize,
+        width=dtype_bytes,
         # What the selective mode keeps is not counted apart: an estimate without checkpointing is on the safe side.
         checkpointing=config.model.enable_gradient_checkpointing and config.model.checkpointing_mode == "full",
         offload=offload and strategy in ("fsdp", "fsdp2"),

@@ -11,19 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from rm_gallery.errors import UserError, nearest
-from rm_gallery.modeling.attention import dispatch
-from rm_gallery.modeling.reward_model import (
-    DECODERS,
-    RewardModel,
-    check_model_config,
-    first_line,
-    max_positions,
-    quiet_transformers,
-)
+from rm_gallery.errors import UserError, nearest, one_line
 
 _MOST_LAYERS = 1000  # a configuration with more is a slip of the pen; building it would take minutes
 
@@ -71,15 +59,15 @@ def load_shape(model: str, *, key: str = "model.partial_pretrain", trust_remote_
 
     Raises UserError for a name that is none of these, and for a model that could not be trained.
     """
+    from rm_gallery.modeling.reward_model import check_model_config
+
     source, config = _find_config(model, key, trust_remote_code)
     check_model_config(config, model, key=key)
     _check_layers(getattr(config, "num_hidden_layers", None), model, key)
     try:
         return measure(config, name=model, source=source)
     except Exception as error:  # sizes that do not fit together end in any of torch's and the library's errors
-        raise UserError(
-            f"{key}={model}: no model can be built from this configuration ({first_line(error)})"
-        ) from error
+        raise UserError(f"{key}={model}: no model can be built from this configuration ({one_line(error)})") from error
 
 
 def _find_config(model: str, key: str, trust_remote_code: bool) -> tuple[str, Any]:
@@ -98,6 +86,8 @@ def _find_config(model: str, key: str, trust_remote_code: bool) -> tuple[str, An
             raise UserError(_unknown(model, key))
     from transformers import AutoConfig
 
+    from rm_gallery.modeling.reward_model import quiet_transformers
+
     try:
         if file.is_file():  # before the library, which takes its time over millions of layers
             values = json.loads(file.read_text(encoding="utf-8"))
@@ -110,9 +100,9 @@ def _find_config(model: str, key: str, trust_remote_code: bool) -> tuple[str, An
     except Exception as error:
         if file.is_file():
             raise UserError(
-                f"{key}={model}: not a configuration that transformers reads ({first_line(error)})"
+                f"{key}={model}: not a configuration that transformers reads ({one_line(error)})"
             ) from error
-        raise UserError(f"{_unknown(model, key)}; the hub does not give it either ({first_line(error)})") from error
+        raise UserError(f"{_unknown(model, key)}; the hub does not give it either ({one_line(error)})") from error
 
 
 def _check_layers(layers: Any, model: str, key: str) -> None:
@@ -130,7 +120,12 @@ def _unknown(model: str, key: str) -> str:
 
 def measure(config: Any, *, name: str, source: str) -> ModelShape:
     """Build the reward model of a configuration on the meta device and count."""
+    import torch
+    from torch import nn
     from transformers import AutoModelForSequenceClassification
+
+    from rm_gallery.modeling.attention import dispatch
+    from rm_gallery.modeling.reward_model import DECODERS, RewardModel, max_positions, quiet_transformers
 
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -175,8 +170,9 @@ def measure(config: Any, *, name: str, source: str) -> ModelShape:
     )
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _count(module: Any) -> int:
+    count: int = sum(parameter.numel() for parameter in module.parameters())
+    return count
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rm_gallery.data.batching.packed_batch import PackedBatch
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.distributed.cpu import keep_freed_memory
-from rm_gallery.errors import UserError
+from rm_gallery.errors import UserError, one_line
 from rm_gallery.modeling.export import InputRecord, read_record, settle_pad_token
 from rm_gallery.modeling.parallel.apply import DTYPES
 from rm_gallery.modeling.reward_model import (
@@ -23,7 +23,6 @@ from rm_gallery.modeling.reward_model import (
     ENCODERS,
     RewardModel,
     check_one_label,
-    first_line,
     load_reward_model,
     max_positions,
     pad_texts,
@@ -147,7 +146,7 @@ def _load_other(path: str, config: Any, has_own_code: bool, dtype: torch.dtype) 
                 os.path.expanduser(path), dtype=dtype, output_loading_info=True, trust_remote_code=has_own_code
             )
     except Exception as error:
-        raise UserError(f"{KEY}={path}: the model cannot be loaded ({first_line(error)})") from error
+        raise UserError(f"{KEY}={path}: the model cannot be loaded ({one_line(error)})") from error
     _check_parts(path, config, sorted(info["missing_keys"]))
     log.info("%s: architecture %s has no packed form here", path, config.model_type)
     return PaddedModel(network)

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rm_gallery.errors import BadRow, Dropped, UserError
+from rm_gallery.files import atomic_write, write_text
 from rm_gallery.progress_bar import Progress
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring.tables import (
@@ -169,29 +170,25 @@ def _write_part(path: Path, table: Table, results: Sequence[tuple[list[float] | 
         else:
             columns[column] = pa.array([rewards and rewards[place] for rewards, _ in results], pa.float32())
     columns[REASON] = pa.array([reason for _, reason in results], pa.string())
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        pq.write_table(pa.table(columns), temporary)
-        os.replace(temporary, path)
+        with atomic_write(path) as temporary:
+            pq.write_table(pa.table(columns), temporary)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error}); make room and run the same command again") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _finish(job: Job, names: Sequence[str]) -> None:
-    """Write the whole output under a temporary name, then give it its own."""
+    """Write the output atomically, then delete the parts."""
     columns = [reward_columns(job.table, name, len(names)) for name in names]
     unscored = {name: _count_reasons(job.table, folder) for name, folder in zip(names, job.parts, strict=True)}
-    temporary = job.parts[0].parent / f"output.{os.getpid()}.tmp"
     record = {
         "fingerprint": job.fingerprint,
         "unscored": {name: [dropped.counts, dropped.examples] for name, dropped in unscored.items()},
     }
     try:
-        write_output(job.table, temporary, [_parts_in(folder) for folder in job.parts], columns)
-        job.marker.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        os.replace(temporary, job.output)
+        with atomic_write(job.output, temporary=job.parts[0].parent / f"output.{os.getpid()}.tmp") as temporary:
+            write_output(job.table, temporary, [_parts_in(folder) for folder in job.parts], columns)
+            write_text(job.marker, json.dumps(record) + "\n")
     except OSError as error:
         raise UserError(
             f"{job.output}: cannot be written ({error}); make room and run the same command again"

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rm_gallery.data.formats import read_cell
-from rm_gallery.errors import BadRow, UserError
+from rm_gallery.errors import BadRow, UserError, one_line
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring.inputs import InputBuilder
 
@@ -111,7 +111,7 @@ def open_parquet(path: Path) -> Any:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}); write it again") from error
+        raise UserError(f"{path}: cannot be read as parquet ({one_line(error)}); write it again") from error
 
 
 def _look_into_lines(path: Path) -> tuple[list[str], int]:

@@ -1,48 +1,111 @@
-"""The configuration of a run: sections made of their owners' dataclasses, all problems named at once."""
+"""The configuration of a training run: the sections of TrainConfig, and what must hold between their fields.
+
+Loads no torch: `show-data` and `estimate` read the same configuration.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-from rm_gallery.data.batching.plan import PackingConfig
-from rm_gallery.data.custom import check_custom_class
-from rm_gallery.data.sources import SourceConfig, check_val_fraction, entry_problems, find_files
-from rm_gallery.data.token_cache.prepare import PrepareConfig
-from rm_gallery.errors import UserError, nearest
+from annotated_types import Ge, Gt, Le, Lt
+
+from rm_gallery.config import load, problem_of, to_yaml
+from rm_gallery.data.config import DataConfig, data_problems, normalize_data
+from rm_gallery.errors import Problem, nearest
 from rm_gallery.modeling.config import ModelConfig
-from rm_gallery.training.checkpoint import CheckpointConfig, refuse_earlier_run
-from rm_gallery.training.compose import compose
-from rm_gallery.training.optim import OptimConfig
-from rm_gallery.training.problems import key_of, known_keys, sentence
 from rm_gallery.training.trackers import TRACKERS, TrackerConfig
-from rm_gallery.training.trainer import LoopConfig
 
 log = logging.getLogger(__name__)
 
-_FILES = ("data.train_files", "data.val_files")
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """`optim`: AdamW and its schedule."""
+
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
+
+    lr: Annotated[float, Gt(0)] = 1e-6
+    """Highest learning rate."""
+    betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.95)
+    """AdamW's decay rates of the gradient's mean and of its square."""
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """AdamW's term against division by zero."""
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """On matrices only: biases and norms are not decayed."""
+    clip_grad: Annotated[float, Ge(0)] = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    lr_scheduler: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Course of the rate after the warm-up: `cosine`, `wsd` (warmup-stable-decay) or `constant`."""
+    warmup_steps_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Share of all steps in which the rate rises from 0."""
+    min_lr_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Rate at the end of `cosine` and `wsd`, as a share of the highest."""
+    decay_steps_ratio: Annotated[float, Ge(0), Le(1)] = 0.1
+    """`wsd`: share of all steps in which the rate falls at the end."""
 
 
 @dataclass(frozen=True)
-class DataConfig(SourceConfig, PrepareConfig, PackingConfig):
-    """`data`: where the pairs lie, how a row is read, how texts become tokens, how tokens become batches."""
+class LoopConfig:
+    """Part of `trainer`: how long, how often, and when to give up."""
 
-    @property
-    def budget(self) -> int:
-        """Most tokens of one micro-batch."""
-        return self.token_budget(self.max_length)
+    __pydantic_config__ = {"extra": "forbid"}
+
+    total_epochs: Annotated[int, Ge(1)] = 1
+    """Passes over the training data."""
+    total_training_steps: Annotated[int, Ge(1)] | None = None
+    """Optimizer steps; takes the place of `total_epochs`."""
+    test_freq: int = -1
+    """Steps between validations; one is always made at the end. 0 or less: only that one."""
+    val_before_train: bool = False
+    """Validate before the first step as well."""
+    max_bad_steps: Annotated[int, Ge(1)] = 10
+    """Stop after so many steps in a row whose loss or gradient is not finite."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Of the new reward head, the order of data, and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; `auto` takes a GPU when there is one."""
+    timeout_seconds: Annotated[float, Gt(0)] = 1800.0
+    """Several processes: stop when one has been waited for so long; the message names it."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Part of `trainer`: where and what to save, and where to go on from."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    default_local_dir: str = "./checkpoints/bt"
+    """Run folder; `experiment_name` is appended unless it ends with it already."""
+    save_freq: int = -1
+    """Steps between checkpoints; one is always written at the end. 0 or less: only that one."""
+    export_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the saved weights; `auto` is `model.fsdp_config.model_dtype`."""
+    resume_mode: str = "auto"
+    """`auto` goes on from the newest whole checkpoint of the run folder, `disable` refuses a folder that holds some;
+    the path or URL of a `global_step_N` folder goes on from that one."""
+    max_ckpt_to_keep: Annotated[int, Ge(1)] | None = None
+    """Newest checkpoints that are kept; null keeps all."""
+    save_best: bool = False
+    """Save after each validation with the highest `val/accuracy` so far, and never delete that checkpoint; best.json
+    names it."""
+    async_save: bool = False
+    """Write in the background: training waits for the copy to host memory only, which needs room there for this
+    process's share of weights and optimizer state."""
+    default_hdfs_dir: str | None = None
+    """A second place that finished checkpoints are copied to: any URL that fsspec knows (hdfs://, s3://, gs://).
+    `experiment_name` is appended as for the run folder; nothing is ever deleted there."""
 
 
 @dataclass(frozen=True)
 class TrainerConfig(LoopConfig, CheckpointConfig, TrackerConfig):
-    """`trainer`: how long, where to save, what to report to."""
+    """`trainer`: how long to train, where to save, what to report to."""
 
     @property
     def run_dir(self) -> Path:
@@ -52,7 +115,7 @@ class TrainerConfig(LoopConfig, CheckpointConfig, TrackerConfig):
 
     @property
     def copies_url(self) -> str | None:
-        """`default_hdfs_dir`, with `experiment_name` appended likewise; None without one."""
+        """`default_hdfs_dir`, with `experiment_name` appended likewise; None if it is not set."""
         if self.default_hdfs_dir is None:
             return None
         url = self.default_hdfs_dir.rstrip("/")
@@ -61,7 +124,7 @@ class TrainerConfig(LoopConfig, CheckpointConfig, TrackerConfig):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All of a training run."""
+    """The whole configuration of a training run."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -76,24 +139,19 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         """The same as YAML, which `load_config` reads back."""
-        from omegaconf import OmegaConf
-
-        return OmegaConf.to_yaml(OmegaConf.create(self.as_dict()))
-
-
-Config = TypeVar("Config", bound=TrainConfig)
+        return to_yaml(self.as_dict())
 
 
 def load_config(file: str | None, overrides: Sequence[str], *, only_data: bool = False) -> TrainConfig:
-    """Read a YAML file through Hydra, apply `key=value` overrides, and check everything.
+    """Read a YAML file, apply `key=value` overrides, and check everything.
 
-    file: path of the YAML file, or None for the defaults of the code.
-    only_data: for commands that read data and train nothing. No model has to be named then, and what is wrong with
-    the values of `optim` and `trainer` is left to training; unknown keys and wrong types are refused all the same.
+    file: path of the YAML file, or None to start from the defaults.
+    only_data: for commands that read data and do not train. The model may be missing then, and values of `optim` and
+    `trainer` are not checked against each other; unknown keys and wrong types are refused all the same.
     Raises UserError that lists all problems, one a line.
     """
-    values = read_values(file, overrides, TrainConfig)
-    config: TrainConfig = check_config(values, only_data=only_data)
+    check = problems_of_reading if only_data else problems_of_training
+    config = load(TrainConfig, file, overrides, prepare=normalize, check=check)
     if config.data.filter_overlong_prompts and config.data.truncation != "error":
         log.warning(
             "data.truncation=%s does nothing while data.filter_overlong_prompts=true leaves long texts out; "
@@ -103,157 +161,79 @@ def load_config(file: str | None, overrides: Sequence[str], *, only_data: bool =
     return config
 
 
-def read_values(file: str | None, overrides: Sequence[str], kind: type[TrainConfig]) -> dict[str, Any]:
-    """Nested plain values of a YAML file with overrides applied, for the keys of this kind of configuration."""
-    text_keys = {key for key, hint in known_keys(kind).items() if str in (hint, *get_args(hint))}
-    return compose(file, overrides, text_keys=text_keys)
-
-
-def check_config(
-    values: Mapping[str, Any],
-    kind: type[Config] = TrainConfig,  # type: ignore[assignment]
-    *,
-    only_data: bool = False,
-    unused: Sequence[str] = (),
-) -> Config:
-    """Typed configuration from nested plain values; `only_data` as for `load_config`.
-
-    unused: keys and sections whose contradictions and missing files do not matter here.
-    Raises UserError that lists every unknown key, wrong type, value out of range and contradiction, one a line.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    values = _tidied(values)
-    known = known_keys(kind)
-    adapter = TypeAdapter(kind)
-    problems = {**_switches_for_numbers(values, known), **_entry_problems(values)}
-    for key in _FILES:
-        if key in problems:  # pydantic would say the same once for each type that an entry may have
-            _remove(values, key)
-    try:
-        config = adapter.validate_python(values)
-    except ValidationError as error:
-        for problem in error.errors(include_url=False):
-            key = key_of(problem, known)
-            problems.setdefault(key, sentence(key, problem, values, known))
-        # Without the keys that are wrong the rest can still be checked, so that all is said at once.
-        for key in problems:
-            _remove(values, key)
-        config = adapter.validate_python(values)
-    found = [text for text in _problems(config) if not only_data or _concerns_data(text, config)]
-    sentences = [*problems.values(), *(text for text in found if not _is_about(text, [*problems, *unused]))]
-    if sentences:
-        raise UserError("\n".join(sentences))
-    return config
-
-
-def _tidied(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy in which an empty section means its defaults, `logger: console` a list of one, `val_files: null` none."""
-    sections = {each.name for each in fields(TrainConfig)}
-    result = {key: deepcopy(value) for key, value in values.items() if value is not None or key not in sections}
-    trainer, data = result.get("trainer"), result.get("data")
+def normalize(values: dict[str, Any]) -> Iterator[Problem]:
+    """Before types are checked: `logger: console` means a list of one; `data` as in `normalize_data`."""
+    trainer = values.get("trainer")
     if isinstance(trainer, dict) and isinstance(trainer.get("logger"), str):
         trainer["logger"] = [trainer["logger"]]
-    if isinstance(data, dict) and data.get("val_files", "") is None:
-        data["val_files"] = ""
-    return result
+    return normalize_data(values.get("data"))
 
 
-def _switches_for_numbers(values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, str]:
-    """Sentences, by key, for true and false where a number belongs; pydantic would read them as 1 and 0."""
-    found = {}
-    for key, hint in known.items():
-        value: Any = values
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if isinstance(value, bool) and {int, float} & {hint, *get_args(hint)}:
-            found[key] = f"{key}={str(value).lower()}: must be a number"
-    return found
+def problems_of_training(config: TrainConfig) -> Iterator[Problem]:
+    """Everything that keeps this configuration from training."""
+    yield from model_problems(config.model)
+    yield from data_problems(config.data)
+    yield from optim_problems(config.optim)
+    yield from trainer_problems(config.trainer)
 
 
-def _entry_problems(values: Mapping[str, Any]) -> dict[str, str]:
-    """Sentences, by key, for files that are neither paths nor sections of keys."""
-    data = values.get("data")
-    found = {key: entry_problems(data.get(key[5:]), key) for key in _FILES} if isinstance(data, Mapping) else {}
-    return {key: "\n".join(sentences) for key, sentences in found.items() if sentences}
+def problems_of_reading(config: TrainConfig) -> Iterator[Problem]:
+    """Everything that keeps a command from reading the data, with the model's tokenizer if a model is named."""
+    if config.model.partial_pretrain:
+        yield from _model_folder_problems(config.model)
+    yield from data_problems(config.data)
 
 
-def _remove(values: dict[str, Any], key: str) -> None:
-    *sections, name = key.split(".")
-    for section in sections:
-        values = values.get(section, {})
-    values.pop(name, None)
+def model_problems(model: ModelConfig) -> Iterator[Problem]:
+    """Of the section `model`."""
+    yield from _model_folder_problems(model)
+    if not 0 <= model.dropout < 1:
+        yield Problem("model.dropout", f"model.dropout={model.dropout}: must be at least 0 and below 1")
 
 
-def _is_about(sentence: str, keys: Iterable[str]) -> bool:
-    """Whether a sentence, which begins with its key, is about one of these keys or a key in such a section."""
-    return any(re.match(rf"{re.escape(key)}(?!\w)", sentence) for key in keys)
+def _model_folder_problems(model: ModelConfig) -> Iterator[Problem]:
+    key, path = "model.partial_pretrain", model.partial_pretrain
+    is_local = path.startswith((".", "/", "~")) or path.count("/") > 1  # a hub name is owner/model
+    if not path:
+        yield Problem(key, f"{key} is not set; name the model folder to start from")
+    elif is_local and not Path(path).expanduser().is_dir():
+        yield Problem(key, f"{key}={path}: no such folder (working directory {os.getcwd()})")
 
 
-def _concerns_data(sentence: str, config: TrainConfig) -> bool:
-    """Whether a problem stops a command that only reads data."""
-    return _is_about(sentence, ("data", "model.partial_pretrain") if config.model.partial_pretrain else ("data",))
+def optim_problems(optim: OptimConfig) -> Iterator[Problem]:
+    """Of the section `optim`."""
+    warmup, decay = optim.warmup_steps_ratio, optim.decay_steps_ratio
+    if optim.lr_scheduler == "wsd" and warmup + decay > 1:
+        key = "optim.warmup_steps_ratio"
+        yield Problem(key, f"{key}={warmup} with decay_steps_ratio={decay}: together at most 1 for wsd")
 
 
-def _problems(config: TrainConfig) -> list[str]:
-    """Every contradiction and every missing file, as sentences."""
-    data, trainer = config.data, config.trainer
-    problems = []
-    if not config.model.partial_pretrain:
-        problems.append("model.partial_pretrain is not set; name the model folder to start from")
-    elif _is_local(config.model.partial_pretrain) and not Path(config.model.partial_pretrain).expanduser().is_dir():
-        problems.append(
-            f"model.partial_pretrain={config.model.partial_pretrain}: no such folder (working directory {os.getcwd()})"
-        )
-    if not data.train_files:
-        problems.append("data.train_files is not set; name a parquet file or a folder of them")
-    for key, paths in (("data.train_files", data.train_files), ("data.val_files", data.val_files)):
-        try:
-            if paths:
-                find_files(paths, key=key)
-        except UserError as error:
-            problems.append(str(error))
-    for key in ("train_batch_size", "micro_batch_size_per_gpu", "max_length", "max_tokens_per_micro_batch"):
-        value = getattr(data, key)
-        if value is not None and value < 1:
-            problems.append(f"data.{key}={value}: must be at least 1")
-    if not 0 <= config.model.dropout < 1:
-        problems.append(f"model.dropout={config.model.dropout}: must be at least 0 and below 1")
+def trainer_problems(trainer: TrainerConfig) -> Iterator[Problem]:
+    """Of the section `trainer`."""
+    from rm_gallery.training.checkpoint.folders import refuse_earlier_run  # loads torch
+
     for name in trainer.logger:
         if name not in TRACKERS:
-            problems.append(f"trainer.logger={name}: must be one of {', '.join(TRACKERS)}.{nearest(name, TRACKERS)}")
+            text = f"trainer.logger={name}: must be one of {', '.join(TRACKERS)}.{nearest(name, TRACKERS)}"
+            yield Problem("trainer.logger", text)
         elif name != "console" and find_spec(name) is None:
-            problems.append(
+            yield Problem(
+                "trainer.logger",
                 f"trainer.logger={name}: the package is not installed; "
-                f"run pip install 'rm-gallery[{name}]', or leave it out of trainer.logger"
+                f"run pip install 'rm-gallery[{name}]', or leave it out of trainer.logger",
             )
-    warmup, decay = config.optim.warmup_steps_ratio, config.optim.decay_steps_ratio
-    if config.optim.lr_scheduler == "wsd" and warmup + decay > 1:
-        problems.append(f"optim.warmup_steps_ratio={warmup} with decay_steps_ratio={decay}: together at most 1 for wsd")
     if trainer.log_freq < 1:
-        problems.append(f"trainer.log_freq={trainer.log_freq}: must be at least 1")
+        yield Problem("trainer.log_freq", f"trainer.log_freq={trainer.log_freq}: must be at least 1")
     if trainer.experiment_name in ("", ".", "..") or "/" in trainer.experiment_name:
-        problems.append(f"trainer.experiment_name={trainer.experiment_name!r}: must be a folder name without '/'")
-    if data.custom_cls.name and data.input_style == "text":
-        problems.append("data.input_style=text: data.custom_cls gives messages; leave one of the two out")
-    if data.custom_cls.name and data.format != "auto":
-        problems.append(f"data.format={data.format}: data.custom_cls reads the rows; leave one of the two out")
+        key = "trainer.experiment_name"
+        yield Problem(key, f"{key}={trainer.experiment_name!r}: must be a folder name without '/'")
     if trainer.resume_mode not in ("auto", "disable") and not re.search(r"/|^global_step_", trainer.resume_mode):
-        problems.append(
+        yield Problem(
+            "trainer.resume_mode",
             f"trainer.resume_mode={trainer.resume_mode}: must be auto, disable or the path of a global_step_N folder."
-            f"{nearest(trainer.resume_mode, ('auto', 'disable'))}"
+            f"{nearest(trainer.resume_mode, ('auto', 'disable'))}",
         )
-    for check in (
+    yield from problem_of(
+        "trainer.default_local_dir",
         lambda: refuse_earlier_run(trainer.run_dir, anyway=trainer.resume_mode == "disable"),
-        lambda: check_val_fraction(data),
-        lambda: check_custom_class(data.custom_cls),
-    ):
-        try:
-            check()
-        except UserError as error:
-            problems.append(str(error))
-    return problems
-
-
-def _is_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or path.count("/") > 1  # a hub name is owner/model
+    )

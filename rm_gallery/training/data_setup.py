@@ -10,17 +10,17 @@ import numpy as np
 
 from rm_gallery.data.batching.bin_packing import Packer
 from rm_gallery.data.batching.plan import Mixture, long_pairs
+from rm_gallery.data.config import DataConfig, Side, sides_of
 from rm_gallery.data.custom import CustomReader
 from rm_gallery.data.sources import DataFile, entries_of, resolve_files
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.token_cache.prepare import peek, prepare
-from rm_gallery.data.token_cache.row_processor import Share
 from rm_gallery.data.token_cache.store import Store
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.export import InputRecord
 from rm_gallery.modeling.reward_model import ENCODERS, RewardModel, load_model_config, max_positions
-from rm_gallery.training.config import DataConfig, TrainConfig
+from rm_gallery.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -89,24 +89,6 @@ def check_inputs(config: TrainConfig) -> None:
         files, entries = resolve_files(config.data, key=side.key), entries_of(config.data, side.key)
         for warning in peek(files, entries, config.data, tokenizer, key=side.key).warnings():
             log.warning("%s: %s", side.key, warning)
-
-
-@dataclass(frozen=True)
-class Side:
-    """Training or validation data: the key that names its files, and its share of them."""
-
-    key: str
-    share: Share | None = None
-
-
-def sides_of(config: DataConfig) -> list[Side]:
-    """The training side, and the validation side where there is one."""
-    if config.val_files:
-        return [Side("data.train_files"), Side("data.val_files")]
-    if config.val_fraction:
-        held_out = config.val_fraction
-        return [Side("data.train_files", ("train", held_out)), Side("data.train_files", ("val", held_out))]
-    return [Side("data.train_files")]
 
 
 def load_sides(config: DataConfig, tokenizer: Any) -> tuple[Loaded, Loaded | None]:

@@ -4,41 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
-from annotated_types import Ge, Gt, Le, Lt
 from torch import nn
+
+from rm_gallery.training.config import OptimConfig
 
 Schedule: TypeAlias = Callable[[int], float]
 """Step, from 0, to a factor on the learning rate."""
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """`optim`: AdamW and its schedule."""
-
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
-
-    lr: Annotated[float, Gt(0)] = 1e-6
-    """Highest learning rate."""
-    betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.95)
-    """AdamW's decay rates of the gradient's mean and of its square."""
-    eps: Annotated[float, Gt(0)] = 1e-8
-    """AdamW's term against division by zero."""
-    weight_decay: Annotated[float, Ge(0)] = 0.0
-    """On matrices only: biases and norms are not decayed."""
-    clip_grad: Annotated[float, Ge(0)] = 1.0
-    """Largest gradient norm; 0 does not clip."""
-    lr_scheduler: Literal["cosine", "wsd", "constant"] = "cosine"
-    """Course of the rate after the warm-up: `cosine`, `wsd` (warmup-stable-decay) or `constant`."""
-    warmup_steps_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
-    """Share of all steps in which the rate rises from 0."""
-    min_lr_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
-    """Rate at the end of `cosine` and `wsd`, as a share of the highest."""
-    decay_steps_ratio: Annotated[float, Ge(0), Le(1)] = 0.1
-    """`wsd`: share of all steps in which the rate falls at the end."""
 
 
 def build_optimizer(

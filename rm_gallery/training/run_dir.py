@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rm_gallery.errors import UserError
+from rm_gallery.files import lock, write_text
 from rm_gallery.training.trackers import METRICS_NAME
 
 log = logging.getLogger(__name__)
@@ -35,42 +34,21 @@ def claimed(run_dir: Path, *, patience: float = 30.0) -> Iterator[None]:
     patience: seconds to wait for a process that is just ending.
     Raises UserError when the folder cannot be written or another process has it.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / LOCK_NAME).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise _cannot_write(run_dir, error) from error
-    with file:
-        _lock(file, run_dir, patience)
-        yield
 
+    def on_wait(holder: str) -> None:
+        log.info("%s: waiting for %s to end", run_dir, holder)
 
-def _lock(file: TextIO, run_dir: Path, patience: float) -> None:
-    deadline = time.monotonic() + patience
-    told = False
-    while True:
+    with ExitStack() as stack:
         try:
-            # A lock of the process, not of the open file: a child that outlives a killed trainer does not keep it.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{run_dir}: {owner} is training in this folder; end it first, or set another "
-                    "trainer.experiment_name"
-                ) from error
+            run_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(run_dir / LOCK_NAME, timeout=patience, on_wait=on_wait))
+        except TimeoutError as error:
+            raise UserError(
+                f"{run_dir}: {error} is training in this folder; end it first, or set another trainer.experiment_name"
+            ) from error
         except OSError as error:
-            log.debug("%s: this file system knows no locks (%s)", run_dir, error)
-            return
-        if not told:
-            log.info("%s: waiting for %s to end", run_dir, owner)
-        told = True
-        time.sleep(0.2)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
+            raise _cannot_write(run_dir, error) from error
+        yield
 
 
 def _cannot_write(run_dir: Path, error: OSError) -> UserError:
@@ -90,17 +68,11 @@ def write_run_facts(run_dir: Path, config_yaml: str, facts: Mapping[str, Any], *
             stamp = time.strftime("%Y%m%dT%H%M%S", time.localtime(metrics.stat().st_mtime))
             metrics.rename(run_dir / f"metrics-{stamp}.jsonl")
         program = {**_program(), "start_step": start_step}
-        _write(run_dir / CONFIG_NAME, config_yaml)
+        write_text(run_dir / CONFIG_NAME, config_yaml)
         text = json.dumps({**program, **facts, "earlier_starts": _starts(path, program)}, indent=2)
-        _write(path, text + "\n")
+        write_text(path, text + "\n")
     except OSError as error:
         raise _cannot_write(run_dir, error) from error
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _starts(path: Path, program: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from rm_gallery.data.batching.loader import load_steps
-from rm_gallery.data.batching.plan import PackingConfig, Plan
+from rm_gallery.data.batching.plan import Plan
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.distributed.cpu import bf16_slowdown, keep_freed_memory
@@ -39,7 +39,7 @@ from rm_gallery.training.checkpoint import (
     find_start,
 )
 from rm_gallery.training.collectives import Ranks
-from rm_gallery.training.config import DataConfig, TrainConfig
+from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.data_setup import Loaded, check_data, load_sides, mixture_of
 from rm_gallery.training.model_setup import StartModel, start_model
 from rm_gallery.training.optim import build_optimizer, build_schedule
@@ -96,7 +96,7 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
     seed_apart(config.trainer.seed, world)
     plan = Plan(
         train.data.sizes,
-        packing(config.data),
+        config.data,
         packer_for(model, token_budget=config.data.budget, world_size=world.world_size),
         seed=config.trainer.seed,
         mixture=mixture_of(train, config.data),
@@ -250,11 +250,6 @@ def model_shape(model: RewardModel) -> str:
     digest = hashlib.sha256(repr(parameters).encode()).hexdigest()[:8]
     count = sum(parameter.numel() for parameter in model.parameters())
     return f"{model.network.config.model_type} with {count} parameters ({digest})"
-
-
-def packing(data: DataConfig) -> PackingConfig:
-    """What decides the plan, without where the data lie."""
-    return PackingConfig(**{each.name: getattr(data, each.name) for each in fields(PackingConfig)})
 
 
 def run_identity(config: TrainConfig, data: TokenData, plan: Plan, shape: str, total_steps: int) -> RunIdentity:

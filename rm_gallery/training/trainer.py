@@ -9,10 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, Protocol, TypeAlias
+from typing import NoReturn, Protocol, TypeAlias
 
 import torch
-from annotated_types import Ge, Gt
 from torch import nn
 
 from rm_gallery.data.batching.loader import StepBatches
@@ -30,30 +29,6 @@ from rm_gallery.training.signals import StopSignal
 log = logging.getLogger(__name__)
 
 _LOOKS = 4  # times a step that the ranks ask each other whether to stop
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """Part of `trainer`: how long, how often, and when to give up."""
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    total_epochs: Annotated[int, Ge(1)] = 1
-    """Passes over the training data."""
-    total_training_steps: Annotated[int, Ge(1)] | None = None
-    """Optimizer steps; takes the place of `total_epochs`."""
-    test_freq: int = -1
-    """Steps between validations; one is always made at the end. 0 or less: only that one."""
-    val_before_train: bool = False
-    """Validate before the first step as well."""
-    max_bad_steps: Annotated[int, Ge(1)] = 10
-    """Stop after so many steps in a row whose loss or gradient is not finite."""
-    seed: Annotated[int, Ge(0)] = 0
-    """Of the new reward head, the order of data, and dropout."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; `auto` takes a GPU when there is one."""
-    timeout_seconds: Annotated[float, Gt(0)] = 1800.0
-    """Several processes: stop when one has been waited for so long; the message names it."""
 
 
 class MetricSink(Protocol):

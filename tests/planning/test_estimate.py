@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from rm_gallery.cli import main
+from rm_gallery.config import known_keys
 from rm_gallery.planning.config import EstimateConfig, device_of, layout_of, load_estimate_config
 from rm_gallery.planning.model_shape import load_shape
-from rm_gallery.training.problems import known_keys
 from tests.small import text_pairs, write_pairs
 
 SEVEN = "model=qwen2.5-7b"
@@ -164,7 +164,7 @@ def test_notes_name_what_training_would_refuse(capsys: pytest.CaptureFixture[str
         ([SEVEN, "mfu=1.5", "gpu_memory_gib=-1"], ["gpu_memory_gib=-1: must be", "mfu=1.5: must be"]),
         ([SEVEN, "n_gpu=8"], ["n_gpu: unknown key. Did you mean 'n_gpus'?"]),
         ([SEVEN, "model.stratgy=ddp"], ["model.stratgy: unknown key. Did you mean 'model.strategy'?"]),
-        ([SEVEN, "n_gpus=6", "model.fsdp_config.fsdp_size=4"], ["model.fsdp_config.fsdp_size=4: must divide n_gpus=6"]),
+        ([SEVEN, "n_gpus=6", "model.fsdp_config.fsdp_size=4"], ["model.fsdp_config.fsdp_size=4 does not divide"]),
         (
             [SEVEN, "n_gpus=2", "model.strategy=ddp", "model.fsdp_config.cpu_offload=true"],
             ["model.strategy=ddp cannot"],

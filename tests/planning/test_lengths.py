@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rm_gallery.data.config import DataConfig, Side
 from rm_gallery.data.sources import Row
 from rm_gallery.errors import UserError
 from rm_gallery.planning import lengths as planning_lengths
 from rm_gallery.planning.lengths import assumed_lengths, group_chars, read_lengths, tokenizer_in
 from rm_gallery.schema import Comparison, PreferenceGroup
-from rm_gallery.training.config import DataConfig
-from rm_gallery.training.data_setup import Side, load_side
+from rm_gallery.training.data_setup import load_side
 from tests.small import chat_pairs, text_pairs, write_pairs
 
 

@@ -15,7 +15,8 @@ from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.planning.memory import Layout, MemoryUse, Pack, activations, step_memory
 from rm_gallery.planning.model_shape import ModelShape, load_shape
-from rm_gallery.training.optim import OptimConfig, build_optimizer
+from rm_gallery.training.config import OptimConfig
+from rm_gallery.training.optim import build_optimizer
 from tests.planning.models import batch_and_pack, bytes_kept, model_and_shape
 from tests.small import DECODERS, ENCODERS
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rm_gallery.cli import main
+from rm_gallery.data.config import Side
 from rm_gallery.data.custom import CustomReader
 from rm_gallery.data.sources import SourceConfig, read_rows, resolve_files
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
@@ -14,7 +15,7 @@ from rm_gallery.modeling.export import InputRecord, read_record
 from rm_gallery.schema import Message
 from rm_gallery.scoring import RewardScorer
 from rm_gallery.training.config import TrainConfig, load_config
-from rm_gallery.training.data_setup import Side, load_side
+from rm_gallery.training.data_setup import load_side
 from tests.small import make_model, text_pairs, write_pairs
 from tests.spec.text import code_blocks
 from tests.templates import TEMPLATES, make_templated

@@ -28,6 +28,7 @@ LAYERS = [
     "rm_gallery.data.tokenization",
     "rm_gallery.data.token_cache",
     "rm_gallery.data.batching",
+    "rm_gallery.data.config",
     "rm_gallery.modeling",
     "rm_gallery.objectives",
     "rm_gallery.training",
@@ -43,23 +44,31 @@ LAYERS = [
 # These load neither torch nor transformers when they are imported (a file that needs them imports them in a function).
 LIGHT = [
     "rm_gallery.errors",
+    "rm_gallery.files",
     "rm_gallery.log",
     "rm_gallery.schema",
     "rm_gallery.sampling",
     "rm_gallery.progress_bar",
+    "rm_gallery.config",
     "rm_gallery.data.sources",
     "rm_gallery.data.formats",
     "rm_gallery.data.custom",
     "rm_gallery.data.tokenization",
     "rm_gallery.data.token_cache",
     "rm_gallery.data.batching.plan",
+    "rm_gallery.data.config",
     "rm_gallery.modeling.config",
     "rm_gallery.modeling.parallel.strategy",
+    "rm_gallery.training.config",
+    "rm_gallery.training.trackers",
+    "rm_gallery.inspection",
+    "rm_gallery.planning",
+    "rm_gallery.cli",
     "rm_gallery.core",
 ]
 MAY_LOAD_TRANSFORMERS = ("rm_gallery.data.tokenization.tokenizer",)
 
-MAY_IMPORT_HYDRA = ("rm_gallery.training.compose", "rm_gallery.training.config")
+MAY_IMPORT_HYDRA = ("rm_gallery.config",)
 RANK_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"}
 MAY_READ_RANK = {"rm_gallery.distributed.process_group": RANK_VARIABLES, "rm_gallery.log": {"RANK", "LOCAL_RANK"}}
 

@@ -39,8 +39,8 @@ from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.objectives import bradley_terry
 from rm_gallery.objectives.metrics import Sums
 from rm_gallery.training.collectives import Ranks
-from rm_gallery.training.config import TrainConfig
-from rm_gallery.training.optim import OptimConfig, build_optimizer, build_schedule
+from rm_gallery.training.config import OptimConfig, TrainConfig
+from rm_gallery.training.optim import build_optimizer, build_schedule
 from rm_gallery.training.setup import agree_on_run
 from rm_gallery.training.trainer import Intervals, Trainer
 from rm_gallery.training.validation import validate

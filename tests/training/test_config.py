@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from rm_gallery.config import build, known_keys
 from rm_gallery.errors import UserError
-from rm_gallery.training.config import TrainConfig, check_config, known_keys, load_config
+from rm_gallery.training.config import TrainConfig, load_config, normalize, problems_of_training
 from tests.small import CHATML, text_pairs, write_pairs
 
 SPEC = """
@@ -62,6 +63,10 @@ def files(in_tmp: Path) -> Path:
 
 def load(*overrides: str) -> TrainConfig:
     return load_config(None, [*NEEDED, *overrides])
+
+
+def check_config(values: dict[str, Any]) -> TrainConfig:
+    return build(TrainConfig, values, prepare=normalize, check=problems_of_training)
 
 
 def problems(*overrides: str, file: str | None = None) -> list[str]:

@@ -66,7 +66,7 @@ def test_a_row_without_group_stops_under_bad_rows_error(qwen2_folder: Path, caps
     body = "    def build_group(self, row):\n        return None, 'no votes'\n"
     assert run("train", body, qwen2_folder, "data.bad_rows=error") == 2
     assert errors(capsys.readouterr().err) == [
-        "train.parquet:0: no votes; mend the row, or set data.bad_rows=drop to leave it out"
+        "train.parquet:0: no votes; fix the row, or set data.bad_rows=drop to drop it"
     ]
 
 
@@ -124,8 +124,9 @@ def test_a_format_of_its_own_is_said_in_training_and_in_scoring(
         [row] = text_pairs(1)
         text = f"user: 0\nbot: {row['chosen']}<|im_end|>\n"
         [unit] = scorer.engine.encode([PreferenceGroup("", [text])])[0]  # type: ignore[union-attr]
+    from rm_gallery.data.config import Side
     from rm_gallery.data.tokenization.tokenizer import load_tokenizer
-    from rm_gallery.training.data_setup import Side, load_side
+    from rm_gallery.training.data_setup import load_side
 
     config = load_config(None, settings(qwen2_folder))
     group = load_side(Side("data.train_files"), config.data, load_tokenizer(str(qwen2_folder))).data[0]

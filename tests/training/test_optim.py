@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from rm_gallery.training.optim import OptimConfig, build_optimizer, build_schedule
+from rm_gallery.training.config import OptimConfig
+from rm_gallery.training.optim import build_optimizer, build_schedule
 
 
 def factors(total_steps: int, **options: Any) -> list[float]:

@@ -16,7 +16,7 @@ from rm_gallery.training.run_dir import claimed, write_run_facts
 HOLDER = """
 import fcntl, sys
 file = open(sys.argv[1], "w")
-fcntl.lockf(file, fcntl.LOCK_EX)
+fcntl.flock(file, fcntl.LOCK_EX)
 file.write("process 7 on here")
 file.flush()
 print("taken", flush=True)

@@ -22,7 +22,8 @@ from rm_gallery.objectives import Objective, bradley_terry
 from rm_gallery.objectives.metrics import Sums
 from rm_gallery.training.checkpoint import Progress
 from rm_gallery.training.collectives import Ranks
-from rm_gallery.training.optim import OptimConfig, build_optimizer, build_schedule
+from rm_gallery.training.config import OptimConfig
+from rm_gallery.training.optim import build_optimizer, build_schedule
 from rm_gallery.training.trainer import Intervals, Trainer
 from tests.small import DECODERS, ENCODERS, make_model, random_groups
 

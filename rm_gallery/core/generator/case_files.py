@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rm_gallery.errors import BadRow, UserError
+from rm_gallery.errors import BadRow, UserError, one_line
 
 PARQUET = (".parquet",)
 JSON_LINES = (".jsonl", ".ndjson")
@@ -107,8 +107,7 @@ def _read_parquet(file: Path) -> Iterator[Any]:
             for batch in parquet.iter_batches(_BATCH_ROWS):
                 yield from _batch_rows(batch)
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UserError(f"{file}: cannot be read as parquet ({reason}); write it again") from error
+        raise UserError(f"{file}: cannot be read as parquet ({one_line(error)}); write it again") from error
 
 
 def _batch_rows(batch: Any) -> list[Any]:

@@ -19,7 +19,7 @@ from rm_gallery.core.graders.prompt import is_messages
 from rm_gallery.core.graders.reward import places
 from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
 from rm_gallery.core.utils.mapping import Mapper, check_mapper, get_value_by_path
-from rm_gallery.errors import BadRow, Dropped, UserError, nearest
+from rm_gallery.errors import BadRow, Dropped, UserError, nearest, one_line
 
 PROMPTS = ("prompt", "query", "messages")
 PAIR_SCORES = ("score_a", "score_b")
@@ -258,7 +258,7 @@ class Fault(BadRow):
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
-        self.detail = " ".join(detail.split())[:200]
+        self.detail = one_line(detail)
 
 
 Given: TypeAlias = float | Fault

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from rm_gallery.core.generator.pairs import Group, Pair, Row
 from rm_gallery.core.generator.texts import Text
 from rm_gallery.data.formats import as_messages
-from rm_gallery.errors import UserError
+from rm_gallery.errors import UserError, one_line
+from rm_gallery.files import sync, temporary_path
 
 _BATCH_ROWS, _BATCH_CHARACTERS = 1024, 16_000_000
 
@@ -172,11 +173,11 @@ def write_files(folder: Path, rows: Mapping[Path, Sequence[Row]], columns: Colum
         folder.mkdir(parents=True, exist_ok=True)
         for file, content in rows.items():
             if content:
-                written[file] = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+                written[file] = temporary_path(file)
                 _write(written[file], file.suffix, content, columns)
         _publish(rows, written, overwrite)
     except (OSError, pa.ArrowException) as error:
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(
             f"output_dir {folder}: cannot be written ({reason}); make room or name another folder, and export again"
         ) from error
@@ -194,8 +195,7 @@ def _write(path: Path, suffix: str, rows: Sequence[Row], columns: Columns) -> No
         else:
             for row in rows:
                 file.write(json.dumps(columns.as_dict(row), ensure_ascii=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)
 
 
 def _publish(files: Mapping[Path, Any], written: Mapping[Path, Path], overwrite: bool) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from rm_gallery.core.models.base_chat_model import ChatError
-from rm_gallery.errors import UserError
+from rm_gallery.errors import UserError, one_line
 from rm_gallery.schema import Message
 
 log = logging.getLogger(__name__)
@@ -117,8 +117,8 @@ class Endpoint:
     def _short(self, error: Any) -> str:
         body = getattr(error, "body", None)
         message = body.get("message") if isinstance(body, dict) else None
-        text = " ".join(str(message or error).split())[:200]
-        return text.replace(self._key, "***") if len(self._key) > 6 else text
+        text = str(message or error)
+        return one_line(text.replace(self._key, "***") if len(self._key) > 6 else text)
 
     async def _client(self) -> Any:
         """The client of the running event loop: connections cannot pass from one loop to another."""

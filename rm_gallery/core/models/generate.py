@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
-from rm_gallery.errors import UserError
+from rm_gallery.errors import UserError, one_line
 from rm_gallery.schema import Message
 
 _MAX_BATCH = 32  # conversations that generate together
@@ -78,8 +78,7 @@ class TextGenerator:
                 )
             network.to(where)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise UserError(f"model={folder}: the model cannot be loaded ({reason})") from error
+            raise UserError(f"model={folder}: the model cannot be loaded ({one_line(error)})") from error
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token

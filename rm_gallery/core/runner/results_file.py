@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
 from rm_gallery.core.runner.fingerprint import to_plain
 from rm_gallery.errors import UserError
+from rm_gallery.files import lock
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class ResultsFile:
             self._file: BinaryIO = open(self.path, "a+b")  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise UserError(f"output_path {self.path}: cannot be written ({error.strerror}); name a file") from error
+        self._held = contextlib.ExitStack()
         try:
             self._lock()
             self._load(retry_errors)
@@ -113,19 +115,16 @@ class ResultsFile:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # a full disk was told of by append()
             self._file.close()
+        self._held.close()
 
     def _lock(self) -> None:
         try:
-            import fcntl
-        except ImportError:  # Windows: two runs on one file are not noticed
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self._held.enter_context(lock(self.path.with_name(f".{self.path.name}.lock"), timeout=0))
+        except TimeoutError as error:
             raise UserError(
-                f"output_path {self.path}: another run is writing to it; wait for it, or name another file"
+                f"output_path {self.path}: another run is writing to it ({error}); wait for it, or name another file"
             ) from None
-        except OSError:  # a file system without locks
+        except OSError:  # the folder is not writable: two runs on one file are not noticed
             return
 
     def _load(self, retry_errors: bool) -> None:

@@ -21,7 +21,8 @@ from types import ModuleType
 
 import rm_gallery
 from rm_gallery.data.formats import CustomClassConfig
-from rm_gallery.errors import UserError, nearest
+from rm_gallery.errors import UserError, nearest, one_line
+from rm_gallery.files import sha256
 
 BASE_CLASS = "tutorials.cookbooks.training_reward_model.base.BaseTrainDataset"
 _OURS = {"rm_gallery", "tutorials", "__main__"}
@@ -181,8 +182,7 @@ def is_user_code(file: str | None) -> bool:
 
 def describe_error(error: BaseException) -> str:
     """`KeyError: 'query' (custom_bt_dataset.py:9)`: what was raised, and the last line of the user's own code."""
-    lines = str(error).strip().splitlines()
-    what = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    what = f"{type(error).__name__}: {one_line(error)}" if str(error).strip() else type(error).__name__
     if isinstance(error, SyntaxError):
         what, place = f"{type(error).__name__}: {error.msg}", (error.filename, error.lineno)
         return f"{what} ({Path(place[0]).name}:{place[1]})" if place[0] else what
@@ -227,5 +227,5 @@ def _imports_in(path: Path, package: str) -> Iterator[str]:
 
 def hash_files(files: Iterable[Path]) -> str:
     """Hash of the names and contents, wherever the files lie; raises OSError for one that is gone."""
-    parts = sorted(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files)
+    parts = sorted(f"{path.name} {sha256(path)}" for path in files)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

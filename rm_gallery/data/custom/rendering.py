@@ -17,7 +17,7 @@ from rm_gallery.data.custom.hooks import DataSection, HookError, call_hook, read
 from rm_gallery.data.custom.loading import describe_error, load_custom_class
 from rm_gallery.data.formats import FormatConfig
 from rm_gallery.data.sources import Row
-from rm_gallery.errors import BadRow, UserError
+from rm_gallery.errors import BadRow, UserError, one_line
 from rm_gallery.schema import InputStyle, Message, PreferenceGroup
 
 
@@ -264,5 +264,4 @@ def _template_fault(error: Exception) -> BadRow | UserError:
             f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); "
             "mend it, or set data.chat_template to another"
         )
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return BadRow(f"chat template refuses the conversation: {lines[0][:200]}")
+    return BadRow(f"chat template refuses the conversation: {one_line(error)}")

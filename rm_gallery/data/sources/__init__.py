@@ -1,7 +1,17 @@
-"""Sources: files as rows, each with the place it came from (`file:row`).
+"""Sources: rows of data files, each with its place (`file:row`). Every command that reads rows reads them here.
 
-In: paths, URLs and hub data sets from the configuration. Out: `DataFile` records, chunks of their rows that a worker
-decodes, and `Row` records, all with flat memory.
+    resolve_files(config, key="data.train_files") -> [DataFile]   training and validation files of the configuration
+    resolve_entries(paths, key="--input") -> [DataFile]           the same for paths of any other option
+    count_rows(file, key=...) -> int                              without decoding a row
+    read_rows([file], key=..., start=n) -> Row                    in order; skips n rows to resume
+    read_chunks(file, key=..., start=n) -> Chunk                  undecoded rows, for worker processes
+
+A path is a file (parquet, JSON lines, a JSON list, CSV, Arrow; text also compressed), a folder, a glob, a URL or a
+dataset of the Hugging Face hub. A row that cannot be decoded stays in place with `Row.fault`, its reason. Rows count
+from 0 and without blank lines, so `row.index` equals its position in `count_rows`. Memory stays flat.
+
+To copy rows as they are, use the chunk: `ArrowChunk.batch` (a record batch with the schema of the file, without
+dictionaries), `LineChunk.lines` (the bytes of each JSON object), `CellChunk.names` and `.cells` (CSV).
 """
 
 from rm_gallery.data.sources.config import (
@@ -12,12 +22,12 @@ from rm_gallery.data.sources.config import (
     entries_of,
     entry_problems,
 )
-from rm_gallery.data.sources.read import read_chunks, read_rows
+from rm_gallery.data.sources.read import count_rows, read_chunks, read_rows
 from rm_gallery.data.sources.records import Chunk, DataFile, Row
-from rm_gallery.data.sources.resolve import find_files, resolve_files
+from rm_gallery.data.sources.resolve import find_files, resolve_entries, resolve_files
 
 __all__ = [
     "SourceConfig", "FileEntry", "entries_of", "as_entries", "entry_problems", "check_val_fraction",
-    "find_files", "resolve_files", "DataFile",
-    "read_chunks", "Chunk", "read_rows", "Row",
+    "find_files", "resolve_files", "resolve_entries", "DataFile",
+    "read_chunks", "Chunk", "read_rows", "Row", "count_rows",
 ]  # fmt: skip

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from rm_gallery.errors import UserError, nearest
 
-Role = Literal["train", "val"]
+Role = Literal["train", "val", "all"]
+"""Which split to use of a folder or dataset with several when none is named: `all` takes every split."""
 
 
 @dataclass(frozen=True)

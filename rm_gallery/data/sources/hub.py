@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from rm_gallery.data.sources.config import FileEntry, Role, refuse_keys
 from rm_gallery.data.sources.local import Layout, choose_split, choose_subset, has_pattern, layout_of, matching_paths
 from rm_gallery.data.sources.records import checked_kind, data_files, kind_of, of_one_kind, suffixes
-from rm_gallery.errors import UserError, reason_of
+from rm_gallery.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class _Repository:
                 if wait is None or not is_passing(error):
                     where = f"{self.name} at revision {self._revision!r}" if self._revision else self.name
                     raise UserError(f"{self._what}: {hub_sentence(error, self.name, where)}") from error
-                log.warning("%s: %s; trying again", self.name, reason_of(error))
+                log.warning("%s: %s; trying again", self.name, one_line(error))
                 time.sleep(wait)
         raise AssertionError("the last try returns or raises")
 
@@ -248,11 +248,11 @@ def hub_sentence(error: BaseException, repo: str, where: str) -> str:
     if isinstance(error, errors.LocalEntryNotFoundError):
         return (
             f"no local file or folder (working directory {Path.cwd()}), and {where} is not whole in the cache while "
-            f"{site} cannot be reached ({reason_of(chain[-1])}); check the path and the network"
+            f"{site} cannot be reached ({one_line(chain[-1])}); check the path and the network"
         )
     if isinstance(error, OSError) and error.errno is not None:
         return f"{where} cannot be put into the cache {constants.HF_HUB_CACHE} ({error.strerror}); mend that"
-    return f"{where} cannot be downloaded ({reason_of(error)}); run the same command again"
+    return f"{where} cannot be downloaded ({one_line(error)}); run the same command again"
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -91,7 +91,7 @@ def _expand_folder(folder: Path, split: str | None, role: Role, what: str) -> li
     splits = _saved_json(folder, "dataset_dict.json", "splits", what)
     if splits is not None:  # what DatasetDict.save_to_disk writes
         names = choose_split({str(name): [str(name)] for name in splits}, split, role, what)
-        return _expand_saved(folder / names[0], what)
+        return [path for name in names for path in _expand_saved(folder / name, what)]
     if (folder / "state.json").is_file():  # what Dataset.save_to_disk writes
         return _expand_saved(folder, what)
     names = data_files(each.name for each in folder.iterdir() if each.is_file())
@@ -100,7 +100,7 @@ def _expand_folder(folder: Path, split: str | None, role: Role, what: str) -> li
     if not names:
         raise UserError(f"{what}: the folder holds no data file (parquet, JSON lines, CSV, Arrow); name one that does")
     by_split = splits_by_name(names)
-    if split is not None or len(by_split) > 1:
+    if split is not None or (len(by_split) > 1 and role != "all"):
         chosen = choose_split(by_split, split, role, what)
         log.info("%s: %d of %d files, those of one split", what, len(chosen), len(names))
         names = chosen
@@ -320,6 +320,8 @@ def choose_split(splits: Splits, wanted: str | None, role: Role, what: str) -> l
 
     Raises UserError, naming the splits that exist, when there is none of that name.
     """
+    if wanted is None and role == "all":
+        return [path for paths in splits.values() for path in paths]
     names = {split or "train": paths for split, paths in splits.items()}
     tried = (wanted,) if wanted is not None else ("train",) if role == "train" else ("validation", "test")
     for split in tried:

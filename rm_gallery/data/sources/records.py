@@ -68,6 +68,10 @@ class Chunk(ABC):
         """Number of rows."""
 
     @abstractmethod
+    def skip(self, count: int) -> Chunk:
+        """The chunk without its first `count` rows; at least one row must remain."""
+
+    @abstractmethod
     def rows(self) -> Iterator[Row]:
         """The rows in order; one that cannot be decoded carries its fault."""
 

@@ -18,7 +18,7 @@ from rm_gallery.data.sources.config import FileEntry, Role, refuse_keys
 from rm_gallery.data.sources.hub import endpoint, hub_sentence
 from rm_gallery.data.sources.local import LOCAL_SCHEMES, choose_split, splits_by_name
 from rm_gallery.data.sources.records import checked_kind, data_files, of_one_kind, without_query
-from rm_gallery.errors import UserError, reason_of
+from rm_gallery.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def _looked_up(fs: Any, path: str, entry: FileEntry, split: str | None, role: Ro
         raise UserError(f"{what}: no data file there; name a file, a folder or a pattern that holds some")
     if not is_pattern:
         by_split = splits_by_name(found)
-        if split is not None or len(by_split) > 1:
+        if split is not None or (len(by_split) > 1 and role != "all"):
             found = choose_split(by_split, split, role, what)
         found = [f"{path.rstrip('/')}/{name}" for name in found]
     chosen = of_one_kind(found, what=what, where=entry.path.rpartition("/")[0] + "/")
@@ -119,11 +119,11 @@ def file_system(url: str, what: str) -> tuple[Any, str]:
     except ImportError as error:
         package = _PACKAGES.get(scheme)
         if package is None:
-            raise UserError(f"{what}: {scheme}:// needs a package that is missing ({reason_of(error)})") from error
+            raise UserError(f"{what}: {scheme}:// needs a package that is missing ({one_line(error)})") from error
         install = "'rm-gallery[remote]'" if package in _IN_EXTRA else package
         raise UserError(f"{what}: {scheme}:// needs the package {package}; run pip install {install}") from error
     except ValueError as error:
-        raise UserError(f"{what}: {scheme}:// cannot be opened ({reason_of(error)}); check the URL") from error
+        raise UserError(f"{what}: {scheme}:// cannot be opened ({one_line(error)}); check the URL") from error
     return fs, str(path)
 
 
@@ -140,7 +140,7 @@ def failing(url: str, what: str, doing: str) -> Iterator[None]:
         if url.startswith("hf://"):
             repo = "/".join(url.split("/")[3:5]).partition("@")[0]
             raise UserError(f"{what}: {hub_sentence(error, repo, url)}") from error
-        reason = reason_of(error.__cause__ or error).replace(url, file_name(url))
+        reason = one_line(error.__cause__ or error).replace(url, file_name(url))
         raise UserError(f"{what}: cannot be {doing} ({reason}); check the URL, the network and your rights") from error
 
 
@@ -152,7 +152,7 @@ def tried(url: str, call: Callable[[], _Result]) -> _Result:
         except Exception as error:  # each file system has errors of its own
             if wait is None or _is_final(error):
                 raise
-            log.warning("%s: the connection broke off (%s); trying again", file_name(url), reason_of(error))
+            log.warning("%s: the connection broke off (%s); trying again", file_name(url), one_line(error))
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
 

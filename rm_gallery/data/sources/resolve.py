@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rm_gallery.data.sources import hub
-from rm_gallery.data.sources.config import FileEntry, Files, SourceConfig, as_entries, entries_of, role_of
+from rm_gallery.data.sources.config import FileEntry, Files, Role, SourceConfig, as_entries, entries_of, role_of
 from rm_gallery.data.sources.local import exists_here, expand_local, has_pattern, identity_of, local_path
 from rm_gallery.data.sources.records import DataFile, checked_kind
 from rm_gallery.data.sources.remote import expand_remote, file_name, is_url
-from rm_gallery.errors import UserError, reason_of
+from rm_gallery.errors import UserError, one_line
 
 
 def find_files(files: Files | Sequence[str | FileEntry], *, key: str) -> list[Path]:
@@ -33,9 +33,28 @@ def resolve_files(config: SourceConfig, *, key: str) -> list[DataFile]:
     Looks hub data sets up and downloads what the hub's cache lacks. `DataFile.entry` counts `entries_of(config, key)`.
     Raises UserError for what is not there, cannot be reached, or is named twice.
     """
+    role = role_of(key)
+    split = config.val_split if role == "val" else config.train_split
+    return resolve_entries(entries_of(config, key), key=key, role=role, split=split, revision=config.revision)
+
+
+def resolve_entries(
+    files: Files | Sequence[str | FileEntry],
+    *,
+    key: str,
+    role: Role = "all",
+    split: str | None = None,
+    revision: str | None = None,
+) -> list[DataFile]:
+    """The files that paths or entries name, in order: what `resolve_files` does for a command with its own option.
+
+    key: the option, for messages, as `--input`. role: which split to use of a folder or dataset with several when
+    neither the entry nor `split` names one; `all` uses every split.
+    Raises UserError as `resolve_files`.
+    """
     found: list[DataFile] = []
-    for place, entry in enumerate(_named(entries_of(config, key), key)):
-        found += _resolve(entry, place, config, key)
+    for place, entry in enumerate(_named(as_entries(files), key)):
+        found += _resolve(entry, place, role, entry.split or split, entry.revision or revision, _what(entry, key))
     seen: dict[str, DataFile] = {}
     for file in found:
         if file.path in seen:
@@ -69,9 +88,9 @@ def _what(entry: FileEntry, key: str) -> str:
     return f"{key}={file_name(entry.path)}"
 
 
-def _resolve(entry: FileEntry, place: int, config: SourceConfig, key: str) -> list[DataFile]:
-    role, what = role_of(key), _what(entry, key)
-    split = entry.split or (config.val_split if role == "val" else config.train_split)
+def _resolve(
+    entry: FileEntry, place: int, role: Role, split: str | None, revision: str | None, what: str
+) -> list[DataFile]:
     where = _place_of(entry.path)
     if where == "remote":
         return [
@@ -81,7 +100,7 @@ def _resolve(entry: FileEntry, place: int, config: SourceConfig, key: str) -> li
     if where == "hub":
         return [
             DataFile(str(file.path), file.name, checked_kind(file.name, what=what), place, _identity(file))
-            for file in hub.download(entry, split, entry.revision or config.revision, role, what)
+            for file in hub.download(entry, split, revision, role, what)
         ]
     paths = expand_local(entry, split, role, what)
     try:
@@ -90,7 +109,7 @@ def _resolve(entry: FileEntry, place: int, config: SourceConfig, key: str) -> li
             for path in paths
         ]
     except OSError as error:
-        raise UserError(f"{what}: cannot be opened ({reason_of(error)}); check its rights") from error
+        raise UserError(f"{what}: cannot be opened ({one_line(error)}); check its rights") from error
 
 
 def _identity(file: hub.HubFile) -> str:

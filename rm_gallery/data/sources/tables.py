@@ -28,6 +28,9 @@ class ArrowChunk(Chunk):
     def __len__(self) -> int:
         return len(self.batch)
 
+    def skip(self, count: int) -> ArrowChunk:
+        return ArrowChunk(self.file, self.first + count, self.batch.slice(count))
+
     def __reduce__(self) -> tuple[Any, ...]:
         import pyarrow as pa
 
@@ -61,6 +64,10 @@ class FaultyChunk(Chunk):
 
     def __len__(self) -> int:
         return 1
+
+    def skip(self, count: int) -> FaultyChunk:
+        assert not count
+        return self
 
     def rows(self) -> Iterator[Row]:
         yield Row({}, self.file, self.first, self.fault)
@@ -97,8 +104,11 @@ def _with_text_for_times(batch: Any) -> Any:
     return batch
 
 
-def read_parquet(file: DataFile) -> Iterator[Chunk]:
-    """Chunks of a parquet file. Holds a buffer per column, one page of each, and a batch: not a whole row group."""
+def read_parquet(file: DataFile, start: int = 0) -> Iterator[Chunk]:
+    """Chunks of a parquet file. Holds a buffer per column, one page of each, and a batch: not a whole row group.
+
+    Row groups that end before row `start` are not read.
+    """
     import pyarrow.parquet as pq
 
     remote = is_url(file.path)
@@ -110,6 +120,9 @@ def read_parquet(file: DataFile) -> Iterator[Chunk]:
             first = 0
             for group in range(parquet.metadata.num_row_groups):
                 facts = parquet.metadata.row_group(group)
+                if first + facts.num_rows <= start:
+                    first += facts.num_rows
+                    continue
                 bytes_per_row = max(1, facts.total_byte_size // max(1, facts.num_rows))
                 size = max(1, min(CHUNK_ROWS, CHUNK_BYTES // bytes_per_row))
                 for batch in parquet.iter_batches(batch_size=size, row_groups=[group]):
@@ -118,24 +131,33 @@ def read_parquet(file: DataFile) -> Iterator[Chunk]:
                         first += len(part)
 
 
-def read_arrow(file: DataFile) -> Iterator[Chunk]:
+def count_parquet(file: DataFile) -> int:
+    """Number of rows, from the footer."""
+    import pyarrow.parquet as pq
+
+    with open_bytes(file) as stream, pq.ParquetFile(stream if is_url(file.path) else file.path) as parquet:
+        return int(parquet.metadata.num_rows)
+
+
+def read_arrow(file: DataFile, start: int = 0) -> Iterator[Chunk]:
     """Chunks of an Arrow file in stream or file format. Holds one record batch, as its writer chose its size;
     of a local file without compression not even that, as it is mapped into memory."""
     import pyarrow as pa
 
     with open_bytes(file) as stream:
-        start = stream.read(8)
-        if start.startswith(b"FEA1"):
+        head = stream.read(8)
+        if head.startswith(b"FEA1"):
             raise UserError(f"{file.name}: Feather version 1 is not read; write it again with a newer library")
-        if not start:
+        if not head:
             return
         stream.seek(0)
         source = pa.PythonFile(stream, "r") if is_url(file.path) else pa.memory_map(file.path)
         with source:
             first = 0
-            for batch in _record_batches(source, is_file=start.startswith(b"ARROW1")):
+            for batch in _record_batches(source, is_file=head.startswith(b"ARROW1")):
                 check_names(file.name, batch.schema.names)
-                yield from _sound_chunks(batch, file.name, first)
+                if first + len(batch) > start:
+                    yield from _sound_chunks(batch, file.name, first)
                 first += len(batch)
 
 

@@ -32,6 +32,9 @@ class LineChunk(Chunk):
     def __len__(self) -> int:
         return len(self.lines)
 
+    def skip(self, count: int) -> LineChunk:
+        return LineChunk(self.file, self.first + count, self.lines[count:])
+
     def rows(self) -> Iterator[Row]:
         for offset, line in enumerate(self.lines):
             try:
@@ -99,15 +102,15 @@ def _is_too_deep(values: Any) -> bool:
     return True
 
 
-def read_json(file: DataFile) -> Iterator[Chunk]:
+def read_json(file: DataFile, start: int = 0) -> Iterator[Chunk]:
     """Chunks of a file with one JSON value a line, or with a list of them. Blank lines are no rows."""
     with open_text(file) as stream:
         if suffixes(file.name)[0] == ".json":
-            start = stream.peek(4096).removeprefix(_BOM).lstrip()
-            if start.startswith(b"["):
+            head = stream.peek(4096).removeprefix(_BOM).lstrip()
+            if head.startswith(b"["):
                 yield from _line_chunks(split_list(stream, file.name), file.name)
                 return
-            if start.split(b"\n", 1)[0].strip() == b"{":
+            if head.split(b"\n", 1)[0].strip() == b"{":
                 raise UserError(
                     f"{file.name}: one JSON object over several lines; write one object a line, or a list of objects"
                 )
@@ -250,6 +253,9 @@ class CellChunk(Chunk):
     def __len__(self) -> int:
         return len(self.cells)
 
+    def skip(self, count: int) -> CellChunk:
+        return CellChunk(self.file, self.first + count, self.names, self.cells[count:])
+
     def rows(self) -> Iterator[Row]:
         for offset, cells in enumerate(self.cells):
             fault = self._fault(cells)
@@ -269,7 +275,7 @@ class CellChunk(Chunk):
         return ""
 
 
-def read_csv(file: DataFile) -> Iterator[Chunk]:
+def read_csv(file: DataFile, start: int = 0) -> Iterator[Chunk]:
     """Chunks of a CSV file with a header. Blank lines are no rows."""
     # The module's limit holds for the whole process and is too low for long conversations.
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_ROW))

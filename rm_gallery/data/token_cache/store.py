@@ -19,6 +19,7 @@ import numpy as np
 from rm_gallery.data.custom import CustomFacts
 from rm_gallery.data.token_cache.arrays import ARRAYS, STARTS, Fingerprint, TokenChunk, TokenData
 from rm_gallery.errors import Dropped
+from rm_gallery.files import replace
 from rm_gallery.schema import InputStyle
 
 RECORD_NAME = "store.json"
@@ -94,9 +95,7 @@ class StoreWriter:
             "fingerprint": self._fingerprint.hexdigest(),
         }
         (self._temporary / RECORD_NAME).write_text(json.dumps(record), encoding="utf-8")
-        if self.folder.exists():  # it could not be opened, or it would be used
-            shutil.rmtree(self.folder)
-        self._temporary.rename(self.folder)
+        replace(self._temporary, self.folder)  # a store at `folder` could not be opened, or it would be in use
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

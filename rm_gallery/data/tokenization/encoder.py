@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from rm_gallery.data.tokenization.special_tokens import ControlTokens
 from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
-from rm_gallery.errors import BadRow, UserError
+from rm_gallery.errors import BadRow, UserError, one_line
 from rm_gallery.schema import PreferenceGroup
 
 Render: TypeAlias = Callable[..., str]
@@ -107,7 +107,7 @@ class Encoder:
             for text in texts:
                 text.encode()
         except UnicodeEncodeError:  # JSON can spell it
-            raise BadRow("half a character (a lone surrogate) in a text") from None
+            raise BadRow("text with a lone surrogate") from None
         return texts
 
     def _render_texts(self, group: PreferenceGroup) -> list[str]:
@@ -140,8 +140,7 @@ class Encoder:
             ) from error
         except (Exception, RecursionError) as error:
             # Templates end in jinja's exceptions or in plain TypeErrors; either way this row does not fit the template.
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise BadRow(f"chat template refuses the conversation: {reason[:200]}") from error
+            raise BadRow(f"chat template refuses the conversation: {one_line(error)}") from error
 
 
 class _Batch:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rm_gallery.errors import BadRow, UserError
+from rm_gallery.errors import BadRow, UserError, one_line
 from rm_gallery.schema import Comparison, PreferenceGroup
 
 
@@ -95,7 +95,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = one_line(error)
         if not os.path.isdir(os.path.expanduser(path)):
             raise UserError(
                 f"{key}={path}: neither a folder (working directory {os.getcwd()}) nor a model that the hub gives "

@@ -6,12 +6,11 @@ To add something that must survive: a number goes into `Progress`, a tensor into
 from rm_gallery.training.checkpoint.folders import list_checkpoints, refuse_earlier_run
 from rm_gallery.training.checkpoint.mirror import Copies
 from rm_gallery.training.checkpoint.resume import PLAN, RunIdentity, Start, find_start
-from rm_gallery.training.checkpoint.save import CheckpointConfig, Checkpoints, WeightsFolder
+from rm_gallery.training.checkpoint.save import Checkpoints, WeightsFolder
 from rm_gallery.training.checkpoint.state import Progress, RunTensors, random_state, set_random_state
 
 __all__ = [
     "PLAN",
-    "CheckpointConfig",
     "Checkpoints",
     "Copies",
     "Progress",

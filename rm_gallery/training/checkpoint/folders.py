@@ -7,18 +7,17 @@ global_step_N/training_state/ what training goes on from; complete.json in it is
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rm_gallery.errors import UserError
+from rm_gallery.files import find_damage, remove, replace, write_text
 from rm_gallery.training.checkpoint.state import BEST_METRIC, Progress
 
 log = logging.getLogger(__name__)
@@ -27,8 +26,6 @@ STATE_NAME = "training_state"
 FACTS_NAME = "state.json"
 MARKER_NAME = "complete.json"
 FORMAT = 1  # of training_state
-
-_HASH_THREADS = 4
 
 
 def step_of(folder: Path) -> int:
@@ -75,33 +72,12 @@ def clean(run_dir: Path) -> None:
         log.info("removed what a save that was cut short has left: %s", ", ".join(path.name for path in leftovers))
 
 
-def delete(folder: Path) -> None:
-    """Remove a checkpoint so that it is there as a whole or not at all."""
-    doomed = hidden(folder, "deleting")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
 def set_aside(folder: Path, why: str) -> Path:
     """Rename a checkpoint that must not be used, as `global_step_N.damaged`; one of that name from before goes."""
     target = folder.with_name(f"{folder.name}.{why}")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(folder, target)
     return target
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Hash of each file, by its path inside the folder."""
-    names = list(names)
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: file_hash(folder / name), names), strict=True))
 
 
 def publish(staging: Path, folder: Path, hashes: Mapping[str, str]) -> None:
@@ -112,26 +88,7 @@ def publish(staging: Path, folder: Path, hashes: Mapping[str, str]) -> None:
     marker = staging / STATE_NAME / MARKER_NAME
     text = json.dumps({"format": FORMAT, "sha256": dict(sorted(hashes.items()))}, indent=2)
     marker.write_text(text + "\n", encoding="utf-8")
-    for path in [*staging.rglob("*"), staging]:
-        sync(path)
-    if folder.exists():  # a damaged one that was put aside by hand and put back, say
-        delete(folder)
-    os.replace(staging, folder)
-    sync(folder.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or the list of a folder is on the disk; storage that cannot say so is taken at its word."""
-    try:
-        number = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(number)
-    except OSError:
-        pass
-    finally:
-        os.close(number)
+    replace(staging, folder)
 
 
 def damage(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
@@ -148,16 +105,7 @@ def damage(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
         return f"{MARKER_NAME} cannot be read"
     if version != FORMAT:
         return f"written in format {version!r}, which this version does not read"
-    mine = names[part::parts]
-    try:
-        lost = [name for name in mine if not (folder / name).is_file()]
-        if lost:
-            return f"{lost[0]} is missing"
-        found = hash_files(folder, mine)
-    except OSError as error:
-        return f"{error.filename or 'a file'} cannot be read ({error.strerror})"
-    wrong = [name for name in mine if found[name] != hashes[name]]
-    return f"{wrong[0]} is not what was written" if wrong else None
+    return find_damage(folder, {name: hashes[name] for name in names[part::parts]})
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -180,7 +128,7 @@ def keep_newest(run_dir: Path, number: int | None, best_step: int | None) -> Non
         if step_of(folder) == best_step:
             continue
         try:
-            delete(folder)
+            remove(folder)
         except OSError as error:
             log.warning("%s: cannot be deleted (%s), though trainer.max_ckpt_to_keep=%d", folder, error, number)
         else:
@@ -200,6 +148,4 @@ def name_best(run_dir: Path, progress: Progress) -> None:
             BEST_METRIC: progress.best_accuracy,
         }
     )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, text + "\n")

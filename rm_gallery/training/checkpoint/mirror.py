@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rm_gallery.errors import UserError
+from rm_gallery.errors import UserError, one_line
 from rm_gallery.training.checkpoint.folders import MARKER_NAME, STATE_NAME, hidden, list_checkpoints
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Copies:
                     log.info("copied %s to %s", folder.name, self.url)
             except Exception as error:
                 self._failed = True
-                log.warning("%s is not copied to %s yet: %s", folder.name, self.url, _words(error))
+                log.warning("%s is not copied to %s yet: %s", folder.name, self.url, one_line(error))
 
     def _is_there(self, folder: Path) -> bool:
         marker = f"{self._root}/{folder.name}/{_MARKER}"
@@ -119,14 +119,14 @@ def fetch(url: str, run_dir: Path) -> Path:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{url}: cannot be fetched into {run_dir} ({_words(error)})") from error
+        raise UserError(f"{url}: cannot be fetched into {run_dir} ({one_line(error)})") from error
     log.info("fetched %s", url)
     return folder
 
 
 def _unreachable(url: str, error: Exception) -> UserError:
     return UserError(
-        f"trainer.default_hdfs_dir={url}: cannot be reached ({_words(error)}); mend that, or set it to null"
+        f"trainer.default_hdfs_dir={url}: cannot be reached ({one_line(error)}); mend that, or set it to null"
     )
 
 
@@ -135,7 +135,3 @@ def _open(url: str) -> tuple[Any, str]:
 
     files, root = url_to_fs(url)
     return files, str(root).rstrip("/")
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rm_gallery.errors import UserError
+from rm_gallery.errors import UserError, one_line
 from rm_gallery.training.checkpoint.folders import (
     STATE_NAME,
     clean,
@@ -23,7 +23,7 @@ from rm_gallery.training.checkpoint.folders import (
     step_of,
 )
 from rm_gallery.training.checkpoint.mirror import fetch, newest_copy
-from rm_gallery.training.checkpoint.state import Progress, RandomState, RunTensors
+from rm_gallery.training.checkpoint.state import Progress, RandomState, RunTensors, first_failure
 from rm_gallery.training.collectives import Ranks
 
 log = logging.getLogger(__name__)
@@ -165,8 +165,7 @@ def _load(choice: _Choice, identity: RunIdentity, tensors: RunTensors, ranks: Ra
     except BaseException as error:  # the library's own is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        text = " ".join(str(error).split())
-        raise UserError(f"{folder}: does not fit this model ({text[-300:]})") from error
+        raise UserError(f"{folder}: does not fit this model ({one_line(first_failure(error), 300)})") from error
     if progress.best_step is not None and not (run_dir / f"global_step_{progress.best_step}").is_dir():
         progress.best_step = progress.best_accuracy = None
     parts = [json.loads(path.read_text(encoding="utf-8")) for path in _rank_files(folder, saved["world_size"])]

@@ -13,22 +13,21 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from annotated_types import Ge
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.data.tokenization.token_group import TokenGroup
-from rm_gallery.errors import UserError
+from rm_gallery.errors import UserError, one_line
+from rm_gallery.files import sha256_files
 from rm_gallery.modeling.export import InputRecord, check_manifest, check_rewards, write_folder
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.training.checkpoint.folders import (
     FACTS_NAME,
     STATE_NAME,
-    hash_files,
     hidden,
     keep_newest,
     name_best,
@@ -39,41 +38,15 @@ from rm_gallery.training.checkpoint.state import (
     Progress,
     RunTensors,
     SavedWeights,
+    first_failure,
     quiet,
     random_state,
     random_state_kept,
 )
 from rm_gallery.training.collectives import Ranks
+from rm_gallery.training.config import CheckpointConfig
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Part of `trainer`: where and what to save, and where to go on from."""
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    default_local_dir: str = "./checkpoints/bt"
-    """Run folder; `experiment_name` is appended unless it ends with it already."""
-    save_freq: int = -1
-    """Steps between checkpoints; one is always written at the end. 0 or less: only that one."""
-    export_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of the saved weights; `auto` is `model.fsdp_config.model_dtype`."""
-    resume_mode: str = "auto"
-    """`auto` goes on from the newest whole checkpoint of the run folder, `disable` refuses a folder that holds some;
-    the path or URL of a `global_step_N` folder goes on from that one."""
-    max_ckpt_to_keep: Annotated[int, Ge(1)] | None = None
-    """Newest checkpoints that are kept; null keeps all."""
-    save_best: bool = False
-    """Save after each validation with the highest `val/accuracy` so far, and never delete that checkpoint; best.json
-    names it."""
-    async_save: bool = False
-    """Write in the background: training waits for the copy to host memory only, which needs room there for this
-    process's share of weights and optimizer state."""
-    default_hdfs_dir: str | None = None
-    """A second place that finished checkpoints are copied to: any URL that fsspec knows (hdfs://, s3://, gs://).
-    `experiment_name` is appended as for the run folder; nothing is ever deleted there."""
 
 
 class Checkpoints:
@@ -211,7 +184,7 @@ class _Job:
         rank = self.ranks.rank
         (self.state / f"rank_{rank}.json").write_text(json.dumps(self.rank_facts), encoding="utf-8")
         names = [f"rank_{rank}.json", *(path.name for path in self.state.glob(f"__{rank}_*"))]
-        return hash_files(self.staging, [f"{STATE_NAME}/{name}" for name in names])
+        return sha256_files(self.staging, [f"{STATE_NAME}/{name}" for name in names])
 
     def _finish_folder(self, hashes: dict[str, str]) -> None:
         lost = [name for name in hashes if not (self.staging / name).is_file()]
@@ -220,7 +193,7 @@ class _Job:
         (self.state / FACTS_NAME).write_text(json.dumps(self.run_facts, indent=2) + "\n", encoding="utf-8")
         names = self.owner.weights_folder.write(self.staging, self.state)
         own = [*names, f"{STATE_NAME}/{FACTS_NAME}", f"{STATE_NAME}/.metadata"]
-        publish(self.staging, self.folder, {**hashes, **hash_files(self.staging, own)})
+        publish(self.staging, self.folder, {**hashes, **sha256_files(self.staging, own)})
         self._after()
 
     def _after(self) -> None:
@@ -237,14 +210,8 @@ class _Job:
             tidy()
 
     def _cannot(self, error: BaseException) -> str:
-        return f"{self.folder}: the checkpoint could not be written ({_cause(error)}); earlier ones are whole"
-
-
-def _cause(error: BaseException) -> str:
-    """The text of an error; of several ranks' errors, as the library reports them, the first."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(first_failure(error))
+        return f"{self.folder}: the checkpoint could not be written ({reason}); earlier checkpoints are intact"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -79,6 +80,13 @@ class RunTensors:
         if not kept:
             self.optimizer.state.clear()
         self.weights.publish()
+
+
+def first_failure(error: BaseException) -> BaseException:
+    """The error of the lowest rank that failed, of an error of torch.distributed.checkpoint."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return error.failures[min(error.failures)][0]
+    return error
 
 
 class SavedWeights:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
-from rm_gallery.errors import UserError, nearest
+from rm_gallery.errors import UserError, nearest, one_line
 from rm_gallery.training.trackers.base import IDS_NAME, METRICS_NAME, JsonLines, RunInfo, Tracker, TrackerConfig
 from rm_gallery.training.trackers.console import ConsoleTracker
 from rm_gallery.training.trackers.services import SwanlabTracker, TensorboardTracker, WandbTracker
@@ -103,9 +103,3 @@ def cannot_start(name: str, error: Exception) -> str:
         )
     help_text = f"{OFFLINE_HELP[name]}, or drop" if name in OFFLINE_HELP else "mend that, or drop"
     return f"trainer.logger: {name} cannot start ({one_line(error)}): {help_text} {name} from trainer.logger"
-
-
-def one_line(error: Exception, limit: int = 200) -> str:
-    """An exception's message in one line of at most `limit` characters, or its type when it has none."""
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from rm_gallery.files import write_text
+
 IDS_NAME = "tracker_ids.json"
 METRICS_NAME = "metrics.jsonl"
 
@@ -114,9 +116,7 @@ def drop_lost_rows(path: Path, last_step: int, *, repeats_validation: bool = Fal
             continue
         if step <= last_step and not repeated and line.endswith("\n"):
             kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(kept))
 
 
 def drop_partial_line(path: Path) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rm_gallery.files import write_text
 from rm_gallery.training.trackers.base import IDS_NAME, RunInfo
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,4 @@ def save_id(name: str, run_id: str, run_dir: Path) -> None:
     """Keep a service's run id beside the others."""
     path = run_dir / IDS_NAME
     ids = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**ids, name: run_id}, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps({**ids, name: run_id}, indent=2) + "\n")

@@ -7,16 +7,21 @@ from typing import Any
 
 import pytest
 
+from rm_gallery.config import build
 from rm_gallery.data.sources import FileEntry, entries_of, entry_problems
 from rm_gallery.errors import UserError
-from rm_gallery.training.config import check_config
+from rm_gallery.training.config import TrainConfig, normalize, problems_of_training
 from tests.data.sources.writing import KEY, write
 
 KEYS = ("path", "weight", "split", "subset", "revision", "name", "format")
 
 
+def build_config(values: dict[str, Any]) -> TrainConfig:
+    return build(TrainConfig, values, prepare=normalize, check=problems_of_training)
+
+
 def check(data: dict[str, Any]) -> Any:
-    return check_config({"model": {"partial_pretrain": "org/model"}, "data": data})
+    return build_config({"model": {"partial_pretrain": "org/model"}, "data": data})
 
 
 def test_entries_are_paths_or_sections_of_keys(in_tmp: Path) -> None:
@@ -28,7 +33,7 @@ def test_entries_are_paths_or_sections_of_keys(in_tmp: Path) -> None:
         FileEntry("a.parquet"), FileEntry("b.parquet", weight=0.5, name="mine", format="pairs"),
         FileEntry("org/set", split="train", revision="v1"),
     )  # fmt: skip
-    assert check_config(config.as_dict()) == config  # as config.yaml of the run folder is read back
+    assert build_config(config.as_dict()) == config  # as config.yaml of the run folder is read back
     assert check({"train_files": section}).data.train_files == entries_of(config.data, KEY)[1]
 
 

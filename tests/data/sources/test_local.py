@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from rm_gallery.data.sources import FileEntry, SourceConfig, entries_of, find_files, resolve_files
+from rm_gallery.data.sources import (
+    FileEntry,
+    SourceConfig,
+    count_rows,
+    entries_of,
+    find_files,
+    read_rows,
+    resolve_entries,
+    resolve_files,
+)
 from rm_gallery.errors import UserError
 from tests.data.sources.writing import KEY, PAIRS, WRITERS, resolve, save_to_disk, values_of, write
 
@@ -23,6 +32,29 @@ def find(*paths: str, key: str = KEY) -> list[str]:
 def test_every_kind_of_file_gives_the_same_rows(in_tmp: Path, name: str) -> None:
     write(Path(name), like=name)
     assert values_of(name) == PAIRS
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_rows_of_every_kind_of_file_are_counted_and_can_be_skipped(in_tmp: Path, name: str) -> None:
+    write(Path(name), like=name)
+    [file] = resolve_entries(name, key="--input")
+    assert count_rows(file, key="--input") == len(PAIRS)
+    for start in range(len(PAIRS) + 2):
+        rows = list(read_rows([file], key="--input", start=start))
+        assert [row.values for row in rows] == PAIRS[start:]
+        assert [row.index for row in rows] == list(range(start, len(PAIRS)))
+
+
+def test_a_command_that_does_not_train_takes_every_split(in_tmp: Path) -> None:
+    for name in ("train.jsonl", "test.jsonl"):
+        write(Path("set", name))
+    for name in ("train", "test"):
+        save_to_disk(Path("saved", name), PAIRS)
+    Path("saved/dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    assert [file.path for file in resolve_entries("set", key="--input")] == ["set/test.jsonl", "set/train.jsonl"]
+    [test] = resolve_entries([FileEntry("set", split="test")], key="--input")
+    assert test.path == "set/test.jsonl"
+    assert len({Path(file.path).parent for file in resolve_entries("saved", key="--input")}) == 2
 
 
 @pytest.mark.parametrize("name", WRITERS)

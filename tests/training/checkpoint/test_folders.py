@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
+from rm_gallery.files import remove, sha256_files
 from rm_gallery.training import setup
 from rm_gallery.training.checkpoint.folders import (
     clean,
     damage,
-    delete,
-    hash_files,
     keep_newest,
     list_checkpoints,
     publish,
@@ -32,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     for name, content in FILES.items():
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
         (staging / name).write_bytes(content)
-    publish(staging, tmp_path / "global_step_7", hash_files(staging, FILES))
+    publish(staging, tmp_path / "global_step_7", sha256_files(staging, FILES))
     assert not staging.exists()
     return tmp_path / "global_step_7"
 
@@ -101,7 +100,7 @@ def test_checkpoints_are_listed_by_number_and_others_are_not(tmp_path: Path) -> 
         (tmp_path / name).mkdir()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["global_step_9", "global_step_10"]
     clean(tmp_path)
-    delete(tmp_path / "global_step_9")
+    remove(tmp_path / "global_step_9")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "global_step_10",
         "global_step_9.damaged",
@@ -113,7 +112,7 @@ def test_publishing_over_a_folder_of_that_name_replaces_it(folder: Path) -> None
     staging = folder.with_name(".global_step_7.saving")
     (staging / "training_state").mkdir(parents=True)
     (staging / "new").write_text("new")
-    publish(staging, folder, hash_files(staging, ["new"]))
+    publish(staging, folder, sha256_files(staging, ["new"]))
     assert sorted(path.name for path in folder.iterdir()) == ["new", "training_state"]
     assert damage(folder) is None
 

@@ -1,0 +1,91 @@
+"""The `data` section of a configuration, its checks, and the two sides of the data: training and validation.
+
+Loads neither torch nor transformers: `show-data` and `estimate` start with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rm_gallery.config import problem_of
+from rm_gallery.data.batching.plan import PackingConfig
+from rm_gallery.data.custom import check_custom_class
+from rm_gallery.data.formats import HoldOut
+from rm_gallery.data.sources import SourceConfig, check_val_fraction, entry_problems, find_files
+from rm_gallery.data.token_cache.prepare import PrepareConfig
+from rm_gallery.errors import Problem
+
+FILE_KEYS = ("data.train_files", "data.val_files")
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig, PrepareConfig, PackingConfig):
+    """`data`: which files, how a row is read, how texts are tokenized, and how tokens are batched.
+
+    Flat for users. Each stage takes the base class with its own keys, so a `DataConfig` can be passed to all of them.
+    """
+
+    @property
+    def budget(self) -> int:
+        """Token budget of a micro-batch: the most tokens that it holds."""
+        return self.token_budget(self.max_length)
+
+
+def normalize_data(values: Any) -> Iterator[Problem]:
+    """Before types are checked: `val_files: null` means none; reports entries that are neither paths nor sections.
+
+    values: the plain value of `data`, changed in place; it may be of any type.
+    """
+    if not isinstance(values, Mapping):
+        return
+    if isinstance(values, dict) and values.get("val_files", "") is None:
+        values["val_files"] = ""
+    for key in FILE_KEYS:
+        # pydantic would repeat itself for every type that an entry may have
+        found = entry_problems(values.get(key.removeprefix("data.")), key)
+        if found:
+            yield Problem(key, "\n".join(found))
+
+
+def data_problems(data: DataConfig) -> Iterator[Problem]:
+    """Missing files, values out of range and contradictions."""
+    if not data.train_files:
+        yield Problem("data.train_files", "data.train_files is not set; name a parquet file or a folder of them")
+    for key, files in zip(FILE_KEYS, (data.train_files, data.val_files), strict=True):
+        if files:
+            yield from problem_of(key, lambda files=files, key=key: find_files(files, key=key))  # type: ignore[misc]
+    for name in ("train_batch_size", "micro_batch_size_per_gpu", "max_length", "max_tokens_per_micro_batch"):
+        value = getattr(data, name)
+        if value is not None and value < 1:
+            yield Problem(f"data.{name}", f"data.{name}={value}: must be at least 1")
+    if data.custom_cls.name and data.input_style == "text":
+        yield Problem(
+            "data.input_style", "data.input_style=text: data.custom_cls gives messages; leave one of the two out"
+        )
+    if data.custom_cls.name and data.format != "auto":
+        yield Problem(
+            "data.format", f"data.format={data.format}: data.custom_cls reads the rows; leave one of the two out"
+        )
+    yield from problem_of("data.val_fraction", lambda: check_val_fraction(data))
+    yield from problem_of("data.custom_cls", lambda: check_custom_class(data.custom_cls))
+
+
+@dataclass(frozen=True)
+class Side:
+    """Training or validation data: the key that names its files, and its share of their prompts."""
+
+    key: str
+    share: HoldOut | None = None
+    """None takes every row."""
+
+
+def sides_of(config: DataConfig) -> list[Side]:
+    """The training side, and the validation side if there is one."""
+    if config.val_files:
+        return [Side("data.train_files"), Side("data.val_files")]
+    if config.val_fraction:
+        held_out = config.val_fraction
+        return [Side("data.train_files", ("train", held_out)), Side("data.train_files", ("val", held_out))]
+    return [Side("data.train_files")]

@@ -1,0 +1,154 @@
+"""Files: atomic writes, locks, SHA-256 and the manifest of a folder."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_HASH_THREADS = 4
+_LOST_DATA = {errno.EIO, errno.ENOSPC, errno.EDQUOT}
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+
+
+@contextmanager
+def atomic_write(path: Path, *, temporary: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path to write a file or folder to; it replaces `path` when the block ends.
+
+    When the block raises, the temporary file is removed and `path` keeps its old content.
+    temporary: another name on the same file system; by default a hidden name beside `path`.
+    """
+    temporary = temporary_path(path) if temporary is None else temporary
+    try:
+        yield temporary
+        replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def temporary_path(path: Path) -> Path:
+    """Hidden name of this process beside `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Flush a finished file or folder to disk and rename it to `path`, which is replaced if it exists."""
+    for each in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+        sync(each)
+    if temporary.is_dir() and path.exists():
+        remove(path)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder if it exists. A folder is renamed first, so that it never exists in part.
+
+    Raises OSError when the file, or the name of the folder, cannot be removed.
+    """
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    doomed = path if path.name.startswith(".") else path.with_name(f".{path.name}.deleting")
+    if doomed != path:
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk (fsync).
+
+    Raises OSError when data were lost: I/O error, full disk, quota. File systems without fsync are accepted.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in _LOST_DATA:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def lock(path: Path, *, timeout: float = -1, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the lock file `path`. The system frees it when the process ends, however it ends.
+
+    timeout: seconds to wait for another holder; negative waits without limit. on_wait: called once, with a
+    description of the holder, before waiting. Where the file system has no locks the block runs without one.
+    Raises TimeoutError, whose message describes the holder, and OSError when the lock file cannot be created.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        holder = path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+    except OSError:
+        holder = "another process"
+    # A soft lock would outlive a killed process.
+    held = FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            if timeout and on_wait is not None:
+                on_wait(holder)
+            try:
+                held.acquire(timeout=timeout, poll_interval=0.2)
+            except Timeout:
+                raise TimeoutError(holder) from None
+        path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            held.release()
+            raise
+        log.debug("%s: the file system has no locks (%s)", path, error)
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 by file name, relative to the folder; a few files at a time."""
+    names = list(names)
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        return dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))
+
+
+def find_damage(folder: Path, hashes: Mapping[str, str]) -> str | None:
+    """Compare files with their recorded hashes; describe the first one that is missing or differs, or return None."""
+    names = sorted(hashes)
+    try:
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            return f"{missing[0]} is missing"
+        found = sha256_files(folder, names)
+    except OSError as error:
+        return f"{error.filename or 'a file'} cannot be read ({error.strerror})"
+    differing = [name for name in names if found[name] != hashes[name]]
+    return f"{differing[0]} is not what was written" if differing else None
