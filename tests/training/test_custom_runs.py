@@ -57,7 +57,7 @@ def test_rows_without_a_group_are_counted_by_reason(qwen2_folder: Path) -> None:
     assert data["groups"] == 4
     assert data["dropped"] == {
         "no votes": {"rows": 2, "first": "train.parquet:2"},
-        "left out by build_group": {"rows": 1, "first": "train.parquet:3"},
+        "dropped by build_group": {"rows": 1, "first": "train.parquet:3"},
         "empty chosen": {"rows": 1, "first": "train.parquet:7"},
     }
 
@@ -78,7 +78,7 @@ def test_a_hook_that_raises_stops_with_one_sentence(
     body = f"    def {hook}(self, value):\n        return 1 / 0\n"
     assert run(command, body, qwen2_folder) == 2
     assert errors(capsys.readouterr().err) == [
-        f"train.parquet:0: Mine.{hook} raised ZeroDivisionError: division by zero (mine.py:5); correct the hook"
+        f"train.parquet:0: Mine.{hook} raised ZeroDivisionError: division by zero (mine.py:5); fix the hook"
     ]
     assert not Path("out").exists()
 
@@ -113,10 +113,10 @@ def test_a_format_of_its_own_is_said_in_training_and_in_scoring(
     qwen2_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("validate-config", NUMBERED + OWN, qwen2_folder) == 0
-    assert "data.custom_cls: _apply_chat_template writes something else than the " in capsys.readouterr().err
+    assert "data.custom_cls: _apply_chat_template differs from the chat template " in capsys.readouterr().err
     assert run("train", NUMBERED + OWN, qwen2_folder) == 0
     [warning] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("W ")]
-    assert "data.train_files: data.custom_cls: _apply_chat_template writes something else than the " in warning
+    assert "data.train_files: data.custom_cls: _apply_chat_template differs from the chat template " in warning
     checkpoint = Path("out/bt/global_step_1")
     assert read_record(checkpoint) == InputRecord("chat", max_length=200, own_rendering=True)
     with RewardScorer.from_folder(checkpoint, device="cpu") as scorer:

@@ -136,7 +136,7 @@ class Encoder:
         except TemplateSyntaxError as error:
             raise UserError(
                 f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); "
-                "mend it, or set data.chat_template to another"
+                "fix it, or set data.chat_template to another"
             ) from error
         except (Exception, RecursionError) as error:
             # Templates end in jinja's exceptions or in plain TypeErrors; either way this row does not fit the template.
