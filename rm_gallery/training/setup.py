@@ -31,7 +31,7 @@ from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.training.checkpoint import (
     PLAN,
     Checkpoints,
-    Copies,
+    Mirror,
     RunIdentity,
     RunTensors,
     Start,
@@ -111,7 +111,7 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
         tensors = RunTensors(model, weights, optimizer)
         identity = run_identity(config, train.data, plan, shape, total_steps)
         begin = find_start(
-            run_dir, config.trainer.resume_mode, identity, tensors, ranks, copies_url=config.trainer.copies_url
+            run_dir, config.trainer.resume_mode, identity, tensors, ranks, mirror_url=config.trainer.mirror_url
         )
         if begin.folder is not None and begin.progress.step == total_steps:
             log.info("the run is complete: %s is its last step", begin.folder)
@@ -155,17 +155,17 @@ def _train(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Checkpoi
         repeats_validation=begin.progress.validation_pending,
     )
     trackers = Trackers(config.trainer.logger, run) if loop.world.is_main else NoTrackers()
-    failed, hurry = True, False
+    failed, stopped = True, False
     try:
         trainer = _build_trainer(config, loop, begin, checkpoints, trackers)
         val_metrics = trainer.train(val_before_train=config.trainer.val_before_train)
         failed = False
         return val_metrics
     except StoppedBySignal:
-        hurry = True
+        stopped = True
         raise
     finally:
-        checkpoints.close(hurry=hurry)
+        checkpoints.close(wait_for_uploads=not stopped)
         trackers.close(failed=failed)
 
 
@@ -284,10 +284,10 @@ def build_checkpoints(
         exact=computes == written == "fp32",
         probes=[train.data[int(index)] for index in shortest],
     )
-    url = config.trainer.copies_url
+    url = config.trainer.mirror_url
     return Checkpoints(
         config.trainer.run_dir, config.trainer, tensors, weights_folder, ranks,
-        facts=identity.facts(begin.origin), copies=Copies(url) if url and ranks.rank == 0 else None,
+        facts=identity.facts(begin.origin), mirror=Mirror(url) if url and ranks.rank == 0 else None,
         latest=begin.folder,
     )  # fmt: skip
 
