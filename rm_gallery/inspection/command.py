@@ -17,13 +17,10 @@ from typing import Any
 from rm_gallery.data.config import DataConfig, sides_of
 from rm_gallery.data.config import Side as DataSide
 from rm_gallery.data.custom import CustomReader
-from rm_gallery.data.formats import RowReader, prompt_key
+from rm_gallery.data.formats import Readers, RowCounts, Task, iter_tasks, prompt_key, read_groups
 from rm_gallery.data.sources import entries_of, resolve_files
-from rm_gallery.data.token_cache.prepare import tasks_of
-from rm_gallery.data.token_cache.row_processor import Reader, Task, is_wanted
-from rm_gallery.data.tokenization.token_group import hash_prompt
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
-from rm_gallery.errors import BadRow, Dropped, UserError
+from rm_gallery.errors import UserError
 from rm_gallery.files import write_text
 from rm_gallery.inspection.collect import Side, Survey, survey
 from rm_gallery.inspection.html import MARKER, html_of
@@ -124,41 +121,25 @@ def inspect_data(config: TrainConfig, *, num_samples: int) -> Report:
     surveys = []
     for name, wanted in zip(("training", "validation"), sides_of(data), strict=False):
         has_template = tokenizer is None or tokenizer.chat_template is not None
-        side = _side(name, wanted, data, custom, has_template)
+        side = _side(name, wanted, data, Readers(data, has_chat_template=has_template, custom=custom))
         surveys.append(survey(side, encoder, prompt_key=prompt_key, num_samples=num_samples, seed=config.trainer.seed))
         _check(surveys[-1], wanted.key)
     return build_report(surveys, encoder, options)
 
 
-def _side(name: str, wanted: DataSide, config: DataConfig, custom: CustomReader | None, has_template: bool) -> Side:
+def _side(name: str, wanted: DataSide, config: DataConfig, readers: Readers) -> Side:
     files, entries = resolve_files(config, key=wanted.key), entries_of(config, wanted.key)
-    dropped = Dropped()
-    groups = _read(tasks_of(files, entries, config, wanted.key, set()), wanted, config, custom, has_template, dropped)
-    return Side(name, tuple(file.name for file in files), groups, dropped)
+    counts = RowCounts()
+    tasks = iter_tasks(files, entries, config, wanted.key, set())
+    return Side(name, tuple(file.name for file in files), _read(tasks, wanted, readers, counts), counts.dropped)
 
 
-def _read(
-    tasks: Iterable[Task],
-    wanted: DataSide,
-    config: DataConfig,
-    custom: CustomReader | None,
-    has_template: bool,
-    dropped: Dropped,
-) -> Iterator[PreferenceGroup]:
-    """Bad rows are counted whatever `data.bad_rows` says: this is how people find them."""
-    readers: dict[str, Reader] = {}
+def _read(tasks: Iterable[Task], wanted: DataSide, readers: Readers, counts: RowCounts) -> Iterator[PreferenceGroup]:
+    """Bad rows are counted whatever `data.bad_rows` says: the report lists them."""
     for task in tasks:
-        reader = custom or readers.setdefault(
-            task.format_name, RowReader(config, task.format_name, has_chat_template=has_template)
-        )
-        for row in task.chunk.rows():
-            try:
-                group = reader.read(row)
-            except BadRow as error:
-                dropped.add(str(error), row.where)
-                continue
-            if wanted.share is None or is_wanted(hash_prompt(prompt_key(group)), wanted.share):
-                yield group if group.source else replace(group, source=task.source)
+        reader = readers.get(task.format_name)
+        for _, group, _ in read_groups(task.chunk.rows(), reader, counts, hold_out=wanted.share):
+            yield group if group.source else replace(group, source=task.source)
 
 
 def _check(found: Survey, key: str) -> None:

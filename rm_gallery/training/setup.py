@@ -19,6 +19,7 @@ import torch
 
 from rm_gallery.data.batching.loader import load_steps
 from rm_gallery.data.batching.plan import Plan
+from rm_gallery.data.config import mixture_of
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.distributed.cpu import bf16_slowdown, keep_freed_memory
@@ -40,7 +41,7 @@ from rm_gallery.training.checkpoint import (
 )
 from rm_gallery.training.collectives import Ranks
 from rm_gallery.training.config import TrainConfig
-from rm_gallery.training.data_setup import Loaded, check_data, load_sides, mixture_of
+from rm_gallery.training.data_setup import Loaded, check_data, load_sides
 from rm_gallery.training.model_setup import StartModel, start_model
 from rm_gallery.training.optim import build_optimizer, build_schedule
 from rm_gallery.training.run_dir import claimed, draw_curves, write_run_facts
@@ -92,19 +93,20 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
     shape = model_shape(start.model)
     train, val = load_sides(config.data, tokenizer)
     check_data(config, start.model, train, val)
-    model, weights = apply(start.model, config.model, world, strategy=start.strategy, files=start.files)
+    model = start.model
+    weights = apply(model, config.model, world, strategy=start.strategy, files=start.files)
     seed_apart(config.trainer.seed, world)
     plan = Plan(
         train.data.sizes,
         config.data,
         packer_for(model, token_budget=config.data.budget, world_size=world.world_size),
         seed=config.trainer.seed,
-        mixture=mixture_of(train, config.data),
+        mixture=mixture_of(train.data, train.files, config.data),
         prompts=train.data.prompt_hashes,
     )
     agree_on_plan(plan)
     total_steps = _count_steps(plan, config, train.data)
-    optimizer = build_optimizer(weights.named_parameters(), config.optim, is_matrix=weights.is_matrix)
+    optimizer = build_optimizer(weights.named_parameters(), config.optim)
     offload_optimizer(optimizer, config.model.fsdp_config, world.device)
     run_dir, ranks = config.trainer.run_dir, Ranks(world)
     with ranks.first(claimed(run_dir)):
