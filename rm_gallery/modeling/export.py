@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rm_gallery.distributed.process_group import from_main, rank, turn
+from rm_gallery.distributed.collectives import broadcast
+from rm_gallery.distributed.process_group import heartbeat, rank
 from rm_gallery.errors import UserError
 from rm_gallery.files import replace, sha256, sha256_files, write_manifest
 from rm_gallery.modeling.reward_model import RewardModel, quiet_transformers
@@ -109,7 +110,7 @@ def export_folder(
     finally:
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-    said = from_main(str(problem) if problem else "")
+    said = broadcast(str(problem) if problem else "")
     if said:
         raise problem or OSError(said)
 
@@ -343,7 +344,7 @@ def _whole_tensors(
         if tensor.is_floating_point():
             tensor = tensor.to(dtype)
         if is_cut:
-            turn(f"gathering {name}")
+            heartbeat(f"gathering {name}")
             assert isinstance(tensor, DTensor)
             tensor = tensor.full_tensor()
         if rank() == 0:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rm_gallery.distributed.collectives import HostGroup
 from rm_gallery.errors import UserError, one_line
 from rm_gallery.training.checkpoint.folders import (
     STATE_NAME,
@@ -24,7 +25,6 @@ from rm_gallery.training.checkpoint.folders import (
 )
 from rm_gallery.training.checkpoint.mirror import download, newest_upload
 from rm_gallery.training.checkpoint.state import Progress, RandomState, RunTensors, first_failure
-from rm_gallery.training.collectives import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +66,14 @@ class Start:
 
 
 def find_start(
-    run_dir: Path, mode: str, identity: RunIdentity, tensors: RunTensors, ranks: Ranks, *, mirror_url: str | None = None
-) -> Start:
+    run_dir: Path,
+    mode: str,
+    identity: RunIdentity,
+    tensors: RunTensors,
+    ranks: HostGroup,
+    *,
+    mirror_url: str | None = None,
+) -> Start:  # fmt: skip
     """Choose the checkpoint to resume from, verify it, and load it. A collective: every rank calls it.
 
     mode: `trainer.resume_mode`. mirror_url: where to look if the run directory has no checkpoint.
@@ -82,14 +88,14 @@ def find_start(
                 choice = _choose(run_dir, mode, mirror_url)
             except (UserError, OSError) as error:
                 problem = str(error)
-        ranks.settle(problem)
-        choice = ranks.share(choice)
+        ranks.raise_problem(problem)
+        choice = ranks.broadcast(choice)
         if choice is None:
             if found_damage:
                 log.warning("no intact checkpoint is left: training starts from scratch")
             return Start()
         folder = choice.folder
-        problems = ranks.gather(damage(folder, part=ranks.rank, parts=ranks.world_size))
+        problems = ranks.all_gather(damage(folder, part=ranks.rank, parts=ranks.world_size))
         damaged = next((each for each in problems if each), None)
         if damaged is None:
             start = _load(choice, identity, tensors, ranks, run_dir)
@@ -154,7 +160,7 @@ def _origin(folder: Path) -> str | None:
     return origin if isinstance(origin, str) else None
 
 
-def _load(choice: _Choice, identity: RunIdentity, tensors: RunTensors, ranks: Ranks, run_dir: Path) -> Start:
+def _load(choice: _Choice, identity: RunIdentity, tensors: RunTensors, ranks: HostGroup, run_dir: Path) -> Start:
     folder = choice.folder
     saved = read_facts(folder)
     progress = Progress(**saved["progress"])

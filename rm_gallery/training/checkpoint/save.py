@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.data.tokenization.token_group import TokenGroup
+from rm_gallery.distributed.collectives import HostGroup
 from rm_gallery.errors import UserError, one_line
 from rm_gallery.files import sha256_files
 from rm_gallery.modeling.export import InputRecord, check_rewards, write_folder
@@ -42,7 +43,6 @@ from rm_gallery.training.checkpoint.state import (
     quiet,
     random_state,
 )
-from rm_gallery.training.collectives import Ranks
 from rm_gallery.training.config import CheckpointConfig
 
 log = logging.getLogger(__name__)
@@ -52,15 +52,15 @@ class Checkpoints:
     """Saves a run. The first and the last checkpoint are verified by rescoring, the others by their hashes."""
 
     def __init__(
-        self, run_dir: Path, config: CheckpointConfig, tensors: RunTensors, weights_folder: WeightsFolder, ranks: Ranks,
-        *, facts: Mapping[str, Any], mirror: Mirror | None = None, latest: Path | None = None,
+        self, run_dir: Path, config: CheckpointConfig, tensors: RunTensors, weights_folder: WeightsFolder,
+        ranks: HostGroup, *, facts: Mapping[str, Any], mirror: Mirror | None = None, latest: Path | None = None,
     ) -> None:  # fmt: skip
         """facts: of the run, for state.json. mirror: on rank 0. latest: the checkpoint that the run resumes from."""
         self.run_dir, self.config, self.tensors, self.weights_folder = run_dir, config, tensors, weights_folder
         self.ranks, self.facts, self.mirror = ranks, facts, mirror
         self.latest = latest
         """The newest complete checkpoint of the run."""
-        self._background_ranks = ranks.apart()  # for the thread: its collectives must not mix with those of training
+        self._thread_ranks = ranks.for_thread()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saving")
         self._pending: Future[Path] | None = None
         self._expected: list[float] | None = None  # rewards of the pending checkpoint, if it is rescored
@@ -102,7 +102,7 @@ class Checkpoints:
                     self.weights_folder.check(folder, expected)
             except UserError as error:
                 problem = str(error)
-        self.ranks.settle(problem)
+        self.ranks.raise_problem(problem)
         self.latest = folder
 
     def close(self, *, wait_for_uploads: bool = True) -> None:
@@ -118,7 +118,7 @@ class _Save:
     """One checkpoint being written."""
 
     def __init__(self, owner: Checkpoints, progress: Progress, sums: Mapping[str, float]) -> None:
-        self.owner, self.ranks = owner, owner._background_ranks
+        self.owner, self.ranks = owner, owner._thread_ranks
         self.folder = owner.run_dir / f"global_step_{progress.step}"
         self.staging = hidden(self.folder, "saving")
         self.state = self.staging / STATE_NAME
@@ -135,7 +135,7 @@ class _Save:
                 self.state.mkdir(parents=True)
             except OSError as error:
                 problem = self._cannot(error)
-        self.owner.ranks.settle(problem)
+        self.owner.ranks.raise_problem(problem)
         tensors = self.owner.tensors.read()
         quiet()
         if worker is not None:
@@ -162,7 +162,7 @@ class _Save:
             hashes = self._write_rank_facts()
         except (OSError, RuntimeError, CheckpointException) as error:
             problem = self._cannot(error)
-        reports = self.ranks.gather((problem, hashes))
+        reports = self.ranks.all_gather((problem, hashes))
         problem = next((each for each, _ in reports if each), None)
         if self.ranks.rank == 0:
             try:
@@ -172,7 +172,7 @@ class _Save:
                 problem = self._cannot(error)
             if problem:
                 shutil.rmtree(self.staging, ignore_errors=True)
-        problem = self.ranks.share(problem)
+        problem = self.ranks.broadcast(problem)
         if problem:
             raise UserError(problem)
         log.info("saved %s", self.folder)
