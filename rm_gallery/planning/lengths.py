@@ -78,8 +78,7 @@ def _tokenized(rows: Sequence[Row], config: DataConfig, tokenizer: Any, dropped:
         name = "" if config.custom_cls.path else choose_format(some[:SAMPLE_ROWS], config).name
         done = processor.process(some, processor.reader(name), "")
         parts.append(done.chunk.arrays)
-        for reason, count in done.dropped.counts.items():
-            dropped.add(reason, done.dropped.examples[reason], count)
+        dropped.merge(done.dropped)
     names = ("group_tokens", "longest_text", "num_responses", "num_comparisons")
     return GroupSizes(*(np.concatenate([part[name] for part in parts]).astype(np.int64) for name in names))
 

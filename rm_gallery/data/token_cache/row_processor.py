@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -23,9 +23,9 @@ from rm_gallery.data.custom import CustomFacts, CustomReader
 from rm_gallery.data.formats import FormatConfig, RowReader, prompt_key
 from rm_gallery.data.sources import Chunk, Row
 from rm_gallery.data.token_cache.arrays import TokenChunk, make_chunk
-from rm_gallery.data.tokenization.encoder import Encoder
+from rm_gallery.data.tokenization.encoder import Encoder, GroupEncoder
 from rm_gallery.data.tokenization.token_group import Origin, TokenGroup, hash_prompt, split_prefix
-from rm_gallery.data.tokenization.tokenizer import TokenizeConfig, fit_length
+from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
 from rm_gallery.errors import BadRow, Dropped, UserError
 from rm_gallery.schema import InputStyle, PreferenceGroup
 
@@ -52,7 +52,12 @@ class Work:
 
     config: RowsConfig
     tokenizer: Any
+    """None only with an encoder that needs none."""
     share: Share | None = None
+
+
+Observe: TypeAlias = Callable[[PreferenceGroup, TokenGroup, int], None]
+"""`observe(group, tokens, prompt hash)`: called for each group that becomes tokens, in order."""
 
 
 @dataclass
@@ -72,21 +77,24 @@ class Processed:
 class RowProcessor:
     """Turns chunks into token arrays; one of them for each process."""
 
-    def __init__(self, work: Work) -> None:
-        self.work, self.config = work, work.config
+    def __init__(
+        self, work: Work, *, encoder_type: Callable[..., GroupEncoder] = Encoder, observe: Observe | None = None
+    ) -> None:
+        """encoder_type: for other units than tokens, as words; takes the arguments of `Encoder`."""
+        self.work, self.config, self._observe = work, work.config, observe
         self._readers: dict[str, Reader] = {}
         self._custom: CustomReader | None = None
         if self.config.custom_cls.path is not None:
             self._custom = CustomReader.from_config(self.config, work.tokenizer)
         render = None if self._custom is None else self._custom.render
-        self.encoder = Encoder(work.tokenizer, self.config, render=render)
+        self.encoder = encoder_type(work.tokenizer, self.config, render=render)
 
     def reader(self, format_name: str) -> Reader:
         """The custom class, or the reader of a format."""
         if self._custom is not None:
             return self._custom
         if format_name not in self._readers:
-            has_template = self.work.tokenizer.chat_template is not None
+            has_template = self.work.tokenizer is None or self.work.tokenizer.chat_template is not None
             self._readers[format_name] = RowReader(self.config, format_name, has_chat_template=has_template)
         return self._readers[format_name]
 
@@ -129,13 +137,14 @@ class RowProcessor:
                 try:
                     if isinstance(texts, BadRow):
                         raise texts
-                    fitted, comparisons = fit_length(texts, group, self.work.tokenizer, self.config)
-                    tokens = split_prefix(fitted, comparisons)
+                    tokens = split_prefix(*self.encoder.fit(texts, group))
                 except BadRow as error:
                     self._drop(error, row.where, result)
                     continue
                 result.styles.setdefault(group.style, row.where)
                 result.has_text_prompts |= group.style == "text" and bool(group.prompt)
+                if self._observe is not None:
+                    self._observe(group, tokens, prompt)
                 yield tokens, Origin(row.file, row.index, group.source or source, prompt, group.metadata)
 
     def _drop(self, error: BadRow, where: str, result: Processed) -> None:
