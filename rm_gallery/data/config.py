@@ -12,9 +12,9 @@ from typing import Any
 from rm_gallery.config import problem_of
 from rm_gallery.data.batching.plan import PackingConfig
 from rm_gallery.data.custom import check_custom_class
+from rm_gallery.data.formats import HoldOut
 from rm_gallery.data.sources import SourceConfig, check_val_fraction, entry_problems, find_files
 from rm_gallery.data.token_cache.prepare import PrepareConfig
-from rm_gallery.data.token_cache.row_processor import Share
 from rm_gallery.errors import Problem
 
 FILE_KEYS = ("data.train_files", "data.val_files")
@@ -77,7 +77,7 @@ class Side:
     """Training or validation data: the key that names its files, and its share of their prompts."""
 
     key: str
-    share: Share | None = None
+    share: HoldOut | None = None
     """None takes every row."""
 
 

@@ -23,7 +23,7 @@ MAX_PAIRS = 20_000
 MAX_CHARS = 4_000
 """Characters of a response that the bag of words reads; lengths are those of the whole text."""
 CONSTANT_SHARE = 0.5
-"""A prompt of more than this share of the rows is a constant instruction: no leak, and no reason to group pairs by it."""
+"""A prompt of more than this share of the rows is a constant instruction: no leak, and not a group of a fold."""
 FOLDS = 5
 MIN_PAIRS = 100
 _FEATURES = 2**18
@@ -73,7 +73,7 @@ class BaselineReport:
 
 
 def baseline_report(train: Reservoir[SampledPair], val: Reservoir[SampledPair] | None, *, seed: int) -> BaselineReport:
-    """Cross-validated on training pairs; fitted on training pairs and evaluated on validation pairs if there are any."""
+    """Cross-validated on the training pairs; with validation pairs, also fitted on training and evaluated on those."""
     pairs = train.in_order()
     notes = []
     if train.num_offered > len(pairs):

@@ -1,7 +1,7 @@
 """Collecting: one pass over the rows of a split, from which every figure of the report is computed.
 
-Rows become tokens as in training, by `RowProcessor`. The pass also keeps numbers of each text (hashes, characters, flags),
-a sample of the pairs for the baselines and a sample of the groups to display.
+Rows become tokens as in training, by `RowProcessor`. The pass also keeps numbers of each text (hashes, characters,
+flags), a sample of the pairs for the baselines and a sample of the groups to display.
 """
 
 from __future__ import annotations

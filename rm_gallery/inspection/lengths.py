@@ -163,7 +163,7 @@ class CostReport:
     separate: int
     """Padding-free, every text whole."""
     packed: int
-    """Padding-free, the common prefix of a group's responses once. Encoders: padded as the plan of training pads them."""
+    """Padding-free, the common prefix of a group's responses once. Encoders: padded as training plans it."""
     shared: int | None
     """The same with groups of the same prompt in a step merged (`data.share_prompts`), from the planned steps."""
     padded_batch: int
@@ -214,7 +214,9 @@ class _Planned:
 def _plan(split: Split, config: DataConfig, packer: Packer, *, seed: int) -> _Planned | None:
     """Steps of the first epoch as training plans them, at most 16, evenly spaced; None if there is no step."""
     data = split.data
-    mixture = Mixture.of(data, split.files, entries_of(config, "data.train_files")) if split.name == "training" else None
+    mixture = (
+        Mixture.of(data, split.files, entries_of(config, "data.train_files")) if split.name == "training" else None
+    )
     plan = Plan(data.sizes, config, packer, seed=seed, mixture=mixture, prompts=data.prompt_hashes)
     steps = plan.epoch_steps(0)
     if not len(steps):  # data.drop_last with less than one step of data

@@ -1,7 +1,7 @@
 """Near duplicates: MinHash signatures of word trigrams, clustered by locality-sensitive hashing.
 
-The textbook method (Broder 1997; 32 hashes in 8 bands of 4) over flat arrays: 64 bytes a group, where an index of Python
-objects would take gigabytes for a million pairs.
+The textbook method (Broder 1997; 32 hashes in 8 bands of 4) over flat arrays: 64 bytes a group, where an index of
+Python objects would take gigabytes for a million pairs.
 """
 
 from __future__ import annotations

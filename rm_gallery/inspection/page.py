@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, TypeAlias
 
 from rm_gallery.inspection.baselines import BaselineReport
@@ -89,7 +90,7 @@ class Chart:
     def bins(self) -> Iterator[tuple[str, int, bool]]:
         """Range, count, and whether the bin lies beyond the limit."""
         edges = self.histogram.edges
-        ends = [f"{low:,} to {high - 1:,}" for low, high in zip(edges, edges[1:], strict=False)]
+        ends = [f"{low:,} to {high - 1:,}" for low, high in pairwise(edges)]
         for label, low, count in zip([*ends, f"{edges[-1]:,} and more"], edges, self.histogram.counts, strict=True):
             yield label, count, self.limit is not None and low > self.limit
 
@@ -140,14 +141,15 @@ class Page:
 
 def page_of(report: Report) -> Page:
     """The report in words."""
-    train = report.splits[0]
+    train, unit = report.splits[0], report.unit.capitalize()
     sections = [
         *_data_sections(train),
-        Section("Tokens per epoch", f"{report.unit.capitalize()} computed per epoch, by batching method.",
-                tuple(_cost(train.cost))),
-        Section("Length bias", "Far from 50%, a model can score well on length alone.", (_length_bias(train.length_bias),)),
+        Section(f"{unit} per epoch", f"{unit} that the model computes, by batching method.", tuple(_cost(train.cost))),
+        Section(
+            "Length bias", "Far from 50%, a model can score well on length alone.", _length_bias(train.length_bias)
+        ),
         _baselines(report.baselines),
-    ]  # fmt: skip
+    ]
     if len(report.splits) > 1:
         why = "Validation pairs that overlap with the training data measure memorization."
         sections.append(Section("Train/validation leakage", why, (_findings(report.leakage),)))
@@ -161,7 +163,8 @@ def page_of(report: Report) -> Page:
 def _lead(report: Report) -> Iterator[str]:
     for split in report.splits:
         more = f" and {len(split.files) - 3} more" if len(split.files) > 3 else ""
-        yield f"{split.name}: {split.num_pairs:,} pairs in {split.num_groups:,} rows of {', '.join(split.files[:3])}{more}"
+        files = f"{', '.join(split.files[:3])}{more}"
+        yield f"{split.name}: {split.num_pairs:,} pairs in {split.num_groups:,} rows of {files}"
     if report.unit == "tokens":
         yield f"lengths in tokens (tokenizer and chat template of {report.tokenizer})"
     else:
@@ -222,7 +225,10 @@ _LONG_TEXTS: dict[LongTexts, str] = {
 def _lengths(report: LengthReport) -> Iterator[Block]:
     if report.max_length is not None:
         share = report.num_beyond / report.num_encoded if report.num_encoded else 0.0
-        label, value = f"rows longer than data.max_length={report.max_length:,}", f"{report.num_beyond:,} ({percent(share)})"
+        label, value = (
+            f"rows longer than data.max_length={report.max_length:,}",
+            f"{report.num_beyond:,} ({percent(share)})",
+        )
         why = _LONG_TEXTS[report.long_texts]
         yield Figures((Figure(label, value, why, report.examples, report.num_beyond > 0),))
     rows = []
@@ -258,13 +264,13 @@ def _cost(cost: CostReport) -> Iterator[Block]:
         )
 
 
-def _length_bias(reports: Sequence[LengthBias]) -> Figures:
+def _length_bias(reports: Sequence[LengthBias]) -> tuple[Figures]:
     figures = []
     for each in reports:
         value = "no pair with different lengths" if each.share is None else f"{each.share:.1%}"
         why = f"{each.longer_chosen:,} longer, {each.shorter_chosen:,} shorter; {each.ties:,} ties excluded"
         figures.append(Figure(f"longer response chosen, by {each.unit}", value, why))
-    return Figures(tuple(figures))
+    return (Figures(tuple(figures)),)
 
 
 def _findings(findings: Sequence[Finding]) -> Figures:

@@ -70,7 +70,9 @@ class Report:
     summary: tuple[Message, ...]
 
 
-def build_report(splits: Sequence[Split], config: DataConfig, packer: Packer | None, *, model: str, seed: int) -> Report:
+def build_report(
+    splits: Sequence[Split], config: DataConfig, packer: Packer | None, *, model: str, seed: int
+) -> Report:
     """The figures of the training split and, if there is one, the validation split.
 
     packer: how training packs micro-batches on one rank; None without a model.
@@ -187,9 +189,7 @@ class Message:
     text: str
 
 
-def summarize(
-    splits: Sequence[SplitReport], leakage: Sequence[Finding], baselines: BaselineReport
-) -> list[Message]:
+def summarize(splits: Sequence[SplitReport], leakage: Sequence[Finding], baselines: BaselineReport) -> list[Message]:
     """At least one message, errors first."""
     found = [message for split in splits for message in _of_split(split)]
     found += _of_leakage(splits, leakage)
@@ -272,7 +272,9 @@ def _of_rows(split: SplitReport) -> Iterator[Message]:
             f"({percent(share)}){first}.",
         )
     if split.num_prompts > 1 and split.prompt_share > CONSTANT_SHARE:
-        yield Message("warning", f"One prompt: {percent(split.prompt_share)} of the {split.name} rows have the same one.")
+        yield Message(
+            "warning", f"One prompt: {percent(split.prompt_share)} of the {split.name} rows have the same one."
+        )
 
 
 def _of_truncation(split: SplitReport) -> Iterator[Message]:
@@ -294,8 +296,8 @@ def _of_lengths(split: SplitReport) -> Iterator[Message]:
         which = "longer" if share > 0.5 else "shorter"
         yield Message(
             "warning",
-            f"Length bias: the {which} response is chosen in {percent(max(share, 1 - share))} of the pairs; also report "
-            "accuracy on pairs of similar length.",
+            f"Length bias: the {which} response is chosen in {percent(max(share, 1 - share))} of the pairs; "
+            "also report accuracy on pairs of similar length.",
         )
     cost = split.cost
     packed = cost.packed if cost.shared is None else cost.shared

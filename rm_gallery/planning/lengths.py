@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rm_gallery.data.config import DataConfig
-from rm_gallery.data.formats import SAMPLE_ROWS, choose_format, read_groups
+from rm_gallery.data.formats import Readers, RowCounts, read_groups
 from rm_gallery.data.sources import Row, read_rows, resolve_files
 from rm_gallery.data.token_cache.arrays import GroupSizes
 from rm_gallery.data.token_cache.row_processor import RowProcessor, Work
@@ -57,7 +56,12 @@ def read_lengths(config: DataConfig, *, tokenizer_folder: str | None, chars_per_
         sizes = _tokenized(rows, config, tokenizer, dropped)
         how = f"tokens of the tokenizer in {tokenizer_folder}"
     else:
-        groups = read_groups(rows, config, has_chat_template=True, dropped=dropped)
+        counts = RowCounts(dropped=dropped)
+        groups = [
+            group
+            for reader, some in Readers(config, has_chat_template=True).by_file(rows)
+            for _, group, _ in read_groups(some, reader, counts, bad_rows=config.bad_rows)
+        ]
         parts = [[round(chars / chars_per_token) for chars in group_chars(group)] for group in groups]
         sizes = _sizes([each for each in parts if each[0] + max(each[1:]) <= config.max_length])
         how = f"{chars_per_token:g} characters a token assumed (tokenizer=FOLDER counts them)"
@@ -73,10 +77,8 @@ def _tokenized(rows: Sequence[Row], config: DataConfig, tokenizer: Any, dropped:
     """Sizes of the rows as training tokenizes them."""
     processor = RowProcessor(Work(config, tokenizer))
     parts = []
-    for _, of_file in groupby(rows, key=lambda row: row.file):
-        some = list(of_file)
-        name = "" if config.custom_cls.path else choose_format(some[:SAMPLE_ROWS], config).name
-        done = processor.process(some, processor.reader(name), "")
+    for reader, some in processor.readers.by_file(rows):
+        done = processor.process(some, reader, "")
         parts.append(done.chunk.arrays)
         dropped.merge(done.dropped)
     names = ("group_tokens", "longest_text", "num_responses", "num_comparisons")

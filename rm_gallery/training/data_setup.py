@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rm_gallery.data.batching.bin_packing import Packer
-from rm_gallery.data.batching.plan import Mixture, long_pairs
+from rm_gallery.data.batching.plan import long_pairs
 from rm_gallery.data.config import DataConfig, Side, sides_of
 from rm_gallery.data.custom import CustomReader
 from rm_gallery.data.sources import DataFile, entries_of, resolve_files
@@ -127,16 +127,6 @@ def load_side(side: Side, config: DataConfig, tokenizer: Any) -> Loaded:
     for warning in store.custom.warnings():
         log.warning("%s: %s", key, warning)
     return Loaded(store, files)
-
-
-def mixture_of(train: Loaded, config: DataConfig) -> Mixture | None:
-    """How often each entry of `data.train_files` is used in an epoch; None when every group is used once."""
-    weights = [entry.weight for entry in entries_of(config, "data.train_files")]
-    if all(weight == 1 for weight in weights):
-        return None
-    entry_of = {file.name: file.entry for file in train.files}
-    entries = np.array([entry_of[name] for name in train.data.files], np.int32)
-    return Mixture(entries[train.data.file_numbers], weights)
 
 
 def _warn_of_overlap(train: TokenData, val: TokenData) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from rm_gallery.data.batching.loader import load_steps
-from rm_gallery.data.batching.plan import Plan
+from rm_gallery.data.batching.plan import Mixture, Plan
+from rm_gallery.data.sources import entries_of
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.distributed.cpu import bf16_slowdown, keep_freed_memory
@@ -40,7 +41,7 @@ from rm_gallery.training.checkpoint import (
 )
 from rm_gallery.training.collectives import Ranks
 from rm_gallery.training.config import TrainConfig
-from rm_gallery.training.data_setup import Loaded, check_data, load_sides, mixture_of
+from rm_gallery.training.data_setup import Loaded, check_data, load_sides
 from rm_gallery.training.model_setup import StartModel, start_model
 from rm_gallery.training.optim import build_optimizer, build_schedule
 from rm_gallery.training.run_dir import claimed, draw_curves, write_run_facts
@@ -99,7 +100,7 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
         config.data,
         packer_for(model, token_budget=config.data.budget, world_size=world.world_size),
         seed=config.trainer.seed,
-        mixture=mixture_of(train, config.data),
+        mixture=Mixture.of(train.data, train.files, entries_of(config.data, "data.train_files")),
         prompts=train.data.prompt_hashes,
     )
     agree_on_plan(plan)

@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rm_gallery.data.formats import FormatConfig, RowReader, prompt_key, read_groups
+from rm_gallery.data.formats import FormatConfig, RowReader, prompt_key
 from rm_gallery.data.sources import Row, SourceConfig, read_rows, resolve_files
 from rm_gallery.errors import BadRow, Dropped, UserError
 from rm_gallery.schema import PreferenceGroup
 from tests.data.damage import FAULTS, HARMLESS, MISSING, SAMPLES, Place, Sample, damaged, places
+from tests.data.formats.rows import read_all
 
 FILE = "a.jsonl"
 
@@ -26,10 +27,7 @@ KEY = "data.train_files"
 
 
 def read(rows: Sequence[dict[str, Any]], **options: Any) -> tuple[list[PreferenceGroup], Dropped]:
-    dropped = Dropped()
-    numbered = [Row(values, FILE, number) for number, values in enumerate(rows)]
-    groups = list(read_groups(numbered, FormatConfig(**options), has_chat_template=True, dropped=dropped))
-    return groups, dropped
+    return read_all([Row(values, FILE, number) for number, values in enumerate(rows)], FormatConfig(**options))
 
 
 def check_reason(reason: str, fault: Any) -> None:
@@ -140,12 +138,9 @@ def test_a_fault_in_a_column_of_a_parquet_file_ends_in_words(fault: str, tmp_pat
                 rows = rows[2:]
                 table = pa.Table.from_pylist(rows)
             pq.write_table(table, file)
-            dropped = Dropped()
             read_back = read_rows(resolve_files(SourceConfig(str(file)), key=KEY), key=KEY)
             try:
-                groups = list(
-                    read_groups(read_back, FormatConfig(format=sample.format), has_chat_template=True, dropped=dropped)
-                )
+                groups, dropped = read_all(read_back, FormatConfig(format=sample.format))
             except UserError as error:
                 assert str(error).startswith(str(file)), (name, column)
                 assert str(error).isprintable()

@@ -147,7 +147,7 @@ def test_rows_that_cannot_be_scored_have_null_and_a_count(
     printed = capsys.readouterr().out
     assert "out/rows.jsonl: 7 rows" in printed
     assert "global_step_1: 5 without a reward: 2 null response (first: rows.jsonl:1), " in printed
-    assert "1 half a character (a lone surrogate) in a text (first: rows.jsonl:4)" in printed
+    assert "1 text with a lone surrogate (first: rows.jsonl:4)" in printed
     lines = (in_tmp / "out/rows.jsonl").read_text().splitlines()
     assert lines[0].startswith('{"prompt": "Why?", "response": "So.", "big": 12345678901234567890, "reward": ')
     assert lines[2:4] == ['{"unreadable_line": "this is no JSON", "reward": null}', '{"response": 7, "reward": null}']

@@ -66,7 +66,7 @@ def test_a_row_without_group_stops_under_bad_rows_error(qwen2_folder: Path, caps
     body = "    def build_group(self, row):\n        return None, 'no votes'\n"
     assert run("train", body, qwen2_folder, "data.bad_rows=error") == 2
     assert errors(capsys.readouterr().err) == [
-        "train.parquet:0: no votes; mend the row, or set data.bad_rows=drop to leave it out"
+        "train.parquet:0: no votes; fix the row, or set data.bad_rows=drop to drop it"
     ]
 
 

@@ -130,7 +130,7 @@ def _prompt(dataset: Any, hook: str, messages: Any) -> list[Message]:
 def _answer(value: Any, name: str) -> list[Message]:
     """Messages of a response, which ends with what the assistant said or called."""
     turns = as_messages(read_cell(list(value) if isinstance(value, tuple) else value, name), "assistant")
-    check_answer(turns[-1], name)
+    check_answer(turns, name)
     return turns
 
 

@@ -106,11 +106,11 @@ def read_json(file: DataFile, start: int = 0) -> Iterator[Chunk]:
     """Chunks of a file with one JSON value a line, or with a list of them. Blank lines are no rows."""
     with open_text(file) as stream:
         if suffixes(file.name)[0] == ".json":
-            start = stream.peek(4096).removeprefix(_BOM).lstrip()
-            if start.startswith(b"["):
+            head = stream.peek(4096).removeprefix(_BOM).lstrip()
+            if head.startswith(b"["):
                 yield from _line_chunks(split_list(stream, file.name), file.name)
                 return
-            if start.split(b"\n", 1)[0].strip() == b"{":
+            if head.split(b"\n", 1)[0].strip() == b"{":
                 raise UserError(
                     f"{file.name}: one JSON object over several lines; write one object a line, or a list of objects"
                 )

@@ -14,9 +14,9 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,14 +24,12 @@ from annotated_types import Ge
 
 from rm_gallery import __version__
 from rm_gallery.data.custom import CustomFacts, source_fingerprint
-from rm_gallery.data.formats import SAMPLE_ROWS, choose_format
-from rm_gallery.data.sources import DataFile, FileEntry, read_chunks
+from rm_gallery.data.formats import HoldOut, iter_tasks, source_of
+from rm_gallery.data.sources import DataFile, FileEntry
 from rm_gallery.data.token_cache.row_processor import (
     Processed,
     RowProcessor,
     RowsConfig,
-    Share,
-    Task,
     Work,
     process_in_order,
 )
@@ -66,7 +64,7 @@ def prepare(
     tokenizer: Any,
     *,
     key: str,
-    share: Share | None = None,
+    share: HoldOut | None = None,
 ) -> Store:
     """Token data of all usable rows of the files, in order, with what was left out.
 
@@ -97,9 +95,9 @@ def peek(
     """Read the first rows of each file as training would; raises UserError as `prepare` does."""
     processor, chosen, custom = RowProcessor(Work(config, tokenizer)), set[str](), CustomFacts()
     for file in files:
-        for task in islice(tasks_of([file], entries, config, key, chosen), 1):
+        for task in islice(iter_tasks([file], entries, config, key, chosen), 1):
             rows = islice(task.chunk.rows(), _CHECK_ROWS)
-            custom.add(processor.process(rows, processor.reader(task.format_name), task.source).custom)
+            custom.add(processor.process(rows, processor.readers.get(task.format_name), task.source).custom)
     return custom
 
 
@@ -131,7 +129,7 @@ def _fingerprint(
     entries: Sequence[FileEntry],
     config: PrepareConfig,
     tokenizer: Any,
-    share: Share | None,
+    share: HoldOut | None,
 ) -> str:
     """Hash of all that decides the token data of these files."""
     decides = {each.name for each in fields(RowsConfig)}
@@ -139,7 +137,7 @@ def _fingerprint(
         "store": _STORE_VERSION,
         "versions": [__version__, *(metadata.version(name) for name in ("tokenizers", "transformers", "jinja2"))],
         "files": [asdict(file) for file in files],
-        "entries": [(entry.format, _source_of(entry, entries)) for entry in entries],
+        "entries": [(entry.format, source_of(entry, entries)) for entry in entries],
         "config": {name: value for name, value in asdict(config).items() if name in decides},
         "custom class": source_fingerprint(config.custom_cls) if config.custom_cls.path else None,
         "share": share,
@@ -157,7 +155,7 @@ def _build(
     chosen: set[str] = set()
     totals = _Totals(key)
     with StoreWriter(folder) as writer:
-        tasks = tasks_of(files, entries, config, key, chosen)
+        tasks = iter_tasks(files, entries, config, key, chosen)
         for processed in process_in_order(tasks, work, num_workers=config.num_workers):
             totals.add(processed)
             writer.append(processed.chunk)
@@ -166,30 +164,6 @@ def _build(
     if store is None:
         raise UserError(f"{folder}: what was written there cannot be read back; check the disk")
     return store
-
-
-def tasks_of(
-    files: Sequence[DataFile], entries: Sequence[FileEntry], config: PrepareConfig, key: str, chosen: set[str]
-) -> Iterator[Task]:
-    """The chunks of all files; says once how files are read, and why."""
-    for file in files:
-        chunks = read_chunks(file, key=key)
-        first = next(chunks, None)
-        if first is None:
-            continue
-        name, entry = "", entries[file.entry]
-        if config.custom_cls.path is None:
-            wanted = config if entry.format is None else replace(config, format=entry.format)  # type: ignore[arg-type]
-            name = choose_format(list(islice(first.rows(), SAMPLE_ROWS)), wanted, said=chosen).name
-        for chunk in chain([first], chunks):
-            yield Task(chunk, name, _source_of(entry, entries))
-
-
-def _source_of(entry: FileEntry, entries: Sequence[FileEntry]) -> str:
-    """What metrics call the data set of rows that name none: with several entries the last part of their path."""
-    if entry.name is not None:
-        return entry.name
-    return Path(entry.path.rstrip("/")).stem if len(entries) > 1 else ""
 
 
 class _Totals:

@@ -17,28 +17,19 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from multiprocessing import get_context
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from rm_gallery.data.custom import CustomFacts, CustomReader
-from rm_gallery.data.formats import FormatConfig, RowReader, prompt_key
-from rm_gallery.data.sources import Chunk, Row
+from rm_gallery.data.formats import FormatConfig, HoldOut, Reader, Readers, RowCounts, Task, read_groups
+from rm_gallery.data.sources import Row
 from rm_gallery.data.token_cache.arrays import TokenChunk, make_chunk
 from rm_gallery.data.tokenization.encoder import Encoder, GroupEncoder
-from rm_gallery.data.tokenization.token_group import Origin, TokenGroup, hash_prompt, split_prefix
+from rm_gallery.data.tokenization.token_group import Origin, TokenGroup, split_prefix
 from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
-from rm_gallery.errors import BadRow, Dropped, UserError
+from rm_gallery.errors import BadRow, UserError
 from rm_gallery.schema import InputStyle, PreferenceGroup
 
 _GROUPS_AT_ONCE = 512  # tokenized in one call
-
-Share: TypeAlias = tuple[Literal["train", "val"], float]
-"""Which side of the hold-out is wanted, and the fraction of the prompts that is held out for validation."""
-
-
-class Reader(Protocol):
-    """A row as a group; raises BadRow with the reason why there is none."""
-
-    def read(self, row: Row) -> PreferenceGroup: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +44,7 @@ class Work:
     config: RowsConfig
     tokenizer: Any
     """None only with an encoder that needs none."""
-    share: Share | None = None
+    share: HoldOut | None = None
 
 
 Observe: TypeAlias = Callable[[PreferenceGroup, TokenGroup, int], None]
@@ -61,16 +52,13 @@ Observe: TypeAlias = Callable[[PreferenceGroup, TokenGroup, int], None]
 
 
 @dataclass
-class Processed:
-    """What became of a chunk."""
+class Processed(RowCounts):
+    """The token arrays of a chunk, and what became of its rows."""
 
-    chunk: TokenChunk
-    dropped: Dropped = field(default_factory=Dropped)
+    chunk: TokenChunk = field(default_factory=lambda: TokenChunk({}, [], []))
     styles: dict[InputStyle, str] = field(default_factory=dict)
     """Each style that occurs, with `file:row` of the first group that has it."""
     has_text_prompts: bool = False
-    num_rows: int = 0
-    held_out: int = 0
     custom: CustomFacts = field(default_factory=CustomFacts)
 
 
@@ -82,21 +70,13 @@ class RowProcessor:
     ) -> None:
         """encoder_type: for other units than tokens, as words; takes the arguments of `Encoder`."""
         self.work, self.config, self._observe = work, work.config, observe
-        self._readers: dict[str, Reader] = {}
         self._custom: CustomReader | None = None
         if self.config.custom_cls.path is not None:
             self._custom = CustomReader.from_config(self.config, work.tokenizer)
+        has_template = work.tokenizer is None or work.tokenizer.chat_template is not None
+        self.readers = Readers(self.config, has_chat_template=has_template, custom=self._custom)
         render = None if self._custom is None else self._custom.render
         self.encoder = encoder_type(work.tokenizer, self.config, render=render)
-
-    def reader(self, format_name: str) -> Reader:
-        """The custom class, or the reader of a format."""
-        if self._custom is not None:
-            return self._custom
-        if format_name not in self._readers:
-            has_template = self.work.tokenizer is None or self.work.tokenizer.chat_template is not None
-            self._readers[format_name] = RowReader(self.config, format_name, has_chat_template=has_template)
-        return self._readers[format_name]
 
     def process(self, rows: Iterable[Row], reader: Reader, source: str) -> Processed:
         """Token arrays of the usable rows, in order; the others are counted.
@@ -105,28 +85,12 @@ class RowProcessor:
         Raises UserError at the first bad row under `bad_rows=error`, for a text that is too long under
         `truncation=error`, and for a custom class that fails.
         """
-        result = Processed(TokenChunk({}, [], []))
-        groups = self._read(rows, reader, result)
+        result = Processed()
+        groups = read_groups(rows, reader, result, bad_rows=self.config.bad_rows, hold_out=self.work.share)
         result.chunk = make_chunk(self._tokenize(groups, source, result))
         if self._custom is not None:
             result.custom = self._custom.take_facts()
         return result
-
-    def _read(
-        self, rows: Iterable[Row], reader: Reader, result: Processed
-    ) -> Iterator[tuple[Row, PreferenceGroup, int]]:
-        for row in rows:
-            result.num_rows += 1
-            try:
-                group = reader.read(row)
-                prompt = hash_prompt(prompt_key(group))
-            except BadRow as error:
-                self._drop(error, row.where, result)
-                continue
-            if self.work.share is None or is_wanted(prompt, self.work.share):
-                yield row, group, prompt
-            else:
-                result.held_out += 1
 
     def _tokenize(
         self, groups: Iterator[tuple[Row, PreferenceGroup, int]], source: str, result: Processed
@@ -139,7 +103,7 @@ class RowProcessor:
                         raise texts
                     tokens = split_prefix(*self.encoder.fit(texts, group))
                 except BadRow as error:
-                    self._drop(error, row.where, result)
+                    result.drop(error, row.where, self.config.bad_rows)
                     continue
                 result.styles.setdefault(group.style, row.where)
                 result.has_text_prompts |= group.style == "text" and bool(group.prompt)
@@ -147,32 +111,12 @@ class RowProcessor:
                     self._observe(group, tokens, prompt)
                 yield tokens, Origin(row.file, row.index, group.source or source, prompt, group.metadata)
 
-    def _drop(self, error: BadRow, where: str, result: Processed) -> None:
-        if self.config.bad_rows == "error":
-            raise UserError(f"{where}: {error}; mend the row, or set data.bad_rows=drop to leave it out") from None
-        result.dropped.add(str(error), where)
-
-
-def is_wanted(prompt_hash: int, share: Share) -> bool:
-    """Whether a prompt belongs to this side: the same prompts are held out whatever the order and size of the data."""
-    side, fraction = share
-    return (prompt_hash / 2**64 < fraction) == (side == "val")
-
 
 # Starting workers takes seconds, in which each loads its libraries: they come when there is more to do than that.
 _SECONDS_ALONE = 5.0
 _MOST_WORKERS = 32
 
 _processor: RowProcessor | None = None  # of a worker process
-
-
-@dataclass(frozen=True)
-class Task:
-    """A chunk, how its file is read, and the name of its data set for rows that name none."""
-
-    chunk: Chunk
-    format_name: str
-    source: str
 
 
 def process_in_order(tasks: Iterable[Task], work: Work, *, num_workers: int | None = None) -> Iterator[Processed]:
@@ -238,4 +182,4 @@ def _process(task: Task) -> Processed:
 
 
 def _process_with(processor: RowProcessor, task: Task) -> Processed:
-    return processor.process(task.chunk.rows(), processor.reader(task.format_name), task.source)
+    return processor.process(task.chunk.rows(), processor.readers.get(task.format_name), task.source)

@@ -123,7 +123,7 @@ class Encoder:
             for text in texts:
                 text.encode()
         except UnicodeEncodeError:  # JSON can spell it
-            raise BadRow("half a character (a lone surrogate) in a text") from None
+            raise BadRow("text with a lone surrogate") from None
         return texts
 
     def _render_texts(self, group: PreferenceGroup) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,14 +31,8 @@ class Origin:
     row: int = 0
     source: str = ""
     prompt_hash: int = 0
-    """The same number for the same prompt; see `hash_prompt`."""
+    """The same number for the same prompt; see `formats.hash_prompt`."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-
-
-def hash_prompt(key: str) -> int:
-    """A number of 64 bits for what `formats.prompt_key` gives; the same on every machine."""
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 def split_prefix(texts: Sequence[Sequence[int] | np.ndarray], comparisons: Sequence[Comparison]) -> TokenGroup:

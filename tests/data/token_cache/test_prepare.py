@@ -15,14 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rm_gallery.data.formats import CustomClassConfig
+from rm_gallery.data.formats import CustomClassConfig, hash_prompt, is_wanted
 from rm_gallery.data.sources import SourceConfig, entries_of, resolve_files
 from rm_gallery.data.token_cache import prepare as module
 from rm_gallery.data.token_cache import row_processor
 from rm_gallery.data.token_cache.prepare import PrepareConfig, prepare
-from rm_gallery.data.token_cache.row_processor import is_wanted
 from rm_gallery.data.token_cache.store import Store
-from rm_gallery.data.tokenization.token_group import hash_prompt
 from rm_gallery.errors import UserError
 from tests.data.groups import texts_of
 from tests.small import CHATML, chat_pairs, make_tokenizer, text_pairs, write_pairs
@@ -122,7 +120,7 @@ def test_an_error_in_a_worker_arrives_as_its_sentence(
 ) -> None:
     write_pairs(files / "b.parquet", [*text_pairs(2500), {"chosen": None, "rejected": "b"}])
     monkeypatch.setattr(row_processor, "_SECONDS_ALONE", 0.0)
-    with pytest.raises(UserError, match=r"^b\.parquet:2500: null chosen; mend the row, or set data\.bad_rows=drop"):
+    with pytest.raises(UserError, match=r"^b\.parquet:2500: null chosen; fix the row, or set data\.bad_rows=drop"):
         run(tokenizer, "b.parquet", num_workers=1, bad_rows="error")
     assert stores() == []
 
