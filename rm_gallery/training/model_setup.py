@@ -50,7 +50,7 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
     model = outline[0].model if outline else build_model(config, tokenizer)
     count = sum(parameter.numel() for parameter in model.parameters())
     strategy = resolve_strategy(config.model, world, count)
-    if strategy not in ("fsdp", "fsdp2"):
+    if strategy != "fsdp2":
         return StartModel(build_model(config, tokenizer) if outline else model, strategy, None, count)
     if outline is None:
         log.warning("each process reads the whole model before it is cut, since %s", reason)

@@ -93,7 +93,8 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
     shape = model_shape(start.model)
     train, val = load_sides(config.data, tokenizer)
     check_data(config, start.model, train, val)
-    model, weights = apply(start.model, config.model, world, strategy=start.strategy, files=start.files)
+    model = start.model
+    weights = apply(model, config.model, world, strategy=start.strategy, files=start.files)
     seed_apart(config.trainer.seed, world)
     plan = Plan(
         train.data.sizes,
@@ -105,7 +106,7 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
     )
     agree_on_plan(plan)
     total_steps = _count_steps(plan, config, train.data)
-    optimizer = build_optimizer(weights.named_parameters(), config.optim, is_matrix=weights.is_matrix)
+    optimizer = build_optimizer(weights.named_parameters(), config.optim)
     offload_optimizer(optimizer, config.model.fsdp_config, world.device)
     run_dir, ranks = config.trainer.run_dir, Ranks(world)
     with ranks.first(claimed(run_dir)):

@@ -160,7 +160,7 @@ class Trainer:
         is_finite = math.isfinite(loss_value) and math.isfinite(grad_norm)
         if is_finite:
             self.optimizer.step()
-            self.weights.publish()
+            self.weights.copy_to_model()
             sums.merge(step_sums)
         return StepResult(loss_value, grad_norm, is_finite)
 

@@ -20,7 +20,6 @@ from rm_gallery.modeling.export import (
     read_record,
     settle_pad_token,
 )
-from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.modeling.reward_model import load_reward_model
 from tests.small import make_model, make_tokenizer
 
@@ -28,7 +27,7 @@ from tests.small import make_model, make_tokenizer
 def export(source: Path, folder: Path, **options: Any) -> Path:
     torch.manual_seed(0)
     model = load_reward_model(str(source)).model
-    state = MasterWeights(model, torch.float32).state_dict(model)
+    state = model.network.state_dict()
     export_folder(
         folder, model, state, make_tokenizer(), options.pop("dtype", torch.float32), InputRecord("text", **options)
     )

@@ -115,7 +115,7 @@ def test_where_nothing_helps_it_says_so(capsys: pytest.CaptureFixture[str]) -> N
         (["n_gpus=1", "model.strategy=fsdp2"], ("none", 1)),
         (["n_gpus=1", "model.fsdp_config.cpu_offload=true"], ("fsdp2", 1)),
         (["n_gpus=8"], ("fsdp2", 8)),
-        (["n_gpus=8", "model.strategy=fsdp"], ("fsdp", 8)),
+        (["n_gpus=8", "model.strategy=fsdp"], ("fsdp2", 8)),
         (["n_gpus=8", "model.strategy=ddp"], ("ddp", 1)),
         (["n_gpus=8", "model.fsdp_config.fsdp_size=4"], ("fsdp2", 4)),
         (["n_gpus=8", "model.fsdp_config.fsdp_size=1"], ("ddp", 1)),

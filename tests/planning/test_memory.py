@@ -65,7 +65,7 @@ def _peak_of_a_step(folder: Path, kind: str, layout: Layout, groups: int, vocab_
         for _ in range(1 if layout.one_micro_batch else 2):
             OBJECTIVES["bradley_terry"](model(batch), batch)[0].backward()
         optimizer.step()
-        weights.publish()
+        weights.copy_to_model()
 
     step()
     optimizer.zero_grad(set_to_none=True)
@@ -119,7 +119,7 @@ def test_static_memory_is_16_bytes_a_parameter_and_a_copy(shape: ModelShape) -> 
 def test_sharding_divides_what_is_static_and_gathers_layers(shape: ModelShape) -> None:
     whole = step_memory(shape, replace(ONE, strategy="ddp", num_processes=8), PACK, overhead=0)
     cut = step_memory(shape, replace(ONE, strategy="fsdp2", num_processes=8, shards=8), PACK, overhead=0)
-    hybrid = step_memory(shape, replace(ONE, strategy="fsdp", num_processes=8, shards=2), PACK, overhead=0)
+    hybrid = step_memory(shape, replace(ONE, strategy="fsdp2", num_processes=8, shards=2), PACK, overhead=0)
     assert cut.weights == whole.weights / 8
     assert hybrid.optimizer == whole.optimizer / 2
     assert cut.compute_copy == 2 * (2 * shape.layer_parameters + shape.outer_parameters)

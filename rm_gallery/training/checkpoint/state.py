@@ -79,7 +79,7 @@ class RunTensors:
         )
         if not kept:
             self.optimizer.state.clear()
-        self.weights.publish()
+        self.weights.copy_to_model()
 
 
 def first_failure(error: BaseException) -> BaseException:
