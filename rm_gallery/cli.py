@@ -1,4 +1,4 @@
-"""The command line: `rm-gallery train | validate-config | show-data | estimate | score`.
+"""The command line: `rm-gallery train | validate-config | show-data | estimate | score | export-data`.
 
 Heavy modules are imported by the command that needs them.
 """
@@ -55,9 +55,10 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments of the command; argparse alone takes no more words once an option stood between them."""
     arguments, rest = parser.parse_known_args(argv)
-    if any(text.startswith("-") for text in rest):
+    if any(text.startswith("-") for text in rest) or (rest and not arguments.words):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    setattr(arguments, arguments.words, [*getattr(arguments, arguments.words), *rest])
+    if rest:
+        setattr(arguments, arguments.words, [*getattr(arguments, arguments.words), *rest])
     return arguments
 
 
@@ -75,6 +76,7 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
     _add_show_data(commands, default_config)
     _add_estimate(commands, default_config)
     _add_score(commands)
+    _add_export_data(commands)
     return parser
 
 
@@ -142,6 +144,50 @@ def _add_score(commands: Any) -> None:
     command.add_argument("--trust-remote-code", action="store_true", help="run the code that a model brings along")
     command.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
     command.set_defaults(run=_score, words="inputs", when_stopped="the same command goes on from here")
+
+
+def _add_export_data(commands: Any) -> None:
+    command = commands.add_parser(
+        "export-data",
+        help="make training data of scored responses",
+        usage="%(prog)s --input PATH ... --output-dir FOLDER [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        description=(
+            "Make training data of scored responses. A case, one row of the input, has one of\n"
+            "  response_a, response_b, score_a, score_b\n"
+            "  responses and scores            lists; or ranks (1 is best) in place of scores\n"
+            "  response and score              all responses to one prompt are compared with each other\n"
+            "and, where there is one, the prompt (or query, or messages). With --results the scores come from a\n"
+            "GradingRunner: --input is the file of the samples, --results its output_path.\n\n"
+            "Every two responses with different scores make a row with prompt, chosen, rejected, margin (the\n"
+            "difference of the scores) and source. All rows of a prompt are on the same side, train or test."
+        ),
+        epilog=(
+            "examples:\n"
+            "  rm-gallery export-data --input cases.jsonl --output-dir data\n"
+            "  rm-gallery export-data --input samples.jsonl --results results.jsonl --grader relevance \\\n"
+            "      --map prompt=question response=answer.text --output-dir data --split train=0.9 test=0.1"
+        ),
+    )
+    add = command.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help="file, folder, glob, URL or hub dataset of cases")
+    add("--output-dir", required=True, metavar="FOLDER", help="gets train.parquet, test.parquet, ...")
+    add("--format", nargs="+", default=["parquet"], metavar="NAME", help="parquet (default), jsonl or both")
+    add("--overwrite", action="store_true", help="replace the files of an earlier export")
+    add("--results", metavar="FILE", help="results file of a GradingRunner for the cases")
+    add("--grader", nargs="+", metavar="NAME", help="whose results; response_a=NAME response_b=NAME for one each")
+    add("--map", nargs="+", metavar="FIELD=PATH", help="path of a field in a case, as prompt=input.question")
+    add("--source", metavar="NAME", help="name of the data set, for cases without one")
+    add("--split", nargs="+", metavar="SIDE=SHARE", help="share of the rows for each side (train=0.8 test=0.2)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the split (0)")
+    add("--layout", default="pairs", metavar="NAME", help="pairs (default), or groups: all responses in one row")
+    add("--pairs", default="all", metavar="NAME", help="all (default), or best_worst: the best against the worst")
+    add("--min-difference", type=float, default=0.0, metavar="X", help="minimum difference of the scores (0)")
+    add("--max-pairs-per-prompt", type=int, metavar="N", help="keep a random sample of N pairs of a prompt")
+    add("--contradictions", default="keep", metavar="NAME", help="keep (default), or drop both of opposite pairs")
+    add("--debug", action="store_true", help="show tracebacks and debug messages")
+    command.set_defaults(run=_export_data, words="", when_stopped="nothing was written")
 
 
 @contextmanager
@@ -216,6 +262,55 @@ def _score(arguments: argparse.Namespace) -> None:
         for model, unscored in scored.unscored.items():
             if unscored.total:
                 print(f"  {model}: {unscored.total} without a reward: {unscored.describe()}")
+
+
+def _export_data(arguments: argparse.Namespace) -> None:
+    from rm_gallery.core.generator import export_data
+
+    grader: Any = arguments.grader
+    if grader is not None and any(item.startswith(("response_a=", "response_b=")) for item in grader):
+        grader = _named(grader, "--grader", "response_a=NAME response_b=NAME")
+    elif grader is not None and len(grader) > 1:
+        raise UserError("--grader takes one name, or response_a=NAME response_b=NAME")
+    elif grader is not None:
+        [grader] = grader
+    options: dict[str, Any] = {}
+    if arguments.split is not None:
+        split = _named(arguments.split, "--split", "SIDE=SHARE, as train=0.8")
+        options["split_ratio"] = {side: _share(side, share) for side, share in split.items()}
+    for name in ("seed", "layout", "pairs", "min_difference", "max_pairs_per_prompt", "contradictions", "source"):
+        options[name] = getattr(arguments, name)
+    summary = export_data(
+        arguments.input,
+        arguments.output_dir,
+        results=arguments.results,
+        grader=grader,
+        mapper=_named(arguments.map or [], "--map", "FIELD=PATH") or None,
+        formats=arguments.format,
+        overwrite=arguments.overwrite,
+        **options,
+    )
+    print(summary, flush=True)
+
+
+def _named(items: Sequence[str], option: str, form: str) -> dict[str, str]:
+    """`NAME=VALUE` items of an option. Raises UserError for another form and for a repeated name."""
+    named: dict[str, str] = {}
+    for item in items:
+        name, sign, value = item.partition("=")
+        if not (name and sign and value):
+            raise UserError(f"{option} {item}: write it as {form}")
+        if name in named:
+            raise UserError(f"{option} names {name} twice; name it once")
+        named[name] = value
+    return named
+
+
+def _share(side: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"--split {side}={text}: the share must be a number, as 0.8") from None
 
 
 if __name__ == "__main__":

@@ -5,15 +5,18 @@ Loads neither torch nor transformers: `show-data` and `estimate` start with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from rm_gallery.config import problem_of
-from rm_gallery.data.batching.plan import PackingConfig
+from rm_gallery.data.batching.plan import Mixture, PackingConfig
 from rm_gallery.data.custom import check_custom_class
 from rm_gallery.data.formats import HoldOut
-from rm_gallery.data.sources import SourceConfig, check_val_fraction, entry_problems, find_files
+from rm_gallery.data.sources import DataFile, SourceConfig, check_val_fraction, entries_of, entry_problems, find_files
+from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.token_cache.prepare import PrepareConfig
 from rm_gallery.errors import Problem
 
@@ -89,3 +92,16 @@ def sides_of(config: DataConfig) -> list[Side]:
         held_out = config.val_fraction
         return [Side("data.train_files", ("train", held_out)), Side("data.train_files", ("val", held_out))]
     return [Side("data.train_files")]
+
+
+def mixture_of(data: TokenData, files: Sequence[DataFile], config: DataConfig) -> Mixture | None:
+    """How often each entry of `data.train_files` is used in an epoch; None if every group is used once.
+
+    files: those that `data` was read from.
+    """
+    weights = [entry.weight for entry in entries_of(config, "data.train_files")]
+    if all(weight == 1 for weight in weights):
+        return None
+    entry_of = {file.name: file.entry for file in files}
+    entries = np.array([entry_of[name] for name in data.files], np.int32)
+    return Mixture(entries[data.file_numbers], weights)

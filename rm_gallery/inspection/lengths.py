@@ -8,10 +8,9 @@ from typing import Literal
 import numpy as np
 
 from rm_gallery.data.batching.bin_packing import Packer
-from rm_gallery.data.batching.plan import Mixture, Plan, epoch_order
+from rm_gallery.data.batching.plan import Plan, epoch_order
 from rm_gallery.data.batching.prompt_sharing import sizes_of
-from rm_gallery.data.config import DataConfig
-from rm_gallery.data.sources import entries_of
+from rm_gallery.data.config import DataConfig, mixture_of
 from rm_gallery.inspection.collect import Split
 from rm_gallery.inspection.findings import MAX_EXAMPLES
 
@@ -214,9 +213,7 @@ class _Planned:
 def _plan(split: Split, config: DataConfig, packer: Packer, *, seed: int) -> _Planned | None:
     """Steps of the first epoch as training plans them, at most 16, evenly spaced; None if there is no step."""
     data = split.data
-    mixture = (
-        Mixture.of(data, split.files, entries_of(config, "data.train_files")) if split.name == "training" else None
-    )
+    mixture = mixture_of(data, split.files, config) if split.name == "training" else None
     plan = Plan(data.sizes, config, packer, seed=seed, mixture=mixture, prompts=data.prompt_hashes)
     steps = plan.epoch_steps(0)
     if not len(steps):  # data.drop_last with less than one step of data

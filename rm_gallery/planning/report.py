@@ -12,7 +12,7 @@ from typing import Any
 
 from rm_gallery.planning.config import EstimateConfig, layout_of
 from rm_gallery.planning.devices import GIB
-from rm_gallery.planning.estimate import Estimate, largest_that_fits, memory_at
+from rm_gallery.planning.estimate import Estimate, Workload, largest_that_fits, memory_at
 from rm_gallery.planning.memory import Layout, MemoryUse
 
 _MOST_GPUS = 4096
@@ -63,9 +63,9 @@ class _Search:
     def memory(self, config: EstimateConfig, tokens: int | None = None) -> MemoryUse:
         found = self.found
         if tokens is None:
-            tokens = min(found.micro_batch, config.data.budget)
-        # With other settings a step may be cut otherwise, so its gradients count in full.
-        return memory_at(config, found.shape, found.lengths, found.device, tokens=tokens, one_micro_batch=False)
+            tokens = min(found.micro_batch, max(config.data.budget, found.longest_group))
+        # Other settings may change the number of micro-batches in a step, so gradients count in full.
+        return memory_at(config, found.shape, found.workload, found.device, tokens=tokens, one_micro_batch=False)
 
     def layout(self, config: EstimateConfig) -> Layout:
         return layout_of(config, self.found.shape, self.found.device, one_micro_batch=False)
@@ -181,7 +181,7 @@ def _what(found: Estimate) -> list[str]:
         f"             {_count(shape.parameters)} parameters: {layers}, {_count(shape.outer_parameters)} outside them",
         f"device       {config.n_gpus} x {device.name}: {_gib(device.memory)} GiB to fill, {rate} ({device.source})",
         f"layout       model.strategy={config.model.strategy}: {spread}; gradient checkpointing {checkpointing}",
-        f"data         {found.lengths.how}",
+        f"data         {found.sample.how}",
         f"             {found.workload.num_pairs:,} pairs an epoch, {per_pair:,.0f} tokens a pair, {once}",
     ]
 
@@ -271,7 +271,7 @@ def as_values(found: Estimate, advice: Advice | None) -> dict[str, Any]:
         "model": asdict(found.shape),
         "device": {"name": device.name, "source": device.source, "memory": device.memory},
         "layout": asdict(found.layout),
-        "data": {"how": found.lengths.how, "longest_group": found.longest_group, **asdict(found.workload)},
+        "data": {"how": found.sample.how, "longest_group": found.longest_group, **_work(found.workload)},
         "memory": _use(found.memory),
         "activations": {"kept": found.activations[False], "checkpointed": found.activations[True]},
         "fits": found.fits,
@@ -280,6 +280,11 @@ def as_values(found: Estimate, advice: Advice | None) -> dict[str, Any]:
         "changes": changes,
         "notes": list(found.notes),
     }
+
+
+def _work(work: Workload) -> dict[str, float]:
+    names = ("num_pairs", "tokens", "steps", "micro_batches_per_step", "largest_pack", "balance")
+    return {name: getattr(work, name) for name in names}
 
 
 def _step(step: Step) -> dict[str, Any]:

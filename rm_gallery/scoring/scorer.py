@@ -12,7 +12,7 @@ from typing import Literal
 from rm_gallery.modeling.export import InputRecord
 from rm_gallery.schema import Message, PreferenceGroup
 from rm_gallery.scoring.batcher import Batcher, Rewards, describe
-from rm_gallery.scoring.engine import Encoded, Engine, Unit
+from rm_gallery.scoring.engine import Encoded, Engine
 from rm_gallery.scoring.inputs import InputBuilder, Pair, Text
 from rm_gallery.scoring.loading import ScoringModel, load_folder
 
@@ -85,20 +85,16 @@ class RewardScorer:
         return self._run(self.engine.encode([self.inputs.fit(group) for group in groups]))
 
     def _run(self, encoded: Sequence[Encoded]) -> list[list[float] | Exception]:
-        place: list[int] = []
-        units: list[Unit] = []
-        rewards: list[list[float] | Exception] = []
-        for index, each in enumerate(encoded):
-            rewards.append(each if isinstance(each, Exception) else [])
-            if not isinstance(each, Exception):
-                place += [index] * len(each)
-                units += each
-        found: dict[int, list[float]] = {}
-        for pack in self.engine.plan(units):
-            found.update(zip(pack, self.engine.run([units[index] for index in pack]), strict=True))
-        for number, index in enumerate(place):  # the units of a group stand in order
-            rewards[index] += found[number]  # type: ignore[operator]
-        return rewards
+        parts = [part for each in encoded if not isinstance(each, Exception) for part in each]
+        found: list[list[float]] = [[]] * len(parts)
+        for pack in self.engine.plan(parts):
+            for index, rewards in zip(pack, self.engine.run([parts[index] for index in pack]), strict=True):
+                found[index] = rewards
+        ordered = iter(found)
+        return [
+            each if isinstance(each, Exception) else [reward for _ in each for reward in next(ordered)]
+            for each in encoded
+        ]
 
     def score_pairs(self, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
         """(chosen reward, rejected reward) of each pair.

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from rm_gallery.data.batching.loader import load_steps
-from rm_gallery.data.batching.plan import Mixture, Plan
-from rm_gallery.data.sources import entries_of
+from rm_gallery.data.batching.plan import Plan
+from rm_gallery.data.config import mixture_of
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.distributed.cpu import bf16_slowdown, keep_freed_memory
@@ -101,7 +101,7 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
         config.data,
         packer_for(model, token_budget=config.data.budget, world_size=world.world_size),
         seed=config.trainer.seed,
-        mixture=Mixture.of(train.data, train.files, entries_of(config.data, "data.train_files")),
+        mixture=mixture_of(train.data, train.files, config.data),
         prompts=train.data.prompt_hashes,
     )
     agree_on_plan(plan)

@@ -149,4 +149,4 @@ def test_a_decoder_scores_a_longer_text_and_says_so_once(tmp_path: Path, caplog:
     scorer = load(make_checkpoint("qwen2", tmp_path, max_length=50)[0])
     for _ in range(2):
         assert scorer.score([PreferenceGroup("", ["long " * 20])])[0]
-    assert caplog.text.count("a text of 100 tokens is longer than any in training (50)") == 1
+    assert caplog.text.count("a text has 100 tokens, more than the max_length of training (50)") == 1

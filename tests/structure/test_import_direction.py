@@ -39,6 +39,7 @@ LAYERS = [
     "rm_gallery.serving",
     "rm_gallery.core",
     "rm_gallery.cli",
+    "rm_gallery.core.generator.export",  # `python -m`: an entry that calls the command line
 ]
 
 # These load neither torch nor transformers when they are imported (a file that needs them imports them in a function).

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -25,12 +25,42 @@ KINDS: dict[str, type[GraderScore | GraderRank | GraderError]] = {
 WAY_OUT = "name another output_path, or remove that file"
 
 
-class Saved(NamedTuple):
+class SavedResult(NamedTuple):
+    """One line of a results file."""
+
     line: int
     """Counts from 1."""
+    end: int
+    """Bytes of the file up to the end of the line."""
+    grader: str
+    sample_index: int
+    """Counts from 0."""
     sample: str
     """Fingerprint of the sample."""
+    setup: str
+    """Fingerprint of the grader and its mapper."""
     result: GraderScore | GraderRank | GraderError
+
+
+def read_results(file: Iterable[bytes], path: str | Path, *, hint: str) -> Iterator[SavedResult]:
+    """The results in the lines of a file. A last line without a line end, left by a killed process, is ignored.
+
+    Raises UserError, which ends with `hint`, for a line that holds anything else.
+    """
+    end = 0
+    for line, text in enumerate(file, start=1):
+        end += len(text)
+        if not text.endswith(b"\n"):
+            log.warning("%s:%d: the last line is incomplete; ignoring it", path, line)
+        elif text.strip():
+            try:
+                content = json.loads(text)
+                yield SavedResult(
+                    line, end, str(content["grader"]), int(content["index"]), str(content["sample"]),
+                    str(content.get("setup", "")), KINDS[content["kind"]].model_validate(content["result"]),
+                )  # fmt: skip
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                raise UserError(f"{path}:{line}: not a result of a GradingRunner; {hint}") from None
 
 
 class ResultsFile:
@@ -48,7 +78,7 @@ class ResultsFile:
         that holds anything else, or that holds results of a grader that was set up otherwise.
         """
         self.path, self._setups = Path(path), setups
-        self._saved: dict[str, dict[int, Saved]] = {name: {} for name in setups}
+        self._saved: dict[str, dict[int, SavedResult]] = {name: {} for name in setups}
         try:
             if self.path.exists() and not self.path.is_file():
                 raise UserError(f"output_path {self.path}: this is no ordinary file; name a file")
@@ -130,39 +160,24 @@ class ResultsFile:
     def _load(self, retry_errors: bool) -> None:
         self._file.seek(0)
         end = 0
-        for line, text in enumerate(self._file, start=1):
-            if not text.endswith(b"\n"):
-                log.warning(
-                    "%s:%d: the last line was cut off while it was written; asking for it again", self.path, line
+        hint = "name another output_path, or remove that line to grade the sample again"
+        for saved in read_results(self._file, self.path, hint=hint):
+            end = saved.end
+            if saved.grader not in self._setups:
+                continue
+            if saved.setup != self._setups[saved.grader]:
+                raise UserError(
+                    f"{self.path}:{saved.line}: this result of grader {saved.grader!r} comes from another class, "
+                    f"model, prompt, setting or mapper; {WAY_OUT}. (A grader's method fingerprint() can say what its "
+                    "results depend on.)"
                 )
-                self._file.truncate(end)
-                break
-            end += len(text)
-            if text.strip():
-                self._load_line(line, text, retry_errors)
+            if retry_errors and isinstance(saved.result, GraderError):
+                self._saved[saved.grader].pop(saved.sample_index, None)
+            else:
+                self._saved[saved.grader][saved.sample_index] = saved
+        if self._file.tell() > end:
+            self._file.truncate(end)
         self._file.seek(0, os.SEEK_END)
-
-    def _load_line(self, line: int, text: bytes, retry_errors: bool) -> None:
-        try:
-            content = json.loads(text)
-            grader, index, setup = content["grader"], int(content["index"]), content["setup"]
-            if grader not in self._setups:
-                return
-            saved = Saved(line, str(content["sample"]), KINDS[content["kind"]].model_validate(content["result"]))
-        except (ValueError, TypeError, KeyError):
-            raise UserError(
-                f"{self.path}:{line}: this is no result of a GradingRunner; name another output_path, "
-                "or remove that line to have it asked for again"
-            ) from None
-        if setup != self._setups[grader]:
-            raise UserError(
-                f"{self.path}:{line}: this result of grader {grader!r} was given with another class, model, prompt, "
-                f"setting or mapper; {WAY_OUT}. (A grader's method fingerprint() can say what its results depend on.)"
-            )
-        if retry_errors and isinstance(saved.result, GraderError):
-            self._saved[grader].pop(index, None)
-        else:
-            self._saved[grader][index] = saved
 
 
 def _as_line(content: dict[str, Any]) -> bytes:

@@ -52,9 +52,13 @@ class Packer:
 
     def tokens(self, sizes: GroupSizes) -> np.ndarray:
         """[N] int64: tokens that the model computes for each group; for a model that pads, if it were alone."""
-        if self.padded:
-            return sizes.longest_text.astype(np.int64) * sizes.num_responses
-        return sizes.tokens.astype(np.int64)
+        return self.count_tokens(
+            sizes.tokens.astype(np.int64), sizes.longest_text.astype(np.int64), sizes.num_responses.astype(np.int64)
+        )
+
+    def count_tokens(self, tokens: Whole, longest_text: Whole, num_responses: Whole) -> Whole:
+        """Tokens that the model computes: with padding, every response is as long as the longest text."""
+        return longest_text * num_responses if self.padded else tokens
 
     def costs(self, sizes: GroupSizes) -> np.ndarray:
         """[N] int64: time that each group takes, in that of a token without attention.
@@ -81,6 +85,23 @@ class Packer:
         ends = np.cumsum(np.bincount(places, minlength=count)).tolist()
         bins = [order[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         return self._deal(bins, _sums(places, costs, count))
+
+    def pack_by_length(self, sizes: GroupSizes) -> list[list[int]]:
+        """Micro-batches of one rank for inference: groups sorted by their longest text, each filled in turn.
+
+        Nothing has to be balanced, so groups of similar length go together: less padding, and attention over
+        segments of similar length. Next-fit decreasing: a group that exceeds the budget starts the next micro-batch.
+
+        Example, budget 100, groups of 30, 60, 20, 50 and 40 tokens with one response each:
+        [60], [50 40], [30 20]. With padding 50 and 40 cost 2 x 50 = 100 tokens.
+        """
+        order = np.argsort(-sizes.longest_text.astype(np.int64), kind="stable")
+        ones = np.ones(len(order), np.int64)
+        tokens = sizes.longest_text[order].astype(np.int64) if self.padded else ones  # of each item
+        items = sizes.num_responses if self.padded else sizes.tokens
+        ends = np.cumsum(items[order], dtype=np.int64)
+        bounds = cut_runs(tokens, tokens, ends, self.token_budget, self.token_budget)
+        return [part.tolist() for part in np.split(order, bounds[:-1])] if bounds else []
 
     def _places(self, tokens: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, int]:
         """The micro-batch of each group, and how many there are over all ranks.
@@ -249,14 +270,18 @@ def best_fit(tokens: np.ndarray, budget: int) -> np.ndarray:
     return places
 
 
-def cut_runs(longest: np.ndarray, each: np.ndarray, ends: np.ndarray, budget: int, capacity: int) -> list[int]:
-    """Where runs of sorted groups end, each with as many responses as fit into both limits and one group at least.
+def cut_runs(tokens: np.ndarray, costs: np.ndarray, ends: np.ndarray, budget: int, capacity: int) -> list[int]:
+    """Ends of runs of sorted groups. A run has as many items as fit both limits, and at least one group.
 
-    longest, each: [N] tokens and cost of a text, falling. ends: [N] responses up to and with each group.
+    tokens, costs: [N] of one item of each group, descending; all items of a run count as much as those of its first
+    group. ends: [N] items up to and including each group. An item is a padded response, or a token without padding.
+
+    Example, budget 20 and no limit by cost, groups of 2, 1, 1 and 3 responses of 8, 6, 5 and 4 tokens: the first run
+    has room for 20 // 8 = 2 responses, the second for 20 // 6 = 3, the third for 20 // 4 = 5: ends 1, 3, 4.
     """
     bounds, start, done = [], 0, 0
-    while start < len(longest):
-        room = min(budget // int(longest[start]), capacity // int(each[start]))
+    while start < len(tokens):
+        room = min(budget // int(tokens[start]), capacity // int(costs[start]))
         start = max(start + 1, int(np.searchsorted(ends, done + room, side="right")))
         done = int(ends[start - 1])
         bounds.append(start)

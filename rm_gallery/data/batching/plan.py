@@ -15,7 +15,6 @@ import numpy as np
 
 from rm_gallery.data.batching.bin_packing import Packer
 from rm_gallery.data.batching.prompt_sharing import StepPlan, plan_step
-from rm_gallery.data.sources import DataFile, FileEntry
 from rm_gallery.data.token_cache.arrays import GroupSizes, TokenData
 
 # N groups of a data set, of all its sources; M places of an epoch
@@ -219,19 +218,6 @@ class Mixture:
     """[N] int: the entry of each group."""
     weights: Sequence[float]
     """By entry: 2 uses each of its groups twice, 0.5 a half of them, in the next epoch the other half."""
-
-    @classmethod
-    def of(cls, data: TokenData, files: Sequence[DataFile], entries: Sequence[FileEntry]) -> Mixture | None:
-        """The weights of the entries of `data.train_files`; None if every group is used once an epoch.
-
-        files: those that `data` was read from; `DataFile.entry` counts `entries`.
-        """
-        weights = [entry.weight for entry in entries]
-        if all(weight == 1 for weight in weights):
-            return None
-        entry_of = {file.name: file.entry for file in files}
-        numbers = np.array([entry_of[name] for name in data.files], np.int32)
-        return cls(numbers[data.file_numbers], weights)
 
     def groups(self, *, seed: int, epoch: int) -> np.ndarray:
         """[M] int64: the groups of an epoch, in the order of the files, repeated ones one pass after the other."""

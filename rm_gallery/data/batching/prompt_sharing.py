@@ -91,10 +91,9 @@ def plan_step(data: TokenData, groups: np.ndarray, packer: Packer, *, share_prom
 
 def sizes_of(units: Sequence[Unit]) -> GroupSizes:
     """Each [U] int64."""
-    columns = np.array(
-        [(unit.tokens, unit.longest_text, unit.num_responses, unit.num_comparisons) for unit in units], np.int64
-    ).reshape(-1, 4)
-    return GroupSizes(*columns.T)
+    return GroupSizes.from_rows(
+        (unit.tokens, unit.longest_text, unit.num_responses, unit.num_comparisons) for unit in units
+    )
 
 
 def load_unit(data: TokenData, unit: Unit) -> TokenGroup:
@@ -122,14 +121,8 @@ def _join(parts: Iterable[tuple[TokenGroup, Sequence[int] | None]]) -> TokenGrou
     return split_prefix(texts, comparisons)
 
 
-def _unit(parts: tuple[Part, ...], group: TokenGroup) -> Unit:
-    tails = [len(tail) for tail in group.tails]
-    prefix = len(group.prefix)
-    return Unit(parts, prefix + sum(tails), prefix + max(tails), len(tails), len(group.comparisons))
-
-
 def _tokens(unit: Unit, packer: Packer) -> int:
-    return unit.longest_text * unit.num_responses if packer.padded else unit.tokens
+    return packer.count_tokens(unit.tokens, unit.longest_text, unit.num_responses)
 
 
 # --- One group: whole, or in pieces
@@ -149,7 +142,7 @@ def _unshared(data: TokenData, group: int, packer: Packer) -> list[Unit]:
         return [whole]
     tokens = data[group]
     pieces = [Part(group, piece) for piece in cut_comparisons(tokens, packer)]
-    return [_unit((piece,), _join([(tokens, piece.comparisons)])) for piece in pieces]
+    return [Unit((piece,), *_join([(tokens, piece.comparisons)]).sizes()) for piece in pieces]
 
 
 # --- Several groups of the same prompt
@@ -267,3 +260,25 @@ def cut_comparisons(group: TokenGroup, packer: Packer) -> list[tuple[int, ...]]:
             del left[number]
         pieces.append(tuple(piece))
     return pieces
+
+
+def split_responses(group: TokenGroup, packer: Packer) -> list[TokenGroup]:
+    """A group without comparisons as parts that fit the token budget; a single response above it is a part alone.
+
+    Responses keep their order, and every part repeats the common prefix.
+
+    Example, budget 10, prefix of 4 tokens, tails of 3, 2, 5 and 9 tokens: parts with tails [3 2] (4 + 5 = 9 tokens),
+    [5] (4 + 5 = 9) and [9] (4 + 9 = 13, alone).
+    """
+    if packer.count_tokens(*group.sizes()[:3]) <= packer.token_budget:
+        return [group]
+    prefix = len(group.prefix)
+    parts: list[list[np.ndarray]] = []
+    tokens = longest = 0
+    for tail in group.tails:
+        tokens, longest = tokens + len(tail), max(longest, prefix + len(tail))
+        if not parts or packer.count_tokens(tokens, longest, len(parts[-1]) + 1) > packer.token_budget:
+            parts.append([])
+            tokens, longest = prefix + len(tail), prefix + len(tail)
+        parts[-1].append(tail)
+    return [TokenGroup(group.prefix, tails, ()) for tails in parts]

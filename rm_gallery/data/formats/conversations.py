@@ -89,7 +89,7 @@ def prompt_key(group: PreferenceGroup) -> str:
     line break; without that, the first response in sorted order, so that a pair and its flipped copy have the same key.
     """
     if group.style == "chat":
-        shared = _shared_turns([response for response in group.responses if not isinstance(response, str)])
+        shared = shared_turns([response for response in group.responses if not isinstance(response, str)])
         prompt = [] if isinstance(group.prompt, str) else group.prompt
         return json.dumps([_turn(message) for message in (*prompt, *shared)], sort_keys=True, default=str)
     texts = [response.strip() for response in group.responses if isinstance(response, str)]
@@ -99,7 +99,7 @@ def prompt_key(group: PreferenceGroup) -> str:
     return _shared_beginning(texts) or min(texts)
 
 
-def _shared_turns(responses: Sequence[Sequence[Message]]) -> Sequence[Message]:
+def shared_turns(responses: Sequence[Sequence[Message]]) -> Sequence[Message]:
     """The turns that all responses begin with, without the last turn of each."""
     if not responses:
         return []

@@ -132,6 +132,11 @@ class GroupSizes:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @classmethod
+    def from_rows(cls, rows: Iterable[tuple[int, int, int, int]]) -> GroupSizes:
+        """Sizes of groups, each a tuple of the four fields, as `TokenGroup.sizes` gives it; int64."""
+        return cls(*np.array(list(rows), np.int64).reshape(-1, 4).T)
+
     def of(self, groups: np.ndarray) -> GroupSizes:
         """Those of some groups, in this order."""
         return GroupSizes(

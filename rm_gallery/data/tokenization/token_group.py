@@ -22,6 +22,11 @@ class TokenGroup:
     """K arrays int32, each with at least one token."""
     comparisons: Sequence[Comparison]
 
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Tokens with the prefix counted once, tokens of the longest text, responses, comparisons."""
+        tails = [len(tail) for tail in self.tails]
+        return len(self.prefix) + sum(tails), len(self.prefix) + max(tails), len(tails), len(self.comparisons)
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:

@@ -127,7 +127,7 @@ def test_a_half_written_last_line_is_asked_for_again(path: Path, caplog: pytest.
         results, num_calls = run(path, texts(6))
     assert (scores(results), num_calls) == (list(range(6)), 1)
     assert [line["index"] for line in lines_of(path)] == list(range(6))
-    assert "results.jsonl:6: the last line was cut off" in caplog.text
+    assert "results.jsonl:6: the last line is incomplete" in caplog.text
 
 
 def test_a_changed_dataset_is_refused_before_its_calls_are_made(path: Path) -> None:
@@ -153,14 +153,14 @@ def test_a_dataset_that_shrank_is_refused(path: Path, as_iterator: bool) -> None
 def test_another_grader_or_mapper_under_a_name_is_refused(path: Path) -> None:
     run(path, texts(2))
     for other in (LengthGrader("other"), (LengthGrader(), {"text": "text"}), (LengthGrader(), lambda s: s)):
-        with pytest.raises(UserError, match=r"results.jsonl:1: this result of grader 'a' was given with another class"):
+        with pytest.raises(UserError, match=r"results.jsonl:1: this result of grader 'a' comes from another class"):
             GradingRunner({"a": other}, output_path=path).run(texts(2))
 
 
 def test_a_file_of_something_else_is_refused(path: Path) -> None:
     path.parent.mkdir()
     path.write_text('{"prompt": "a"}\n')
-    with pytest.raises(UserError, match=r"results.jsonl:1: this is no result of a GradingRunner"):
+    with pytest.raises(UserError, match=r"results.jsonl:1: not a result of a GradingRunner"):
         run(path, texts(2))
     assert path.read_text() == '{"prompt": "a"}\n'
 
