@@ -50,7 +50,7 @@ def stop_after(parts: int) -> Any:
 @pytest.fixture
 def options(in_tmp: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> ScoreOptions:
     """200 pairs to score into `out.parquet`, in parts of 64, 64, 64 and 8 rows."""
-    monkeypatch.setattr(score_files_module, "_MOST_ROWS", 64)
+    monkeypatch.setattr(score_files_module, "_MAX_ROWS", 64)
     write_pairs(in_tmp / "pairs.parquet", [{**row, "number": n} for n, row in enumerate(text_pairs(200))])
     return ScoreOptions((str(text_folder),), ("pairs.parquet",), "out.parquet", device="cpu")
 
@@ -214,7 +214,7 @@ def test_memory_stays_flat_since_rows_are_read_as_they_are_needed(
         return [([0.0, 0.0], None)] * len(chunk)
 
     monkeypatch.setattr(score_files_module, "_score_rows", count)
-    monkeypatch.setattr(score_files_module, "_MOST_ROWS", 128)
+    monkeypatch.setattr(score_files_module, "_MAX_ROWS", 128)
     with pytest.raises(Stopped):
         score_files(options, on_part=stop_after(5))
     score_files(options)
