@@ -276,7 +276,7 @@ def _score(arguments: argparse.Namespace) -> None:
                 print(f"  {model}: {unscored.total} without a reward: {unscored.describe()}")
     if not num_rewards:
         raise UserError(
-            "no row got a reward; the reasons are listed above. Fix the rows or name the columns with data.*"
+            "no row got a reward, for the reasons above; fix the rows, or name the columns with data.KEY=NAME"
         )
 
 

@@ -129,8 +129,8 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
 
 def _find_inputs(options: ScoreOptions) -> list[DataFile]:
     data = options.data
-    entries = [FileEntry(os.path.expanduser(path), subset=data.subset) for path in options.inputs]
-    return resolve_entries(entries, key=KEY, split=data.split, revision=data.revision)
+    entries = [FileEntry(path, split=data.split, subset=data.subset, revision=data.revision) for path in options.inputs]
+    return resolve_entries(entries, key=KEY)
 
 
 def _load(options: ScoreOptions, model: int) -> RewardScorer:
