@@ -130,4 +130,4 @@ def test_a_format_of_its_own_is_said_in_training_and_in_scoring(
 
     config = load_config(None, settings(qwen2_folder))
     group = load_side(Side("data.train_files"), config.data, load_tokenizer(str(qwen2_folder))).data[0]
-    assert unit.tokens.tails[0].tolist() == [*group.prefix.tolist(), *group.tails[0].tolist()]
+    assert unit.tails[0].tolist() == [*group.prefix.tolist(), *group.tails[0].tolist()]

@@ -102,7 +102,7 @@ def test_a_hook_may_change_the_messages_it_is_given() -> None:
 
 def test_a_hook_that_cannot_render_names_itself_and_the_row() -> None:
     with pytest.raises(
-        UserError, match=r"^b\.parquet:1: Made\._apply_chat_template raised RuntimeError: first line \("
+        UserError, match=r"^b\.parquet:1: Made\._apply_chat_template raised RuntimeError: first line second line \("
     ):
         reader_of(with_hook("_apply_chat_template", raising)).render([USER], said("So."), where="b.parquet:1")
     with pytest.raises(
