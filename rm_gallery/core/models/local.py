@@ -249,7 +249,7 @@ class TextGenerator:
                     request.answer.set_result(answer)
 
     def _take(self) -> list[_Request]:
-        """The next batch: waiting requests with the settings of the first, cancelled ones skipped; [] if there are none."""
+        """The next batch: waiting requests with the settings of the first, except cancelled ones; [] for none."""
         batch: list[_Request] = []
         others: deque[_Request] = deque()
         with self._lock:
