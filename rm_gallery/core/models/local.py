@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -82,7 +83,7 @@ def _shared(key: tuple[str, ...], load: Callable[[], Any]) -> Any:
         return found
 
 
-class _LocalModel:
+class _LocalModel(ABC):
     """A checkpoint folder with its loaded model."""
 
     def __init__(self, folder: Path, device: str, dtype: str, trust_remote_code: bool) -> None:
@@ -91,8 +92,9 @@ class _LocalModel:
         self._engine: Any = None
         self._error: UserError | None = None
 
+    @abstractmethod
     def _load(self) -> Any:
-        raise NotImplementedError
+        """Load the weights. Raises UserError when they cannot be loaded."""
 
     def engine(self) -> Any:
         """The loaded model; loads it on the first call, which blocks.
