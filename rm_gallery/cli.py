@@ -10,6 +10,7 @@ import gc
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -126,24 +127,31 @@ def _add_score(commands: Any) -> None:
         help="score files with trained models",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
-            "Score files with trained models. Columns that are read, the first that a file has:\n"
-            "  chosen and rejected  gives reward_chosen and reward_rejected\n"
-            "  messages             gives reward, of the last turn\n"
-            "  responses (a list)   gives rewards (a list)\n"
-            "  response             gives reward\n"
-            "and prompt with them, if it is there. With several models, NAME/ goes before these columns.\n"
-            "The same command goes on where it stopped."
+            "Score files with trained models. Reads every file and layout that train reads, and responses without\n"
+            "labels. The first layout that a file has decides:\n"
+            "  chosen and rejected           gives reward_chosen and reward_rejected\n"
+            "  messages                      gives reward, of the last turn\n"
+            "  responses (a list), and other layouts with a list of responses\n"
+            "                                gives rewards (a list)\n"
+            "  response                      gives reward\n"
+            "A prompt and tools are read too. Columns have other names with data.KEY=VALUE, as in training:\n"
+            "  rm-gallery score --model MODEL --output out data.chosen_key=better answers.csv.gz\n"
+            "Also data.split, data.subset and data.revision of a hub dataset. The output has the columns of the input\n"
+            "and the rewards: JSON lines for JSON, parquet for other inputs, or what the suffix of --output says.\n"
+            "With several models, the reward columns are prefixed with NAME/. A stopped command resumes when rerun."
         ),
     )
-    command.add_argument("inputs", nargs="+", metavar="INPUT", help="parquet or JSON-lines file, or folder of them")
-    command.add_argument("--model", action="append", required=True, metavar="FOLDER", help="give it again for more")
-    command.add_argument("--output", required=True, metavar="PATH", help="a folder; for one input a file, too")
+    command.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="file, folder, glob, URL or hub dataset; or data.KEY=VALUE"
+    )
+    command.add_argument("--model", action="append", required=True, metavar="FOLDER", help="repeat for several models")
+    command.add_argument("--output", required=True, metavar="PATH", help="folder; or a file, for one input")
     command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N")
     command.add_argument("--dtype", default="auto", help="auto (default: bf16 on a GPU), fp32, bf16")
-    command.add_argument("--token-budget", type=int, metavar="N", help="most tokens of one model call")
-    command.add_argument("--trust-remote-code", action="store_true", help="run the code that a model brings along")
+    command.add_argument("--token-budget", type=int, metavar="N", help="maximum tokens per model call")
+    command.add_argument("--trust-remote-code", action="store_true", help="run code from the model folder")
     command.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
-    command.set_defaults(run=_score, words="inputs", when_stopped="the same command goes on from here")
+    command.set_defaults(run=_score, words="inputs", when_stopped="rerun the command to resume")
 
 
 def _add_export_data(commands: Any) -> None:
@@ -246,22 +254,30 @@ def _estimate(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from rm_gallery.scoring.score_files import ScoreOptions, score_files
+    from rm_gallery.scoring.score_files import ScoreOptions, load_data_config, score_files
 
+    settings = [text for text in arguments.inputs if re.match(r"data(\.\w+)+=", text)]
     options = ScoreOptions(
         models=tuple(arguments.model),
-        inputs=tuple(arguments.inputs),
+        inputs=tuple(text for text in arguments.inputs if text not in settings),
         output=arguments.output,
         device=arguments.device,
         dtype=arguments.dtype,
         token_budget=arguments.token_budget,
         trust_remote_code=arguments.trust_remote_code,
+        data=load_data_config(settings),
     )
+    num_rewards = 0
     for scored in score_files(options):
-        print(f"{scored.output}: {scored.num_rows} rows" + (", there already" if scored.was_there else ""))
+        print(f"{scored.output}: {scored.num_rows} rows" + (", scored earlier" if scored.was_there else ""))
         for model, unscored in scored.unscored.items():
+            num_rewards += scored.num_rows - unscored.total
             if unscored.total:
                 print(f"  {model}: {unscored.total} without a reward: {unscored.describe()}")
+    if not num_rewards:
+        raise UserError(
+            "no row got a reward, for the reasons above; fix the rows, or name the columns with data.KEY=NAME"
+        )
 
 
 def _export_data(arguments: argparse.Namespace) -> None:
