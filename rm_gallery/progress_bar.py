@@ -116,7 +116,7 @@ class ProgressBar:
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
         ]
         if times:
-            columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+            columns += [TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left")]
         self._progress = Progress(
             *columns,
             TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="crop")),
