@@ -19,7 +19,7 @@ from typing import Any
 
 from rm_gallery import __version__
 from rm_gallery.errors import StoppedBySignal, UserError
-from rm_gallery.log import setup_logging, speak_in_turn
+from rm_gallery.log import setup_logging, wait_for_local_main
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
     except UserError as error:
         if arguments.debug:
             traceback.print_exc()
-        rank = speak_in_turn()
+        rank = wait_for_local_main()
         for line in str(error).splitlines():
             print(f"{rank}rm-gallery: error: {line}", file=sys.stderr)
         return 2
