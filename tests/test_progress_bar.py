@@ -59,4 +59,4 @@ def test_a_log_handler_on_the_terminal_gets_its_stream_back(monkeypatch: pytest.
     finally:
         logger.removeHandler(handler)
     assert handler.stream is terminal
-    assert "1 of 1 samples ended in an error" in terminal.getvalue()
+    assert "1 of 1 samples failed" in terminal.getvalue()
