@@ -19,7 +19,7 @@ from typing import Any
 
 from rm_gallery import __version__
 from rm_gallery.errors import StoppedBySignal, UserError
-from rm_gallery.log import setup_logging, speak_in_turn
+from rm_gallery.log import setup_logging, wait_for_local_main
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
     except UserError as error:
         if arguments.debug:
             traceback.print_exc()
-        rank = speak_in_turn()
+        rank = wait_for_local_main()
         for line in str(error).splitlines():
             print(f"{rank}rm-gallery: error: {line}", file=sys.stderr)
         return 2
@@ -90,16 +90,16 @@ def _add_config(command: argparse.ArgumentParser, default_config: str | None) ->
 def _add_show_data(commands: Any, default_config: str | None) -> None:
     command = commands.add_parser(
         "show-data",
-        help="show what the model will see: lengths, duplicates, leaks, baselines, samples",
+        help="report on the data: lengths, length bias, duplicates, leakage, baselines, samples",
         description=(
-            "Read the data of a configuration as training would and show what is in it. Takes the same words as train; "
-            "data.train_files is enough, and with model.partial_pretrain lengths are in that model's tokens."
+            "Read the data as training does and report on it. Takes the configuration of train; data.train_files is "
+            "enough. Lengths are in words, or in tokens with model.partial_pretrain."
         ),
     )
     _add_config(command, default_config)
-    command.add_argument("--html", metavar="FILE", help="write the report as one HTML file as well")
+    command.add_argument("--html", metavar="FILE", help="also write the report as a self-contained HTML file")
     command.add_argument("--json", action="store_true", help="print every figure as JSON instead")
-    command.add_argument("--samples", type=int, default=3, metavar="N", help="rows shown as text (default: 3)")
+    command.add_argument("--samples", type=int, default=3, metavar="N", help="number of rows to show (default: 3)")
     command.set_defaults(run=_show_data, words="overrides", when_stopped="nothing was written")
 
 

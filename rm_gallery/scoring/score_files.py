@@ -27,7 +27,7 @@ from rm_gallery import config, files
 from rm_gallery.data.formats import RowReader
 from rm_gallery.data.sources import DataFile, FileEntry, Row, resolve_entries
 from rm_gallery.errors import BadRow, Dropped, Problem, UserError
-from rm_gallery.progress_bar import Progress
+from rm_gallery.progress_bar import ProgressBar
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring.tables import (
     JSON_LINES,
@@ -170,12 +170,13 @@ def _score_table(
         log.info("%s: resuming after row %d", table.file.name, start - 1)
     rows, reader = table.rows(start), table.reader(scorer.inputs.style)
     size = _FIRST_ROWS
-    with Progress(f"{name} {Path(table.file.name).name}".strip(), table.num_rows, start) as progress:
+    title = f"{name} {Path(table.file.name).name}".strip()
+    with ProgressBar(title, table.num_rows, start, log_unit="rows") as progress:
         while chunk := list(islice(rows, size)):
             began = time.monotonic()
             _write_part(folder / f"{start:012d}.parquet", table, _score_rows(chunk, job, reader, scorer))
             start += len(chunk)
-            progress.add(len(chunk))
+            progress.advance(len(chunk))
             if on_part is not None:
                 on_part(len(chunk))
             seconds = max(time.monotonic() - began, 1e-3)

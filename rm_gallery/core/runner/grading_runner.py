@@ -18,7 +18,7 @@ from rm_gallery.core.runner.aggregator import BaseAggregator
 from rm_gallery.core.runner.grader_config import GraderConfig
 from rm_gallery.core.runner.results_file import ResultsFile
 from rm_gallery.errors import UserError
-from rm_gallery.progress_bar import progress_bar
+from rm_gallery.progress_bar import ProgressBar
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +108,11 @@ class GradingRunner(BaseRunner):
                     log.info("%s: resuming, %d results are saved", saved.path, saved.num_saved)
             total = None if num_samples is None else num_samples * len(self.grader_configs)
             limit = stack.enter_context(self._limit())
-            count = stack.enter_context(progress_bar(total, show=self.show_progress))
-            run = GradingRun(samples, self.grader_configs, limit, self.max_concurrency, saved, count)
+            bar = stack.enter_context(ProgressBar("grading", total, show=self.show_progress))
+            run = GradingRun(
+                samples, self.grader_configs, limit, self.max_concurrency, saved,
+                lambda is_error: bar.advance(errors=is_error),
+            )  # fmt: skip
             await run.run()
             if saved is not None:
                 saved.check_length(run.num_samples)
