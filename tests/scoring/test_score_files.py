@@ -266,4 +266,4 @@ def test_ctrl_c_says_that_it_goes_on(
 
     monkeypatch.setattr(score_files_module, "score_files", interrupt)
     assert main(["score", "a.jsonl", "--output", "out", "b.jsonl", "--model", "m"]) == 130
-    assert capsys.readouterr().err == "rm-gallery: stopped by Ctrl-C; the same command goes on from here\n"
+    assert capsys.readouterr().err == "rm-gallery: stopped by Ctrl-C; run the same command to resume\n"

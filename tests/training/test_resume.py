@@ -99,7 +99,7 @@ def test_a_signal_in_the_middle_of_a_step_leaves_the_step_for_later(
 def test_a_signal_before_the_first_step_ends_at_once(qwen2_folder: Path, monkeypatch: Any, capsys: Any) -> None:
     when_logged(monkeypatch, 0, send(signal.SIGTERM), val=True)
     run = train(qwen2_folder, "run", "trainer.val_before_train=true", status=143)
-    assert "stopped by SIGTERM after step 0 of 6; nothing was done" in capsys.readouterr().err
+    assert "stopped by SIGTERM after step 0 of 6; no step was completed" in capsys.readouterr().err
     assert not list(run.glob("global_step_*"))
     train(qwen2_folder, "run", "trainer.val_before_train=true")
     assert [row["step"] for row in rows(run)] == [0, 1, 2, 3, 4, 5, 6, 6]

@@ -30,12 +30,12 @@ def test_a_folder_that_another_process_trains_in_is_refused_until_it_ends(tmp_pa
     )
     try:
         assert holder.stdout is not None and holder.stdout.readline() == b"taken\n"
-        with pytest.raises(UserError, match="process 7 on here is training in this folder; end it first"):
-            with claimed(tmp_path, patience=0):
+        with pytest.raises(UserError, match="process 7 on here is training in this directory; stop it first"):
+            with claimed(tmp_path, timeout=0):
                 pass
     finally:
         holder.communicate()
-    with claimed(tmp_path, patience=0):
+    with claimed(tmp_path, timeout=0):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
