@@ -117,7 +117,7 @@ def measure(arguments: list[str]) -> dict[str, Any]:
     if ran.returncode:
         sys.exit(ran.stderr)
     report = json.loads(ran.stdout)
-    found = {each["key"]: each["count"] for each in (*report["sides"][0]["duplicates"], *report["overlap"])}
+    found = {each["key"]: each["count"] for each in (*report["splits"][0]["duplicates"], *report["leakage"])}
     baselines = {f"{each['key']}, {each['on']}": each["accuracy"] for each in report["baselines"]["baselines"]}
     peak = json.loads(ran.stderr.splitlines()[-1])["peak"]
     return {"seconds": seconds, "peak_bytes": peak, "found": found, "baselines": baselines}

@@ -118,8 +118,7 @@ def _tokenize(drawn: Iterable[_Drawn], config: DataConfig, tokenizer: Any, count
     processor = RowProcessor(Work(config, tokenizer))
     for each in drawn:
         done = processor.process(each.rows, processor.readers.get(each.format_name), each.source)
-        for reason, count in done.dropped.counts.items():
-            counts.dropped.add(reason, done.dropped.examples[reason], count)
+        counts.dropped.merge(done.dropped)
         yield done.chunk
 
 

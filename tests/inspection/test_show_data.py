@@ -14,9 +14,9 @@ from tests.inspection.data import Show, files, pair, plain_rows
     ("arguments", "sentence"),
     [
         (["data.train_files=nowhere.parquet"], "data.train_files=nowhere.parquet: no such file"),
-        (["--html", "nowhere/r.html"], "lies in a folder that does not exist"),
+        (["--html", "nowhere/r.html"], "is in a folder that does not exist"),
         (["--html", "."], "is a folder"),
-        (["--html", "train.parquet"], "is no report of this command"),
+        (["--html", "train.parquet"], "is not a report of this command"),
         (["--samples", "-1"], "--samples=-1: must be at least 0"),
         (["data.val_fraction=2"], "data.val_fraction=2.0: must be at least 0"),
     ],

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rm_gallery.core.generator.results import PAIR, GradingResults
 from rm_gallery.core.generator.summary import ExportSummary
-from rm_gallery.core.graders.prompt import is_messages
+from rm_gallery.core.graders.llm_grader import is_messages
 from rm_gallery.core.graders.reward import places
-from rm_gallery.core.utils.mapping import Mapper, check_mapper, get_value_by_path
+from rm_gallery.core.runner.grader_config import Mapper, check_mapper, get_value_by_path
+from rm_gallery.core.runner.results_file import PAIR, GradingResults
 from rm_gallery.data.formats import as_messages, hash_prompt, prompt_key, read_cell, without_repeats
 from rm_gallery.data.formats.cells import Cell, plain_json, read_list, read_name, read_number
 from rm_gallery.data.formats.conversations import check_answer, shared_turns

@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 
 from rm_gallery.core.generator.cases import ScoredGroup, check_case_mapper, read_cases, rows_of
 from rm_gallery.core.generator.pairs import Unit, make_units
-from rm_gallery.core.generator.results import GraderChoice, GradingResults
 from rm_gallery.core.generator.summary import DEFAULT_SPLIT, ExportOptions, ExportSummary, Side
-from rm_gallery.core.utils.mapping import Mapper
+from rm_gallery.core.runner.grader_config import Mapper
+from rm_gallery.core.runner.results_file import GraderChoice, GradingResults
 from rm_gallery.data.formats import as_messages
 from rm_gallery.data.formats.cells import Cell
 from rm_gallery.data.sources import DataFile, read_rows, resolve_entries

@@ -1,13 +1,54 @@
-"""BaseGrader: what every grader is, ours and users' own."""
+"""BaseGrader: the base class of all graders; their results: a score, a rank, or an error."""
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from enum import StrEnum
+from typing import Annotated, Any
 
-from rm_gallery.core.graders.schema import GraderError, GraderMode, GraderRank, GraderScore
+from pydantic import BaseModel, Field
+
+from rm_gallery.core.run_sync import run_sync
+
+
+class GraderMode(StrEnum):
+    """What a grader is given at once."""
+
+    POINTWISE = "pointwise"
+    """One response, judged by itself: a score."""
+    LISTWISE = "listwise"
+    """Several responses to one query, judged against each other: a rank."""
+
+
+class GraderResult(BaseModel):
+    """What every result has."""
+
+    name: str = ""
+    """The grader's name."""
+    reason: str = ""
+    """Why, in words; empty where a model gives none."""
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+
+class GraderScore(GraderResult):
+    """How good one response is."""
+
+    score: float = Field(allow_inf_nan=False)
+    """On the grader's scale, or the reward (any finite number) where a reward model scores; higher is better."""
+
+
+class GraderRank(GraderResult):
+    """Which of several responses is better."""
+
+    rank: list[Annotated[int, Field(ge=1)]]
+    """The place of each response, in the order given; 1 is the best, equal rewards share the better place."""
+
+
+class GraderError(GraderResult):
+    """Why a sample has no grade; takes the place of a result, so that a batch goes on."""
+
+    error: str
+    """One sentence: what failed, and what to do where there is something to do."""
 
 
 class BaseGrader(ABC):
@@ -25,12 +66,7 @@ class BaseGrader(ABC):
 
     def evaluate(self, **kwargs: Any) -> GraderScore | GraderRank | GraderError:
         """`aevaluate` for code that does not await; in a running event loop (a notebook) it blocks that loop."""
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return asyncio.run(self.aevaluate(**kwargs))
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="grader") as thread:
-            return thread.submit(lambda: asyncio.run(self.aevaluate(**kwargs))).result()
+        return run_sync(self.aevaluate(**kwargs))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(name={self.name!r}, mode={self.mode.value!r})"

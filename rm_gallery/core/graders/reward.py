@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rm_gallery.core.graders.schema import GraderRank, GraderScore
+from rm_gallery.core.graders.base_grader import GraderRank, GraderScore
 from rm_gallery.errors import UserError
 from rm_gallery.schema import PreferenceGroup
 

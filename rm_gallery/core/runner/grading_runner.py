@@ -8,15 +8,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
+from rm_gallery.core.graders.base_grader import GraderError, GraderRank, GraderScore
+from rm_gallery.core.run_sync import run_sync
 from rm_gallery.core.runner import fingerprint
 from rm_gallery.core.runner.aggregator import BaseAggregator
-from rm_gallery.core.runner.base_runner import BaseRunner, RunnerResult
 from rm_gallery.core.runner.grader_config import GraderConfig
 from rm_gallery.core.runner.results_file import ResultsFile
 from rm_gallery.errors import UserError
@@ -24,11 +25,24 @@ from rm_gallery.progress_bar import progress_bar
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Aggregator", "GraderConfig", "GradingRunner"]
-
 
 Aggregator: TypeAlias = BaseAggregator | Callable[[dict[str, Any]], Any]
 """Takes {grader name: result} of one sample; what it returns stands in the list of its name."""
+
+RunnerResult: TypeAlias = dict[str, list[Any]]
+"""Grader or aggregator name -> one result per sample, in the order of the dataset."""
+
+
+class BaseRunner(ABC):
+    """Grades datasets. A subclass implements `arun`."""
+
+    @abstractmethod
+    async def arun(self, dataset: Iterable[Any]) -> RunnerResult:
+        """Grade every sample. An empty dataset gives empty lists."""
+
+    def run(self, dataset: Iterable[Any]) -> RunnerResult:
+        """`arun` as a blocking call."""
+        return run_sync(self.arun(dataset))
 
 
 class GradingRunner(BaseRunner):

@@ -179,8 +179,7 @@ class _Totals:
         self._start = self._said = time.monotonic()
 
     def add(self, processed: Processed) -> None:
-        for reason, count in processed.dropped.counts.items():
-            self.dropped.add(reason, processed.dropped.examples[reason], count)
+        self.dropped.merge(processed.dropped)
         for style, where in processed.styles.items():
             self._styles.setdefault(style, where)
         if len(self._styles) > 1:

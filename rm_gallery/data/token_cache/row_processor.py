@@ -11,21 +11,21 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, TypeAlias
 
 from rm_gallery.data.custom import CustomFacts, CustomReader
 from rm_gallery.data.formats import FormatConfig, HoldOut, Reader, Readers, RowCounts, Task, read_groups
 from rm_gallery.data.sources import Row
 from rm_gallery.data.token_cache.arrays import TokenChunk, make_chunk
-from rm_gallery.data.tokenization.encoder import Encoder
+from rm_gallery.data.tokenization.encoder import Encoder, GroupEncoder
 from rm_gallery.data.tokenization.token_group import Origin, TokenGroup, split_prefix
-from rm_gallery.data.tokenization.tokenizer import TokenizeConfig, fit_length
+from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
 from rm_gallery.errors import BadRow, UserError
 from rm_gallery.schema import InputStyle, PreferenceGroup
 
@@ -43,7 +43,12 @@ class Work:
 
     config: RowsConfig
     tokenizer: Any
+    """None only with an encoder that needs none."""
     share: HoldOut | None = None
+
+
+Observe: TypeAlias = Callable[[PreferenceGroup, TokenGroup, int], None]
+"""`observe(group, tokens, prompt hash)`: called for each group that becomes tokens, in order."""
 
 
 @dataclass
@@ -60,15 +65,18 @@ class Processed(RowCounts):
 class RowProcessor:
     """Turns chunks into token arrays; one of them for each process."""
 
-    def __init__(self, work: Work) -> None:
-        self.work, self.config = work, work.config
+    def __init__(
+        self, work: Work, *, encoder_type: Callable[..., GroupEncoder] = Encoder, observe: Observe | None = None
+    ) -> None:
+        """encoder_type: for other units than tokens, as words; takes the arguments of `Encoder`."""
+        self.work, self.config, self._observe = work, work.config, observe
         self._custom: CustomReader | None = None
         if self.config.custom_cls.path is not None:
             self._custom = CustomReader.from_config(self.config, work.tokenizer)
-        has_template = work.tokenizer.chat_template is not None
+        has_template = work.tokenizer is None or work.tokenizer.chat_template is not None
         self.readers = Readers(self.config, has_chat_template=has_template, custom=self._custom)
         render = None if self._custom is None else self._custom.render
-        self.encoder = Encoder(work.tokenizer, self.config, render=render)
+        self.encoder = encoder_type(work.tokenizer, self.config, render=render)
 
     def process(self, rows: Iterable[Row], reader: Reader, source: str) -> Processed:
         """Token arrays of the usable rows, in order; the others are counted.
@@ -93,13 +101,14 @@ class RowProcessor:
                 try:
                     if isinstance(texts, BadRow):
                         raise texts
-                    fitted, comparisons = fit_length(texts, group, self.work.tokenizer, self.config)
-                    tokens = split_prefix(fitted, comparisons)
+                    tokens = split_prefix(*self.encoder.fit(texts, group))
                 except BadRow as error:
                     result.drop(error, row.where, self.config.bad_rows)
                     continue
                 result.styles.setdefault(group.style, row.where)
                 result.has_text_prompts |= group.style == "text" and bool(group.prompt)
+                if self._observe is not None:
+                    self._observe(group, tokens, prompt)
                 yield tokens, Origin(row.file, row.index, group.source or source, prompt, group.metadata)
 
 

@@ -6,15 +6,27 @@ Each whole text is tokenized by itself; the common prefix is found later, on the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from rm_gallery.data.tokenization.special_tokens import ControlTokens
-from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
+from rm_gallery.data.tokenization.tokenizer import TokenizeConfig, fit_length
 from rm_gallery.errors import BadRow, UserError, one_line
-from rm_gallery.schema import PreferenceGroup
+from rm_gallery.schema import Comparison, PreferenceGroup
 
 Render: TypeAlias = Callable[..., str]
 """`render(prompt messages, response messages, where="file:row")` -> the whole text, in place of the chat template."""
+
+
+class GroupEncoder(Protocol):
+    """What turns groups into ids."""
+
+    def encode_many(self, groups: Sequence[PreferenceGroup]) -> list[list[list[int]] | BadRow]:
+        """Ids of every whole text, as `[group][response]`; the BadRow of a group that cannot be rendered."""
+        ...
+
+    def fit(self, texts: list[list[int]], group: PreferenceGroup) -> tuple[list[list[int]], Sequence[Comparison]]:
+        """The texts under the length policy and the comparisons whose sides still differ; see `fit_length`."""
+        ...
 
 
 class Encoder:
@@ -72,6 +84,10 @@ class Encoder:
                 batches[adds].add(text, texts)
                 texts.append([])
         return texts
+
+    def fit(self, texts: list[list[int]], group: PreferenceGroup) -> tuple[list[list[int]], Sequence[Comparison]]:
+        """The texts under the length policy of the configuration; see `fit_length`."""
+        return fit_length(texts, group, self.tokenizer, self.config)
 
     def render(self, group: PreferenceGroup) -> list[str]:
         """The K whole texts of a group, as they are tokenized but for special tokens that the tokenizer adds."""

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from rm_gallery.core.generator import export_data
-from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
-from rm_gallery.core.models.schema.oai.message import ChatMessage
+from rm_gallery.core.graders.base_grader import GraderError, GraderRank, GraderScore
+from rm_gallery.core.models.base_chat_model import ChatMessage
 from rm_gallery.errors import UserError
 from tests.core.generator.exported import export, pairs_of
 
@@ -226,13 +226,13 @@ CASES: list[tuple[Any, str]] = [
     ({"prompt": "Q", "responses": [], "scores": []}, "empty responses"),
     ({"prompt": "Q", "responses": "a", "scores": [1]}, "responses that is not valid JSON"),
     ({"prompt": "Q", "responses": ["a", "b"], "scores": [1]}, "scores of another length than the responses"),
-    ({"prompt": "Q", "responses": ["a", "b"], "scores": 1}, "scores that is no list"),
+    ({"prompt": "Q", "responses": ["a", "b"], "scores": 1}, "scores that is not a list"),
     ({"prompt": "Q", "responses": ["a", "b"], "ranks": [1]}, "ranks of another length than the responses"),
     ({"response": "a", "score": 1}, "a single response without a prompt"),
     ({"prompt": "  ", "response": "a", "score": 1}, "a single response without a prompt"),
-    ({**PAIR, "prompt": "\ud83d"}, "half"),
-    ({**PAIR, "response_b": "\udc00"}, "half"),
-    ({**PAIR, "source": "\udc00"}, "half"),
+    ({**PAIR, "prompt": "\ud83d"}, "lone surrogate"),
+    ({**PAIR, "response_b": "\udc00"}, "lone surrogate"),
+    ({**PAIR, "source": "\udc00"}, "lone surrogate"),
     ({**PAIR, "prompt": [{**USER, "extra": nested(10_000)}]}, "nested more than 100 deep"),
     ({**PAIR, "prompt": [{**USER, "extra": ring()}]}, "nested more than 100 deep"),
 ]  # fmt: skip

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from rm_gallery.core.generator import export_data
-from rm_gallery.core.graders.base_grader import BaseGrader
-from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
+from rm_gallery.core.graders.base_grader import BaseGrader, GraderError, GraderRank, GraderScore
 from rm_gallery.core.runner import GradingRunner, WeightedSumAggregator
 from rm_gallery.errors import UserError
 from tests.core.generator.exported import export, pairs_of

@@ -11,8 +11,7 @@ import pytest
 from rm_gallery.cli import main as rm_gallery
 from rm_gallery.core.generator import export_data
 from rm_gallery.core.generator.export import main as export_command
-from rm_gallery.core.graders.base_grader import BaseGrader
-from rm_gallery.core.graders.schema import GraderError, GraderScore
+from rm_gallery.core.graders.base_grader import BaseGrader, GraderError, GraderScore
 from rm_gallery.core.runner import GradingRunner
 from rm_gallery.scoring import RewardScorer
 from tests.core.generator.exported import read_back

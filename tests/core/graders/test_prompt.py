@@ -7,8 +7,8 @@ from importlib import resources
 
 import pytest
 
-from rm_gallery.core.graders import prompt
-from rm_gallery.core.graders.prompt import as_text, fill, load_prompt, show_material
+from rm_gallery.core.graders import llm_grader as prompt
+from rm_gallery.core.graders.llm_grader import as_text, fill, load_prompt, show_material
 from rm_gallery.errors import UserError
 
 CRITERIA = ("correctness", "hallucination", "harmfulness", "instruction_following", "relevance")

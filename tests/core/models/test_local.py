@@ -14,8 +14,7 @@ import pytest
 from pydantic import BaseModel
 
 from rm_gallery.core.models import OpenAIChatModel
-from rm_gallery.core.models.generate import TextGenerator
-from rm_gallery.core.models.local import LocalRewardModel
+from rm_gallery.core.models.local import LocalRewardModel, TextGenerator
 from rm_gallery.errors import UserError
 from rm_gallery.scoring.scorer import RewardScorer
 from tests.core.reward_folders import make_reward_folder, plain_rewards

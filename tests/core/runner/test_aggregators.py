@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
+from rm_gallery.core.graders.base_grader import GraderError, GraderRank, GraderScore
 from rm_gallery.core.runner import BaseAggregator, GradingRunner, WeightedSumAggregator
 from rm_gallery.errors import UserError
 from tests.core.graders_for_runs import LengthGrader, RaisingGrader, scores, texts

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rm_gallery.core.graders.schema import GraderScore
+from rm_gallery.core.graders.base_grader import GraderScore
 from rm_gallery.core.runner import GradingRunner
 from tests.core.graders_for_runs import HangingGrader, LengthGrader, RaisingGrader, scores, texts
 

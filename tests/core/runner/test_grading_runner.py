@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rm_gallery.core.graders.schema import GraderError, GraderScore
+from rm_gallery.core.graders.base_grader import GraderError, GraderScore
 from rm_gallery.core.runner import GradingRunner
 from rm_gallery.core.runner.grading_runner import LOCAL_IN_FLIGHT
 from rm_gallery.errors import UserError

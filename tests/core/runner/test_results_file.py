@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rm_gallery.core.graders.schema import GraderRank, GraderScore
+from rm_gallery.core.graders.base_grader import GraderRank, GraderScore
 from rm_gallery.core.runner import GradingRunner, WeightedSumAggregator
 from rm_gallery.core.runner.results_file import ResultsFile
 from rm_gallery.errors import UserError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rm_gallery.core.graders.base_grader import GraderMode
 from rm_gallery.core.graders.llm_grader import LLMGrader
 from rm_gallery.core.graders.reward import is_reward_model
-from rm_gallery.core.graders.schema import GraderMode
 from rm_gallery.core.models.openai_chat_model import OpenAIChatModel
 from rm_gallery.errors import UserError
 

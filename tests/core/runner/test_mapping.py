@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rm_gallery.core.utils.mapping import (
+from rm_gallery.core.runner.grader_config import (
     check_mapper,
     get_value_by_mapping,
     get_value_by_path,

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
+from rm_gallery.core.graders.base_grader import GraderError, GraderRank, GraderScore
 from rm_gallery.errors import UserError, nearest
 
 __all__ = ["BaseAggregator", "WeightedSumAggregator"]
