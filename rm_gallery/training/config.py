@@ -114,7 +114,7 @@ class TrainerConfig(LoopConfig, CheckpointConfig, TrackerConfig):
         return folder if folder.name == self.experiment_name else folder / self.experiment_name
 
     @property
-    def copies_url(self) -> str | None:
+    def mirror_url(self) -> str | None:
         """`default_hdfs_dir`, with `experiment_name` appended likewise; None if it is not set."""
         if self.default_hdfs_dir is None:
             return None

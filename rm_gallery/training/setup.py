@@ -22,8 +22,9 @@ from rm_gallery.data.batching.plan import Plan
 from rm_gallery.data.config import mixture_of
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
+from rm_gallery.distributed.collectives import HostGroup, all_gather, broadcast
 from rm_gallery.distributed.cpu import bf16_slowdown, keep_freed_memory
-from rm_gallery.distributed.process_group import World, from_main, gather, processes, seed_apart, seed_everything
+from rm_gallery.distributed.process_group import World, processes, seed_everything, seed_per_rank
 from rm_gallery.errors import StoppedBySignal, UserError
 from rm_gallery.modeling.parallel.apply import DTYPES, apply, offload_optimizer
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
@@ -32,14 +33,13 @@ from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.training.checkpoint import (
     PLAN,
     Checkpoints,
-    Copies,
+    Mirror,
     RunIdentity,
     RunTensors,
     Start,
     WeightsFolder,
     find_start,
 )
-from rm_gallery.training.collectives import Ranks
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.data_setup import Loaded, check_data, load_sides
 from rm_gallery.training.model_setup import StartModel, start_model
@@ -95,7 +95,7 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
     check_data(config, start.model, train, val)
     model = start.model
     weights = apply(model, config.model, world, strategy=start.strategy, files=start.files)
-    seed_apart(config.trainer.seed, world)
+    seed_per_rank(config.trainer.seed, world)
     plan = Plan(
         train.data.sizes,
         config.data,
@@ -108,12 +108,12 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
     total_steps = _count_steps(plan, config, train.data)
     optimizer = build_optimizer(weights.named_parameters(), config.optim)
     offload_optimizer(optimizer, config.model.fsdp_config, world.device)
-    run_dir, ranks = config.trainer.run_dir, Ranks(world)
-    with ranks.first(claimed(run_dir)):
+    run_dir, ranks = config.trainer.run_dir, HostGroup(world)
+    with ranks.on_main(claimed(run_dir)):
         tensors = RunTensors(model, weights, optimizer)
         identity = run_identity(config, train.data, plan, shape, total_steps)
         begin = find_start(
-            run_dir, config.trainer.resume_mode, identity, tensors, ranks, copies_url=config.trainer.copies_url
+            run_dir, config.trainer.resume_mode, identity, tensors, ranks, mirror_url=config.trainer.mirror_url
         )
         if begin.folder is not None and begin.progress.step == total_steps:
             log.info("the run is complete: %s is its last step", begin.folder)
@@ -134,7 +134,7 @@ class _Loop:
     """The parts that the training loop is built from."""
 
     world: World
-    ranks: Ranks
+    ranks: HostGroup
     stop: StopSignal
     model: RewardModel
     weights: TrainedWeights
@@ -157,17 +157,17 @@ def _train(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Checkpoi
         repeats_validation=begin.progress.validation_pending,
     )
     trackers = Trackers(config.trainer.logger, run) if loop.world.is_main else NoTrackers()
-    failed, hurry = True, False
+    failed, stopped = True, False
     try:
         trainer = _build_trainer(config, loop, begin, checkpoints, trackers)
         val_metrics = trainer.train(val_before_train=config.trainer.val_before_train)
         failed = False
         return val_metrics
     except StoppedBySignal:
-        hurry = True
+        stopped = True
         raise
     finally:
-        checkpoints.close(hurry=hurry)
+        checkpoints.close(wait_for_uploads=not stopped)
         trackers.close(failed=failed)
 
 
@@ -271,7 +271,7 @@ def run_identity(config: TrainConfig, data: TokenData, plan: Plan, shape: str, t
 
 def build_checkpoints(
     config: TrainConfig, model: RewardModel, weights: TrainedWeights, tensors: RunTensors, tokenizer: Any,
-    train: Loaded, ranks: Ranks, identity: RunIdentity, begin: Start,
+    train: Loaded, ranks: HostGroup, identity: RunIdentity, begin: Start,
 ) -> Checkpoints:  # fmt: skip
     """Collective: every rank must call it at the same place."""
     computes, wanted = config.model.fsdp_config.model_dtype, config.trainer.export_dtype
@@ -286,10 +286,10 @@ def build_checkpoints(
         exact=computes == written == "fp32",
         probes=[train.data[int(index)] for index in shortest],
     )
-    url = config.trainer.copies_url
+    url = config.trainer.mirror_url
     return Checkpoints(
         config.trainer.run_dir, config.trainer, tensors, weights_folder, ranks,
-        facts=identity.facts(begin.origin), copies=Copies(url) if url and ranks.rank == 0 else None,
+        facts=identity.facts(begin.origin), mirror=Mirror(url) if url and ranks.rank == 0 else None,
         latest=begin.folder,
     )  # fmt: skip
 
@@ -308,23 +308,24 @@ def agree_on_run(config: TrainConfig, world: World) -> TrainConfig:
     if world.world_size == 1:
         return config
     trainer = config.trainer
-    folder, name, main_cwd = from_main((trainer.default_local_dir, trainer.experiment_name, os.getcwd()))
+    folder, name, main_cwd = broadcast((trainer.default_local_dir, trainer.experiment_name, os.getcwd()))
     if main_cwd != os.getcwd():
         folder = os.path.join(main_cwd, os.path.expanduser(folder))
     config = replace(config, trainer=replace(trainer, default_local_dir=folder, experiment_name=name))
-    settings = gather(_flat(config.as_dict()))
+    settings = all_gather(_flat(config.as_dict()))
     for rank, found in enumerate(settings):
         for key, value in settings[0].items():
             if found.get(key) != value and key not in (*_MAY_DIFFER, "trainer.default_local_dir"):
                 raise UserError(
-                    f"{key}={found.get(key)} on rank {rank}, but {value} on rank 0; start all ranks with the same settings"
+                    f"{key}={found.get(key)} on rank {rank}, but {value} on rank 0; start all ranks with the same "
+                    "settings"
                 )
     return config
 
 
 def agree_on_plan(plan: Plan) -> None:
     """Raise UserError on every rank if the ranks read different data."""
-    fingerprints = gather(plan.fingerprint())
+    fingerprints = all_gather(plan.fingerprint())
     for rank, found in enumerate(fingerprints):
         if found != fingerprints[0]:
             raise UserError(

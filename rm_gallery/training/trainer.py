@@ -15,14 +15,13 @@ import torch
 from torch import nn
 
 from rm_gallery.data.batching.loader import StepBatches
-from rm_gallery.distributed.process_group import sum_numbers
+from rm_gallery.distributed.collectives import HostGroup, sum_numbers
 from rm_gallery.errors import StoppedBySignal, TrainingStopped
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
 from rm_gallery.objectives.metrics import Sums, means
 from rm_gallery.training.checkpoint import Progress, Start, random_state, set_random_state
-from rm_gallery.training.collectives import Ranks
 from rm_gallery.training.optim import Schedule
 from rm_gallery.training.signals import StopSignal
 
@@ -79,7 +78,7 @@ class Trainer:
         self, *, model: RewardModel, weights: TrainedWeights, objective: Objective, optimizer: torch.optim.Optimizer,
         schedule: Schedule, clip_grad: float, steps: Iterator[StepBatches], total_steps: int, intervals: Intervals,
         max_bad_steps: int, validate: Validation | None, checkpoints: Saver, sink: MetricSink,
-        ranks: Ranks, start: Start | None = None, stop: StopSignal | None = None, save_best: bool = False,
+        ranks: HostGroup, start: Start | None = None, stop: StopSignal | None = None, save_best: bool = False,
     ) -> None:  # fmt: skip
         """start: the checkpoint that the run resumes from. steps: those after it."""
         self.model, self.weights, self.objective = model, weights, objective

@@ -25,7 +25,8 @@ from rm_gallery.data.batching.loader import StepBatches
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.token_group import Origin
-from rm_gallery.distributed import process_group
+from rm_gallery.distributed import collectives, process_group
+from rm_gallery.distributed.collectives import HostGroup
 from rm_gallery.distributed.process_group import World, processes
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.config import FsdpConfig, ModelConfig
@@ -38,7 +39,6 @@ from rm_gallery.modeling.parallel.strategy import Strategy
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.objectives import bradley_terry
 from rm_gallery.objectives.metrics import Sums
-from rm_gallery.training.collectives import Ranks
 from rm_gallery.training.config import OptimConfig, TrainConfig
 from rm_gallery.training.optim import build_optimizer, build_schedule
 from rm_gallery.training.setup import agree_on_run
@@ -88,7 +88,7 @@ def squares(found: Mapping[str, Any], weights: TrainedWeights) -> dict[str, floa
         gradient = found.get(name)
         local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
         value = 0.0 if local is None else float(local.double().square().sum())
-        whole[name] = process_group.sum_numbers(value)[0] if isinstance(weights, ShardedWeights) else value
+        whole[name] = collectives.sum_numbers(value)[0] if isinstance(weights, ShardedWeights) else value
     return whole
 
 
@@ -160,7 +160,7 @@ def a_bad_step_on_one_rank_is_skipped_by_all(folder: Path, world: World) -> Any:
             model=model, weights=weights, objective=objective, steps=iter(()), clip_grad=1.0, total_steps=3,
             optimizer=build_optimizer(weights.named_parameters(), OptimConfig(lr=1e-3)),
             schedule=build_schedule(OptimConfig(), 3), intervals=Intervals(1, 0, 0), max_bad_steps=9, validate=None,
-            checkpoints=NoSaves(), sink=None, ranks=Ranks(world),  # type: ignore[arg-type]
+            checkpoints=NoSaves(), sink=None, ranks=HostGroup(world),  # type: ignore[arg-type]
         )  # fmt: skip
         batch = collate(random_groups(0))
         step = StepBatches([batch], 2 * len(batch.better), batch.num_tokens, 1.0)
@@ -242,7 +242,7 @@ def main(folder: Path) -> None:
         if attempt == 0:
             if world.rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            process_group.gather("lost")
+            collectives.all_gather("lost")
         found = {check.__name__: check(folder / "model", world) for check in CHECKS}
         (folder / f"{world.rank}.json").write_text(json.dumps({"attempt": attempt, **found}))
 

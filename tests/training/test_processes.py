@@ -126,7 +126,7 @@ def test_processes_agree_on_the_run_folder_and_refuse_other_settings(found: list
 
 
 def test_who_does_not_come_in_time_is_named(found: list[dict[str, Any]]) -> None:
-    assert found[0]["who_does_not_come_is_named"] == "rank 1 of 2 did not come to the test within 0.3 s"
+    assert found[0]["who_does_not_come_is_named"] == "rank 1 of 2 did not reach the test within 0.3 s"
     assert found[1]["who_does_not_come_is_named"] == ""
 
 
@@ -135,12 +135,12 @@ def test_the_loss_of_a_process_on_another_machine_ends_the_run_and_is_named(tmp_
     script = tmp_path / "lost.py"
     script.write_text(
         "import os, signal, torch\n"
-        "from rm_gallery.distributed import process_group\n"
+        "from rm_gallery.distributed import collectives, process_group\n"
         "with process_group.processes('cpu') as world:\n"
-        "    process_group.sum_over_ranks(torch.ones(1))\n"
+        "    collectives.sum_over_ranks(torch.ones(1))\n"
         "    if world.rank == 1:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    process_group.sum_over_ranks(torch.ones(1))\n"
+        "    collectives.sum_over_ranks(torch.ones(1))\n"
     )
     meeting = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={forks.free_port()}")
     nodes = [

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from rm_gallery.distributed.process_group import World, from_main, turn
+from rm_gallery.distributed.collectives import broadcast
+from rm_gallery.distributed.process_group import World, heartbeat
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.config import DTYPE_BYTES, CheckpointingMode, FsdpConfig, ModelConfig
@@ -38,7 +39,7 @@ def resolve_strategy(config: ModelConfig, world: World, num_parameters: int) -> 
     strategy = choose_strategy(
         config.strategy,
         world_size=world.world_size,
-        memory=from_main(_memory_per_process(world)),
+        memory=broadcast(_memory_per_process(world)),
         num_parameters=num_parameters,
         dtype_bytes=DTYPE_BYTES[fsdp.model_dtype],
         offload=fsdp.offloads_weights,
@@ -105,7 +106,7 @@ def apply(
         broadcast_from_rank_0(model)
         weights = MasterWeights(model, dtype)
     if world.world_size > 1:
-        model.register_forward_pre_hook(lambda *_: turn("a forward pass"), prepend=True)
+        model.register_forward_pre_hook(lambda *_: heartbeat("a forward pass"), prepend=True)
     return weights
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from rm_gallery.distributed.process_group import World, join_alone, sum_over_ranks, turn
+from rm_gallery.distributed.collectives import sum_over_ranks
+from rm_gallery.distributed.process_group import World, heartbeat, init_single_process
 from rm_gallery.modeling.meta_init import WeightFiles
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
@@ -24,7 +25,7 @@ class ShardingSpec:
     dtype: torch.dtype
     """Compute type of the backbone. Gradients are reduced in float32; the head computes in float32."""
     group_size: int
-    """Ranks of one sharding group. Groups replicate each other (hybrid sharding)."""
+    """HostGroup of one sharding group. Groups replicate each other (hybrid sharding)."""
     min_num_params: int = 0
     """Smallest module, in parameters, that is sharded on its own; 0 shards each transformer layer."""
     offload: bool = False
@@ -73,10 +74,10 @@ def shard(model: RewardModel, files: WeightFiles | None, spec: ShardingSpec, wor
     rank holds as a whole.
     """
     if world.world_size == 1:
-        join_alone()
+        init_single_process()
     _fully_shard(model, spec, _mesh(spec, world), world)
     if files is not None:
-        turn("reading the weights")
+        heartbeat("reading the weights")
         # The DTensors of the state dict share their memory with the parameters.
         files.fill({name.removeprefix(_NETWORK): value for name, value in model.state_dict().items()})
     return ShardedWeights(model, spec, world)
@@ -118,7 +119,7 @@ class ShardedWeights(TrainedWeights):
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Accumulate a micro-batch's gradients, reduce-scattered in the group; replicas all-reduce after the last."""
-        turn("a backward pass")
+        heartbeat("a backward pass")
         if self._num_replicas > 1:
             self._model.set_requires_all_reduce(is_last)  # type: ignore[operator]
         # FSDP2 averages gradients over all ranks. Our loss is a part of a sum over ranks, so undo the division.

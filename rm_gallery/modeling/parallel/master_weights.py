@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rm_gallery.distributed.process_group import sum_over_ranks, turn, world_size
+from rm_gallery.distributed.collectives import sum_over_ranks
+from rm_gallery.distributed.process_group import heartbeat, world_size
 from rm_gallery.modeling.reward_model import RewardModel
 
 _BUCKET_NUMEL = 1 << 25  # elements of one all-reduce: 128 MiB of float32
@@ -40,7 +41,7 @@ class TrainedWeights(ABC):
 
         loss: this rank's part of a sum over all ranks.
         """
-        turn("a backward pass")
+        heartbeat("a backward pass")
         loss.backward()
 
     def gather_gradients(self, loss: Tensor, max_norm: float) -> tuple[float, float]:
@@ -118,7 +119,7 @@ class MasterWeights(TrainedWeights):
     def _sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         if world_size() == 1:
             return
-        turn("the sum of gradients")
+        heartbeat("the sum of gradients")
         for bucket in _buckets(gradients):
             flat = torch.cat([each.reshape(-1) for each in bucket])
             dist.all_reduce(flat)
@@ -162,6 +163,6 @@ def _accumulate_into(master: nn.Parameter) -> Callable[[Tensor], None]:
 def broadcast_from_rank_0(model: nn.Module) -> None:
     """Overwrite parameters and buffers with those of rank 0, in case model folders differ between machines."""
     if world_size() > 1:
-        turn("the weights of rank 0")
+        heartbeat("the weights of rank 0")
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor, src=0)
