@@ -72,9 +72,7 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         _add_config(command, default_config)
-        command.set_defaults(
-            run=run, words="overrides", when_stopped="run the same command to resume from the last checkpoint"
-        )
+        command.set_defaults(run=run, words="overrides", when_stopped="run the same command to resume")
     _add_show_data(commands, default_config)
     _add_estimate(commands, default_config)
     _add_score(commands)
@@ -83,9 +81,7 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
 
 
 def _add_config(command: argparse.ArgumentParser, default_config: str | None) -> None:
-    command.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="override a configuration value, as optim.lr=1e-6"
-    )
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration override, as optim.lr=1e-6")
     command.add_argument("--config", default=default_config, metavar="FILE", help="YAML configuration file")
     command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
 
@@ -103,9 +99,7 @@ def _add_show_data(commands: Any, default_config: str | None) -> None:
     _add_config(command, default_config)
     command.add_argument("--html", metavar="FILE", help="write the report to a single HTML file as well")
     command.add_argument("--json", action="store_true", help="print all values as JSON")
-    command.add_argument(
-        "--samples", type=int, default=3, metavar="N", help="number of sample rows to print (default: 3)"
-    )
+    command.add_argument("--samples", type=int, default=3, metavar="N", help="sample rows to print (default: 3)")
     command.set_defaults(run=_show_data, words="overrides", when_stopped="nothing was written")
 
 

@@ -134,7 +134,8 @@ def _warn_of_overlap(train: TokenData, val: TokenData) -> None:
     if shared.any():
         log.warning(
             "train/validation leakage: %d of %d validation groups have a prompt that is also in the training data "
-            "(first: %s); rm-gallery show-data reports details", int(shared.sum()), len(val), val.where(int(shared.argmax())),
+            "(first: %s); rm-gallery show-data reports details",
+            int(shared.sum()), len(val), val.where(int(shared.argmax())),
         )  # fmt: skip
 
 

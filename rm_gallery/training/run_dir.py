@@ -44,7 +44,7 @@ def claimed(run_dir: Path, *, timeout: float = 30.0) -> Iterator[None]:
             stack.enter_context(lock(run_dir / LOCK_NAME, timeout=timeout, on_wait=on_wait))
         except TimeoutError as error:
             raise UserError(
-                f"{run_dir}: {error} is training in this directory; stop it first, or set another trainer.experiment_name"
+                f"{run_dir}: {error} is training in this directory; stop it first, or change trainer.experiment_name"
             ) from error
         except OSError as error:
             raise _cannot_write(run_dir, error) from error

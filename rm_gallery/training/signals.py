@@ -26,7 +26,7 @@ class StopSignal:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle both signals inside the context, and restore the previous handlers after it. No-op outside the main thread."""
+        """Handle both signals inside the context and restore the handlers after it. No-op outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

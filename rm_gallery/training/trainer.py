@@ -1,4 +1,4 @@
-"""The training loop: fetch, forward and backward, optimizer step, log, validate, save. Its parts are built elsewhere."""
+"""The training loop: forward and backward, optimizer step, logging, validation, saving. Its parts are passed in."""
 
 from __future__ import annotations
 
