@@ -10,6 +10,7 @@ import gc
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 from rm_gallery import __version__
 from rm_gallery.errors import StoppedBySignal, UserError
-from rm_gallery.log import setup_logging, speak_in_turn
+from rm_gallery.log import setup_logging, wait_for_local_main
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
     except UserError as error:
         if arguments.debug:
             traceback.print_exc()
-        rank = speak_in_turn()
+        rank = wait_for_local_main()
         for line in str(error).splitlines():
             print(f"{rank}rm-gallery: error: {line}", file=sys.stderr)
         return 2
@@ -72,7 +73,7 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         _add_config(command, default_config)
-        command.set_defaults(run=run, words="overrides", when_stopped="run the same command to resume")
+        command.set_defaults(run=run, words="overrides", when_stopped="rerun the command to resume")
     _add_show_data(commands, default_config)
     _add_estimate(commands, default_config)
     _add_score(commands)
@@ -89,17 +90,16 @@ def _add_config(command: argparse.ArgumentParser, default_config: str | None) ->
 def _add_show_data(commands: Any, default_config: str | None) -> None:
     command = commands.add_parser(
         "show-data",
-        help="report on the data: lengths, duplicates, train/validation leakage, length bias, baselines, samples",
+        help="report on the data: lengths, length bias, duplicates, leakage, baselines, samples",
         description=(
-            "Read the data as training does and report lengths, dropped rows, duplicates, leakage and baselines. "
-            "Takes the same arguments as train; only data.train_files is required. With model.partial_pretrain, "
-            "lengths are in tokens of that model."
+            "Read the data as training does and report on it. Takes the configuration of train; data.train_files is "
+            "enough. Lengths are in words, or in tokens with model.partial_pretrain."
         ),
     )
     _add_config(command, default_config)
-    command.add_argument("--html", metavar="FILE", help="write the report to a single HTML file as well")
-    command.add_argument("--json", action="store_true", help="print all values as JSON")
-    command.add_argument("--samples", type=int, default=3, metavar="N", help="sample rows to print (default: 3)")
+    command.add_argument("--html", metavar="FILE", help="also write the report as a self-contained HTML file")
+    command.add_argument("--json", action="store_true", help="print every figure as JSON instead")
+    command.add_argument("--samples", type=int, default=3, metavar="N", help="number of rows to show (default: 3)")
     command.set_defaults(run=_show_data, words="overrides", when_stopped="nothing was written")
 
 
@@ -127,24 +127,31 @@ def _add_score(commands: Any) -> None:
         help="score files with trained models",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
-            "Score files with trained models. Columns that are read, the first that a file has:\n"
-            "  chosen and rejected  gives reward_chosen and reward_rejected\n"
-            "  messages             gives reward, of the last turn\n"
-            "  responses (a list)   gives rewards (a list)\n"
-            "  response             gives reward\n"
-            "and prompt with them, if it is there. With several models, NAME/ goes before these columns.\n"
-            "Run the same command again to resume."
+            "Score files with trained models. Reads every file and layout that train reads, and responses without\n"
+            "labels. The first layout that a file has decides:\n"
+            "  chosen and rejected           gives reward_chosen and reward_rejected\n"
+            "  messages                      gives reward, of the last turn\n"
+            "  responses (a list), and other layouts with a list of responses\n"
+            "                                gives rewards (a list)\n"
+            "  response                      gives reward\n"
+            "A prompt and tools are read too. Columns have other names with data.KEY=VALUE, as in training:\n"
+            "  rm-gallery score --model MODEL --output out data.chosen_key=better answers.csv.gz\n"
+            "Also data.split, data.subset and data.revision of a hub dataset. The output has the columns of the input\n"
+            "and the rewards: JSON lines for JSON, parquet for other inputs, or what the suffix of --output says.\n"
+            "With several models, the reward columns are prefixed with NAME/. A stopped command resumes when rerun."
         ),
     )
-    command.add_argument("inputs", nargs="+", metavar="INPUT", help="parquet or JSON-lines file, or folder of them")
-    command.add_argument("--model", action="append", required=True, metavar="FOLDER", help="give it again for more")
-    command.add_argument("--output", required=True, metavar="PATH", help="a folder; for one input a file, too")
+    command.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="file, folder, glob, URL or hub dataset; or data.KEY=VALUE"
+    )
+    command.add_argument("--model", action="append", required=True, metavar="FOLDER", help="repeat for several models")
+    command.add_argument("--output", required=True, metavar="PATH", help="folder; or a file, for one input")
     command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N")
     command.add_argument("--dtype", default="auto", help="auto (default: bf16 on a GPU), fp32, bf16")
-    command.add_argument("--token-budget", type=int, metavar="N", help="most tokens of one model call")
-    command.add_argument("--trust-remote-code", action="store_true", help="run the code that a model brings along")
+    command.add_argument("--token-budget", type=int, metavar="N", help="maximum tokens per model call")
+    command.add_argument("--trust-remote-code", action="store_true", help="run code from the model folder")
     command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
-    command.set_defaults(run=_score, words="inputs", when_stopped="run the same command to resume")
+    command.set_defaults(run=_score, words="inputs", when_stopped="rerun the command to resume")
 
 
 def _add_export_data(commands: Any) -> None:
@@ -247,22 +254,30 @@ def _estimate(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from rm_gallery.scoring.score_files import ScoreOptions, score_files
+    from rm_gallery.scoring.score_files import ScoreOptions, load_data_config, score_files
 
+    settings = [text for text in arguments.inputs if re.match(r"data(\.\w+)+=", text)]
     options = ScoreOptions(
         models=tuple(arguments.model),
-        inputs=tuple(arguments.inputs),
+        inputs=tuple(text for text in arguments.inputs if text not in settings),
         output=arguments.output,
         device=arguments.device,
         dtype=arguments.dtype,
         token_budget=arguments.token_budget,
         trust_remote_code=arguments.trust_remote_code,
+        data=load_data_config(settings),
     )
+    num_rewards = 0
     for scored in score_files(options):
-        print(f"{scored.output}: {scored.num_rows} rows" + (", there already" if scored.was_there else ""))
+        print(f"{scored.output}: {scored.num_rows} rows" + (", scored earlier" if scored.was_there else ""))
         for model, unscored in scored.unscored.items():
+            num_rewards += scored.num_rows - unscored.total
             if unscored.total:
                 print(f"  {model}: {unscored.total} without a reward: {unscored.describe()}")
+    if not num_rewards:
+        raise UserError(
+            "no row got a reward, for the reasons above; fix the rows, or name the columns with data.KEY=NAME"
+        )
 
 
 def _export_data(arguments: argparse.Namespace) -> None:

@@ -104,7 +104,7 @@ def test_ctrl_c_ends_with_130_and_a_sentence(
 
     monkeypatch.setattr("rm_gallery.training.config.load_config", interrupt)
     assert main(["validate-config"]) == 130
-    assert capsys.readouterr().err == "rm-gallery: stopped by Ctrl-C; run the same command to resume\n"
+    assert capsys.readouterr().err == "rm-gallery: stopped by Ctrl-C; rerun the command to resume\n"
 
 
 @pytest.mark.parametrize(

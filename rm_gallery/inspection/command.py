@@ -14,6 +14,7 @@ from rm_gallery.data.config import sides_of
 from rm_gallery.data.sources import resolve_files
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import UserError
+from rm_gallery.files import write_text
 from rm_gallery.inspection.collect import collect
 from rm_gallery.inspection.html import MARKER, html_of
 from rm_gallery.inspection.page import page_of
@@ -34,7 +35,10 @@ def show_data(
     config = load_config(config_file, overrides, only_data=True)
     page = page_of(inspect_data(config, num_samples=samples))
     if target is not None:
-        _write(target, html_of(page))
+        try:
+            write_text(target, html_of(page))
+        except OSError as error:
+            raise UserError(f"--html={html}: cannot be written ({error.strerror}); name another file") from error
     if as_json:
         print(json.dumps(page.as_dict(), indent=2))
         return
@@ -52,17 +56,6 @@ def _check_target(html: str) -> Path:
     if path.exists() and MARKER.encode() not in path.read_bytes()[:1000]:
         raise UserError(f"--html={html}: the file exists and is not a report of this command; name another one")
     return path
-
-
-def _write(path: Path, text: str) -> None:
-    """Atomically: under a temporary name first."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"--html={path}: cannot be written ({error.strerror}); name another file") from error
 
 
 def inspect_data(config: TrainConfig, *, num_samples: int) -> Report:

@@ -275,7 +275,10 @@ def _length_bias(reports: Sequence[LengthBias]) -> tuple[Figures]:
 
 def _findings(findings: Sequence[Finding]) -> Figures:
     return Figures(
-        tuple(Figure(each.title, _count(each), each.why, each.examples, each.count > 0) for each in findings)
+        tuple(
+            Figure(each.title, _count(each), each.why if each.count else "", each.examples, each.count > 0)
+            for each in findings
+        )
     )
 
 

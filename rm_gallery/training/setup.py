@@ -44,7 +44,7 @@ from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.data_setup import Loaded, check_data, load_sides
 from rm_gallery.training.model_setup import StartModel, start_model
 from rm_gallery.training.optim import build_optimizer, build_schedule
-from rm_gallery.training.run_dir import claimed, draw_curves, write_run_facts
+from rm_gallery.training.run_dir import draw_curves, lock_run_dir, write_run_facts
 from rm_gallery.training.signals import StopSignal
 from rm_gallery.training.trackers import NoTrackers, RunInfo, Trackers
 from rm_gallery.training.trainer import Intervals, Trainer
@@ -109,7 +109,7 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
     optimizer = build_optimizer(weights.named_parameters(), config.optim)
     offload_optimizer(optimizer, config.model.fsdp_config, world.device)
     run_dir, ranks = config.trainer.run_dir, HostGroup(world)
-    with ranks.on_main(claimed(run_dir)):
+    with ranks.on_main(lock_run_dir(run_dir)):
         tensors = RunTensors(model, weights, optimizer)
         identity = run_identity(config, train.data, plan, shape, total_steps)
         begin = find_start(

@@ -215,7 +215,7 @@ class Trainer:
             self._save(is_last=True)
         else:
             self.checkpoints.wait()
-        what = f"global_step_{step} is saved; run the same command to resume" if step else "no step was completed"
+        what = f"global_step_{step} is saved; rerun the command to resume" if step else "no step was completed"
         raise StoppedBySignal(f"stopped by {name} after step {step} of {self.total_steps}; {what}",
                               status=128 + (number or signal.SIGTERM))  # fmt: skip
 

@@ -57,6 +57,7 @@ LIGHT = [
     "rm_gallery.data.tokenization",
     "rm_gallery.data.token_cache",
     "rm_gallery.data.batching.plan",
+    "rm_gallery.inspection",
     "rm_gallery.data.config",
     "rm_gallery.modeling.config",
     "rm_gallery.modeling.parallel.strategy",

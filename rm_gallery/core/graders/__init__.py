@@ -1,4 +1,4 @@
-"""Graders: judge one sample with a chat model, a reward model or a rule."""
+"""Graders score or rank the responses of a sample with a chat model, a reward model or a rule."""
 
 from rm_gallery.core.graders.base_grader import (
     BaseGrader,

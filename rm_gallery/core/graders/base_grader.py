@@ -1,4 +1,4 @@
-"""BaseGrader: the base class of all graders; their results: a score, a rank, or an error."""
+"""BaseGrader: the base class of graders, and their results: GraderScore, GraderRank, GraderError."""
 
 from __future__ import annotations
 
@@ -12,60 +12,60 @@ from rm_gallery.core.run_sync import run_sync
 
 
 class GraderMode(StrEnum):
-    """What a grader is given at once."""
+    """Whether a grader judges responses one by one or together."""
 
     POINTWISE = "pointwise"
-    """One response, judged by itself: a score."""
+    """One response: a score."""
     LISTWISE = "listwise"
-    """Several responses to one query, judged against each other: a rank."""
+    """Several responses to one query, compared with each other: a rank."""
 
 
 class GraderResult(BaseModel):
-    """What every result has."""
+    """Fields of all results."""
 
     name: str = ""
-    """The grader's name."""
+    """Name of the grader."""
     reason: str = ""
-    """Why, in words; empty where a model gives none."""
+    """Explanation of the judge; empty without one."""
     metadata: dict[str, Any] = Field(default_factory=dict)
 
 
 class GraderScore(GraderResult):
-    """How good one response is."""
+    """The score of one response."""
 
     score: float = Field(allow_inf_nan=False)
-    """On the grader's scale, or the reward (any finite number) where a reward model scores; higher is better."""
+    """On the grader's scale, or the reward (any finite number) of a reward model; higher is better."""
 
 
 class GraderRank(GraderResult):
-    """Which of several responses is better."""
+    """The ranking of several responses."""
 
     rank: list[Annotated[int, Field(ge=1)]]
-    """The place of each response, in the order given; 1 is the best, equal rewards share the better place."""
+    """The rank of each response, in the order given; 1 is best, ties share the better rank (1, 1, 3)."""
 
 
 class GraderError(GraderResult):
-    """Why a sample has no grade; takes the place of a result, so that a batch goes on."""
+    """An error in place of a result; it does not stop the batch."""
 
     error: str
-    """One sentence: what failed, and what to do where there is something to do."""
+    """What failed, and how to fix it."""
 
 
 class BaseGrader(ABC):
-    """Judges one sample at a time. A subclass writes `aevaluate`; everything else follows from it."""
+    """Base class of graders. Subclasses implement `aevaluate`."""
 
     def __init__(self, name: str = "", mode: GraderMode | str = GraderMode.POINTWISE, description: str = "") -> None:
-        """name: what results carry, by default the class's name. Raises ValueError for an unknown mode."""
+        """name: name in results; defaults to the class name. Raises ValueError for an unknown mode."""
         self.name = name or type(self).__name__
         self.mode = GraderMode(mode)
         self.description = description
 
     @abstractmethod
     async def aevaluate(self, **kwargs: Any) -> GraderScore | GraderRank | GraderError:
-        """Judge one sample. A judgement that fails is a GraderError, so that a batch goes on without it."""
+        """Grade one sample. Failures are returned as GraderError, so that they do not stop a batch."""
 
     def evaluate(self, **kwargs: Any) -> GraderScore | GraderRank | GraderError:
-        """`aevaluate` for code that does not await; in a running event loop (a notebook) it blocks that loop."""
+        """Synchronous `aevaluate`; blocks the event loop if one is running."""
         return run_sync(self.aevaluate(**kwargs))
 
     def __repr__(self) -> str:

@@ -32,10 +32,10 @@ _MAX_BACKOFF_S = 8.0  # of the openai package
 
 
 class OpenAIChatModel(BaseChatModel):
-    """Answers over an API, or from a folder on this machine.
+    """A model at an OpenAI-compatible endpoint, or with `is_local` in a checkpoint folder.
 
-    A folder with a sequence classification checkpoint answers with the reward of the conversation it is given; one
-    with a causal language model generates. A folder is loaded when it is first used, once for all models that name it.
+    A sequence-classification checkpoint returns the reward of a conversation; a causal language model generates text.
+    A folder is loaded on first use, once per process.
     """
 
     def __init__(
@@ -52,17 +52,17 @@ class OpenAIChatModel(BaseChatModel):
         trust_remote_code: bool = False,
         **options: Any,
     ) -> None:
-        """model: what the endpoint calls it, or with `is_local` the checkpoint folder.
+        """model: name at the endpoint, or with `is_local` the checkpoint folder.
 
-        api_key, base_url: by default from the environment, OPENAI_API_KEY and OPENAI_BASE_URL.
+        api_key, base_url: default to the environment variables OPENAI_API_KEY and OPENAI_BASE_URL.
         timeout: seconds without data until a request fails; all tries of a call together may take
         `(max_retries + 1) * (timeout + 8)`. max_retries: after 408, 409, 429, 5xx, a lost connection and a timeout, by
         the openai package: it backs off from 0.5 to 8 seconds, honours Retry-After up to two minutes, and logs each
         retry at level INFO. An exceeded quota is not retried.
-        device, dtype: of a folder; `auto` takes a GPU and bfloat16 when there is one, else float32.
-        trust_remote_code: run the code that lies in the folder, for architectures that transformers does not have.
+        device, dtype: for a folder; `auto` is a GPU with bfloat16 if there is one, else the CPU with float32.
+        trust_remote_code: run model code from the folder, for architectures that transformers does not have.
         options: sent with every request (temperature, max_tokens, extra_body, ...).
-        Raises UserError for a folder that holds no model, and a missing package or key.
+        Raises UserError for a folder without a model, and for a missing package or API key.
         """
         super().__init__(model)
         self.is_local, self.options = is_local, options
@@ -80,15 +80,15 @@ class OpenAIChatModel(BaseChatModel):
 
     @property
     def reward_scorer(self) -> Any:
-        """The RewardScorer of a reward model's folder, loaded on first use (seconds to minutes); None for others."""
+        """The RewardScorer of a reward model, loaded on first use (seconds to minutes); None for other models."""
         return self._local.scorer() if isinstance(self._local, LocalRewardModel) else None
 
     async def achat(
         self, messages: Conversation, response_format: ResponseFormat | None = None, **kwargs: Any
     ) -> ChatResponse:
-        """The answer to a conversation; see `BaseChatModel.achat` for the arguments.
+        """Respond to a conversation; see `BaseChatModel.achat` for the arguments.
 
-        Of a reward model: `content` is the reward as a number in text, `parsed` is {"reward": x}; options mean nothing.
+        For a reward model `content` is the reward as text and `parsed` is {"reward": x}; options are ignored.
         """
         turns = as_messages(messages)
         options = {**self.options, **kwargs}
@@ -109,13 +109,13 @@ class OpenAIChatModel(BaseChatModel):
         if not self._takes_format:
             return self._read(*await self._endpoint.request(in_prompt, options))
         sent = request_format(response_format)
-        # An endpoint that promises JSON of any shape must still be told which.
+        # `json_object` allows any JSON, so the prompt has to describe the schema.
         asked = in_prompt if sent["type"] == "json_object" else turns
         try:
             return self._read(*await self._endpoint.request(asked, {**options, "response_format": sent}))
         except _RequestRefused:
             completion, attempts = await self._endpoint.request(in_prompt, options)
-        self._takes_format = False  # the same without the format is answered: remember it
+        self._takes_format = False  # the endpoint does not support it: do not send it again
         return self._read(completion, attempts + 1)
 
     def _read(self, completion: Any, attempts: int) -> ChatResponse:
@@ -124,7 +124,7 @@ class OpenAIChatModel(BaseChatModel):
         content = getattr(message, "content", None)
         if not content:
             refusal = getattr(message, "refusal", None)
-            why = f"refused ({refusal})" if refusal else f"an answer without text (finish_reason={reason})"
+            why = f"refused ({refusal})" if refusal else f"a response without text (finish_reason={reason})"
             raise ChatError(f"model={self.model}: {why}" + ("; raise max_tokens" if reason == "length" else ""))
         used = getattr(completion, "usage", None)
         usage = None
@@ -188,9 +188,9 @@ class _Endpoint:
                 raw = await create(model=self.model, messages=messages, **options)
             completion, attempts = raw.parse(), raw.retries_taken + 1
         except openai.APITimeoutError as error:
-            raise ChatError(f"{where}: no answer within {self.timeout:g} s{tries}") from error
+            raise ChatError(f"{where}: no response within {self.timeout:g} s{tries}") from error
         except TimeoutError as error:
-            raise ChatError(f"{where}: no complete answer within {total:g} s, retries included") from error
+            raise ChatError(f"{where}: no complete response within {total:g} s, retries included") from error
         except openai.APIConnectionError as error:
             raise ChatError(f"{where}: no connection ({error.__cause__ or error}){tries}") from error
         except openai.APIStatusError as error:
@@ -200,9 +200,9 @@ class _Endpoint:
                 f"{where}: {self._short(error)}; options beyond the OpenAI API go into extra_body"
             ) from error
         except (openai.APIError, ValueError) as error:
-            raise ChatError(f"{where}: unreadable answer ({self._short(error)})") from error
+            raise ChatError(f"{where}: unreadable response ({self._short(error)})") from error
         if not getattr(completion, "choices", None):
-            raise ChatError(f"{where}: an answer without choices")
+            raise ChatError(f"{where}: a response without choices")
         return completion, attempts
 
     def _describe(self, where: str, error: Any) -> ChatError:

@@ -1,4 +1,4 @@
-"""Results of a run by sample. ResultsFile writes them to disk and resumes from it; GradingResults reads them back."""
+"""Results of a run by sample: ResultsFile writes them and resumes, GradingResults reads them for an export."""
 
 from __future__ import annotations
 
@@ -70,21 +70,21 @@ class ResultsFile:
     """JSON lines, one per result:
     {"index": 0, "grader": "relevance", "sample": fingerprint, "setup": fingerprint, "kind": "score", "result": {...}}
 
-    A line is in the hands of the operating system before the next call is made: a killed process loses nothing that
-    it had. A half-written last line is cut off; of two lines for one result the later holds. One run at a time.
+    Each line is flushed before the next call, so that a killed process loses no result. An incomplete last line is
+    removed; of two lines for one result the later counts. A lock refuses a second run on the same file.
     """
 
     def __init__(self, path: str | Path, setups: Mapping[str, str], *, retry_errors: bool = False) -> None:
-        """setups: grader name -> fingerprint; lines of other graders stay and are not looked at.
+        """setups: grader name -> fingerprint; lines of other graders are kept and ignored.
 
-        retry_errors: take saved errors for missing. Raises UserError for a file that cannot be written or is in use,
-        that holds anything else, or that holds results of a grader that was set up otherwise.
+        retry_errors: treat saved errors as missing. Raises UserError for a file that cannot be written, is in use or
+        is not a results file, and for results of a grader with another setup.
         """
         self.path, self._setups = Path(path), setups
         self._saved: dict[str, dict[int, SavedResult]] = {name: {} for name in setups}
         try:
             if self.path.exists() and not self.path.is_file():
-                raise UserError(f"output_path {self.path}: this is no ordinary file; name a file")
+                raise UserError(f"output_path {self.path}: not a regular file; name another")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = open(self.path, "a+b")  # noqa: SIM115 - closed by close()
         except OSError as error:
@@ -105,13 +105,13 @@ class ResultsFile:
 
     @property
     def num_saved(self) -> int:
-        """Results that are there and not taken yet."""
+        """Number of saved results that are not taken yet."""
         return sum(map(len, self._saved.values()))
 
     def take(self, grader: str, index: int, sample: str) -> GraderScore | GraderRank | GraderError | None:
-        """The saved result for a sample, which is then forgotten here; None when there is none.
+        """Remove and return the saved result for a sample; None if there is none.
 
-        Raises UserError when it was written for another sample.
+        Raises UserError if it was written for another sample.
         """
         saved = self._saved[grader].pop(index, None)
         if saved is None:
@@ -124,7 +124,7 @@ class ResultsFile:
         return saved.result
 
     def check_length(self, num_samples: int) -> None:
-        """Raise UserError when there are results for samples past the end of the dataset."""
+        """Raise UserError for results of samples past the end of the dataset."""
         for grader, saved in self._saved.items():
             if (last := max(saved, default=-1)) >= num_samples:
                 raise UserError(
@@ -133,7 +133,7 @@ class ResultsFile:
                 )
 
     def append(self, grader: str, index: int, sample: str, result: GraderScore | GraderRank | GraderError) -> None:
-        """Write one result. Raises UserError when the disk refuses."""
+        """Append one result. Raises UserError if it cannot be written."""
         kind = next(kind for kind, owner in KINDS.items() if isinstance(result, owner))
         line = {"index": index, "grader": grader, "sample": sample, "setup": self._setups[grader], "kind": kind}
         try:
@@ -141,12 +141,12 @@ class ResultsFile:
             self._file.flush()
         except OSError as error:
             raise UserError(
-                f"output_path {self.path}: cannot be written any more ({error.strerror}); what is in it stays: "
-                "make room, then run again to go on from there"
+                f"output_path {self.path}: cannot be written ({error.strerror}); earlier results are saved: "
+                "make room, then run again to resume"
             ) from error
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk was told of by append()
+        with contextlib.suppress(OSError):  # append() has reported it
             self._file.close()
         self._held.close()
 
@@ -157,7 +157,7 @@ class ResultsFile:
             raise UserError(
                 f"output_path {self.path}: another run is writing to it ({error}); wait for it, or name another file"
             ) from None
-        except OSError:  # the folder is not writable: two runs on one file are not noticed
+        except OSError:  # the folder is not writable: run without a lock
             return
 
     def _load(self, retry_errors: bool) -> None:
@@ -186,7 +186,7 @@ class ResultsFile:
 def _as_line(content: dict[str, Any]) -> bytes:
     try:
         text = json.dumps(content, default=_plain_or_text)
-    except (TypeError, ValueError):  # keys that are no texts, or a metadata that holds itself
+    except (TypeError, ValueError):  # keys that are not strings, or circular metadata
         content["result"]["metadata"] = {"text": repr(content["result"]["metadata"])}
         text = json.dumps(content, default=_plain_or_text)
     return text.encode() + b"\n"

@@ -103,7 +103,9 @@ def _expand_folder(folder: Path, split: str | None, role: Role, what: str) -> li
         chosen = choose_split(by_split, split, role, what)
         log.info("%s: %d of %d files, those of one split", what, len(chosen), len(names))
         names = chosen
-    return [folder / name for name in of_one_kind(names, what=what, where=f"{folder}/")]
+    if role != "all":
+        names = of_one_kind(names, what=what, where=f"{folder}/")
+    return [folder / name for name in names]
 
 
 def _names_below(folder: Path) -> list[str]:

@@ -92,7 +92,7 @@ def test_parquet_with_scores_as_integers_lists_and_messages(tmp_path: Path) -> N
         (LINES[0].encode().replace(b"1.0", b"-Infinity"), "score that is not finite"),
         (LINES[0].encode().replace(b"1.0", b"1e999"), "score that is not finite"),
         (LINES[0].encode().replace(b"1.0", b"true"), "score that is true or false"),
-        (LINES[0].encode().replace(b"g 0", b"\\ud800"), "half"),
+        (LINES[0].encode().replace(b"g 0", b"\\ud800"), "lone surrogate"),
     ],
 )  # fmt: skip
 def test_a_damaged_line_is_counted_with_its_place(line: bytes, reason: str, tmp_path: Path) -> None:

@@ -126,8 +126,8 @@ def test_a_mapper_says_where_the_fields_are(mapper: Any, case: dict[str, Any], t
     ("mapper", "what"),
     [
         ({"promt": "q"}, "'promt'.*Did you mean 'prompt'"),
-        ({"prompt": 3}, "both must be texts"),
-        ("prompt", "the mapper is a text"),
+        ({"prompt": 3}, "both must be strings"),
+        ("prompt", "the mapper is a string"),
         (dict, "the mapper is"),
     ],
 )

@@ -81,7 +81,7 @@ def test_passing_trouble_is_waited_out(trouble: str, endpoint: StandIn) -> None:
     [
         ("rate_limit", r"HTTP 429 \(too many requests\) after 3 tries$"),
         ("server_error", r"HTTP 500 \(the server stumbled\) after 3 tries$"),
-        ("hang", r"no answer within 0.2 s after 3 tries$"),
+        ("hang", r"no response within 0.2 s after 3 tries$"),
     ],
 )
 def test_lasting_trouble_is_one_sentence(trouble: str, what: str, endpoint: StandIn) -> None:
@@ -96,8 +96,8 @@ def test_lasting_trouble_is_one_sentence(trouble: str, what: str, endpoint: Stan
     [
         ("unauthorized", r"HTTP 401 .*\*\*\*.*; set OPENAI_API_KEY", 1),
         ("no_quota", "you exceeded your quota", 1),
-        ("empty", "an answer without choices$", 1),
-        ("html", "an answer without choices$", 1),
+        ("empty", "a response without choices$", 1),
+        ("html", "a response without choices$", 1),
         ("too_long", r"HTTP 400 \(the prompt is longer than the context\)$", 1),
         ("no_text", r"without text \(finish_reason=length\); raise max_tokens$", 1),
         ("refusal", r"refused \(I would rather not.\)$", 1),
@@ -129,7 +129,7 @@ def test_a_server_that_sends_slowly_is_given_up(endpoint: StandIn, monkeypatch: 
     # 20 s without data stand for bytes that keep coming; the total of all tries is 1 * (20 - 19.8) s.
     monkeypatch.setattr("rm_gallery.core.models.openai_chat_model._MAX_BACKOFF_S", -19.8)
     endpoint.delay = 5
-    with pytest.raises(ChatError, match=r"no complete answer within 0.2 s, retries included"):
+    with pytest.raises(ChatError, match=r"no complete response within 0.2 s, retries included"):
         model_at(endpoint, max_retries=0).chat("hello")
 
 

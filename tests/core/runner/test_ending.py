@@ -34,7 +34,7 @@ def cancelled_after_start(work: Coroutine[Any, Any, Any], hanging: HangingGrader
 
 def test_a_grader_that_cancels_itself_costs_its_sample_only() -> None:
     results = GradingRunner({"r": RaisingGrader()}).run([{"error": asyncio.CancelledError()}, {}])["r"]
-    assert results[0].error == "the grader was cancelled from within"
+    assert results[0].error == "the grader cancelled itself"
     assert scores(results[1:]) == [1]
 
 
