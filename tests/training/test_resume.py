@@ -31,7 +31,7 @@ def test_stopped_after_any_step_and_started_again(
     whole = train(qwen2_folder, "whole", *same)
     when_logged(monkeypatch, stop_after, send(signal.SIGTERM))
     parts = train(qwen2_folder, "parts", *same, status=143)
-    sentence = f"stopped by SIGTERM after step {stop_after} of 6; global_step_{stop_after} is saved, and the same "
+    sentence = f"stopped by SIGTERM after step {stop_after} of 6; global_step_{stop_after} is saved; rerun the command"
     assert sentence in capsys.readouterr().err
     assert rows(parts)[-1]["step"] == stop_after
     train(qwen2_folder, "parts", *same)
