@@ -11,7 +11,7 @@ from rm_gallery.inspection.collect import Split
 from rm_gallery.inspection.findings import MAX_EXAMPLES, Finding
 from rm_gallery.inspection.near_duplicates import near_clusters
 
-_NEAR = "at least about 80% of the word trigrams in common (MinHash estimate"
+_NEAR = "rows with at least about 80% of the word trigrams in common (MinHash estimate"
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def _near_duplicates(split: Split) -> Finding:
         for index in later[:MAX_EXAMPLES]
     )
     return Finding(
-        "near_duplicates", "near duplicates (rows)", len(later), split.num_groups,
-        f"{_NEAR}, first 300 words of a response)", examples,
+        "near_duplicates", "near duplicates", len(later), split.num_groups,
+        f"{_NEAR}, first 300 words of a response)", examples, "row",
     )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def leakage_findings(train: Split, val: Split) -> list[Finding]:
     near = _near_across(train, val, _candidates(train), in_val[~is_copy[in_val]])
     examples = tuple(val.where(int(index)) for index in near[:MAX_EXAMPLES])
     title = "near duplicates of training rows"
-    found.append(Finding("near_shared", title, len(near), val.num_groups, f"{_NEAR})", examples))
+    found.append(Finding("near_shared", title, len(near), val.num_groups, f"{_NEAR})", examples, "row"))
     return found
 
 

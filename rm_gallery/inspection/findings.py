@@ -28,6 +28,8 @@ class Finding:
     """Consequence for training."""
     examples: tuple[str, ...] = ()
     """`file:row` of the first ones, or two of them for a pair of rows."""
+    thing: str = "pair"
+    """What is counted: `pair` or `row`."""
 
     @property
     def share(self) -> float:
@@ -39,7 +41,9 @@ def dropped_findings(dropped: Dropped, num_kept: int) -> list[Finding]:
     """One finding per reason, the most frequent first."""
     total = num_kept + dropped.total
     ordered = sorted(dropped.counts.items(), key=lambda item: (-item[1], item[0]))
-    return [Finding("dropped", reason, count, total, "", (dropped.examples[reason],)) for reason, count in ordered]
+    return [
+        Finding("dropped", reason, count, total, "", (dropped.examples[reason],), "row") for reason, count in ordered
+    ]
 
 
 def find(findings: Iterable[Finding], key: str) -> Finding | None:
@@ -64,7 +68,7 @@ class Check:
 
 CHECKS = (
     Check("same_words", "responses equal except for case, spaces and punctuation", "the label depends on formatting"),
-    Check("no_words", "a response without words", "only punctuation, symbols or white space"),
+    Check("no_words", "response without words", "only punctuation, symbols or white space"),
     Check("beginning", "one response is a prefix of the other", "it may be a truncated copy"),
     Check("inside", "one response contains the other", "quoted, wrapped or pasted twice"),
     Check("chosen_cut", "chosen ends mid-sentence", "it may be truncated; code and lists match too"),

@@ -58,7 +58,7 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Every figure of show-data."""
+    """All figures, and what matters most of them."""
 
     unit: str
     """Unit of lengths: `tokens` or `words`."""
@@ -210,41 +210,48 @@ def percent(share: float) -> str:
     return f"{share:.1%}" if share < 0.1 or share > 0.99 else f"{share:.0%}"
 
 
-# key -> words of the summary; an error for more than 0.5% of the pairs and at least 10 of them
-_SUSPICIOUS = {
-    "p_below_half": "Label against the majority of annotators (p_chosen < 0.5)",
-    "negative_margin": "Negative margin",
-    "same_words": "Responses equal except for case, spaces and punctuation",
-    "no_words": "Response without words",
+# key of a finding -> share above which it is a warning, share above which it is an error, fewest pairs of an error
+_LIMITS = {
+    "contradictions": (0.0, 0.001, 1),
+    "repeated_pairs": (0.0, 0.01, 1),
+    "near_duplicates": (0.02, 1.0, 1),
+    "p_below_half": (0.0, 0.005, 10),
+    "negative_margin": (0.0, 0.005, 10),
+    "same_words": (0.0, 0.005, 10),
+    "no_words": (0.0, 0.005, 10),
+    "flipped_pairs": (0.0, 0.0, 1),
+    "shared_pairs": (0.0, 0.0, 1),
+    "shared_prompts": (0.0, 0.01, 1),
+    "near_shared": (0.01, 0.01, 1),
 }
+
+
+def _of_findings(findings: Sequence[Finding], split: str, prefix: str = "") -> Iterator[Message]:
+    """`Exact duplicates: 3 training pairs (2.4%); first: train.parquet:0 = train.parquet:120.`"""
+    for key, (warning, error, min_count) in _LIMITS.items():
+        finding = find(findings, key)
+        if finding is None or finding.share <= warning:
+            continue
+        level: Level = "error" if finding.share > error and finding.count >= min_count else "warning"
+        title = f"{prefix}{finding.title}"
+        text = f"{title[0].upper()}{title[1:]}: {_rows_of(split, finding.count, finding.share, finding.thing)}"
+        yield Message(level, f"{text}{_first(finding.examples)}.")
+
+
+def _rows_of(split: str, count: int, share: float, thing: str) -> str:
+    return f"{count:,} {split} {thing}{'' if count == 1 else 's'} ({percent(share)})"
+
+
+def _first(examples: Sequence[str]) -> str:
+    return f"; first: {examples[0]}" if examples else ""
 
 
 def _of_split(split: SplitReport) -> Iterator[Message]:
     yield from _of_rows(split)
-    repeated, opposed, near = (
-        find(split.duplicates, key) for key in ("repeated_pairs", "contradictions", "near_duplicates")
-    )
-    if opposed and opposed.count:
-        yield _message(opposed.share > 0.001, "Contradictory labels", opposed, split.name)
-    if repeated and repeated.count:
-        yield _message(repeated.share > 0.01, "Exact duplicates", repeated, split.name)
-    if near and near.share > 0.02:
-        yield _message(False, "Near duplicates", near, split.name, "row")
-    for key, what in _SUSPICIOUS.items():
-        suspicious = find(split.suspicious, key)
-        if suspicious and suspicious.count:
-            yield _message(suspicious.share > 0.005 and suspicious.count >= 10, what, suspicious, split.name)
+    yield from _of_findings([*split.duplicates, *split.suspicious], split.name)
     yield from _of_truncation(split)
     if split.name == "training":
         yield from _of_lengths(split)
-
-
-def _message(is_error: bool, what: str, finding: Finding, split: str, thing: str = "pair") -> Message:
-    """`Exact duplicates: 3 training pairs (2.4%); first: train.parquet:0 = train.parquet:120.`"""
-    things = thing if finding.count == 1 else f"{thing}s"
-    first = f"; first: {finding.examples[0]}" if finding.examples else ""
-    text = f"{what}: {finding.count:,} {split} {things} ({percent(finding.share)}){first}."
-    return Message("error" if is_error else "warning", text)
 
 
 def _of_rows(split: SplitReport) -> Iterator[Message]:
@@ -264,12 +271,10 @@ def _of_rows(split: SplitReport) -> Iterator[Message]:
     if lengths.num_beyond and lengths.long_texts != "dropped":
         what = "Truncated to" if lengths.long_texts == "truncated" else "Training stops at texts longer than"
         share = lengths.num_beyond / lengths.num_encoded
-        rows = "row" if lengths.num_beyond == 1 else "rows"
-        first = f"; first: {lengths.examples[0]}" if lengths.examples else ""
         yield Message(
             "error" if lengths.long_texts == "refused" or lengths.num_beyond > 0.01 * split.num_rows else "warning",
-            f"{what} data.max_length={lengths.max_length}: {lengths.num_beyond:,} {split.name} {rows} "
-            f"({percent(share)}){first}.",
+            f"{what} data.max_length={lengths.max_length}: "
+            f"{_rows_of(split.name, lengths.num_beyond, share, 'row')}{_first(lengths.examples)}.",
         )
     if split.num_prompts > 1 and split.prompt_share > CONSTANT_SHARE:
         yield Message(
@@ -309,17 +314,7 @@ def _of_lengths(split: SplitReport) -> Iterator[Message]:
 
 
 def _of_leakage(splits: Sequence[SplitReport], leakage: Sequence[Finding]) -> Iterator[Message]:
-    for key, what, limit in (
-        ("flipped_pairs", "pair in training with the opposite label", 0.0),
-        ("shared_pairs", "pair also in training", 0.0),
-        ("shared_prompts", "prompt also in training", 0.01),
-    ):
-        finding = find(leakage, key)
-        if finding and finding.count:
-            yield _message(finding.share > limit, f"Leakage, {what}", finding, "validation")
-    near = find(leakage, "near_shared")
-    if near and near.share > 0.01:
-        yield _message(True, "Leakage, near duplicates of training rows", near, "validation", "row")
+    yield from _of_findings(leakage, "validation", "leakage, ")
     styles = {style for split in splits for style in split.styles}
     if len(styles) > 1 and all(len(split.styles) == 1 for split in splits):
         yield Message(

@@ -123,11 +123,11 @@ def test_a_format_of_its_own_is_said_in_training_and_in_scoring(
         assert "rendered in its own way" in capsys.readouterr().err
         [row] = text_pairs(1)
         text = f"user: 0\nbot: {row['chosen']}<|im_end|>\n"
-        [unit] = scorer.engine.encode([PreferenceGroup("", [text])])[0]  # type: ignore[union-attr]
+        [part] = scorer.engine.encode([PreferenceGroup("", [text])])[0]  # type: ignore[union-attr]
     from rm_gallery.data.config import Side
     from rm_gallery.data.tokenization.tokenizer import load_tokenizer
     from rm_gallery.training.data_setup import load_side
 
     config = load_config(None, settings(qwen2_folder))
     group = load_side(Side("data.train_files"), config.data, load_tokenizer(str(qwen2_folder))).data[0]
-    assert unit.tokens.tails[0].tolist() == [*group.prefix.tolist(), *group.tails[0].tolist()]
+    assert part.tails[0].tolist() == [*group.prefix.tolist(), *group.tails[0].tolist()]

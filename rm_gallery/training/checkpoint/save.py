@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +60,7 @@ class Checkpoints:
         self.ranks, self.facts, self.mirror = ranks, facts, mirror
         self.latest = latest
         """The newest complete checkpoint of the run."""
-        self._thread_ranks = ranks.for_thread()
+        self._thread_ranks = ranks.for_thread()  # collectives of the worker must not mix with those of training
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saving")
         self._pending: Future[Path] | None = None
         self._expected: list[float] | None = None  # rewards of the pending checkpoint, if it is rescored
@@ -141,24 +141,21 @@ class _Save:
         if worker is not None:
             written = dcp.async_save(tensors, checkpoint_id=self.state, process_group=self.ranks.group)
             assert isinstance(written, Future)
-            return worker.submit(self._finish, written)
-        written = Future()
-        try:
-            written.set_result(dcp.save(tensors, checkpoint_id=self.state, process_group=self.ranks.group))
-        except (OSError, CheckpointException) as error:
-            written.set_exception(error)
+            return worker.submit(self._finish, written.result)
         done: Future[Path] = Future()
         try:
-            done.set_result(self._finish(written))
+            done.set_result(
+                self._finish(lambda: dcp.save(tensors, checkpoint_id=self.state, process_group=self.ranks.group))
+            )
         except UserError as error:
             done.set_exception(error)
         return done
 
-    def _finish(self, written: Future[Any]) -> Path:
-        """Complete the checkpoint after the tensors. All ranks raise the same error, or none does."""
+    def _finish(self, write_tensors: Callable[[], Any]) -> Path:
+        """Write the tensors, or wait for them, and complete the checkpoint. All ranks raise the same error, or none."""
         problem, hashes = None, {}
         try:
-            written.result()
+            write_tensors()
             hashes = self._write_rank_facts()
         except (OSError, RuntimeError, CheckpointException) as error:
             problem = self._cannot(error)
@@ -186,9 +183,10 @@ class _Save:
         return sha256_files(self.staging, [f"{STATE_NAME}/{name}" for name in names])
 
     def _finish_folder(self, hashes: dict[str, str]) -> None:
-        lost = [name for name in hashes if not (self.staging / name).is_file()]
-        if lost:
-            raise OSError(f"{lost[0]} of another node is not visible here; all nodes must share the run directory")
+        """Write the files of rank 0 and commit the checkpoint. hashes: of the files of all ranks."""
+        missing = [name for name in hashes if not (self.staging / name).is_file()]
+        if missing:
+            raise OSError(f"{missing[0]} of another node is not visible here; all nodes must share the run directory")
         (self.state / FACTS_NAME).write_text(json.dumps(self.run_facts, indent=2) + "\n", encoding="utf-8")
         weights = self.owner.weights_folder.write(self.staging, self.state)
         own = sha256_files(self.staging, [f"{STATE_NAME}/{FACTS_NAME}", f"{STATE_NAME}/.metadata"])
