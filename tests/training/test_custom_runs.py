@@ -103,8 +103,8 @@ def test_a_file_that_is_missing_or_broken_is_one_sentence(
     assert sentence.startswith("data.custom_cls.path=mine.py: cannot be imported, ZeroDivisionError: ")
     assert run("validate-config", NUMBERED, qwen2_folder, "data.input_style=text", "data.format=prompt") == 2
     assert errors(capsys.readouterr().err) == [
-        "data.input_style=text: data.custom_cls gives messages; leave one of the two out",
-        "data.format=prompt: data.custom_cls reads the rows; leave one of the two out",
+        "data.input_style=text: data.custom_cls returns messages; remove one of the two",
+        "data.format=prompt: data.custom_cls reads the rows; remove one of the two",
     ]
     assert run("validate-config", NUMBERED, qwen2_folder) == 0
 
