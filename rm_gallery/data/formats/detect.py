@@ -14,12 +14,10 @@ from typing import Any
 from rm_gallery.data.formats.cells import is_number, kind_of
 from rm_gallery.data.formats.config import FormatConfig
 from rm_gallery.data.formats.pairs import (
+    COMMON_COLUMNS,
     Column,
     Format,
-    common_columns,
     compare_pair,
-    pair_columns,
-    prompted_columns,
     read_conversations,
     read_prompted,
     read_texts,
@@ -30,20 +28,12 @@ from rm_gallery.data.formats.rankings import (
     compare_nested,
     compare_ranks,
     compare_scores,
-    completions_columns,
-    conversation_columns,
-    helpsteer3_columns,
-    nested_columns,
-    ranked_columns,
     read_completions,
     read_conversation,
     read_helpsteer3,
     read_nested,
     read_responses,
     read_single,
-    responses_columns,
-    scored_columns,
-    single_columns,
 )
 from rm_gallery.data.sources import Row
 from rm_gallery.errors import UserError, nearest
@@ -114,8 +104,8 @@ def _formats(config: FormatConfig) -> dict[str, Format]:
 
 def _columns(name: str, config: FormatConfig, *, common: bool = True) -> list[Column]:
     """The columns of a format; without labels where no preferences are read."""
-    columns = find_format(name, config).columns(config) + (common_columns(config) if common else [])
-    return [column for column in columns if config.has_preferences or not column.is_label]
+    columns = find_format(name, config).columns + (COMMON_COLUMNS if common else ())
+    return [column.bind(config) for column in columns if config.has_preferences or not column.is_label]
 
 
 def _choose(file: str, rows: Sequence[Row], found: Mapping[str, None], config: FormatConfig) -> Choice:
@@ -247,35 +237,79 @@ def _shown(name: str | None) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
+_PROMPT = Column("prompt_key", "cell")
+_PAIR = (Column("chosen_key", "cell", needed=True), Column("rejected_key", "cell", needed=True))
+_PAIR_LABELS = (Column("margin_key", "number", is_label=True), Column("p_chosen_key", "number", is_label=True))
+_RESPONSES = (Column("responses_key", "list", needed=True), _PROMPT)
+
 _PAIR_READERS: dict[str, Format] = {
-    "text": Format("chosen and rejected as bare texts", read_texts, compare_pair, pair_columns),
-    "messages": Format("chosen and rejected as lists of messages", read_conversations, compare_pair, pair_columns),
-    "json": Format(
-        "chosen and rejected as JSON strings of lists of messages", read_conversations, compare_pair, pair_columns
+    "text": Format("chosen and rejected as bare texts", read_texts, compare_pair, (*_PAIR, _PROMPT, *_PAIR_LABELS)),
+    "messages": Format(
+        "chosen and rejected as lists of messages", read_conversations, compare_pair, (*_PAIR, _PROMPT, *_PAIR_LABELS)
     ),
-    "prompt": Format("a prompt with chosen and rejected", read_prompted, compare_pair, prompted_columns),
+    "json": Format(
+        "chosen and rejected as JSON strings of lists of messages",
+        read_conversations,
+        compare_pair,
+        (*_PAIR, _PROMPT, *_PAIR_LABELS),
+    ),
+    "prompt": Format(
+        "a prompt with chosen and rejected",
+        read_prompted,
+        compare_pair,
+        (Column("prompt_key", "cell", needed=True), *_PAIR, *_PAIR_LABELS),
+    ),
 }
 _PUBLISHED_READERS: dict[str, Format] = {
     "helpsteer3": Format(
-        "two responses with an overall preference", read_helpsteer3, compare_helpsteer3, helpsteer3_columns
+        "two responses with an overall preference",
+        read_helpsteer3,
+        compare_helpsteer3,
+        (
+            Column("columns.context", "cell", needed=True, may_be_null=True),
+            Column("columns.response1", "cell", needed=True),
+            Column("columns.response2", "cell", needed=True),
+            Column("columns.overall_preference", "number", needed=True, is_label=True),
+            Column("columns.individual_preference", "list", is_label=True),
+        ),
     ),
     "nested": Format(
-        "input, and output with a label or score for each response", read_nested, compare_nested, nested_columns
+        "input, and output with a label or score for each response",
+        read_nested,
+        compare_nested,
+        (Column("columns.input", "cell", needed=True), Column("columns.output", "list", needed=True)),
     ),
-    "completions": Format("completions with scores", read_completions, compare_completions, completions_columns),
+    "completions": Format(
+        "completions with scores",
+        read_completions,
+        compare_completions,
+        (Column("columns.completions", "list", needed=True), Column("columns.instruction", "cell"), _PROMPT),
+    ),
 }
 READERS: dict[str, Format] = {
     **_PAIR_READERS,
-    "scored": Format("responses with scores", read_responses, compare_scores, scored_columns),
-    "ranked": Format("responses with ranks", read_responses, compare_ranks, ranked_columns),
+    "scored": Format(
+        "responses with scores",
+        read_responses,
+        compare_scores,
+        (*_RESPONSES, Column("scores_key", "list", needed=True, is_label=True)),
+    ),
+    "ranked": Format(
+        "responses with ranks",
+        read_responses,
+        compare_ranks,
+        (*_RESPONSES, Column("ranks_key", "list", needed=True, is_label=True)),
+    ),
     **_PUBLISHED_READERS,
 }
 """`auto` takes the first in this order whose columns a file has; the first three differ by what these hold."""
 UNLABELED_READERS: dict[str, Format] = {
     **_PAIR_READERS,
-    "conversation": Format("messages that end with the response", read_conversation, None, conversation_columns),
-    "responses": Format("a list of responses", read_responses, None, responses_columns),
-    "response": Format("one response", read_single, None, single_columns),
+    "conversation": Format(
+        "messages that end with the response", read_conversation, None, (Column("messages_key", "cell", needed=True),)
+    ),
+    "responses": Format("a list of responses", read_responses, None, _RESPONSES),
+    "response": Format("one response", read_single, None, (Column("response_key", "cell", needed=True), _PROMPT)),
     **_PUBLISHED_READERS,
 }
 """The same for a `ResponsesConfig`."""

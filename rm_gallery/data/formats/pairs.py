@@ -6,7 +6,8 @@ Also what every format is made of: `Draft` (what a reader finds in a row), `Colu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, Literal
 
 from rm_gallery.data.formats.cells import Cell, optional_number, read_cell
@@ -32,23 +33,30 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column that a format reads."""
+    """A column that a format reads; its name is the value of a configuration key."""
 
     key: str
-    """Configuration key below `data` that names it."""
-    name: str | None
-    """Its name; None if it is not read."""
+    """Configuration key below `data`."""
     holds: Literal["cell", "list", "number", "name"]
     """text or messages, a list or its JSON, a number, or text."""
     needed: bool = False
     """Whether a file without it is not in this format."""
     is_label: bool = False
     """Whether it says which response is better; not read where no preferences are wanted."""
+    may_be_null: bool = False
+    """Whether a needed column may be turned off by a null name."""
+    name: str | None = None
+    """Its name under the configuration at hand, from `bind`; None if it is not read."""
+
+    def bind(self, config: FormatConfig) -> Column:
+        """The column with its name."""
+        name = attrgetter(self.key)(config)
+        return replace(self, name=name, needed=self.needed and not (self.may_be_null and name is None))
 
 
 @dataclass(frozen=True)
 class Format:
-    """A dataset layout. To add one: write `read`, `compare` and `columns`, and add an entry to `READERS`."""
+    """A dataset layout. To add one: write `read` and `compare`, and add an entry to `READERS`."""
 
     looks: str
     """What rows look like, for messages."""
@@ -56,22 +64,21 @@ class Format:
     """Prompt and responses of a row. Raises BadRow."""
     compare: Callable[[Mapping[str, Any], FormatConfig, int], list[Comparison]] | None
     """Comparisons between the given number of responses; None for a layout without preferences. Raises BadRow."""
-    columns: Callable[[FormatConfig], list[Column]]
-    """The columns of the layout, without `common_columns`."""
+    columns: tuple[Column, ...]
+    """The columns of the layout, without `COMMON_COLUMNS`."""
 
 
-def common_columns(config: FormatConfig) -> list[Column]:
-    """The columns that every format reads where a file has them."""
-    return [
-        Column("weight_key", config.weight_key, "number", is_label=True),
-        Column("source_key", config.source_key, "name"),
-        Column("tools_key", config.tools_key, "list"),
-    ]
+COMMON_COLUMNS = (
+    Column("weight_key", "number", is_label=True),
+    Column("source_key", "name"),
+    Column("tools_key", "list"),
+)
+"""Read by every format where a file has them."""
 
 
 def read_texts(values: Mapping[str, Any], config: FormatConfig) -> Draft:
     """Format `text`: both responses are bare texts; a prompt, which few rows have, precedes them directly."""
-    draft = _read(values, config, bare=True)
+    draft = read_prompted(values, config, bare=True)
     for part, name in ((draft.prompt, config.prompt_key), *zip(draft.responses, draft.names, strict=True)):
         if not isinstance(part, str):
             raise BadRow(f"{name} with messages in a file of texts")
@@ -83,22 +90,18 @@ def read_conversations(values: Mapping[str, Any], config: FormatConfig) -> Draft
 
     A text is refused even if the other response is a conversation: nothing says which turns precede it.
     """
-    draft = _read(values, config)
+    draft = read_prompted(values, config)
     for response, name in zip(draft.responses, draft.names, strict=True):
         if isinstance(response, str) and response:
             raise BadRow(f"{name} with text in a file of messages")
     return draft
 
 
-def read_prompted(values: Mapping[str, Any], config: FormatConfig) -> Draft:
+def read_prompted(values: Mapping[str, Any], config: FormatConfig, *, bare: bool = False) -> Draft:
     """Format `prompt`: a prompt, as text or messages, with responses that are texts or messages.
 
     A row without a prompt is valid if both responses are conversations, which then contain it.
     """
-    return _read(values, config)
-
-
-def _read(values: Mapping[str, Any], config: FormatConfig, *, bare: bool = False) -> Draft:
     names = (config.chosen_key or "", config.rejected_key or "")
     responses = [read_response(values.get(name), name, config) for name in names]
     prompt = read_prompt(values, config.prompt_key)
@@ -137,22 +140,3 @@ def read_response(value: Any, name: str, config: FormatConfig) -> Cell:
 def read_prompt(values: Mapping[str, Any], name: str | None) -> Cell:
     """Text or messages of the prompt column; '' where the row has none."""
     return "" if name is None else read_cell(values.get(name), name, required=False)
-
-
-def pair_columns(config: FormatConfig) -> list[Column]:
-    """Columns of the formats `text`, `messages` and `json`."""
-    return [
-        Column("chosen_key", config.chosen_key, "cell", needed=True),
-        Column("rejected_key", config.rejected_key, "cell", needed=True),
-        Column("prompt_key", config.prompt_key, "cell"),
-        Column("margin_key", config.margin_key, "number", is_label=True),
-        Column("p_chosen_key", config.p_chosen_key, "number", is_label=True),
-    ]
-
-
-def prompted_columns(config: FormatConfig) -> list[Column]:
-    """Columns of the format `prompt`."""
-    return [
-        Column("prompt_key", config.prompt_key, "cell", needed=True),
-        *(column for column in pair_columns(config) if column.key != "prompt_key"),
-    ]

@@ -17,7 +17,7 @@ from typing import Any
 
 from rm_gallery.data.formats.cells import Cell, is_nothing, is_number, read_list, read_number
 from rm_gallery.data.formats.config import FormatConfig, ResponsesConfig
-from rm_gallery.data.formats.pairs import Column, Draft, read_prompt, read_response
+from rm_gallery.data.formats.pairs import Draft, read_prompt, read_response
 from rm_gallery.errors import BadRow
 from rm_gallery.schema import Comparison, Message
 
@@ -80,24 +80,6 @@ def compare(values: Sequence[float], when_equal: str, *, with_margins: bool = Fa
     if not comparisons:
         raise BadRow(when_equal)
     return comparisons
-
-
-def responses_columns(config: FormatConfig) -> list[Column]:
-    """Columns of the format `responses`."""
-    return [
-        Column("responses_key", config.responses_key, "list", needed=True),
-        Column("prompt_key", config.prompt_key, "cell"),
-    ]
-
-
-def scored_columns(config: FormatConfig) -> list[Column]:
-    """Columns of the format `scored`."""
-    return [*responses_columns(config), Column("scores_key", config.scores_key, "list", needed=True, is_label=True)]
-
-
-def ranked_columns(config: FormatConfig) -> list[Column]:
-    """Columns of the format `ranked`."""
-    return [*responses_columns(config), Column("ranks_key", config.ranks_key, "list", needed=True, is_label=True)]
 
 
 _TEXTS = ("content", "text", "response", "response_text", "completion", "answer")
@@ -222,23 +204,6 @@ def _with_margin(comparison: Comparison, scores: list[float]) -> Comparison:
     return replace(comparison, margin=margin) if margin > 0 else comparison
 
 
-def nested_columns(config: FormatConfig) -> list[Column]:
-    """Columns of the format `nested`."""
-    return [
-        Column("columns.input", config.columns.input, "cell", needed=True),
-        Column("columns.output", config.columns.output, "list", needed=True),
-    ]
-
-
-def completions_columns(config: FormatConfig) -> list[Column]:
-    """Columns of the format `completions`."""
-    return [
-        Column("columns.completions", config.columns.completions, "list", needed=True),
-        Column("columns.instruction", config.columns.instruction, "cell"),
-        Column("prompt_key", config.prompt_key, "cell"),
-    ]
-
-
 def read_helpsteer3(values: Mapping[str, Any], config: FormatConfig) -> Draft:
     """Format `helpsteer3`: two responses to a conversation."""
     columns = config.columns
@@ -274,30 +239,10 @@ def _agreement(values: Mapping[str, Any], name: str | None, overall: float) -> f
     return agree / len(scores)
 
 
-def helpsteer3_columns(config: FormatConfig) -> list[Column]:
-    """Columns of the format `helpsteer3`."""
-    columns = config.columns
-    return [
-        Column("columns.context", columns.context, "cell", needed=columns.context is not None),
-        Column("columns.response1", columns.response1, "cell", needed=True),
-        Column("columns.response2", columns.response2, "cell", needed=True),
-        Column("columns.overall_preference", columns.overall_preference, "number", needed=True, is_label=True),
-        Column("columns.individual_preference", columns.individual_preference, "list", is_label=True),
-    ]
-
-
 def read_single(values: Mapping[str, Any], config: FormatConfig) -> Draft:
     """Format `response`: one response to a prompt."""
     name = _scoring(config).response_key or ""
     return Draft(read_prompt(values, config.prompt_key), [read_response(values.get(name), name, config)], [name])
-
-
-def single_columns(config: FormatConfig) -> list[Column]:
-    """Columns of the format `response`."""
-    return [
-        Column("response_key", _scoring(config).response_key, "cell", needed=True),
-        Column("prompt_key", config.prompt_key, "cell"),
-    ]
 
 
 def read_conversation(values: Mapping[str, Any], config: FormatConfig) -> Draft:
@@ -307,11 +252,6 @@ def read_conversation(values: Mapping[str, Any], config: FormatConfig) -> Draft:
     if not messages or isinstance(messages, str):
         raise BadRow(f"{name} that are text" if messages else f"empty {name}")
     return Draft("", [messages], [name])
-
-
-def conversation_columns(config: FormatConfig) -> list[Column]:
-    """Columns of the format `conversation`."""
-    return [Column("messages_key", _scoring(config).messages_key, "cell", needed=True)]
 
 
 def _scoring(config: FormatConfig) -> ResponsesConfig:
