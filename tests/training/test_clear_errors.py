@@ -173,7 +173,7 @@ def test_dropped_rows_are_counted_by_reason_with_an_example(run: Run) -> None:
 
 def test_bad_rows_error_stops_at_the_first(run: Run) -> None:
     write_pairs(Path("train.parquet"), odd_rows())
-    assert refused(run, "data.bad_rows=error").startswith("train.parquet:3: null chosen; mend the row, or set ")
+    assert refused(run, "data.bad_rows=error").startswith("train.parquet:3: null chosen; fix the row, or set ")
 
 
 @pytest.mark.parametrize("truncation", ["left", "right"])
