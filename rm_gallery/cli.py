@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None, *, default_config: str | None = None) -> int:
-    """Run one command; returns its exit status: 0, 2 for a mistake that a person can mend, 130 for Ctrl-C, 143
-    for SIGTERM after the run was saved.
+    """Run one command and return its exit status: 0, 2 for an error that a user can fix, 130 for Ctrl-C, 143 for
+    SIGTERM after the run was saved.
 
-    default_config: YAML file that `--config` starts from; recipes give their own.
+    default_config: default of `--config`; recipes pass their own file.
     """
     arguments = _parse(_parser(default_config), argv)
-    # Threads that wait for each other must sleep, not spin: on cores that others use too, spinning made small models
-    # three to seven times slower. Read when torch is loaded, which is later.
+    # OpenMP threads must sleep while they wait, not spin: on shared cores, spinning made small models three to seven
+    # times slower. torch reads it when it is imported, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     setup_logging(logging.DEBUG if arguments.debug else logging.INFO)
     try:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Arguments of the command; argparse alone takes no more words once an option stood between them."""
+    """Arguments of the command. argparse does not accept positionals after an option, so they are appended here."""
     arguments, rest = parser.parse_known_args(argv)
     if any(text.startswith("-") for text in rest) or (rest and not arguments.words):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -69,11 +69,11 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, text in (
         ("train", _train, "train a reward model"),
-        ("validate-config", _validate_config, "check a configuration, its files included, without training"),
+        ("validate-config", _validate_config, "check a configuration and its files without training"),
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         _add_config(command, default_config)
-        command.set_defaults(run=run, words="overrides", when_stopped="checkpoints that were written are whole")
+        command.set_defaults(run=run, words="overrides", when_stopped="rerun the command to resume")
     _add_show_data(commands, default_config)
     _add_estimate(commands, default_config)
     _add_score(commands)
@@ -82,9 +82,9 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
 
 
 def _add_config(command: argparse.ArgumentParser, default_config: str | None) -> None:
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration values, as optim.lr=1e-6")
-    command.add_argument("--config", default=default_config, metavar="FILE", help="YAML file to start from")
-    command.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration override, as optim.lr=1e-6")
+    command.add_argument("--config", default=default_config, metavar="FILE", help="YAML configuration file")
+    command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
 
 
 def _add_show_data(commands: Any, default_config: str | None) -> None:
@@ -106,18 +106,18 @@ def _add_show_data(commands: Any, default_config: str | None) -> None:
 def _add_estimate(commands: Any, default_config: str | None) -> None:
     command = commands.add_parser(
         "estimate",
-        help="memory, micro-batch and time of a run, before it has its machine",
+        help="estimate peak memory, the largest micro-batch and the time of an epoch, without a GPU",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
-            "Memory of each GPU by kind, the micro-batch that fits, the time of an epoch, and what to change when it\n"
-            "does not fit. Reads a model's config.json and a sample of the data; no weights.\n"
+            "Estimate the peak memory of each GPU, the largest micro-batch that fits, the time of an epoch, and the\n"
+            "changes that make the run fit. Reads the model's config.json and a sample of the data, no weights.\n"
             "  rm-gallery estimate model=qwen2.5-7b n_gpus=8 gpu=h200 data=train.parquet\n"
-            "Keys besides those of training: n_gpus, gpu (h200, h100, a100-80, a100-40, l40s, 4090, cpu),\n"
+            "Keys in addition to those of train: n_gpus, gpu (h200, h100, a100-80, a100-40, l40s, 4090, cpu),\n"
             "gpus_per_node, gpu_memory_gib, mfu, pairs, prompt_tokens, response_tokens, tokenizer, chars_per_token."
         ),
     )
     _add_config(command, default_config)
-    command.add_argument("--json", action="store_true", help="print values in bytes and seconds instead of text")
+    command.add_argument("--json", action="store_true", help="print all values as JSON, in bytes, FLOPs and seconds")
     command.set_defaults(run=_estimate, words="overrides", when_stopped="nothing was written")
 
 
@@ -150,7 +150,7 @@ def _add_score(commands: Any) -> None:
     command.add_argument("--dtype", default="auto", help="auto (default: bf16 on a GPU), fp32, bf16")
     command.add_argument("--token-budget", type=int, metavar="N", help="maximum tokens per model call")
     command.add_argument("--trust-remote-code", action="store_true", help="run code from the model folder")
-    command.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
+    command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
     command.set_defaults(run=_score, words="inputs", when_stopped="rerun the command to resume")
 
 
@@ -194,18 +194,18 @@ def _add_export_data(commands: Any) -> None:
     add("--min-difference", type=float, default=0.0, metavar="X", help="minimum difference of the scores (0)")
     add("--max-pairs-per-prompt", type=int, metavar="N", help="keep a random sample of N pairs of a prompt")
     add("--contradictions", default="keep", metavar="NAME", help="keep (default), or drop both of opposite pairs")
-    add("--debug", action="store_true", help="show tracebacks and debug messages")
+    add("--debug", action="store_true", help="print tracebacks and debug messages")
     command.set_defaults(run=_export_data, words="", when_stopped="nothing was written")
 
 
 @contextmanager
 def _loading() -> Iterator[None]:
-    """Import without rounds of the garbage collector, which find nothing and take a sixth of the time to start.
+    """Import with garbage collection disabled: it finds nothing, and takes a sixth of the start-up time.
 
-    What was loaded is left out of later rounds, too.
+    Loaded objects are frozen, so that later collections skip them too.
     """
     if "torch" in sys.modules or not gc.isenabled():
-        yield  # in a process of its owner's, who may have garbage
+        yield  # called from a program that has objects of its own
         return
     gc.disable()
     try:
@@ -230,7 +230,7 @@ def _validate_config(arguments: argparse.Namespace) -> None:
         from rm_gallery.training.data_setup import check_inputs
     config = load_config(arguments.config, arguments.overrides)
     check_inputs(config)
-    print(f"configuration is valid; the run folder will be {config.trainer.run_dir}")
+    print(f"configuration is valid; run directory: {config.trainer.run_dir}")
 
 
 def _show_data(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +106,11 @@ def lock(path: Path, *, timeout: float = -1, on_wait: Callable[[str], None] | No
         holder = path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
     except OSError:
         holder = "another process"
-    # A soft lock would outlive a killed process.
-    held = FileLock(path, thread_local=False, fallback_to_soft=False)
+    # Recent versions fall back to a soft lock, which would outlive a killed process.
+    options: dict[str, Any] = {"fallback_to_soft": False}
+    if "fallback_to_soft" not in inspect.signature(FileLock.__init__).parameters:
+        options = {}
+    held = FileLock(path, thread_local=False, **options)
     try:
         try:
             held.acquire(timeout=0)

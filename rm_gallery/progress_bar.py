@@ -75,19 +75,6 @@ class ProgressBar:
         """Print a line above the bar."""
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def print_table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table, if it has rows."""
-        from rich.table import Table
-
-        if not rows:
-            return
-        table = Table()
-        for name in header:
-            table.add_column(name, justify="right")
-        for row in rows:
-            table.add_row(*row)
-        self._progress.console.print(table)
-
     def close(self) -> None:
         """Remove the bar, and restore the streams and the log handlers."""
         for handler, stream in self._moved:

@@ -65,11 +65,11 @@ def data_problems(data: DataConfig) -> Iterator[Problem]:
             yield Problem(f"data.{name}", f"data.{name}={value}: must be at least 1")
     if data.custom_cls.name and data.input_style == "text":
         yield Problem(
-            "data.input_style", "data.input_style=text: data.custom_cls gives messages; leave one of the two out"
+            "data.input_style", "data.input_style=text: data.custom_cls returns messages; remove one of the two"
         )
     if data.custom_cls.name and data.format != "auto":
         yield Problem(
-            "data.format", f"data.format={data.format}: data.custom_cls reads the rows; leave one of the two out"
+            "data.format", f"data.format={data.format}: data.custom_cls reads the rows; remove one of the two"
         )
     yield from problem_of("data.val_fraction", lambda: check_val_fraction(data))
     yield from problem_of("data.custom_cls", lambda: check_custom_class(data.custom_cls))

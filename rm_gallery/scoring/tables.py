@@ -101,7 +101,7 @@ def open_table(file: DataFile, config: ScoreDataConfig, said: set[str] | None = 
     Raises UserError for a file that cannot be read, is empty, or has no columns that can be scored.
     """
     head = list(islice(read_rows([file], key=KEY), SAMPLE_ROWS))
-    choice = choose_format(head, config, said=said)
+    choice = choose_format(head, config, logged=said)
     columns = dict.fromkeys(name for row in head for name in row.values)
     return InputTable(file, config, choice.name, count_rows(file, key=KEY), tuple(columns))
 

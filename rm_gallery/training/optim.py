@@ -31,7 +31,7 @@ def build_optimizer(
 
 
 def build_schedule(config: OptimConfig, total_steps: int) -> Schedule:
-    """The configured schedule over so many optimizer steps."""
+    """The configured schedule over `total_steps` optimizer steps."""
     warmup = round(total_steps * config.warmup_steps_ratio)
     decay = min(round(total_steps * config.decay_steps_ratio), total_steps - warmup)
 

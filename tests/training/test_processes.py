@@ -120,7 +120,9 @@ def test_processes_agree_on_the_run_folder_and_refuse_other_settings(found: list
     for each in found:
         agreed = each["the_run_folder_is_that_of_rank_0"]
         assert agreed["run_dir"] == "out/run-0"
-        assert agreed["refused"] == "optim.lr=2e-06 on rank 1, but 1e-06 on rank 0; start all with the same settings"
+        assert (
+            agreed["refused"] == "optim.lr=2e-06 on rank 1, but 1e-06 on rank 0; start all ranks with the same settings"
+        )
 
 
 def test_who_does_not_come_in_time_is_named(found: list[dict[str, Any]]) -> None:

@@ -31,7 +31,7 @@ def test_stopped_after_any_step_and_started_again(
     whole = train(qwen2_folder, "whole", *same)
     when_logged(monkeypatch, stop_after, send(signal.SIGTERM))
     parts = train(qwen2_folder, "parts", *same, status=143)
-    sentence = f"stopped by SIGTERM after step {stop_after} of 6; global_step_{stop_after} is saved, and the same "
+    sentence = f"stopped by SIGTERM after step {stop_after} of 6; global_step_{stop_after} is saved; rerun the command"
     assert sentence in capsys.readouterr().err
     assert rows(parts)[-1]["step"] == stop_after
     train(qwen2_folder, "parts", *same)
@@ -99,7 +99,7 @@ def test_a_signal_in_the_middle_of_a_step_leaves_the_step_for_later(
 def test_a_signal_before_the_first_step_ends_at_once(qwen2_folder: Path, monkeypatch: Any, capsys: Any) -> None:
     when_logged(monkeypatch, 0, send(signal.SIGTERM), val=True)
     run = train(qwen2_folder, "run", "trainer.val_before_train=true", status=143)
-    assert "stopped by SIGTERM after step 0 of 6; nothing was done" in capsys.readouterr().err
+    assert "stopped by SIGTERM after step 0 of 6; no step was completed" in capsys.readouterr().err
     assert not list(run.glob("global_step_*"))
     train(qwen2_folder, "run", "trainer.val_before_train=true")
     assert [row["step"] for row in rows(run)] == [0, 1, 2, 3, 4, 5, 6, 6]

@@ -156,10 +156,10 @@ def test_bfloat16_compute_follows_the_float32_curve(data: Path, qwen2_folder: Pa
 
 def test_training_goes_on_from_a_reward_model_with_its_head(data: Path, qwen2_folder: Path, caplog: Any) -> None:
     first = train(qwen2_folder, "optim.lr=1e-3", name="first")
-    assert "reward head: new" in caplog.text
+    assert "reward head: newly initialized" in caplog.text
     caplog.clear()
     train(first / "global_step_3", "trainer.val_before_train=true", name="second")
-    assert "reward head: kept" in caplog.text
+    assert "reward head: loaded" in caplog.text
     assert metrics(Path("runs/second"), "val/loss")[0] == pytest.approx(metrics(first, "val/loss")[-1], abs=1e-6)
 
 

@@ -302,7 +302,7 @@ def _is_scored(item: Any) -> bool:
 
 
 def _own_score(fields: Any) -> Any:
-    """The score beside a response, in a case or in an item of a list."""
+    """The score of a single response: a field of its case, or of its item in a list."""
     if not isinstance(fields, Mapping):
         return None
     return next((fields[name] for name in SINGLE_SCORE if name in fields), None)

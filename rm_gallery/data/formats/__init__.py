@@ -3,7 +3,7 @@
     choose_format(first rows, config) -> Choice(name, why)       once per file; `data.format` names one, or is `auto`
     RowReader(config, name).read(row) -> PreferenceGroup         or raises BadRow(reason)
     read_groups(rows, reader, counts) -> row, group, prompt hash the usable rows; the others are counted by reason
-    iter_tasks(files, entries, config, key, said) -> Task        chunks of all files with their format, for workers
+    iter_tasks(files, entries, config, key, logged) -> Task        chunks of all files with their format, for workers
     Readers(config).by_file(rows) -> reader, rows                decoded rows of several files
 
 A format is one entry of `READERS` (detect.py): a function from a row's columns to a `Draft` (pairs.py), one to its

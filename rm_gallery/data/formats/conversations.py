@@ -69,7 +69,7 @@ HoldOut: TypeAlias = tuple[Literal["train", "val"], float]
 def is_wanted(prompt_hash: int, hold_out: HoldOut) -> bool:
     """Whether a prompt belongs to this side: the same prompts are held out whatever the order and size of the data.
 
-    With ("val", 0.1), the prompts whose hash lies below 0.1 * 2**64.
+    With ("val", 0.1), the prompts whose hash is below 0.1 * 2**64.
     """
     side, fraction = hold_out
     return (prompt_hash / 2**64 < fraction) == (side == "val")
@@ -113,9 +113,9 @@ def shared_turns(responses: Sequence[Sequence[Message]]) -> Sequence[Message]:
 def _turn(message: Message) -> list[object]:
     """Role, content and tool calls."""
     content = message.get("content")
-    said = content.strip() if isinstance(content, str) else content
+    text = content.strip() if isinstance(content, str) else content
     calls = message.get("tool_calls")
-    return [message.get("role"), said, calls] if calls else [message.get("role"), said]
+    return [message.get("role"), text, calls] if calls else [message.get("role"), text]
 
 
 def _shared_beginning(texts: Sequence[str]) -> str:

@@ -68,12 +68,12 @@ class Choice:
         return f"{self.name}, since {self.why}"
 
 
-def choose_format(rows: Sequence[Row], config: FormatConfig, *, said: set[str] | None = None) -> Choice:
+def choose_format(rows: Sequence[Row], config: FormatConfig, *, logged: set[str] | None = None) -> Choice:
     """The format of a file: the one that `config` names, or under `auto` the first whose columns it has.
 
     rows: the first rows of the file, at least one; SAMPLE_ROWS are enough. A column exists if any of them has it.
     config: a `ResponsesConfig` ignores labels and also accepts layouts without preferences.
-    said: choices already logged, so that a thousand files in one format give one line; None logs each.
+    logged: choices already logged, so that a thousand files in one format give one line; None logs each.
     Raises UserError, naming the file and its columns, if it is in no format or not in the named one, if a column that
     the configuration renames is missing, and if a column holds nothing of the kind that is read from it.
     """
@@ -93,10 +93,10 @@ def choose_format(rows: Sequence[Row], config: FormatConfig, *, said: set[str] |
         choice = Choice(name, f"data.format={name}")
     for column in _columns(choice.name, config):
         _check_values(readable, column)
-    if name == "auto" and (said is None or f"{choice}" not in said):
+    if name == "auto" and (logged is None or f"{choice}" not in logged):
         log.info("%s: data.format is %s, since %s", file, choice.name, choice.why)
-        if said is not None:
-            said.add(f"{choice}")
+        if logged is not None:
+            logged.add(f"{choice}")
     return choice
 
 

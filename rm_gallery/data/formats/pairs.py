@@ -107,15 +107,24 @@ def _read(values: Mapping[str, Any], config: FormatConfig, *, bare: bool = False
 
 def compare_pair(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
     """Chosen is better than rejected; margin and share of annotators where a row has them."""
-    return [Comparison(0, 1, margin=optional_number(values, config.margin_key), p_better=read_share(values, config))]
+    margin = optional_number(values, config.margin_key)
+    return [Comparison(0, 1, margin=margin, p_better=read_share(values, config.p_chosen_key))]
 
 
-def read_share(values: Mapping[str, Any], config: FormatConfig) -> float | None:
+def read_share(values: Mapping[str, Any], name: str | None) -> float | None:
     """The share of annotators who prefer the chosen response, or None."""
-    share = optional_number(values, config.p_chosen_key)
+    share = optional_number(values, name)
     if share is not None and not 0 <= share <= 1:
-        raise BadRow(f"{config.p_chosen_key} outside 0 to 1")
+        raise BadRow(f"{name} outside 0 to 1")
     return share
+
+
+def read_weight(values: Mapping[str, Any], name: str | None) -> float:
+    """The factor on the loss of a row; 1 if it has none."""
+    weight = optional_number(values, name)
+    if weight is not None and weight < 0:
+        raise BadRow(f"negative {name}")
+    return 1.0 if weight is None else weight
 
 
 def read_response(value: Any, name: str, config: FormatConfig) -> Cell:

@@ -8,7 +8,7 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from rm_gallery.data.formats.cells import optional_number, read_name, read_tools
+from rm_gallery.data.formats.cells import read_name, read_tools
 from rm_gallery.data.formats.config import FormatConfig
 from rm_gallery.data.formats.conversations import (
     HoldOut,
@@ -20,7 +20,7 @@ from rm_gallery.data.formats.conversations import (
     without_repeats,
 )
 from rm_gallery.data.formats.detect import SAMPLE_ROWS, choose_format, find_format
-from rm_gallery.data.formats.pairs import Draft
+from rm_gallery.data.formats.pairs import Draft, read_weight
 from rm_gallery.data.sources import Chunk, DataFile, FileEntry, Row, read_chunks
 from rm_gallery.errors import BadRow, Dropped, UserError
 from rm_gallery.schema import Comparison, PreferenceGroup
@@ -98,11 +98,11 @@ class Readers:
 
         Raises UserError for a file that is in no format, or not in the one that the configuration names.
         """
-        said: set[str] = set()
+        logged: set[str] = set()
         for _, rows_of_file in groupby(rows, key=lambda row: row.file):
             of_file = iter(rows_of_file)
             head = list(islice(of_file, SAMPLE_ROWS))
-            name = "" if self._custom is not None else choose_format(head, self._config, said=said).name
+            name = "" if self._custom is not None else choose_format(head, self._config, logged=logged).name
             yield self.get(name), chain(head, of_file)
 
 
@@ -118,12 +118,12 @@ class Task:
 
 
 def iter_tasks(
-    files: Sequence[DataFile], entries: Sequence[FileEntry], config: FormatConfig, key: str, said: set[str]
+    files: Sequence[DataFile], entries: Sequence[FileEntry], config: FormatConfig, key: str, logged: set[str]
 ) -> Iterator[Task]:
     """The chunks of all files in order, with the format of each file.
 
     entries: what `DataFile.entry` counts. key: configuration key of the files, for messages.
-    said: format choices already logged; new ones are added (see `choose_format`).
+    logged: format choices already logged; new ones are added (see `choose_format`).
     """
     for file in files:
         chunks = read_chunks(file, key=key)
@@ -133,7 +133,7 @@ def iter_tasks(
         name, entry = "", entries[file.entry]
         if config.custom_cls.path is None:
             wanted = config if entry.format is None else replace(config, format=entry.format)  # type: ignore[arg-type]
-            name = choose_format(list(islice(first.rows(), SAMPLE_ROWS)), wanted, said=said).name
+            name = choose_format(list(islice(first.rows(), SAMPLE_ROWS)), wanted, logged=logged).name
         for chunk in chain([first], chunks):
             yield Task(chunk, name, source_of(entry, entries))
 
@@ -203,10 +203,8 @@ class RowReader:
         has_prompt = bool(draft.prompt.strip() if isinstance(draft.prompt, str) else draft.prompt)
         if draft.prompt_name and not has_prompt and any(isinstance(response, str) for response in draft.responses):
             raise BadRow(f"text responses without {draft.prompt_name}")
-        weight = optional_number(row.values, config.weight_key)
-        if weight is not None and weight < 0:
-            raise BadRow(f"negative {config.weight_key}")
-        return [each if weight is None else replace(each, weight=weight) for each in comparisons]
+        weight = read_weight(row.values, config.weight_key)
+        return [replace(each, weight=weight) for each in comparisons]
 
     def _is_chat(self, draft: Draft) -> bool:
         wanted = self._config.input_style

@@ -65,7 +65,7 @@ def resolve_entries(
 
 def _named(entries: Sequence[FileEntry], key: str) -> Sequence[FileEntry]:
     if not entries:
-        raise UserError(f"{key} names no file; set it to a file, a folder, a hub data set or a list of these")
+        raise UserError(f"{key} names no file; set it to a file, a folder, a hub dataset or a list of these")
     if any(not entry.path.strip() for entry in entries):
         raise UserError(f"{key} names an empty path; remove it or name a file")
     for entry in entries:

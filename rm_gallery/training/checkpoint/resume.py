@@ -66,13 +66,8 @@ class Start:
 
 
 def find_start(
-    run_dir: Path,
-    mode: str,
-    identity: RunIdentity,
-    tensors: RunTensors,
-    ranks: HostGroup,
-    *,
-    mirror_url: str | None = None,
+    run_dir: Path, mode: str, identity: RunIdentity, tensors: RunTensors, ranks: HostGroup,
+    *, mirror_url: str | None = None,
 ) -> Start:  # fmt: skip
     """Choose the checkpoint to resume from, verify it, and load it. A collective: every rank calls it.
 

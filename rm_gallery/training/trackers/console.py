@@ -86,8 +86,7 @@ class ConsoleTracker:
         header, *rows = closing_table(self._val_points or self._last_point())
         if self._bar:
             self._bar.close()
-            self._bar.print_table(header, rows)
-        elif rows:
+        if rows:
             self._print(aligned([header, *rows]))
         best = max(self._val_points, key=val_accuracy, default=None)
         if best is not None and math.isfinite(val_accuracy(best)):
