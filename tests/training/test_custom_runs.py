@@ -57,7 +57,7 @@ def test_rows_without_a_group_are_counted_by_reason(qwen2_folder: Path) -> None:
     assert data["groups"] == 4
     assert data["dropped"] == {
         "no votes": {"rows": 2, "first": "train.parquet:2"},
-        "left out by build_group": {"rows": 1, "first": "train.parquet:3"},
+        "dropped by build_group": {"rows": 1, "first": "train.parquet:3"},
         "empty chosen": {"rows": 1, "first": "train.parquet:7"},
     }
 
