@@ -1,7 +1,7 @@
-"""Processing rows: chunks of a file become token arrays, in order, by this process alone or by several workers.
+"""Row processing: chunks of rows become token arrays, in order, in this process or in a pool of worker processes.
 
-Everything between a file's rows and the token store happens here, for one chunk at a time and with bounded memory:
-format or custom class, hold-out by prompt, template and tokenizer, length policy, common prefix.
+For one chunk at a time, with bounded memory: format or custom class, hold-out by prompt, chat template and tokenizer,
+length policy, common prefix.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
 from rm_gallery.errors import BadRow, UserError
 from rm_gallery.schema import InputStyle, PreferenceGroup
 
-_GROUPS_AT_ONCE = 512  # tokenized in one call
+_GROUPS_PER_CALL = 512  # of the tokenizer
 
 
 @dataclass(frozen=True)
 class RowsConfig(FormatConfig, TokenizeConfig):
-    """Part of `data`: all that decides what a row becomes."""
+    """Part of `data`: everything that determines the tokens of a row."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker needs to know; the same for every chunk."""
+    """Arguments of a worker, the same for every chunk."""
 
     config: RowsConfig
     tokenizer: Any
-    """None only with an encoder that needs none."""
+    """None only with an encoder that does not need one."""
     share: HoldOut | None = None
 
 
 Observe: TypeAlias = Callable[[PreferenceGroup, TokenGroup, int], None]
-"""`observe(group, tokens, prompt hash)`: called for each group that becomes tokens, in order."""
+"""`observe(group, tokens, prompt hash)`: called for each tokenized group, in order."""
 
 
 @dataclass
 class Processed(RowCounts):
-    """The token arrays of a chunk, and what became of its rows."""
+    """The token arrays of a chunk, and the counts of its rows."""
 
     chunk: TokenChunk = field(default_factory=lambda: TokenChunk({}, [], []))
     styles: dict[InputStyle, str] = field(default_factory=dict)
@@ -63,12 +63,12 @@ class Processed(RowCounts):
 
 
 class RowProcessor:
-    """Turns chunks into token arrays; one of them for each process."""
+    """Turns rows into token arrays; one instance per process."""
 
     def __init__(
         self, work: Work, *, encoder_type: Callable[..., GroupEncoder] = Encoder, observe: Observe | None = None
     ) -> None:
-        """encoder_type: for other units than tokens, as words; takes the arguments of `Encoder`."""
+        """encoder_type: takes the arguments of `Encoder`; another type can count other units than tokens, as words."""
         self.work, self.config, self._observe = work, work.config, observe
         self._custom: CustomReader | None = None
         if self.config.custom_cls.path is not None:
@@ -79,11 +79,11 @@ class RowProcessor:
         self.encoder = encoder_type(work.tokenizer, self.config, render=render)
 
     def process(self, rows: Iterable[Row], reader: Reader, source: str) -> Processed:
-        """Token arrays of the usable rows, in order; the others are counted.
+        """Token arrays of the usable rows, in order; dropped rows are counted.
 
-        source: name of the data set for rows that name none.
+        source: name of the dataset for rows that name none.
         Raises UserError at the first bad row under `bad_rows=error`, for a text that is too long under
-        `truncation=error`, and for a custom class that fails.
+        `truncation=error`, and if the custom class fails.
         """
         result = Processed()
         groups = read_groups(rows, reader, result, bad_rows=self.config.bad_rows, hold_out=self.work.share)
@@ -95,7 +95,7 @@ class RowProcessor:
     def _tokenize(
         self, groups: Iterator[tuple[Row, PreferenceGroup, int]], source: str, result: Processed
     ) -> Iterator[tuple[TokenGroup, Origin]]:
-        while some := list(islice(groups, _GROUPS_AT_ONCE)):
+        while some := list(islice(groups, _GROUPS_PER_CALL)):
             encoded = self.encoder.encode_many([group for _, group, _ in some])
             for (row, group, prompt), texts in zip(some, encoded, strict=True):
                 try:
@@ -112,26 +112,26 @@ class RowProcessor:
                 yield tokens, Origin(row.file, row.index, group.source or source, prompt, group.metadata)
 
 
-# Starting workers takes seconds, in which each loads its libraries: they come when there is more to do than that.
-_SECONDS_ALONE = 5.0
-_MOST_WORKERS = 32
+# Workers take seconds to start, since each imports its libraries, so the main process works alone for this time first.
+_SINGLE_PROCESS_S = 5.0
+_MAX_WORKERS = 32
 
-_processor: RowProcessor | None = None  # of a worker process
+_processor: RowProcessor | None = None  # in a worker process
 
 
 def process_in_order(tasks: Iterable[Task], work: Work, *, num_workers: int | None = None) -> Iterator[Processed]:
-    """What became of each chunk, in order.
+    """The result of each chunk, in order.
 
-    num_workers: processes beside this one, which begins alone; 0 for none, None for one per core that this process may
-    use. At most two chunks per worker are under way, so memory does not grow with the data.
-    Raises UserError as `RowProcessor.process` does, and when a worker dies.
+    num_workers: worker processes, started after `_SINGLE_PROCESS_S` seconds; 0 for none, None for one per available
+    core. At most two chunks per worker are in flight, so memory does not grow with the data.
+    Raises UserError as `RowProcessor.process`, and if a worker dies.
     """
     tasks = iter(tasks)
-    count = min(_MOST_WORKERS, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
-    stays_alone = not count or (count == 1 and num_workers is None)
-    until = time.monotonic() + _SECONDS_ALONE
+    count = min(_MAX_WORKERS, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
+    single_process = not count or (count == 1 and num_workers is None)
+    until = time.monotonic() + _SINGLE_PROCESS_S
     processor = RowProcessor(work)
-    while stays_alone or time.monotonic() < until:
+    while single_process or time.monotonic() < until:
         task = next(tasks, None)
         if task is None:
             return
@@ -142,7 +142,7 @@ def process_in_order(tasks: Iterable[Task], work: Work, *, num_workers: int | No
 
 
 def _with_workers(tasks: Iterator[Task], work: Work, count: int) -> Iterator[Processed]:
-    # Fresh processes: a copy of one with torch's threads can hang.
+    # spawn, not fork: a forked process with torch's threads can hang.
     pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(work,))
     running: deque[Future[Processed]] = deque()
     try:
@@ -163,14 +163,14 @@ def _with_workers(tasks: Iterator[Task], work: Work, count: int) -> Iterator[Pro
 
 def _start_worker(work: Work) -> None:
     global _processor
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     _processor = RowProcessor(work)
 
 
-def _end_with_parent(parent: int) -> None:
-    """A killed main process takes its workers along; nothing else would tell them."""
+def _exit_with_parent(parent: int) -> None:
+    """Exit when the parent process dies, even if it is killed."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -102,7 +102,7 @@ def test_workers_give_the_same_store_as_one_process(
     for name in ("b.parquet", "c.parquet"):
         write_pairs(files / name, rows)
     alone = run(tokenizer, ("b.parquet", "c.parquet"), num_workers=0)
-    monkeypatch.setattr(row_processor, "_SECONDS_ALONE", 0.0)
+    monkeypatch.setattr(row_processor, "_SINGLE_PROCESS_S", 0.0)
     monkeypatch.setattr(module, "_STORE_VERSION", -1)
     several = run(tokenizer, ("b.parquet", "c.parquet"), num_workers=2)
     assert len(stores()) == 2
@@ -119,7 +119,7 @@ def test_an_error_in_a_worker_arrives_as_its_sentence(
     files: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_pairs(files / "b.parquet", [*text_pairs(2500), {"chosen": None, "rejected": "b"}])
-    monkeypatch.setattr(row_processor, "_SECONDS_ALONE", 0.0)
+    monkeypatch.setattr(row_processor, "_SINGLE_PROCESS_S", 0.0)
     with pytest.raises(UserError, match=r"^b\.parquet:2500: null chosen; fix the row, or set data\.bad_rows=drop"):
         run(tokenizer, "b.parquet", num_workers=1, bad_rows="error")
     assert stores() == []
@@ -135,7 +135,7 @@ class Dying:
 
 def test_a_worker_that_dies_is_said(files: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("dying.py").write_text(DYING)
-    monkeypatch.setattr(row_processor, "_SECONDS_ALONE", 0.0)
+    monkeypatch.setattr(row_processor, "_SINGLE_PROCESS_S", 0.0)
     with pytest.raises(UserError, match=r"^a process that tokenizes died .* set data\.num_workers=0"):
         run(tokenizer, num_workers=1, custom_cls=CustomClassConfig("dying.py", "Dying"))
 

@@ -73,7 +73,7 @@ def test_truncation_error_names_the_row_and_the_ways_out(tokenizer: Any) -> None
         tokenized(tokenizer, text_group("abcde", "b", where="a.parquet:7"), max_length=4, filter_overlong_prompts=False)
     assert str(error.value) == (
         "a.parquet:7: a text of 5 tokens is longer than data.max_length=4; raise it, set "
-        "data.filter_overlong_prompts=true to leave such rows out, or data.truncation=left|right to cut them"
+        "data.filter_overlong_prompts=true to drop such rows, or data.truncation=left|right to truncate them"
     )
 
 
