@@ -129,7 +129,7 @@ def measure_rates(folder: Path, model: Path, words: int, repeats: int = 5) -> di
     write_pairs(file, _RATE_ROWS, words)
     tokenizer = load_tokenizer(str(model))
     processor = RowProcessor(Work(RowsConfig(), tokenizer))
-    reader = processor.reader("prompt")
+    reader = processor.readers.get("prompt")
     [found] = resolve_files(SourceConfig(train_files=str(file)), key="data.train_files")
     rows = [row for chunk in read_chunks(found, key="data.train_files") for row in chunk.rows()]
     texts = [text for row in rows for text in processor.encoder.render(reader.read(row))]

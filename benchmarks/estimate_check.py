@@ -63,7 +63,6 @@ ROWS = (
     Row("modernbert", kind="modernbert"),
     Row("deberta-v2 checkpointed", kind="deberta-v2", settings=(_CHECKPOINTED,)),
     Row("2 x ddp", processes=2, settings=("model.strategy=ddp",)),
-    Row("2 x fsdp", processes=2, settings=("model.strategy=fsdp",)),
     Row("2 x fsdp2", processes=2, settings=("model.strategy=fsdp2",)),
     Row("2 x fsdp2 fp32", processes=2, settings=("model.strategy=fsdp2", _FP32)),
     Row("2 x fsdp2 large vocabulary", sizes=_BIG_VOCABULARY, groups=2, processes=2, settings=("model.strategy=fsdp2",)),

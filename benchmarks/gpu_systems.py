@@ -94,7 +94,7 @@ def make_network(config: Any, device: torch.device, **extra: Any) -> Any:
 def ours(
     config: Any, folder: Path, packs: list[PackedBatch], device: torch.device, **settings: Any
 ) -> Callable[[], None]:
-    """A step of our trainer's parts: forward, loss, backward of each pack; clip, AdamW, publish."""
+    """A step of our trainer's parts: forward, loss, backward of each pack; clip, AdamW, copy to the model."""
     from rm_gallery.training.config import OptimConfig
     from rm_gallery.training.optim import build_optimizer
 
@@ -103,8 +103,9 @@ def ours(
     network = make_network(config, device, **extra)
     world = World(0, 1, device)
     config_of_model = ModelConfig(fsdp_config=FsdpConfig(model_dtype="bf16"), **settings)
-    model, weights = apply(RewardModel(network), config_of_model, world, strategy="none")
-    optimizer = build_optimizer(weights.named_parameters(), OptimConfig(lr=1e-6), is_matrix=weights.is_matrix)
+    model = RewardModel(network)
+    weights = apply(model, config_of_model, world, strategy="none")
+    optimizer = build_optimizer(weights.named_parameters(), OptimConfig(lr=1e-6))
     count = sum(len(pack.better) for pack in packs)
 
     def step() -> None:
@@ -118,7 +119,7 @@ def ours(
             total += loss.detach()
         weights.gather_gradients(total / count, 1.0)
         optimizer.step()
-        weights.publish()
+        weights.copy_to_model()
 
     return step
 

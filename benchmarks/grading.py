@@ -93,8 +93,8 @@ def http(status: str, content: Any, headers: str = "") -> bytes:
 
 def grade(url: str, num_samples: int, concurrency: int, output_path: str | None) -> None:
     """One measurement, printed as JSON: the child process."""
+    from rm_gallery.core.graders.base_grader import GraderScore
     from rm_gallery.core.graders.common import RelevanceGrader
-    from rm_gallery.core.graders.schema import GraderScore
     from rm_gallery.core.models import OpenAIChatModel
     from rm_gallery.core.runner import GradingRunner
 
@@ -102,7 +102,7 @@ def grade(url: str, num_samples: int, concurrency: int, output_path: str | None)
         for number in range(num_samples):
             yield {"query": QUERY.format(number), "response": f"Answer {number}: it improves health and mood. " * 4}
 
-    model = OpenAIChatModel("judge", base_url=url, api_key="none", timeout=TIMEOUT, retry_delay=0.1)
+    model = OpenAIChatModel("judge", base_url=url, api_key="none", timeout=TIMEOUT)
     runner = GradingRunner({"relevance": RelevanceGrader(model=model)}, concurrency, output_path=output_path)
     before, start = peak_mib(), time.perf_counter()
     results = runner.run(dataset())["relevance"]

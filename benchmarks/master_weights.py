@@ -72,7 +72,7 @@ def run(lr: float, steps: int, *, master: bool) -> tuple[float, float]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if weights:
-            weights.publish()
+            weights.copy_to_model()
         shares.append(share_changed(before, parameters))
     return float(np.mean(shares)), share_changed(start, parameters)
 

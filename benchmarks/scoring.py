@@ -58,15 +58,17 @@ def make_groups(scorer: RewardScorer, count: int) -> list[PreferenceGroup]:
 
 
 def read_groups(scorer: RewardScorer, path: Path, count: int) -> list[PreferenceGroup]:
-    """The first rows of a file that `rm-gallery score` reads; those that cannot be scored are left out."""
+    """The first rows of a file that `rm-gallery score` reads, without those that cannot be scored."""
+    from rm_gallery.data.sources import resolve_entries
     from rm_gallery.errors import BadRow
-    from rm_gallery.scoring.tables import open_table, read_group, read_values
+    from rm_gallery.scoring.tables import KEY, ScoreDataConfig, open_table, read_group
 
-    table = open_table(path)
+    table = open_table(resolve_entries(str(path), key=KEY)[0], ScoreDataConfig())
+    reader = table.reader(scorer.inputs.style)
     groups = []
-    for values in islice(read_values(table, 0), count):
+    for row in islice(table.rows(), count):
         try:
-            groups.append(read_group(values, table, scorer.inputs))
+            groups.append(read_group(row, reader, scorer.inputs))
         except BadRow:
             continue
     return groups

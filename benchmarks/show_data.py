@@ -1,10 +1,10 @@
-"""Time and memory of `rm-gallery show-data` on made-up pairs.
+"""Time and memory of `rm-gallery show-data` on synthetic pairs.
 
     python benchmarks/show_data.py [--pairs 10000 100000] [--tokens] [--output FILE.json]
 
-Each size runs in a process of its own, on a parquet file with about 15 words of prompt and 30 words a response; every
+Each size runs in its own process, on a parquet file with about 15 words of prompt and 30 words a response; every
 fiftieth pair is a copy, a near copy, a flipped copy or a leak into validation. --tokens adds a tokenizer (byte-level
-BPE, trained on the spot) and a chat template. All files lie in a temporary folder.
+BPE, trained at start) and a chat template. All files are in a temporary folder.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def sentences(draw: random.Random, vocabulary: list[str], words: int) -> str:
 
 
 def rows(count: int, *, seed: int) -> Iterator[dict[str, Any]]:
-    """Pairs with a few faults in known numbers."""
+    """Pairs with a known number of duplicates, near duplicates and flipped labels."""
     draw = random.Random(seed)
     syllables = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u", "an", "er", "in")]
     vocabulary = ["".join(draw.choices(syllables, k=draw.randint(1, 3))) for _ in range(20_000)]
@@ -117,14 +117,14 @@ def measure(arguments: list[str]) -> dict[str, Any]:
     if ran.returncode:
         sys.exit(ran.stderr)
     report = json.loads(ran.stdout)
-    found = {each["key"]: each["count"] for each in (*report["sides"][0]["duplicates"], *report["overlap"])}
+    found = {each["key"]: each["count"] for each in (*report["splits"][0]["duplicates"], *report["leakage"])}
     baselines = {f"{each['key']}, {each['on']}": each["accuracy"] for each in report["baselines"]["baselines"]}
     peak = json.loads(ran.stderr.splitlines()[-1])["peak"]
     return {"seconds": seconds, "peak_bytes": peak, "found": found, "baselines": baselines}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time and memory of rm-gallery show-data on made-up pairs.")
+    parser = argparse.ArgumentParser(description="Time and memory of rm-gallery show-data on synthetic pairs.")
     parser.add_argument("--pairs", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--tokens", action="store_true", help="with a tokenizer and a chat template")
     parser.add_argument("--output", type=Path, help="JSON file to write")

@@ -43,11 +43,9 @@ class Case:
 ONE = Case("one", 1, ())
 CASES = (
     Case("ddp", 2, ("model.strategy=ddp",)),
-    Case("fsdp", 2, ("model.strategy=fsdp",)),
     Case("fsdp2", 2, ("model.strategy=fsdp2",)),
     Case("fsdp2-offload", 2, ("model.strategy=fsdp2", "model.fsdp_config.cpu_offload=true")),
     Case("fsdp2-hybrid", 4, ("model.strategy=fsdp2", "model.fsdp_config.fsdp_size=2")),
-    Case("fsdp-hybrid", 4, ("model.strategy=fsdp", "model.fsdp_config.fsdp_size=2")),
     Case("fsdp2-nodes", 1, ("model.strategy=fsdp2",), nodes=2),
 )
 

@@ -1,4 +1,4 @@
-"""The command line: `rm-gallery train | validate-config | show-data | estimate | score`.
+"""The command line: `rm-gallery train | validate-config | show-data | estimate | score | export-data`.
 
 Heavy modules are imported by the command that needs them.
 """
@@ -10,6 +10,7 @@ import gc
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -18,20 +19,20 @@ from typing import Any
 
 from rm_gallery import __version__
 from rm_gallery.errors import StoppedBySignal, UserError
-from rm_gallery.log import setup_logging, speak_in_turn
+from rm_gallery.log import setup_logging, wait_for_local_main
 
 log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None, *, default_config: str | None = None) -> int:
-    """Run one command; returns its exit status: 0, 2 for a mistake that a person can mend, 130 for Ctrl-C, 143
-    for SIGTERM after the run was saved.
+    """Run one command and return its exit status: 0, 2 for an error that a user can fix, 130 for Ctrl-C, 143 for
+    SIGTERM after the run was saved.
 
-    default_config: YAML file that `--config` starts from; recipes give their own.
+    default_config: default of `--config`; recipes pass their own file.
     """
     arguments = _parse(_parser(default_config), argv)
-    # Threads that wait for each other must sleep, not spin: on cores that others use too, spinning made small models
-    # three to seven times slower. Read when torch is loaded, which is later.
+    # OpenMP threads must sleep while they wait, not spin: on shared cores, spinning made small models three to seven
+    # times slower. torch reads it when it is imported, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     setup_logging(logging.DEBUG if arguments.debug else logging.INFO)
     try:
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
     except UserError as error:
         if arguments.debug:
             traceback.print_exc()
-        rank = speak_in_turn()
+        rank = wait_for_local_main()
         for line in str(error).splitlines():
             print(f"{rank}rm-gallery: error: {line}", file=sys.stderr)
         return 2
@@ -53,11 +54,12 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Arguments of the command; argparse alone takes no more words once an option stood between them."""
+    """Arguments of the command. argparse does not accept positionals after an option, so they are appended here."""
     arguments, rest = parser.parse_known_args(argv)
-    if any(text.startswith("-") for text in rest):
+    if any(text.startswith("-") for text in rest) or (rest and not arguments.words):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    setattr(arguments, arguments.words, [*getattr(arguments, arguments.words), *rest])
+    if rest:
+        setattr(arguments, arguments.words, [*getattr(arguments, arguments.words), *rest])
     return arguments
 
 
@@ -67,54 +69,55 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, text in (
         ("train", _train, "train a reward model"),
-        ("validate-config", _validate_config, "check a configuration, its files included, without training"),
+        ("validate-config", _validate_config, "check a configuration and its files without training"),
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         _add_config(command, default_config)
-        command.set_defaults(run=run, words="overrides", when_stopped="checkpoints that were written are whole")
+        command.set_defaults(run=run, words="overrides", when_stopped="rerun the command to resume")
     _add_show_data(commands, default_config)
     _add_estimate(commands, default_config)
     _add_score(commands)
+    _add_export_data(commands)
     return parser
 
 
 def _add_config(command: argparse.ArgumentParser, default_config: str | None) -> None:
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration values, as optim.lr=1e-6")
-    command.add_argument("--config", default=default_config, metavar="FILE", help="YAML file to start from")
-    command.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration override, as optim.lr=1e-6")
+    command.add_argument("--config", default=default_config, metavar="FILE", help="YAML configuration file")
+    command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
 
 
 def _add_show_data(commands: Any, default_config: str | None) -> None:
     command = commands.add_parser(
         "show-data",
-        help="show what the model will see: lengths, duplicates, leaks, baselines, samples",
+        help="report on the data: lengths, length bias, duplicates, leakage, baselines, samples",
         description=(
-            "Read the data of a configuration as training would and show what is in it. Takes the same words as train; "
-            "data.train_files is enough, and with model.partial_pretrain lengths are in that model's tokens."
+            "Read the data as training does and report on it. Takes the configuration of train; data.train_files is "
+            "enough. Lengths are in words, or in tokens with model.partial_pretrain."
         ),
     )
     _add_config(command, default_config)
-    command.add_argument("--html", metavar="FILE", help="write the report as one HTML file as well")
+    command.add_argument("--html", metavar="FILE", help="also write the report as a self-contained HTML file")
     command.add_argument("--json", action="store_true", help="print every figure as JSON instead")
-    command.add_argument("--samples", type=int, default=3, metavar="N", help="rows shown as text (default: 3)")
+    command.add_argument("--samples", type=int, default=3, metavar="N", help="number of rows to show (default: 3)")
     command.set_defaults(run=_show_data, words="overrides", when_stopped="nothing was written")
 
 
 def _add_estimate(commands: Any, default_config: str | None) -> None:
     command = commands.add_parser(
         "estimate",
-        help="memory, micro-batch and time of a run, before it has its machine",
+        help="estimate peak memory, the largest micro-batch and the time of an epoch, without a GPU",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
-            "Memory of each GPU by kind, the micro-batch that fits, the time of an epoch, and what to change when it\n"
-            "does not fit. Reads a model's config.json and a sample of the data; no weights.\n"
+            "Estimate the peak memory of each GPU, the largest micro-batch that fits, the time of an epoch, and the\n"
+            "changes that make the run fit. Reads the model's config.json and a sample of the data, no weights.\n"
             "  rm-gallery estimate model=qwen2.5-7b n_gpus=8 gpu=h200 data=train.parquet\n"
-            "Keys besides those of training: n_gpus, gpu (h200, h100, a100-80, a100-40, l40s, 4090, cpu),\n"
+            "Keys in addition to those of train: n_gpus, gpu (h200, h100, a100-80, a100-40, l40s, 4090, cpu),\n"
             "gpus_per_node, gpu_memory_gib, mfu, pairs, prompt_tokens, response_tokens, tokenizer, chars_per_token."
         ),
     )
     _add_config(command, default_config)
-    command.add_argument("--json", action="store_true", help="print values in bytes and seconds instead of text")
+    command.add_argument("--json", action="store_true", help="print all values as JSON, in bytes, FLOPs and seconds")
     command.set_defaults(run=_estimate, words="overrides", when_stopped="nothing was written")
 
 
@@ -124,34 +127,85 @@ def _add_score(commands: Any) -> None:
         help="score files with trained models",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
-            "Score files with trained models. Columns that are read, the first that a file has:\n"
-            "  chosen and rejected  gives reward_chosen and reward_rejected\n"
-            "  messages             gives reward, of the last turn\n"
-            "  responses (a list)   gives rewards (a list)\n"
-            "  response             gives reward\n"
-            "and prompt with them, if it is there. With several models, NAME/ goes before these columns.\n"
-            "The same command goes on where it stopped."
+            "Score files with trained models. Reads every file and layout that train reads, and responses without\n"
+            "labels. The first layout that a file has decides:\n"
+            "  chosen and rejected           gives reward_chosen and reward_rejected\n"
+            "  messages                      gives reward, of the last turn\n"
+            "  responses (a list), and other layouts with a list of responses\n"
+            "                                gives rewards (a list)\n"
+            "  response                      gives reward\n"
+            "A prompt and tools are read too. Columns have other names with data.KEY=VALUE, as in training:\n"
+            "  rm-gallery score --model MODEL --output out data.chosen_key=better answers.csv.gz\n"
+            "Also data.split, data.subset and data.revision of a hub dataset. The output has the columns of the input\n"
+            "and the rewards: JSON lines for JSON, parquet for other inputs, or what the suffix of --output says.\n"
+            "With several models, the reward columns are prefixed with NAME/. A stopped command resumes when rerun."
         ),
     )
-    command.add_argument("inputs", nargs="+", metavar="INPUT", help="parquet or JSON-lines file, or folder of them")
-    command.add_argument("--model", action="append", required=True, metavar="FOLDER", help="give it again for more")
-    command.add_argument("--output", required=True, metavar="PATH", help="a folder; for one input a file, too")
+    command.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="file, folder, glob, URL or hub dataset; or data.KEY=VALUE"
+    )
+    command.add_argument("--model", action="append", required=True, metavar="FOLDER", help="repeat for several models")
+    command.add_argument("--output", required=True, metavar="PATH", help="folder; or a file, for one input")
     command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N")
     command.add_argument("--dtype", default="auto", help="auto (default: bf16 on a GPU), fp32, bf16")
-    command.add_argument("--token-budget", type=int, metavar="N", help="most tokens of one model call")
-    command.add_argument("--trust-remote-code", action="store_true", help="run the code that a model brings along")
-    command.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
-    command.set_defaults(run=_score, words="inputs", when_stopped="the same command goes on from here")
+    command.add_argument("--token-budget", type=int, metavar="N", help="maximum tokens per model call")
+    command.add_argument("--trust-remote-code", action="store_true", help="run code from the model folder")
+    command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
+    command.set_defaults(run=_score, words="inputs", when_stopped="rerun the command to resume")
+
+
+def _add_export_data(commands: Any) -> None:
+    command = commands.add_parser(
+        "export-data",
+        help="make training data of scored responses",
+        usage="%(prog)s --input PATH ... --output-dir FOLDER [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        description=(
+            "Make training data of scored responses. A case, one row of the input, has one of\n"
+            "  response_a, response_b, score_a, score_b\n"
+            "  responses and scores            lists; or ranks (1 is best) in place of scores\n"
+            "  response and score              all responses to one prompt are compared with each other\n"
+            "and, where there is one, the prompt (or query, or messages). With --results the scores come from a\n"
+            "GradingRunner: --input is the file of the samples, --results its output_path.\n\n"
+            "Every two responses with different scores make a row with prompt, chosen, rejected, margin (the\n"
+            "difference of the scores) and source. All rows of a prompt are on the same side, train or test."
+        ),
+        epilog=(
+            "examples:\n"
+            "  rm-gallery export-data --input cases.jsonl --output-dir data\n"
+            "  rm-gallery export-data --input samples.jsonl --results results.jsonl --grader relevance \\\n"
+            "      --map prompt=question response=answer.text --output-dir data --split train=0.9 test=0.1"
+        ),
+    )
+    add = command.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help="file, folder, glob, URL or hub dataset of cases")
+    add("--output-dir", required=True, metavar="FOLDER", help="gets train.parquet, test.parquet, ...")
+    add("--format", nargs="+", default=["parquet"], metavar="NAME", help="parquet (default), jsonl or both")
+    add("--overwrite", action="store_true", help="replace the files of an earlier export")
+    add("--results", metavar="FILE", help="results file of a GradingRunner for the cases")
+    add("--grader", nargs="+", metavar="NAME", help="whose results; response_a=NAME response_b=NAME for one each")
+    add("--map", nargs="+", metavar="FIELD=PATH", help="path of a field in a case, as prompt=input.question")
+    add("--source", metavar="NAME", help="name of the data set, for cases without one")
+    add("--split", nargs="+", metavar="SIDE=SHARE", help="share of the rows for each side (train=0.8 test=0.2)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the split (0)")
+    add("--layout", default="pairs", metavar="NAME", help="pairs (default), or groups: all responses in one row")
+    add("--pairs", default="all", metavar="NAME", help="all (default), or best_worst: the best against the worst")
+    add("--min-difference", type=float, default=0.0, metavar="X", help="minimum difference of the scores (0)")
+    add("--max-pairs-per-prompt", type=int, metavar="N", help="keep a random sample of N pairs of a prompt")
+    add("--contradictions", default="keep", metavar="NAME", help="keep (default), or drop both of opposite pairs")
+    add("--debug", action="store_true", help="print tracebacks and debug messages")
+    command.set_defaults(run=_export_data, words="", when_stopped="nothing was written")
 
 
 @contextmanager
 def _loading() -> Iterator[None]:
-    """Import without rounds of the garbage collector, which find nothing and take a sixth of the time to start.
+    """Import with garbage collection disabled: it finds nothing, and takes a sixth of the start-up time.
 
-    What was loaded is left out of later rounds, too.
+    Loaded objects are frozen, so that later collections skip them too.
     """
     if "torch" in sys.modules or not gc.isenabled():
-        yield  # in a process of its owner's, who may have garbage
+        yield  # called from a program that has objects of its own
         return
     gc.disable()
     try:
@@ -176,7 +230,7 @@ def _validate_config(arguments: argparse.Namespace) -> None:
         from rm_gallery.training.data_setup import check_inputs
     config = load_config(arguments.config, arguments.overrides)
     check_inputs(config)
-    print(f"configuration is valid; the run folder will be {config.trainer.run_dir}")
+    print(f"configuration is valid; run directory: {config.trainer.run_dir}")
 
 
 def _show_data(arguments: argparse.Namespace) -> None:
@@ -200,22 +254,79 @@ def _estimate(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from rm_gallery.scoring.score_files import ScoreOptions, score_files
+    from rm_gallery.scoring.score_files import ScoreOptions, load_data_config, score_files
 
+    settings = [text for text in arguments.inputs if re.match(r"data(\.\w+)+=", text)]
     options = ScoreOptions(
         models=tuple(arguments.model),
-        inputs=tuple(arguments.inputs),
+        inputs=tuple(text for text in arguments.inputs if text not in settings),
         output=arguments.output,
         device=arguments.device,
         dtype=arguments.dtype,
         token_budget=arguments.token_budget,
         trust_remote_code=arguments.trust_remote_code,
+        data=load_data_config(settings),
     )
+    num_rewards = 0
     for scored in score_files(options):
-        print(f"{scored.output}: {scored.num_rows} rows" + (", there already" if scored.was_there else ""))
+        print(f"{scored.output}: {scored.num_rows} rows" + (", scored earlier" if scored.was_there else ""))
         for model, unscored in scored.unscored.items():
+            num_rewards += scored.num_rows - unscored.total
             if unscored.total:
                 print(f"  {model}: {unscored.total} without a reward: {unscored.describe()}")
+    if not num_rewards:
+        raise UserError(
+            "no row got a reward, for the reasons above; fix the rows, or name the columns with data.KEY=NAME"
+        )
+
+
+def _export_data(arguments: argparse.Namespace) -> None:
+    from rm_gallery.core.generator import export_data
+
+    grader: Any = arguments.grader
+    if grader is not None and any(item.startswith(("response_a=", "response_b=")) for item in grader):
+        grader = _named(grader, "--grader", "response_a=NAME response_b=NAME")
+    elif grader is not None and len(grader) > 1:
+        raise UserError("--grader takes one name, or response_a=NAME response_b=NAME")
+    elif grader is not None:
+        [grader] = grader
+    options: dict[str, Any] = {}
+    if arguments.split is not None:
+        split = _named(arguments.split, "--split", "SIDE=SHARE, as train=0.8")
+        options["split_ratio"] = {side: _share(side, share) for side, share in split.items()}
+    for name in ("seed", "layout", "pairs", "min_difference", "max_pairs_per_prompt", "contradictions", "source"):
+        options[name] = getattr(arguments, name)
+    summary = export_data(
+        arguments.input,
+        arguments.output_dir,
+        results=arguments.results,
+        grader=grader,
+        mapper=_named(arguments.map or [], "--map", "FIELD=PATH") or None,
+        formats=arguments.format,
+        overwrite=arguments.overwrite,
+        **options,
+    )
+    print(summary, flush=True)
+
+
+def _named(items: Sequence[str], option: str, form: str) -> dict[str, str]:
+    """`NAME=VALUE` items of an option. Raises UserError for another form and for a repeated name."""
+    named: dict[str, str] = {}
+    for item in items:
+        name, sign, value = item.partition("=")
+        if not (name and sign and value):
+            raise UserError(f"{option} {item}: write it as {form}")
+        if name in named:
+            raise UserError(f"{option} names {name} twice; name it once")
+        named[name] = value
+    return named
+
+
+def _share(side: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"--split {side}={text}: the share must be a number, as 0.8") from None
 
 
 if __name__ == "__main__":

@@ -72,6 +72,11 @@ class Dropped:
         self.counts[reason] = self.counts.get(reason, 0) + count
         self.examples.setdefault(reason, where)
 
+    def merge(self, other: Dropped) -> None:
+        """Add the rows of another part of the data."""
+        for reason, count in other.counts.items():
+            self.add(reason, other.examples[reason], count)
+
     @property
     def total(self) -> int:
         return sum(self.counts.values())

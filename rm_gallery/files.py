@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import inspect
+import json
 import logging
 import os
 import platform
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +106,11 @@ def lock(path: Path, *, timeout: float = -1, on_wait: Callable[[str], None] | No
         holder = path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
     except OSError:
         holder = "another process"
-    # A soft lock would outlive a killed process.
-    held = FileLock(path, thread_local=False, fallback_to_soft=False)
+    # Recent versions fall back to a soft lock, which would outlive a killed process.
+    options: dict[str, Any] = {"fallback_to_soft": False}
+    if "fallback_to_soft" not in inspect.signature(FileLock.__init__).parameters:
+        options = {}
+    held = FileLock(path, thread_local=False, **options)
     try:
         try:
             held.acquire(timeout=0)
@@ -140,15 +146,36 @@ def sha256_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
         return dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))
 
 
-def find_damage(folder: Path, hashes: Mapping[str, str]) -> str | None:
-    """Compare files with their recorded hashes; describe the first one that is missing or differs, or return None."""
-    names = sorted(hashes)
+MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+def write_manifest(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Write `manifest.json`: the SHA-256 of each file by its name relative to the folder."""
+    content = {"format": _FORMAT, "sha256": dict(sorted(hashes.items()))}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def check_manifest(folder: Path, *, manifest: str = MANIFEST, part: int = 0, parts: int = 1) -> str | None:
+    """Compare the files of a folder with its manifest; describe the first fault, or return None when there is none.
+
+    part, parts: check every `parts`-th file only, starting at `part`, so that ranks can share the reading.
+    """
+    name = manifest.rpartition("/")[2]
     try:
-        missing = [name for name in names if not (folder / name).is_file()]
+        content = json.loads((folder / manifest).read_text(encoding="utf-8"))
+        hashes, version = content["sha256"], content["format"]
+        names = sorted(hashes)[part::parts]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return f"{name} cannot be read"
+    if version != _FORMAT:
+        return f"written in format {version!r}, which this version does not read"
+    try:
+        missing = [each for each in names if not (folder / each).is_file()]
         if missing:
             return f"{missing[0]} is missing"
         found = sha256_files(folder, names)
     except OSError as error:
         return f"{error.filename or 'a file'} cannot be read ({error.strerror})"
-    differing = [name for name in names if found[name] != hashes[name]]
+    differing = [each for each in names if found[each] != hashes[each]]
     return f"{differing[0]} is not what was written" if differing else None

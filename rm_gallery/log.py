@@ -1,4 +1,4 @@
-"""Logging for entry points: one format, a rank prefix, and nothing at import."""
+"""Logging of entry points: one format with a rank prefix. Importing the package configures nothing."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import time
 
 
 def setup_logging(level: int = logging.INFO) -> None:
-    """Send the package's log to standard error; ranks above 0 are quiet but for errors, and say who they are.
+    """Log to standard error. Ranks above 0 log errors only, with the prefix `[rank N]`.
 
-    Libraries under us stay at WARNING. Called by entry points; calling it again takes today's level and `sys.stderr`.
+    The levels of other libraries stay unchanged. Calling it again applies the new level and the current `sys.stderr`.
     """
     rank = _number("RANK")
     logger = logging.getLogger("rm_gallery")
@@ -23,15 +23,15 @@ def setup_logging(level: int = logging.INFO) -> None:
         logger.propagate = False
     for known in logger.handlers:
         if type(known) is logging.StreamHandler:
-            known.stream = sys.stderr  # not setStream: it would flush a stream that may be closed
+            known.stream = sys.stderr  # setStream would flush the old stream, which may be closed
     logger.setLevel(level if rank == 0 else logging.ERROR)
 
 
-def speak_in_turn(seconds: float = 2.0) -> str:
-    """Before a process says why it ends: what to put in front, `[rank N] ` or nothing.
+def wait_for_local_main(seconds: float = 2.0) -> str:
+    """Call before printing the error that ends a process. Return the prefix of its rank: `[rank N] `, "" on rank 0.
 
-    The first process of a machine speaks at once. The others wait: mostly they end for the same reason, and torchrun
-    ends them before they repeat it.
+    Local rank 0 returns at once. The others wait: they usually fail for the same reason, and torchrun stops them
+    before they repeat it.
     """
     if _number("LOCAL_RANK"):
         time.sleep(seconds)

@@ -1,4 +1,4 @@
-"""Reservoir: a fair sample, drawn with a seed, of a stream whose length is not known before."""
+"""Reservoir sampling: a uniform, seeded sample of a stream of unknown length (Vitter 1985, algorithm R)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ T = TypeVar("T")
 
 
 class Reservoir(Generic[T]):
-    """At most `capacity` items; after n were offered, each of them is kept with the same chance."""
+    """At most `capacity` items; each of the n offered so far is kept with the same probability, capacity / n.
+
+    To offer an item: `place = reservoir.wants()`, then `put(place, item)` unless it is None.
+    """
 
     def __init__(self, capacity: int, *, seed: int) -> None:
         self.items: list[tuple[int, T]] = []
-        """(number of the offer, item)."""
+        """(index of the item in the stream, item)."""
         self.num_offered = 0
         self._capacity = capacity
         self._draw = random.Random(seed)
 
     def wants(self) -> int | None:
-        """Count one offer; the place it goes to, or None when it is not kept. Cheap: items are made after it."""
+        """Count one offered item; the place to `put` it, or None to skip it, so that a skipped item is never built."""
         number = self.num_offered
         self.num_offered += 1
         if number < self._capacity:
@@ -28,7 +31,7 @@ class Reservoir(Generic[T]):
         return place if place < self._capacity else None
 
     def put(self, place: int, item: T) -> None:
-        """Keep the item that was counted last."""
+        """Store the item that was counted last."""
         entry = (self.num_offered - 1, item)
         if place == len(self.items):
             self.items.append(entry)
@@ -36,5 +39,5 @@ class Reservoir(Generic[T]):
             self.items[place] = entry
 
     def in_order(self) -> list[T]:
-        """The items in the order they were offered."""
+        """The items in stream order."""
         return [item for _, item in sorted(self.items, key=lambda entry: entry[0])]

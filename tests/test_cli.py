@@ -23,7 +23,7 @@ def inputs(in_tmp: Path, qwen2_folder: Path) -> None:
 
 def test_a_valid_configuration_ends_with_0_and_names_the_run_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate-config", *NEEDED, "trainer.experiment_name=a"]) == 0
-    assert capsys.readouterr().out == "configuration is valid; the run folder will be checkpoints/bt/a\n"
+    assert capsys.readouterr().out == "configuration is valid; run directory: checkpoints/bt/a\n"
 
 
 def test_validating_writes_nothing(in_tmp: Path) -> None:
@@ -104,7 +104,7 @@ def test_ctrl_c_ends_with_130_and_a_sentence(
 
     monkeypatch.setattr("rm_gallery.training.config.load_config", interrupt)
     assert main(["validate-config"]) == 130
-    assert capsys.readouterr().err == "rm-gallery: stopped by Ctrl-C; checkpoints that were written are whole\n"
+    assert capsys.readouterr().err == "rm-gallery: stopped by Ctrl-C; rerun the command to resume\n"
 
 
 @pytest.mark.parametrize(

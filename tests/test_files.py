@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from rm_gallery.files import atomic_write, find_damage, lock, remove, sha256, sha256_files, write_text
+from rm_gallery.files import (
+    atomic_write,
+    check_manifest,
+    lock,
+    remove,
+    sha256,
+    sha256_files,
+    write_manifest,
+    write_text,
+)
 
 HOLD = """
 import pathlib, sys
@@ -104,8 +113,9 @@ def test_damage_is_described(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
     hashes = sha256_files(tmp_path, ["a", "b"])
     assert hashes["a"] == sha256(tmp_path / "a") == "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"
-    assert find_damage(tmp_path, hashes) is None
+    write_manifest(tmp_path, hashes)
+    assert check_manifest(tmp_path) is None
     (tmp_path / "b").write_text("B")
-    assert find_damage(tmp_path, hashes) == "b is not what was written"
+    assert check_manifest(tmp_path) == "b is not what was written"
     (tmp_path / "a").unlink()
-    assert find_damage(tmp_path, hashes) == "a is missing"
+    assert check_manifest(tmp_path) == "a is missing"

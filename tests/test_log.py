@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from rm_gallery.log import setup_logging, speak_in_turn
+from rm_gallery.log import setup_logging, wait_for_local_main
 
 
 def test_calling_again_follows_standard_error_and_writes_each_line_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,5 +43,5 @@ def test_only_the_first_process_of_a_machine_speaks_at_once(monkeypatch: pytest.
     for rank, local, prefix in (("0", "0", ""), ("8", "0", "[rank 8] "), ("9", "1", "[rank 9] ")):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", local)
-        assert speak_in_turn() == prefix
+        assert wait_for_local_main() == prefix
     assert waits == [2.0]

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from rm_gallery import progress_bar
 from rm_gallery.core.runner import GradingRunner
 from tests.core.graders_for_runs import LengthGrader, RaisingGrader, texts
 
@@ -59,4 +60,18 @@ def test_a_log_handler_on_the_terminal_gets_its_stream_back(monkeypatch: pytest.
     finally:
         logger.removeHandler(handler)
     assert handler.stream is terminal
-    assert "1 of 1 samples ended in an error" in terminal.getvalue()
+    assert "1 of 1 samples failed" in terminal.getvalue()
+
+
+def test_without_a_terminal_progress_is_logged_periodically(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress_bar, "_LOG_INTERVAL_S", -1.0)
+    monkeypatch.setattr(logging.getLogger("rm_gallery"), "propagate", True)
+    with (
+        caplog.at_level(logging.INFO, "rm_gallery"),
+        progress_bar.ProgressBar("a.parquet", 9, 2, log_unit="rows") as bar,
+    ):
+        bar.advance(3)
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == ["a.parquet 5/9 rows"]
+    assert bar.rate > 0

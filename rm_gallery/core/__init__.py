@@ -1,1 +1,1 @@
-"""Using models: chat models, graders, the batch runner. Importing it loads neither torch nor a client library."""
+"""Chat models, graders, the batch runner and the export. Importing it loads neither torch nor a client library."""

@@ -5,16 +5,19 @@ Loads neither torch nor transformers: `show-data` and `estimate` start with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from rm_gallery.config import problem_of
-from rm_gallery.data.batching.plan import PackingConfig
+from rm_gallery.data.batching.plan import Mixture, PackingConfig
 from rm_gallery.data.custom import check_custom_class
-from rm_gallery.data.sources import SourceConfig, check_val_fraction, entry_problems, find_files
+from rm_gallery.data.formats import HoldOut
+from rm_gallery.data.sources import DataFile, SourceConfig, check_val_fraction, entries_of, entry_problems, find_files
+from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.token_cache.prepare import PrepareConfig
-from rm_gallery.data.token_cache.row_processor import Share
 from rm_gallery.errors import Problem
 
 FILE_KEYS = ("data.train_files", "data.val_files")
@@ -62,11 +65,11 @@ def data_problems(data: DataConfig) -> Iterator[Problem]:
             yield Problem(f"data.{name}", f"data.{name}={value}: must be at least 1")
     if data.custom_cls.name and data.input_style == "text":
         yield Problem(
-            "data.input_style", "data.input_style=text: data.custom_cls gives messages; leave one of the two out"
+            "data.input_style", "data.input_style=text: data.custom_cls returns messages; remove one of the two"
         )
     if data.custom_cls.name and data.format != "auto":
         yield Problem(
-            "data.format", f"data.format={data.format}: data.custom_cls reads the rows; leave one of the two out"
+            "data.format", f"data.format={data.format}: data.custom_cls reads the rows; remove one of the two"
         )
     yield from problem_of("data.val_fraction", lambda: check_val_fraction(data))
     yield from problem_of("data.custom_cls", lambda: check_custom_class(data.custom_cls))
@@ -77,7 +80,7 @@ class Side:
     """Training or validation data: the key that names its files, and its share of their prompts."""
 
     key: str
-    share: Share | None = None
+    share: HoldOut | None = None
     """None takes every row."""
 
 
@@ -89,3 +92,16 @@ def sides_of(config: DataConfig) -> list[Side]:
         held_out = config.val_fraction
         return [Side("data.train_files", ("train", held_out)), Side("data.train_files", ("val", held_out))]
     return [Side("data.train_files")]
+
+
+def mixture_of(data: TokenData, files: Sequence[DataFile], config: DataConfig) -> Mixture | None:
+    """How often each entry of `data.train_files` is used in an epoch; None if every group is used once.
+
+    files: those that `data` was read from.
+    """
+    weights = [entry.weight for entry in entries_of(config, "data.train_files")]
+    if all(weight == 1 for weight in weights):
+        return None
+    entry_of = {file.name: file.entry for file in files}
+    entries = np.array([entry_of[name] for name in data.files], np.int32)
+    return Mixture(entries[data.file_numbers], weights)

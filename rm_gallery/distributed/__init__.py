@@ -1,1 +1,1 @@
-"""The processes of a run: how they meet, how the failure of one ends the others, and what a run wants of its CPU."""
+"""Processes of a run: process group, collectives, watchdog, and CPU settings."""

@@ -1,8 +1,4 @@
-"""The CPU of a run: memory that the allocator keeps, and how fast matrices are multiplied here.
-
-Without keeping, a step fetches every tensor's pages from the system anew. A processor without units for bfloat16 is
-slower in it than in float32.
-"""
+"""CPU training: keep freed memory in the process (glibc malloc), and measure the matrix multiplication rate."""
 
 from __future__ import annotations
 
@@ -13,28 +9,29 @@ import time
 
 import torch
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt(3)
-_UP_TO = 1 << 30  # bytes of one tensor
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt(3)
+_MAX_TENSOR_BYTES = 1 << 30
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library reuse what this process has freed; whether it does (glibc only).
+    """Raise malloc's mmap and trim thresholds, so that freed tensors are reused; return whether that worked (glibc).
 
-    It gives tensors above 32 MiB at most back to the system otherwise, and gets them back zeroed, page by page.
-    Whoever sets glibc's MALLOC_MMAP_THRESHOLD_ or MALLOC_TRIM_THRESHOLD_ has decided, and nothing is changed.
+    By default, blocks above 32 MiB return to the system when freed. The next step then page-faults on zeroed memory.
+    Nothing is changed if MALLOC_MMAP_THRESHOLD_ or MALLOC_TRIM_THRESHOLD_ is set in the environment.
     """
     if any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_MMAP_THRESHOLD, _UP_TO)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(_MMAP_THRESHOLD, _MAX_TENSOR_BYTES)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def matrix_flops(dtype: torch.dtype, *, seconds: float) -> float:
-    """Operations a second of matrix products by 1,024 x 1,024, the best of a few; takes about so many seconds at most.
+    """Measure FLOPs per second of a linear layer of 1,024 x 1,024, the best of four calls, in about `seconds`.
 
-    Of as many rows as that time allows: a processor without bfloat16 takes seconds for 1,024, at the rate of 16.
+    The number of rows starts at 16 and grows to 1,024 while time allows: without bfloat16 units, 1,024 rows take
+    seconds at the same rate.
     """
     size, repeats = 1024, 4
     matrix = torch.ones(size, size, dtype=dtype)
@@ -43,17 +40,17 @@ def matrix_flops(dtype: torch.dtype, *, seconds: float) -> float:
         rows *= 4
         inputs = torch.ones(rows, size, dtype=dtype)
         best = math.inf
-        for _ in range(repeats):  # the first sets up its kernel, and others may be disturbed
+        for _ in range(repeats):  # the first call sets up the kernel; others may be preempted
             start = time.perf_counter()
-            torch.nn.functional.linear(inputs, matrix)  # as layers do: the order of weights matters in bfloat16
+            torch.nn.functional.linear(inputs, matrix)  # weight layout as in layers: it matters in bfloat16
             best = min(best, time.perf_counter() - start)
     return 2 * rows * size**2 / best
 
 
 def bf16_slowdown() -> float:
-    """Rate in float32 over that in bfloat16, of one thread, measured in a tenth of a second."""
+    """Float32 rate divided by bfloat16 rate of one thread, measured in 0.1 s. Above 1, bfloat16 is slower."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several would wait for each other on a busy machine
+    torch.set_num_threads(1)  # on a busy machine, several threads would wait for each other
     try:
         return matrix_flops(torch.float32, seconds=0.05) / matrix_flops(torch.bfloat16, seconds=0.05)
     finally:

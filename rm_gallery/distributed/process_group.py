@@ -1,7 +1,7 @@
-"""Where this process runs and how it meets the others: rank facts, device, seeds, small reductions.
+"""The process group of a run: rank, world size, device, rendezvous, barrier and seeds.
 
-The only file that asks the environment for ranks. Processes are started by torchrun, or by anything else that sets
-its variables: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+Processes are started by torchrun, or by anything else that sets its variables: RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR and MASTER_PORT. Only this file reads them.
 """
 
 from __future__ import annotations
@@ -16,108 +16,104 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from rm_gallery.distributed.watchdog import RankWatch
+from rm_gallery.distributed.watchdog import Watchdog
 from rm_gallery.errors import StoppedBySignal, UserError, one_line
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-_START_SECONDS = 600.0  # machines of a cluster do not start together
-_HOLD_SECONDS = 2.5  # how long a process that fails stays, so that the others can read why
+_START_TIMEOUT_S = 600.0  # machines of a cluster do not start at the same time
+_EXIT_DELAY_S = 2.5  # a failed process stays this long, so that the others can read its error from the store
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: `rank` of `world_size` data-parallel processes, and its device."""
+    """Rank of this process among the data-parallel processes, and its device."""
 
     rank: int
     world_size: int
     device: torch.device
     local_rank: int = 0
-    """Place on this machine."""
+    """Rank on this machine."""
     local_world_size: int = 1
     """Processes on this machine."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and talks to people."""
+        """Whether this is the main process (rank 0), which writes files and logs."""
         return self.rank == 0
 
 
 @dataclass
-class _Meeting:
-    """What the processes of this run share; one per process, while it is inside `processes`."""
+class _Run:
+    """The store, watchdog and world of this process inside `processes`, if there are several processes."""
 
     store: Any
-    watch: RankWatch
+    watchdog: Watchdog
     world: World
     barriers: int = 0
 
 
-_meeting: _Meeting | None = None
-_rendezvous: Any = None  # one store for all meetings of this process: rank 0 may be its host
-_num_meetings = 0
+_run: _Run | None = None
+_rendezvous_store: Any = None  # kept for later runs of this process, since rank 0 may host it
+_num_runs = 0
 
 
 @contextmanager
 def processes(device: str = "auto", *, timeout_seconds: float = 1800.0) -> Iterator[World]:
-    """Join the other processes of the run, and leave them when the block ends.
+    """Initialize the process group, and destroy it when the block ends. All ranks must run the same collectives.
 
-    device: `auto` takes a GPU when there is one, else the CPU. timeout_seconds: how long a process may be waited for.
-    An error in the block ends all processes: this one says it, the others name this one. Ranks apart, the block must
-    do the same everywhere. Raises UserError for variables that do not fit, a missing GPU, and processes that do not
-    come.
+    device: `auto` uses a GPU if there is one, else the CPU. timeout_seconds: how long ranks may wait for one another.
+    An error in the block ends all processes: this one reports the error, the others report which rank failed.
+    Raises UserError for inconsistent variables, a missing GPU, and ranks that do not reach the rendezvous in time.
     """
-    global _meeting
+    global _run
     world = _world(device)
     if world.world_size == 1:
         yield world
         return
-    assert _meeting is None, "the processes of this run have met already"
-    _meeting = _join(world, timeout_seconds)
-    watch = _meeting.watch
+    assert _run is None, "the process group is initialized already"
+    _run = _join(world, timeout_seconds)
+    watchdog = _run.watchdog
     stopped: StoppedBySignal | None = None
     try:
         try:
             yield world
-        except StoppedBySignal as error:  # it comes to every process, after the run was saved
+        except StoppedBySignal as error:  # raised on every rank, after saving
             stopped = error
         barrier("the end of the run")
         dist.destroy_process_group()
-        watch.stop()
-        _leave(_meeting)
+        watchdog.stop()
+        _leave(_run)
     except KeyboardInterrupt:
-        watch.report("stopped by Ctrl-C")
+        watchdog.report("stopped by Ctrl-C")
         raise
     except Exception as error:
         cause = None
-        if _comes_from_others(error):
-            if watch.speaks:
-                log.error("lost the connection to another process; finding out which")
-            cause = watch.wait_for_cause(20)
+        if _is_connection_error(error):
+            if watchdog.reports_others:
+                log.error("lost the connection to another rank; waiting to learn which one failed")
+            cause = watchdog.wait_for_cause(20)
         if cause is not None:
             raise UserError(cause) from error
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        watch.report(kind + one_line(error, 1000))
-        time.sleep(_HOLD_SECONDS)
+        watchdog.report(kind + one_line(error, 1000))
+        time.sleep(_EXIT_DELAY_S)
         raise
     finally:
-        watch.stop()
-        _meeting = None
+        watchdog.stop()
+        _run = None
     if stopped is not None:
         raise stopped
 
 
 def _world(device: str) -> World:
-    # Schedulers set WORLD_SIZE for other purposes too; a launcher of ours is known by LOCAL_RANK.
+    # Schedulers set WORLD_SIZE for other purposes too; LOCAL_RANK is set by torchrun only.
     launched = "LOCAL_RANK" in os.environ
     world_size = _number("WORLD_SIZE", 1) if launched else 1
     rank = _number("RANK", 0) if world_size > 1 else 0
@@ -147,157 +143,126 @@ def _number(name: str, default: int) -> int:
     return int(text)
 
 
-def _join(world: World, timeout_seconds: float) -> _Meeting:
-    global _rendezvous, _num_meetings
+def _join(world: World, timeout_seconds: float) -> _Run:
+    global _rendezvous_store, _num_runs
     try:
-        if _rendezvous is None:
-            _rendezvous, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_START_SECONDS)))
+        if _rendezvous_store is None:
+            _rendezvous_store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_START_TIMEOUT_S)))
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"rank {world.rank} cannot reach the other processes ({one_line(error)}); look at MASTER_ADDR="
+            f"rank {world.rank} cannot reach the other processes ({one_line(error)}); check MASTER_ADDR="
             f"{os.environ.get('MASTER_ADDR')} and MASTER_PORT={os.environ.get('MASTER_PORT')}, or start with torchrun"
         ) from error
-    _num_meetings += 1
-    # After a restart the launcher's store still holds the keys of the attempt before; they would be taken for today's.
-    store = dist.PrefixStore(f"rm_gallery/{_number('TORCHELASTIC_RESTART_COUNT', 0)}/{_num_meetings}", _rendezvous)
-    _roll_call(store, "start", world, _START_SECONDS, "start")
-    watch = RankWatch(
+    _num_runs += 1
+    # After a restart the launcher's store still holds the keys of the previous attempt, hence the prefix.
+    store = dist.PrefixStore(f"rm_gallery/{_number('TORCHELASTIC_RESTART_COUNT', 0)}/{_num_runs}", _rendezvous_store)
+    _store_barrier(store, "start", world, _START_TIMEOUT_S, "start")
+    watchdog = Watchdog(
         store.clone(),  # type: ignore[attr-defined]
         rank=world.rank, world_size=world.world_size, timeout_seconds=timeout_seconds,
-        name=f"rank {world.rank} on {socket.gethostname()}", speaks=world.local_rank == 0,
+        name=f"rank {world.rank} on {socket.gethostname()}", reports_others=world.local_rank == 0,
     )  # fmt: skip
-    watch.start()
+    watchdog.start()
     dist.init_process_group(
-        # Both on GPUs: offloaded weights, and objects, are sent between CPUs. No device_id: groups that are split from
-        # this one would lose the CPU's half.
+        # gloo beside nccl: offloaded weights and Python objects are sent from host memory. No device_id: groups split
+        # from this one would lose the gloo backend.
         "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),
         rank=world.rank,
         world_size=world.world_size,
-        timeout=timedelta(seconds=timeout_seconds + 60),  # the watch comes first: it can name who hangs
+        timeout=timedelta(seconds=timeout_seconds + 60),  # the watchdog acts first: it can name the rank that hangs
     )
-    return _Meeting(store, watch, world)
+    return _Run(store, watchdog, world)
 
 
-def _leave(meeting: _Meeting) -> None:
-    """Rank 0, which may be the host of the store, goes last."""
-    count = meeting.store.add("left", 1)
+def _leave(run: _Run) -> None:
+    """Leave the rendezvous; rank 0 leaves last, since it may host the store."""
+    count = run.store.add("left", 1)
     deadline = time.monotonic() + 10
-    while meeting.world.is_main and count < meeting.world.world_size and time.monotonic() < deadline:
+    while run.world.is_main and count < run.world.world_size and time.monotonic() < deadline:
         time.sleep(0.01)
-        count = meeting.store.add("left", 0)
+        count = run.store.add("left", 0)
 
 
-def join_alone() -> None:
-    """A process group of this process alone, for what cannot do without one; nothing when there is a group."""
+def init_single_process() -> None:
+    """Initialize a process group of world size 1 unless there is a group; FSDP needs one."""
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
+def current_world() -> World | None:
+    """The world inside `processes` if there are several processes, else None."""
+    return _run.world if _run else None
+
+
 def world_size() -> int:
-    """Processes of this run that have met; 1 outside `processes`."""
-    return _meeting.world.world_size if _meeting else 1
+    """Number of data-parallel processes; 1 outside `processes`."""
+    return _run.world.world_size if _run else 1
 
 
 def rank() -> int:
-    """This process among them, from 0."""
-    return _meeting.world.rank if _meeting else 0
+    """Data-parallel rank of this process; 0 outside `processes`."""
+    return _run.world.rank if _run else 0
 
 
-def turn(what: str) -> None:
-    """Say that this process comes to the next meeting point, so that one that does not come can be named."""
-    if _meeting:
-        _meeting.watch.turn(what)
-
-
-def sum_over_ranks(values: Tensor, what: str = "a sum over the processes") -> Tensor:
-    """The sum of a tensor over all processes, in place and on each; one process keeps its own."""
-    if _meeting:
-        turn(what)
-        dist.all_reduce(values)
-    return values
-
-
-def sum_numbers(*numbers: float) -> list[float]:
-    """The same for a few numbers of the host."""
-    if _meeting is None:
-        return list(numbers)
-    values = torch.tensor(numbers, dtype=torch.float64, device=_meeting.world.device)
-    return sum_over_ranks(values).tolist()
-
-
-def from_main(value: T) -> T:
-    """Rank 0's value, on each rank."""
-    if _meeting is None:
-        return value
-    turn("a value of rank 0")
-    values = [value]
-    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
-    return values[0]
-
-
-def gather(value: T) -> list[T]:
-    """The values of all ranks, on each, in the order of ranks."""
-    if _meeting is None:
-        return [value]
-    turn("values of all ranks")
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
+def heartbeat(what: str) -> None:
+    """Count a heartbeat before a collective (`what`), so that the watchdog can name a rank that does not reach it."""
+    if _run:
+        _run.watchdog.heartbeat(what)
 
 
 def barrier(what: str, seconds: float | None = None) -> None:
-    """Wait until every process is here.
+    """Wait until every rank has called it.
 
-    Raises UserError that names who did not come within so many seconds; without `seconds` the run's timeout holds.
+    seconds: timeout, by default that of the run. Raises UserError that names the missing ranks.
     """
-    if _meeting is None:
+    if _run is None:
         return
-    _meeting.barriers += 1
-    turn(what)
-    seconds = _meeting.watch.timeout_seconds + 60 if seconds is None else seconds
-    _roll_call(_meeting.store, f"barrier{_meeting.barriers}", _meeting.world, seconds, what)
+    _run.barriers += 1
+    heartbeat(what)
+    seconds = _run.watchdog.timeout_seconds + 60 if seconds is None else seconds
+    _store_barrier(_run.store, f"barrier{_run.barriers}", _run.world, seconds, what)
 
 
-def _roll_call(store: Any, key: str, world: World, seconds: float, what: str) -> None:
-    """Count who is here; a wait inside the store would name nobody, and write lines of its own when it ends."""
+def _store_barrier(store: Any, key: str, world: World, seconds: float, what: str) -> None:
+    """A barrier that polls the store: a blocking wait of the store would not tell which ranks are missing."""
     store.set(f"{key}/{world.rank}", socket.gethostname())
     if store.add(f"{key}/count", 1) == world.world_size:
         store.set(f"{key}/all", "")
     deadline = time.monotonic() + seconds
     pause = 0.001
     while not store.check([f"{key}/all"]):
-        if _meeting and _meeting.watch.cause:
-            raise UserError(_meeting.watch.cause)
+        if _run and _run.watchdog.cause:
+            raise UserError(_run.watchdog.cause)
         if time.monotonic() > deadline:
             missing = [str(other) for other in range(world.world_size) if not store.check([f"{key}/{other}"])]
             shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-            raise UserError(f"rank {shown} of {world.world_size} did not come to {what} within {seconds:g} s")
+            raise UserError(f"rank {shown} of {world.world_size} did not reach {what} within {seconds:g} s")
         time.sleep(pause)
         pause = min(2 * pause, 0.2)
 
 
-_OF_OTHERS = re.compile(
+_CONNECTION_ERROR = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|store|timed out", re.IGNORECASE
 )
 
 
-def _comes_from_others(error: Exception) -> bool:
-    """Whether a collective failed, which it does when another process ended."""
+def _is_connection_error(error: Exception) -> bool:
+    """Whether a collective failed, as it does when another process ends."""
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and bool(_OF_OTHERS.search(str(error)))
+        isinstance(error, RuntimeError) and bool(_CONNECTION_ERROR.search(str(error)))
     )
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch on all devices; parts of ours that shuffle take generators of their own."""
+    """Seed Python, numpy and torch on all devices. The data order has generators of its own."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-def seed_apart(seed: int, world: World) -> None:
-    """Give each rank noise of its own (dropout), once what must be equal was drawn; rank 0 goes on as it is."""
+def seed_per_rank(seed: int, world: World) -> None:
+    """Seed ranks above 0 differently (for dropout), after drawing what must be equal on all; rank 0 is unchanged."""
     if world.rank:
         seed_everything(seed + 1_000_003 * world.rank)

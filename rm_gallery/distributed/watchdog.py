@@ -1,7 +1,8 @@
-"""A thread beside the training of each process that learns when another process failed, died or hangs, and says which.
+"""Watchdog: a thread in each process that detects when another process failed, died or hangs, and names it.
 
-A process that ends leaves the others waiting in a collective, for minutes or for ever. So each process keeps a beat
-and a count of its turns in the rendezvous store, and the first failure is written there for all to read.
+When a process ends, the others would wait in a collective for minutes or forever. So each process publishes its status
+in the rendezvous store every second: a liveness counter, the number of its heartbeats (one before each collective) and
+the next collective. The first failure is written to the store too, where every process reads it.
 """
 
 from __future__ import annotations
@@ -20,176 +21,177 @@ from rm_gallery.errors import one_line
 log = logging.getLogger(__name__)
 
 _FAILURE = "failure"
-_GONE = "gone"
+_LEFT = "left"
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Seconds of the watch; tests take smaller ones."""
+class Timing:
+    """Intervals of the watchdog, in seconds."""
 
-    beat: float = 1.0
-    """Between two beats, and between two looks at the store."""
-    silence: float = 18.0
-    """A process without a beat for so long is dead, or its machine is."""
-    short_silence: float = 5.0
-    """The same, once a collective broke."""
+    interval: float = 1.0
+    """Between two updates of this process's status, and between two reads of the others'."""
+    dead_after: float = 18.0
+    """A process whose status has not changed for this long is dead, or its machine is."""
+    dead_after_error: float = 5.0
+    """The same, after a collective has failed."""
     grace: float = 12.0
-    """What the main thread has to end by itself once another process failed: a collective breaks when that one ends."""
+    """Time for the main thread to end by itself after another process failed: its collective fails then."""
     short_grace: float = 3.0
-    """The same where no collective breaks: after silence, and when all stand still."""
+    """The same where no collective fails: after a death, and when all processes wait."""
 
 
 @dataclass
-class _Seen:
-    """What was last read of one process, and when it changed."""
+class _Status:
+    """The last status read of one process, and when it changed."""
 
-    beat: str = ""
-    beat_at: float = 0.0
-    turns: int = 0
+    alive: str = ""
+    changed_at: float = 0.0
+    heartbeats: int = 0
 
 
-class RankWatch:
-    """One of these runs in each process. `turn` before a collective; `report` when this process fails."""
+class Watchdog:
+    """Call `heartbeat` before a collective, and `report` when this process fails."""
 
     def __init__(
         self, store: Any, *, rank: int, world_size: int, name: str, timeout_seconds: float,
-        speaks: bool, pace: Pace | None = None,
+        reports_others: bool, timing: Timing | None = None,
     ) -> None:  # fmt: skip
-        """store: a client of its own, since a client that waits keeps its other users waiting.
+        """store: a client for this thread alone, since a waiting client blocks its other users.
 
-        name: of this process, for people ("rank 3 on node07"). speaks: whether it tells what it learned of others.
-        timeout_seconds: how long all may stand still while some wait for others.
+        name: of this process in messages ("rank 3 on node07"). reports_others: whether it logs failures of others.
+        timeout_seconds: how long some processes may wait for the others without any heartbeat.
         """
         self.store, self.rank, self.world_size, self.name = store, rank, world_size, name
-        self.timeout_seconds, self.speaks, self.pace = timeout_seconds, speaks, pace or Pace()
+        self.timeout_seconds, self.reports_others, self.timing = timeout_seconds, reports_others, timing or Timing()
         self.cause: str | None = None
-        """What ended another process, once it is known."""
-        self._turns = 0
+        """Why another process ended, once it is known."""
+        self._heartbeats = 0
         self._what = "start"
         self._reported = False
-        self._silence = self.pace.silence
-        self._grace = self.pace.grace
-        self._beats = 0
+        self._dead_after = self.timing.dead_after
+        self._grace = self.timing.grace
+        self._updates = 0
         self._stopping = threading.Event()
-        self._told = threading.Event()
-        self._seen = {other: _Seen(beat_at=time.monotonic()) for other in range(world_size)}
-        self._moved_at = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
+        self._cause_known = threading.Event()
+        self._status = {other: _Status(changed_at=time.monotonic()) for other in range(world_size)}
+        self._last_heartbeat_at = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
         self.store.set(f"name/{self.rank}", self.name)
-        self._beat()
+        self._publish()
         self._thread.start()
 
     def stop(self) -> None:
-        """Leave for good: the others no longer expect beats of this process."""
+        """Leave the run: the others expect no further status of this process."""
         if self._stopping.is_set():
             return
         self._stopping.set()
         self._thread.join(timeout=5)
         try:
-            self.store.set(f"beat/{self.rank}", _GONE)
-        except Exception:  # the store may have gone with its host
-            log.debug("the store is gone", exc_info=True)
+            self.store.set(f"status/{self.rank}", _LEFT)
+        except Exception:  # the store may have ended with its host
+            log.debug("the store cannot be reached", exc_info=True)
 
-    def turn(self, what: str) -> None:
-        """This process comes to the next meeting point; `what` says which, for the message about one that does not."""
-        self._turns += 1
+    def heartbeat(self, what: str) -> None:
+        """This process reaches a collective; `what` describes it in messages about a missing process."""
+        self._heartbeats += 1
         self._what = what
 
     def report(self, text: str) -> None:
-        """Tell the others that this process fails, unless another one was first."""
+        """Report to the others that this process fails, unless another one failed first."""
         self._reported = True
         self._write_failure(f"{self.name} failed: {text}")
 
     def wait_for_cause(self, seconds: float) -> str | None:
-        """A collective broke: the cause of another process's end, if it becomes known in so many seconds."""
-        self._silence = self.pace.short_silence
-        self._told.wait(seconds)
+        """After a failed collective: return why another process ended, or None if that is not known in time."""
+        self._dead_after = self.timing.dead_after_error
+        self._cause_known.wait(seconds)
         return self.cause
 
     def _run(self) -> None:
         lost_since: float | None = None
-        while not self._stopping.wait(self.pace.beat):
+        while not self._stopping.wait(self.timing.interval):
             try:
-                self._beat()
-                self._look_for_failure()
+                self._publish()
+                self._read_failure()
                 if self.cause is None and not self._reported:
-                    self._look_at_others()
+                    self._check_others()
                 lost_since = None
             except Exception as error:
                 lost_since = lost_since or time.monotonic()
-                if time.monotonic() - lost_since > self.pace.silence / 2:
+                if time.monotonic() - lost_since > self.timing.dead_after / 2:
                     text = f"the store of the run cannot be reached ({one_line(error)}): node 0 ended; see its output"
-                    self._learn(text, self.pace.grace)
+                    self._set_cause(text, self.timing.grace)
             if self.cause is not None:
-                self._end_soon()
+                self._exit_after_grace()
                 return
 
-    def _beat(self) -> None:
-        self._beats += 1
-        self.store.set(f"beat/{self.rank}", f"{self._beats} {self._turns} {self._what}")
+    def _publish(self) -> None:
+        self._updates += 1
+        self.store.set(f"status/{self.rank}", f"{self._updates} {self._heartbeats} {self._what}")
 
-    def _look_for_failure(self) -> None:
+    def _read_failure(self) -> None:
         if not self._reported and self.store.check([_FAILURE]):
-            self._learn(self.store.get(_FAILURE).decode(), self.pace.grace)
+            self._set_cause(self.store.get(_FAILURE).decode(), self.timing.grace)
 
-    def _look_at_others(self) -> None:
-        """Rank 0 looks at all and writes down what it finds; the others look at rank 0 alone."""
+    def _check_others(self) -> None:
+        """Rank 0 checks all processes and writes what it finds; the others check rank 0 only."""
         others = range(self.world_size) if self.rank == 0 else [0]
         now = time.monotonic()
-        for other, value in zip(others, self._beats_of(others), strict=True):
-            seen = self._seen[other]
-            beat, _, rest = value.partition(" ")
-            if beat != seen.beat:
-                turns = int(rest.partition(" ")[0]) if rest else seen.turns
-                if turns != seen.turns:
-                    self._moved_at = now
-                seen.beat, seen.beat_at, seen.turns = beat, now, turns
-            elif beat != _GONE and other != self.rank and now - seen.beat_at > self._silence:
-                self._accuse(other, f"stopped answering {now - seen.beat_at:.0f} s ago: killed, or its machine is gone")
+        for other, value in zip(others, self._read_status(others), strict=True):
+            status = self._status[other]
+            alive, _, rest = value.partition(" ")
+            if alive != status.alive:
+                heartbeats = int(rest.partition(" ")[0]) if rest else status.heartbeats
+                if heartbeats != status.heartbeats:
+                    self._last_heartbeat_at = now
+                status.alive, status.changed_at, status.heartbeats = alive, now, heartbeats
+            elif alive != _LEFT and other != self.rank and now - status.changed_at > self._dead_after:
+                silent = now - status.changed_at
+                self._blame(other, f"stopped answering {silent:.0f} s ago: killed, or its machine is down")
                 return
-        if self.rank == 0 and now - self._moved_at > self.timeout_seconds:
-            self._accuse_the_last()
+        if self.rank == 0 and now - self._last_heartbeat_at > self.timeout_seconds:
+            self._blame_slowest()
 
-    def _beats_of(self, others: Sequence[int]) -> list[str]:
-        keys = [f"beat/{other}" for other in others]
-        there = [
-            key for key, other in zip(keys, others, strict=True) if self._seen[other].beat or self.store.check([key])
+    def _read_status(self, others: Sequence[int]) -> list[str]:
+        keys = [f"status/{other}" for other in others]
+        known = [
+            key for key, other in zip(keys, others, strict=True) if self._status[other].alive or self.store.check([key])
         ]
-        values = dict(zip(there, (value.decode() for value in self.store.multi_get(there)), strict=True))
+        values = dict(zip(known, (value.decode() for value in self.store.multi_get(known)), strict=True))
         return [values.get(key, "") for key in keys]
 
-    def _accuse_the_last(self) -> None:
-        """All stand still, and some wait for others: those with the fewest turns are waited for."""
-        present = {other: seen.turns for other, seen in self._seen.items() if seen.beat != _GONE}
-        last = [other for other, turns in present.items() if turns == min(present.values())]
-        if len(last) < len(present):
+    def _blame_slowest(self) -> None:
+        """Blame the ranks with the fewest heartbeats, for which the others wait. All equal is no deadlock: all work."""
+        present = {other: status.heartbeats for other, status in self._status.items() if status.alive != _LEFT}
+        slowest = [other for other, heartbeats in present.items() if heartbeats == min(present.values())]
+        if len(slowest) < len(present):
             text = f"has not moved for {self.timeout_seconds:g} s, while the others wait for it ({self._what})"
-            more = f" (and {len(last) - 1} more)" if len(last) > 1 else ""
-            self._accuse(last[0], text, more)
+            more = f" (and {len(slowest) - 1} more)" if len(slowest) > 1 else ""
+            self._blame(slowest[0], text, more)
 
-    def _accuse(self, other: int, text: str, more: str = "") -> None:
+    def _blame(self, other: int, text: str, more: str = "") -> None:
         name = self.store.get(f"name/{other}").decode() if self.store.check([f"name/{other}"]) else f"rank {other}"
         text = f"{name}{more} {text}"
         self._write_failure(text)
-        self._learn(text, self.pace.short_grace)
+        self._set_cause(text, self.timing.short_grace)
 
     def _write_failure(self, text: str) -> None:
         try:
             self.store.compare_set(_FAILURE, "", text)
-        except Exception:  # the store may have gone with its host: there is nobody to tell
-            log.debug("the store is gone", exc_info=True)
+        except Exception:  # the store may have ended with its host
+            log.debug("the store cannot be reached", exc_info=True)
 
-    def _learn(self, text: str, grace: float) -> None:
+    def _set_cause(self, text: str, grace: float) -> None:
         if self.cause is None:
             self.cause, self._grace = text, grace
-            self._told.set()
-            if self.speaks:
+            self._cause_known.set()
+            if self.reports_others:
                 log.error("%s; ending", text)
 
-    def _end_soon(self) -> None:
-        """End this process, should its main thread not: it may wait in a collective that cannot be interrupted."""
+    def _exit_after_grace(self) -> None:
+        """End this process if its main thread does not; it may wait in a collective that cannot be interrupted."""
         if not self._stopping.wait(self._grace):
             for handler in logging.getLogger("rm_gallery").handlers:
                 handler.flush()

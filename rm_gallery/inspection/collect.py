@@ -1,179 +1,234 @@
-"""Collecting: one pass over the groups of a side, from which everything in the report is worked out.
+"""Collecting: one pass over the rows of a split, from which every figure of the report is computed.
 
-The lengths of every group are measured as it passes by, under the length policy that training uses.
+Rows become tokens as in training, by `RowProcessor`. The pass also keeps numbers of each text (hashes, characters,
+flags), a sample of the pairs for the baselines and a sample of the groups to display.
 """
 
 from __future__ import annotations
 
 import logging
+import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
-from rm_gallery.data.token_cache.arrays import GroupSizes
-from rm_gallery.data.tokenization.token_group import split_prefix
-from rm_gallery.errors import BadRow, Dropped
+from rm_gallery.data.config import DataConfig, Side
+from rm_gallery.data.formats import iter_tasks
+from rm_gallery.data.sources import DataFile, entries_of
+from rm_gallery.data.token_cache.arrays import TokenData
+from rm_gallery.data.token_cache.row_processor import RowProcessor, Work
+from rm_gallery.data.token_cache.store import Facts, StoreWriter, open_store
+from rm_gallery.data.tokenization.token_group import TokenGroup
+from rm_gallery.errors import Dropped, UserError
 from rm_gallery.inspection.baselines import MAX_PAIRS, SampledPair, sampled_pair
-from rm_gallery.inspection.suspicious import flags_of
-from rm_gallery.inspection.table import Table, TableBuilder
-from rm_gallery.inspection.views import Encoder, hash_text, view_of
+from rm_gallery.inspection.findings import flags_of
+from rm_gallery.inspection.near_duplicates import Signatures
+from rm_gallery.inspection.texts import InspectionEncoder, TokenEncoder, WordEncoder, hash_text, texts_of, words_of
 from rm_gallery.sampling import Reservoir
 from rm_gallery.schema import PreferenceGroup
 
 log = logging.getLogger(__name__)
 
-# N groups that are kept, R responses of theirs, E all groups that could be encoded
+# N groups that training uses, R their responses, C their pairs (comparisons), E all groups that could be tokenized
 
-_ROWS_BETWEEN_LINES = 100_000
+_ROWS_BETWEEN_LOGS = 100_000
+_NEAR_CHARS = 3000  # more than near_duplicates.MAX_WORDS words of most texts
 
 
 @dataclass(frozen=True)
-class Side:
-    """Training or validation data, not yet read."""
+class Split:
+    """Training or validation data after one pass. The arrays take about 150 bytes a pair."""
 
     name: str
     """`training` or `validation`."""
-    files: tuple[str, ...]
-    groups: Iterable[PreferenceGroup]
+    files: tuple[DataFile, ...]
+    short_names: Mapping[str, str]
+    """File name -> the name that examples use, without folders where that is unambiguous."""
+    data: TokenData
+    """The groups as tokens (or words), in files that are mapped into memory."""
     dropped: Dropped
-    """What the reading of `groups` leaves out is added here, and what the length policy does."""
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What one pass over a side left behind."""
-
-    side: Side
-    table: Table
-    lengths: Lengths
+    encoder: InspectionEncoder
+    styles: dict[str, int]
+    """Number of groups of each input style."""
+    response: np.ndarray
+    """[R] uint64: hash of the text."""
+    chars: np.ndarray
+    """[R] int64: characters of the text."""
+    signatures: np.ndarray
+    """[N, 32] uint16, see near_duplicates.py."""
+    comparable: np.ndarray
+    """[N] bool: long enough for near duplicates."""
+    first_response: np.ndarray
+    """[N + 1] int64: where the responses of each group begin."""
+    group: np.ndarray
+    """[C] int64: group of each pair."""
+    better: np.ndarray
+    """[C] int64: index of the response in [R]."""
+    worse: np.ndarray
+    """[C] int64."""
+    flags: np.ndarray
+    """[C] int64, see findings.flags_of."""
+    longest: np.ndarray
+    """[E] int64: units of the longest text of each group, before the length policy."""
+    encoded: np.ndarray
+    """[N] int64: index of each group in [E]."""
     pairs: Reservoir[SampledPair]
-    shown: list[PreferenceGroup]
-    """Groups drawn to be shown, in the order of the data."""
+    samples: list[tuple[int, PreferenceGroup]]
+    """Groups to display, with their index, in the order of the data."""
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """[N] uint64: hash of the prompt."""
+        return self.data.prompt_hashes
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.data)
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.group)
+
+    def where(self, group: int) -> str:
+        """`file:row` of a group, with the short name of the file."""
+        return short_place(self.data.where(group), self.short_names)
+
+    def where_pair(self, pair: int) -> str:
+        """`file:row` of a pair."""
+        return self.where(int(self.group[pair]))
+
+    def prompt_share(self) -> float:
+        """Share of groups that have the most frequent prompt."""
+        return float(np.unique(self.prompt, return_counts=True)[1].max() / self.num_groups)
 
 
-def survey(
+def short_place(place: str, short_names: Mapping[str, str]) -> str:
+    """`file:row` with the short name of the file."""
+    file, colon, row = place.rpartition(":")
+    return f"{short_names.get(file, file)}{colon}{row}"
+
+
+def collect(
+    name: str,
     side: Side,
-    encoder: Encoder,
+    files: list[DataFile],
+    config: DataConfig,
+    tokenizer: Any | None,
     *,
-    prompt_key: Callable[[PreferenceGroup], str],
+    short_names: Mapping[str, str],
     num_samples: int,
     seed: int,
-) -> Survey:
-    """Read every group once, keeping numbers and two samples, so that memory grows by some 150 bytes a pair.
+) -> Split:
+    """Read a split once.
 
-    prompt_key: groups with equal keys have the same prompt.
+    tokenizer: None to count words instead of tokens.
+    Bad rows are dropped and counted whatever `data.bad_rows` is. Raises UserError if no row is usable.
     """
-    table = TableBuilder(prompt_key, flags_of)
-    lengths = LengthsBuilder()
-    pairs: Reservoir[SampledPair] = Reservoir(MAX_PAIRS, seed=seed)
-    shown: Reservoir[PreferenceGroup] = Reservoir(num_samples, seed=seed + 1)
-    count = 0
-    for count, group in enumerate(measure(side.groups, encoder, lengths=lengths, dropped=side.dropped), start=1):
-        view = view_of(group)
-        table.add(group, view)
-        for comparison in group.comparisons:
-            if (place := pairs.wants()) is not None:
-                better, worse = view.responses[comparison.better], view.responses[comparison.worse]
-                pairs.put(place, sampled_pair(hash_text(prompt_key(group)), better, worse))
-        if (place := shown.wants()) is not None:
-            shown.put(place, group)
-        if count % _ROWS_BETWEEN_LINES == 0:
-            log.info("%s: %s rows read", side.name, f"{count:,}")
-    return Survey(side, table.finish(), lengths.finish(), pairs, shown.in_order())
-
-
-_CHUNK_GROUPS = 512
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Units (tokens or words) of a side. Built from `measure`, or from arrays that are there already."""
-
-    prefix: np.ndarray
-    """[N] int64: units that all responses of a group begin with, the prompt for the most part."""
-    tails: np.ndarray
-    """[R] int64: each response's own units behind the common prefix."""
-    first_response: np.ndarray
-    """[N + 1] int64: where each group's responses begin."""
-    longest: np.ndarray
-    """[E] int64: the longest whole text of each group before anything was left out or cut."""
-    is_kept: np.ndarray
-    """[E] bool: which of those are among the N."""
-
-    def sizes(self, num_comparisons: np.ndarray) -> GroupSizes:
-        """The same as packing wants it; num_comparisons: [N] int64."""
-        counts = np.diff(self.first_response)
-        if not len(counts):
-            none = np.zeros(0, np.int64)
-            return GroupSizes(none, none, none, none)
-        starts = self.first_response[:-1]
-        return GroupSizes(
-            tokens=self.prefix + np.add.reduceat(self.tails, starts),
-            longest_text=self.prefix + np.maximum.reduceat(self.tails, starts),
-            num_responses=counts,
-            num_comparisons=num_comparisons,
+    config = replace(config, bad_rows="drop")
+    observer = _Observer(num_samples, seed)
+    encoder = WordEncoder if tokenizer is None else TokenEncoder
+    processor = RowProcessor(Work(config, tokenizer, side.share), encoder_type=encoder, observe=observer.add)
+    observer.encoder = cast(InspectionEncoder, processor.encoder)
+    dropped = Dropped()
+    num_rows = held_out = logged = 0
+    with tempfile.TemporaryDirectory(prefix="rm-gallery-") as folder:
+        with StoreWriter(Path(folder) / "tokens") as writer:
+            for task in iter_tasks(files, entries_of(config, side.key), config, side.key, set()):
+                done = processor.process(task.chunk.rows(), processor.readers.get(task.format_name), task.source)
+                writer.append(done.chunk)
+                dropped.merge(done.dropped)
+                num_rows, held_out = num_rows + done.num_rows, held_out + done.held_out
+                if num_rows - logged >= _ROWS_BETWEEN_LOGS:
+                    logged = num_rows
+                    log.info("%s: %s rows read", name, f"{num_rows:,}")
+            writer.finish(Facts("text", False, [], num_rows, held_out), dropped)
+        store = open_store(Path(folder) / "tokens")  # the mapped files stay readable after the folder is deleted
+    assert store is not None, "written above"
+    if not len(store.data):
+        raise UserError(
+            f"{side.key}: none of {num_rows - held_out} rows can be used: {dropped.describe()}; fix the data, or raise "
+            "data.max_length where texts are too long"
         )
+    examples = {reason: short_place(place, short_names) for reason, place in dropped.examples.items()}
+    return observer.split(name, tuple(files), short_names, store.data, Dropped(dropped.counts, examples))
 
 
-class LengthsBuilder:
-    """Collects lengths group by group."""
+class _Observer:
+    """Keeps numbers of each group as it passes by."""
 
-    def __init__(self) -> None:
-        self._prefix, self._tails = array("q"), array("q")
-        self._first, self._longest, self._is_kept = array("q", [0]), array("q"), array("b")
+    encoder: InspectionEncoder
 
-    def saw(self, longest: int) -> None:
-        """A group was encoded; its longest text."""
-        self._longest.append(longest)
-        self._is_kept.append(0)
+    def __init__(self, num_samples: int, seed: int) -> None:
+        self._response = array("Q")
+        self._chars, self._encoded, self._flags = array("q"), array("q"), array("q")
+        self._first, self._group, self._better, self._worse = array("q", [0]), array("q"), array("q"), array("q")
+        self._styles: Counter[str] = Counter()
+        self._signatures = Signatures()
+        self._pairs: Reservoir[SampledPair] = Reservoir(MAX_PAIRS, seed=seed)
+        self._samples: Reservoir[tuple[int, PreferenceGroup]] = Reservoir(num_samples, seed=seed + 1)
 
-    def keep(self, prefix: int, tails: list[int]) -> None:
-        """The group that was seen last is kept."""
-        self._is_kept[-1] = 1
-        self._prefix.append(prefix)
-        self._tails.extend(tails)
-        self._first.append(self._first[-1] + len(tails))
+    def add(self, group: PreferenceGroup, tokens: TokenGroup, prompt: int) -> None:
+        """A group that training uses."""
+        number, first = len(self._encoded), self._first[-1]
+        texts = texts_of(group)
+        self._encoded.append(len(self.encoder.longest) - 1)
+        self._styles[group.style] += 1
+        for text in texts.responses:
+            self._response.append(hash_text(text))
+            self._chars.append(len(text))
+        self._first.append(first + len(texts.responses))
+        for comparison in tokens.comparisons:
+            self._group.append(number)
+            self._better.append(first + comparison.better)
+            self._worse.append(first + comparison.worse)
+            self._flags.append(flags_of(texts, comparison))
+            if (place := self._pairs.wants()) is not None:
+                better, worse = texts.responses[comparison.better], texts.responses[comparison.worse]
+                self._pairs.put(place, sampled_pair(prompt, better, worse))
+        self._signatures.add(
+            words_of(texts.prompt[-2 * _NEAR_CHARS :]), [words_of(text[:_NEAR_CHARS]) for text in texts.responses]
+        )
+        if (place := self._samples.wants()) is not None:
+            self._samples.put(place, (number, group))
 
-    def finish(self) -> Lengths:
-        return Lengths(
-            prefix=_numbers(self._prefix),
-            tails=_numbers(self._tails),
+    def split(
+        self,
+        name: str,
+        files: tuple[DataFile, ...],
+        short_names: Mapping[str, str],
+        data: TokenData,
+        dropped: Dropped,
+    ) -> Split:
+        signatures, comparable = self._signatures.finish()
+        return Split(
+            name=name,
+            files=files,
+            short_names=short_names,
+            data=data,
+            dropped=dropped,
+            encoder=self.encoder,
+            styles=dict(self._styles),
+            response=_numbers(self._response, np.uint64),
+            chars=_numbers(self._chars),
+            signatures=signatures,
+            comparable=comparable,
             first_response=_numbers(self._first),
-            longest=_numbers(self._longest),
-            is_kept=np.array(self._is_kept, bool),
+            group=_numbers(self._group),
+            better=_numbers(self._better),
+            worse=_numbers(self._worse),
+            flags=_numbers(self._flags),
+            longest=_numbers(self.encoder.longest),
+            encoded=_numbers(self._encoded),
+            pairs=self._pairs,
+            samples=self._samples.in_order(),
         )
 
 
-def _numbers(values: array[int]) -> np.ndarray:
-    return np.frombuffer(values, np.int64) if len(values) else np.zeros(0, np.int64)
-
-
-def measure(
-    groups: Iterable[PreferenceGroup], encoder: Encoder, *, lengths: LengthsBuilder, dropped: Dropped
-) -> Iterator[PreferenceGroup]:
-    """The groups that training keeps, in order; lengths and what is left out are noted on the way."""
-    source = iter(groups)
-    while chunk := list(islice(source, _CHUNK_GROUPS)):
-        for group, texts in _encode(chunk, encoder, dropped):
-            try:
-                fitted = split_prefix(*encoder.fit(texts, group))
-            except BadRow as error:
-                lengths.saw(max(len(ids) for ids in texts))
-                dropped.add(str(error), group.where)
-                continue
-            lengths.saw(max(len(ids) for ids in texts))
-            lengths.keep(len(fitted.prefix), [len(tail) for tail in fitted.tails])
-            yield group
-
-
-def _encode(
-    chunk: list[PreferenceGroup], encoder: Encoder, dropped: Dropped
-) -> Iterator[tuple[PreferenceGroup, list[list[int]]]]:
-    for group, texts in zip(chunk, encoder.encode(chunk), strict=True):
-        if isinstance(texts, BadRow):
-            dropped.add(str(texts), group.where)
-        else:
-            yield group, texts
+def _numbers(values: array[int], dtype: type = np.int64) -> np.ndarray:
+    """The same memory as a numpy array."""
+    return np.frombuffer(values, dtype) if len(values) else np.zeros(0, dtype)

@@ -1,4 +1,4 @@
-"""Duplicates: equal and nearly equal pairs, opposite labels, and what training and validation have in common."""
+"""Duplicates: exact and near duplicates, contradictory labels, and overlap between training and validation data."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rm_gallery.inspection.baselines import CONSTANT_SHARE
+from rm_gallery.inspection.collect import Split
 from rm_gallery.inspection.findings import MAX_EXAMPLES, Finding
 from rm_gallery.inspection.near_duplicates import near_clusters
-from rm_gallery.inspection.table import Table
 
-CONSTANT_SHARE = 0.5
-"""A prompt that more than this share of the groups has is taken for an instruction, not for a question."""
+_NEAR = "rows with at least about 80% of the word trigrams in common (MinHash estimate"
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class _Keys:
     """Pairs as numbers; all are [C]."""
 
     pair: np.ndarray
-    """uint64: prompt and responses, in whatever order."""
+    """uint64: hash of prompt and both responses, whatever their order."""
     forward: np.ndarray
-    """bool: which of the two orders; two pairs of the same key with different ones have opposite labels."""
+    """bool: which of the two orders. Two pairs with the same key and different orders have opposite labels."""
 
 
-def _keys(table: Table) -> _Keys:
-    better, worse = table.response[table.better], table.response[table.worse]
-    pair = _mix(_mix(table.prompt[table.group], np.minimum(better, worse)), np.maximum(better, worse))
+def _keys(split: Split) -> _Keys:
+    better, worse = split.response[split.better], split.response[split.worse]
+    pair = _mix(_mix(split.prompt[split.group], np.minimum(better, worse)), np.maximum(better, worse))
     return _Keys(pair, better < worse)
 
 
@@ -37,127 +37,119 @@ def _mix(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return mixed ^ (mixed >> np.uint64(32))
 
 
-def duplicate_findings(table: Table) -> list[Finding]:
-    """Within one side: repeated pairs, contradictory pairs, near duplicates."""
-    keys = _keys(table)
+def duplicate_findings(split: Split) -> list[Finding]:
+    """Within one split: exact duplicates, contradictory labels, near duplicates."""
+    keys = _keys(split)
     labelled = keys.pair ^ np.where(keys.forward, np.uint64(0x5555555555555555), np.uint64(0))
     first = _first_of_equals(labelled)
     repeats = np.flatnonzero(first != np.arange(len(first)))
     both = _opposites(keys.pair, keys.forward)
     return [
         Finding(
-            "repeated_pairs", "repeat an earlier pair exactly", len(repeats), table.num_pairs,
-            "each copy counts as one more vote", _couples(table, first[repeats], repeats),
+            "repeated_pairs", "exact duplicates", len(repeats), split.num_pairs,
+            "every copy adds the same pair to the loss again", _couples(split, first[repeats], repeats),
         ),
         Finding(
-            "contradictions", "contradict another pair", len(both.members), table.num_pairs,
-            "same prompt, same two responses, opposite labels: nobody can get both right",
-            _couples(table, both.one, both.other),
+            "contradictions", "contradictory labels", len(both.members), split.num_pairs,
+            "same prompt and responses, opposite labels: no model can fit both",
+            _couples(split, both.one, both.other),
         ),
-        _near_duplicates(table),
+        _near_duplicates(split),
     ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Opposites:
     members: np.ndarray
-    """Pairs of which the opposite is there too."""
+    """Pairs whose opposite exists too."""
     one: np.ndarray
-    """For each such key the first pair of one order, and of the other."""
+    """For each key with both orders: the earlier one of the first pair of each order."""
     other: np.ndarray
+    """The later one."""
 
 
 def _opposites(pair: np.ndarray, forward: np.ndarray) -> _Opposites:
     keys, inverse = np.unique(pair, return_inverse=True)
     first = [np.full(len(keys), len(pair)) for _ in range(2)]
-    for side in range(2):
-        indices = np.flatnonzero(forward == bool(side))
-        np.minimum.at(first[side], inverse[indices], indices)
+    for order in range(2):
+        indices = np.flatnonzero(forward == bool(order))
+        np.minimum.at(first[order], inverse[indices], indices)
     both = (first[0] < len(pair)) & (first[1] < len(pair))
     one, other = np.minimum(*first)[both], np.maximum(*first)[both]
-    order = np.argsort(one, kind="stable")
-    return _Opposites(np.flatnonzero(both[inverse]), one[order], other[order])
+    sorted_by_one = np.argsort(one, kind="stable")
+    return _Opposites(np.flatnonzero(both[inverse]), one[sorted_by_one], other[sorted_by_one])
 
 
-def _near_duplicates(table: Table) -> Finding:
-    """Groups that nearly repeat an earlier one; exact copies are left to `repeated_pairs`."""
-    candidates = _candidates(table)
-    cluster = near_clusters(table.signatures[candidates])
+def _near_duplicates(split: Split) -> Finding:
+    """Groups that are nearly equal to an earlier one; exact duplicates are not counted again."""
+    candidates = _candidates(split)
+    cluster = near_clusters(split.signatures[candidates])
     later = np.flatnonzero(cluster != np.arange(len(cluster)))
     examples = tuple(
-        f"{table.where(int(candidates[cluster[index]]))} ~ {table.where(int(candidates[index]))}"
+        f"{split.where(int(candidates[cluster[index]]))} ~ {split.where(int(candidates[index]))}"
         for index in later[:MAX_EXAMPLES]
     )
     return Finding(
-        "near_duplicates", "nearly repeat an earlier one", len(later), table.num_groups,
-        "about 80% or more of the word triples are the same (an estimate from 32 hashes of up to 300 words a response)",
-        examples,
+        "near_duplicates", "near duplicates", len(later), split.num_groups,
+        f"{_NEAR}, first 300 words of a response)", examples, "row",
     )  # fmt: skip
 
 
-def _candidates(table: Table) -> np.ndarray:
-    """Groups that are long enough to compare, without those with the same prompt and responses as an earlier one."""
-    return np.flatnonzero(table.comparable & (_first_of_equals(group_keys(table)) == np.arange(table.num_groups)))
+def _candidates(split: Split) -> np.ndarray:
+    """Groups that are long enough to compare, without exact duplicates of an earlier one."""
+    return np.flatnonzero(split.comparable & (_first_of_equals(group_keys(split)) == np.arange(split.num_groups)))
 
 
-def group_keys(table: Table) -> np.ndarray:
+def group_keys(split: Split) -> np.ndarray:
     """[N] uint64: hash of each group's prompt and responses, whatever their order."""
-    if not table.num_groups:
-        return np.zeros(0, np.uint64)
-    mixed = _mix(table.response, np.zeros_like(table.response))
-    sums = np.add.reduceat(np.concatenate([mixed, [np.uint64(0)]]), table.first_response[:-1])
-    return _mix(table.prompt, sums)
+    mixed = _mix(split.response, np.zeros_like(split.response))
+    sums = np.add.reduceat(np.concatenate([mixed, [np.uint64(0)]]), split.first_response[:-1])
+    return _mix(split.prompt, sums)
 
 
-def overlap_findings(train: Table, val: Table) -> list[Finding]:
+def leakage_findings(train: Split, val: Split) -> list[Finding]:
     """What validation pairs have in common with training pairs."""
-    total = val.num_pairs
     train_keys, val_keys = _keys(train), _keys(val)
     known = np.isin(val.response, train.response)
     same, flipped = _matches(train_keys, val_keys)
     masks = [
         (
-            "shared_prompts", "have a prompt that training has too", np.isin(val.prompt[val.group], train.prompt),
-            "validation then measures memory as well",
+            "shared_prompts", "prompt also in training", np.isin(val.prompt[val.group], train.prompt),
+            "validation accuracy partly measures memorization",
         ),
         (
-            "shared_responses", "have a response that training has too", known[val.better] | known[val.worse],
-            "a model may know the text already",
+            "shared_responses", "a response also in training", known[val.better] | known[val.worse],
+            "the model may have learned the text",
         ),
-        ("shared_pairs", "are training pairs too", same, "these are answered from memory"),
+        ("shared_pairs", "pair also in training", same, "the model can answer from memory"),
         (
-            "flipped_pairs", "are training pairs with the labels flipped", flipped,
-            "training teaches the opposite of what validation asks",
+            "flipped_pairs", "pair in training with the opposite label", flipped,
+            "training contradicts validation",
         ),
     ]  # fmt: skip
     if max(train.prompt_share(), val.prompt_share()) > CONSTANT_SHARE:
         masks = masks[1:]
-    found = [Finding(key, title, int(mask.sum()), total, why, _where(val, mask)) for key, title, mask, why in masks]
+    found = [
+        Finding(key, title, int(mask.sum()), val.num_pairs, why, _where(val, mask)) for key, title, mask, why in masks
+    ]
     is_copy = np.isin(group_keys(val), group_keys(train))
     in_val = _candidates(val)
     near = _near_across(train, val, _candidates(train), in_val[~is_copy[in_val]])
-    found.append(
-        Finding(
-            "near_shared",
-            "nearly repeat a training pair",
-            len(near),
-            val.num_groups,
-            "about 80% or more of the word triples are the same (an estimate)",
-            tuple(val.where(int(index)) for index in near[:MAX_EXAMPLES]),
-        )
-    )
+    examples = tuple(val.where(int(index)) for index in near[:MAX_EXAMPLES])
+    title = "near duplicates of training rows"
+    found.append(Finding("near_shared", title, len(near), val.num_groups, f"{_NEAR})", examples, "row"))
     return found
 
 
 def _matches(train: _Keys, val: _Keys) -> tuple[np.ndarray, np.ndarray]:
-    """[C of val] bool twice: the pair stands in training, and its opposite stands there."""
+    """[C of val] bool twice: the pair is in training, and its opposite is."""
     sides = [train.pair[train.forward], train.pair[~train.forward]]
     in_forward, in_backward = (np.isin(val.pair, side) for side in sides)
     return np.where(val.forward, in_forward, in_backward), np.where(val.forward, in_backward, in_forward)
 
 
-def _near_across(train: Table, val: Table, in_train: np.ndarray, in_val: np.ndarray) -> np.ndarray:
-    """Groups of `in_val` that are in a cluster with a group of `in_train`; training comes first, so it is the label."""
+def _near_across(train: Split, val: Split, in_train: np.ndarray, in_val: np.ndarray) -> np.ndarray:
+    """Groups of `in_val` in a cluster with a group of `in_train`. Training comes first, so it labels the cluster."""
     cluster = near_clusters(np.concatenate([train.signatures[in_train], val.signatures[in_val]]))
     return in_val[cluster[len(in_train) :] < len(in_train)]
 
@@ -168,13 +160,13 @@ def _first_of_equals(keys: np.ndarray) -> np.ndarray:
     return first[inverse] if len(keys) else np.zeros(0, np.int64)
 
 
-def _where(table: Table, mask: np.ndarray) -> tuple[str, ...]:
-    return tuple(table.where(int(table.group[index])) for index in np.flatnonzero(mask)[:MAX_EXAMPLES])
+def _where(split: Split, mask: np.ndarray) -> tuple[str, ...]:
+    return tuple(split.where_pair(int(pair)) for pair in np.flatnonzero(mask)[:MAX_EXAMPLES])
 
 
-def _couples(table: Table, one: np.ndarray, other: np.ndarray) -> tuple[str, ...]:
+def _couples(split: Split, one: np.ndarray, other: np.ndarray) -> tuple[str, ...]:
     """`file:row = file:row` of the first couples of pairs."""
     return tuple(
-        f"{table.where(int(table.group[a]))} = {table.where(int(table.group[b]))}"
+        f"{split.where_pair(int(a))} = {split.where_pair(int(b))}"
         for a, b in zip(one[:MAX_EXAMPLES], other[:MAX_EXAMPLES], strict=True)
     )

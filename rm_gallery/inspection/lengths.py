@@ -1,4 +1,4 @@
-"""Lengths: how long the texts are, what sharing and packing save against padding, how often longer is chosen."""
+"""Lengths: percentiles, length bias, and the tokens of an epoch as the plan of training computes them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ from typing import Literal
 import numpy as np
 
 from rm_gallery.data.batching.bin_packing import Packer
-from rm_gallery.data.batching.plan import PackingConfig, epoch_order, split_steps
-from rm_gallery.data.token_cache.arrays import GroupSizes
-from rm_gallery.inspection.collect import Lengths
+from rm_gallery.data.batching.plan import Plan, epoch_order
+from rm_gallery.data.batching.prompt_sharing import sizes_of
+from rm_gallery.data.config import DataConfig, mixture_of
+from rm_gallery.inspection.collect import Split
 from rm_gallery.inspection.findings import MAX_EXAMPLES
-from rm_gallery.inspection.table import Table
+
+LongTexts = Literal["dropped", "truncated", "refused"]
+"""What training does with a text longer than `data.max_length`."""
+NUM_BINS = 14
+PADDED_BATCH = 8
+"""Pairs of a padded batch, for comparison."""
+_PLANNED_STEPS = 16
+_MAX_SOURCES = 20
 
 
 @dataclass(frozen=True)
-class LongerReport:
+class LengthBias:
     """Pairs by which response is longer."""
 
     unit: str
@@ -27,20 +35,20 @@ class LongerReport:
 
     @property
     def share(self) -> float | None:
-        """Of the pairs without a tie, those whose longer response is the chosen one; None when all are ties."""
+        """Share of the pairs with different lengths whose longer response is chosen; None if all lengths are equal."""
         decided = self.longer_chosen + self.shorter_chosen
         return self.longer_chosen / decided if decided else None
 
 
-def longer_report(table: Table, lengths: np.ndarray, *, unit: str) -> LongerReport:
+def length_bias(split: Split, lengths: np.ndarray, *, unit: str) -> LengthBias:
     """lengths: [R], of each response."""
-    difference = lengths[table.better] - lengths[table.worse]
-    return LongerReport(unit, int((difference > 0).sum()), int((difference < 0).sum()), int((difference == 0).sum()))
+    difference = lengths[split.better].astype(np.int64) - lengths[split.worse]
+    return LengthBias(unit, int((difference > 0).sum()), int((difference < 0).sum()), int((difference == 0).sum()))
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """One data set of a mixture."""
+    """One dataset of a mixture."""
 
     name: str
     pairs: int
@@ -49,34 +57,29 @@ class SourceReport:
     """By characters, without ties."""
 
 
-def source_reports(table: Table, *, most: int = 20) -> list[SourceReport]:
-    """The largest sources first; nothing when there is only one. What is beyond `most` becomes one line."""
-    if len(table.sources) < 2 or not table.num_pairs:
+def source_reports(split: Split) -> list[SourceReport]:
+    """The largest sources first, at most 20, the rest as one; empty for a single source."""
+    sources = split.data.sources
+    if len(sources) < 2 or not split.num_pairs:
         return []
-    source = table.source[table.group]
-    difference = table.chars[table.better] - table.chars[table.worse]
+    source = split.data.source_numbers[split.group]
+    difference = split.chars[split.better] - split.chars[split.worse]
     masks = (np.ones(len(source), bool), difference > 0, difference < 0)
-    counts = np.stack([np.bincount(source[mask], minlength=len(table.sources)) for mask in masks], axis=1)
-    rows = [(name, *row) for name, row in zip(table.sources, counts.tolist(), strict=True)]
+    counts = np.stack([np.bincount(source[mask], minlength=len(sources)) for mask in masks], axis=1)
+    rows = [(name, *row) for name, row in zip(sources, counts.tolist(), strict=True)]
     rows.sort(key=lambda row: (-row[1], row[0]))
-    if len(rows) > most:
-        rest = np.sum([row[1:] for row in rows[most - 1 :]], axis=0).tolist()
-        rows = [*rows[: most - 1], (f"({len(rows) - most + 1} others)", *rest)]
+    if len(rows) > _MAX_SOURCES:
+        rest = np.sum([row[1:] for row in rows[_MAX_SOURCES - 1 :]], axis=0).tolist()
+        rows = [*rows[: _MAX_SOURCES - 1], (f"({len(rows) - _MAX_SOURCES + 1} others)", *rest)]
     return [
-        SourceReport(name or "(no name)", count, count / table.num_pairs, up / (up + down) if up + down else None)
+        SourceReport(name or "(no name)", count, count / split.num_pairs, up / (up + down) if up + down else None)
         for name, count, up, down in rows
     ]
 
 
-LongTexts = Literal["left out", "cut", "refused"]
-NUM_BINS = 14
-PADDED_BATCH = 8  # pairs of the batch that others pad to its longest
-_PLANNED_STEPS = 16
-
-
 @dataclass(frozen=True)
 class Histogram:
-    """Counts between edges; the last bin holds everything from its edge on."""
+    """Counts between edges; the last bin is open-ended."""
 
     edges: tuple[int, ...]
     """Lower edge of each bin."""
@@ -84,81 +87,59 @@ class Histogram:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """How one length is spread over the groups or pairs."""
+class Distribution:
+    """Percentiles of one length over the groups or pairs."""
 
     key: str
     title: str
-    smallest: int
+    min: int
     p50: int
     p90: int
     p99: int
-    largest: int
+    max: int
     mean: float
     histogram: Histogram
 
 
 @dataclass(frozen=True)
 class LengthReport:
-    """Lengths of one side."""
+    """Lengths of one split."""
 
     unit: str
-    spreads: tuple[Spread, ...]
+    distributions: tuple[Distribution, ...]
     max_length: int | None
     num_encoded: int
     num_beyond: int
     """Groups with a text longer than `max_length`."""
     long_texts: LongTexts
-    """What training does with those."""
     examples: tuple[str, ...]
-    """`file:row` of the first ones that are not left out."""
+    """`file:row` of the first ones that are not dropped."""
 
 
-@dataclass(frozen=True)
-class CostReport:
-    """Units that a model computes in one pass over the data, in four ways."""
-
-    unit: str
-    packed: int
-    """Ours: no padding, the common prefix once. For a model that pads: texts of like length together."""
-    separate: int
-    """No padding, every text whole."""
-    padded_batch: int
-    """Every text padded to the longest of a batch of 8 pairs in random order."""
-    padded_max: int | None
-    """Every text padded to `max_length`."""
-    micro_batches: float | None
-    """Model calls of one optimizer step, from the first planned steps."""
-    token_budget: int | None
-    pads: bool
-    """Whether the model is one that pads."""
-
-
-def length_report(
-    lengths: Lengths, table: Table, *, unit: str, max_length: int | None, long_texts: LongTexts
-) -> LengthReport:
-    """Spreads of the parts, and how many texts are too long."""
-    spreads = [spread("prompt", "common prefix (prompt)", lengths.prefix)]
-    if table.num_pairs:
-        spreads += [
-            spread("chosen", "chosen, behind the prefix", lengths.tails[table.better]),
-            spread("rejected", "rejected, behind the prefix", lengths.tails[table.worse]),
-        ]
-    spreads.append(spread("whole", "longest whole text of a row", lengths.longest))
-    is_beyond = np.zeros(len(lengths.longest), bool) if max_length is None else lengths.longest > max_length
-    examples = [table.where(int(group)) for group in np.flatnonzero(is_beyond[lengths.is_kept])[:MAX_EXAMPLES]]
+def length_report(split: Split, *, long_texts: LongTexts) -> LengthReport:
+    """Percentiles of prompts, responses and whole texts, and how many exceed `data.max_length`."""
+    unit, max_length = split.encoder.unit, split.encoder.max_length
+    tails = split.data.tail_lengths
+    distributions = (
+        distribution("prompt", "prompt (common prefix)", split.data.prefix_lengths),
+        distribution("chosen", "chosen, after the prefix", tails[split.better]),
+        distribution("rejected", "rejected, after the prefix", tails[split.worse]),
+        distribution("whole", "longest text of a row", split.longest),
+    )
+    is_beyond = np.zeros(len(split.longest), bool) if max_length is None else split.longest > max_length
+    examples = [split.where(int(group)) for group in np.flatnonzero(is_beyond[split.encoded])[:MAX_EXAMPLES]]
     num_beyond = int(is_beyond.sum())
-    return LengthReport(unit, tuple(spreads), max_length, len(is_beyond), num_beyond, long_texts, tuple(examples))
+    return LengthReport(unit, distributions, max_length, len(is_beyond), num_beyond, long_texts, tuple(examples))
 
 
-def spread(key: str, title: str, values: np.ndarray) -> Spread:
-    """Percentiles and a histogram of at least one value."""
-    smallest, p50, p90, p99, largest = (int(v) for v in np.percentile(values, [0, 50, 90, 99, 100], method="lower"))
-    return Spread(key, title, smallest, p50, p90, p99, largest, float(values.mean()), histogram(values))
+def distribution(key: str, title: str, values: np.ndarray) -> Distribution:
+    """Of at least one value; percentiles are values that occur."""
+    low, p50, p90, p99, high = (int(v) for v in np.percentile(values, [0, 50, 90, 99, 100], method="lower"))
+    return Distribution(key, title, low, p50, p90, p99, high, float(values.mean()), histogram(values))
 
 
 def histogram(values: np.ndarray) -> Histogram:
-    """At most NUM_BINS bins of equal, round width up to the 99th percentile; the last one is open."""
+    """At most NUM_BINS bins of equal, round width up to the 99th percentile; the last one is open-ended."""
     low, top = int(values.min()), int(np.percentile(values, 99, method="higher"))
     width = _round_up(max(1, -(-(top - low + 1) // (NUM_BINS - 1))))
     start = low // width * width
@@ -173,52 +154,76 @@ def _round_up(width: int) -> int:
     return next(step * scale for step in (1, 2, 5, 10) if step * scale >= width)
 
 
-def cost_report(
-    lengths: Lengths,
-    table: Table,
-    *,
-    unit: str,
-    max_length: int | None,
-    packing: PackingConfig,
-    token_budget: int | None,
-    seed: int,
-    pads: bool,
-) -> CostReport:
-    """What one epoch costs; `token_budget` None leaves the micro-batches out."""
-    sizes = lengths.sizes(np.bincount(table.group, minlength=table.num_groups))
-    counts = np.diff(lengths.first_response)
-    order = epoch_order(len(sizes), seed=seed, epoch=0, shuffle=True)
+@dataclass(frozen=True)
+class CostReport:
+    """Units that a model computes in one epoch, every group once, by batching method."""
+
+    unit: str
+    separate: int
+    """Padding-free, every text whole."""
+    packed: int
+    """Padding-free, the common prefix of a group's responses once. Encoders: padded as training plans it."""
+    shared: int | None
+    """The same with groups of the same prompt in a step merged (`data.share_prompts`), from the planned steps."""
+    padded_batch: int
+    """Every text padded to the longest of a batch of 8 pairs in random order."""
+    padded_max: int | None
+    """Every text padded to `max_length`."""
+    token_budget: int | None
+    """Of a micro-batch; None without a model, as are all figures of the plan."""
+    micro_batches: float | None
+    """Of an optimizer step on one rank, mean of the planned steps."""
+    fill: float | None
+    """Share of the token budget that a micro-batch uses, mean of the planned steps."""
+    pads: bool
+    """Whether the model needs padding (encoders)."""
+
+
+def cost_report(split: Split, config: DataConfig, packer: Packer | None, *, seed: int) -> CostReport:
+    """packer: how training packs groups, on one rank; None without a model."""
+    data = split.data
+    counts = np.diff(split.first_response)
+    order = epoch_order(len(data), seed=seed, epoch=0, shuffle=True)
     starts = np.arange(0, len(order), PADDED_BATCH)
-    longest = np.maximum.reduceat(sizes.longest_text[order], starts) if len(order) else np.zeros(0, np.int64)
-    texts = np.add.reduceat(counts[order], starts) if len(order) else np.zeros(0, np.int64)
-    calls, padded = _plan(sizes, packing, token_budget, seed=seed, pads=pads) if token_budget else (None, None)
-    separate = int((lengths.prefix * counts).sum() + lengths.tails.sum())
+    longest = np.maximum.reduceat(data.sizes.longest_text[order].astype(np.int64), starts)
+    pads = packer is not None and packer.padded
+    packed = int(data.sizes.tokens.sum())
+    planned = None if packer is None else _plan(split, config, packer, seed=seed)
     return CostReport(
-        unit=unit,
-        packed=padded if pads and padded is not None else int(sizes.tokens.sum()),
-        separate=separate,
-        padded_batch=int((longest * texts).sum()),
-        padded_max=None if max_length is None else int(counts.sum()) * max_length,
-        micro_batches=calls,
-        token_budget=token_budget,
+        unit=split.encoder.unit,
+        separate=int((data.prefix_lengths * counts).sum() + data.tail_lengths.sum()),
+        packed=planned.tokens if planned and pads else packed,
+        shared=planned.tokens if planned and not pads and config.share_prompts else None,
+        padded_batch=int((longest * np.add.reduceat(counts[order], starts)).sum()),
+        padded_max=None if split.encoder.max_length is None else int(counts.sum()) * split.encoder.max_length,
+        token_budget=None if packer is None else packer.token_budget,
+        micro_batches=None if planned is None else planned.micro_batches,
+        fill=None if planned is None else planned.fill,
         pads=pads,
     )
 
 
-def _plan(
-    sizes: GroupSizes, packing: PackingConfig, token_budget: int, *, seed: int, pads: bool
-) -> tuple[float | None, int | None]:
-    """Micro-batches of a step on one process, and padded tokens of the epoch, both from the first steps."""
-    order = epoch_order(len(sizes), seed=seed, epoch=0, shuffle=packing.shuffle)
-    steps = split_steps(order, sizes.num_comparisons, batch_size=packing.train_batch_size, drop_last=False)
-    packer = Packer(token_budget, padded=pads)
-    calls = groups = padded = 0
-    for step in steps[:_PLANNED_STEPS]:
-        of_step = sizes.of(step)
-        [packs] = packer.pack(of_step)
-        calls += len(packs)
-        groups += len(step)
-        padded += int(packer.pack_tokens(packs, of_step).sum())
-    if not groups:
-        return None, None
-    return calls / min(len(steps), _PLANNED_STEPS), round(padded * len(sizes) / groups)
+@dataclass(frozen=True)
+class _Planned:
+    tokens: int
+    micro_batches: float
+    fill: float
+
+
+def _plan(split: Split, config: DataConfig, packer: Packer, *, seed: int) -> _Planned | None:
+    """Steps of the first epoch as training plans them, at most 16, evenly spaced; None if there is no step."""
+    data = split.data
+    mixture = mixture_of(data, split.files, config) if split.name == "training" else None
+    plan = Plan(data.sizes, config, packer, seed=seed, mixture=mixture, prompts=data.prompt_hashes)
+    steps = plan.epoch_steps(0)
+    if not len(steps):  # data.drop_last with less than one step of data
+        return None
+    indices = np.unique(np.linspace(0, len(steps) - 1, _PLANNED_STEPS).round().astype(int)).tolist()
+    whole = tokens = calls = 0
+    for index in indices:
+        step = plan.step(data, steps[index])
+        whole += int(packer.tokens(data.sizes.of(steps[index])).sum())
+        tokens += int(packer.pack_tokens(step.packs[0], sizes_of(step.units)).sum())
+        calls += len(step.packs[0])
+    total = int(packer.tokens(data.sizes).sum())
+    return _Planned(round(total * tokens / whole), calls / len(indices), tokens / (calls * packer.token_budget))

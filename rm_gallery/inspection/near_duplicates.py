@@ -1,7 +1,7 @@
-"""Near duplicates: MinHash signatures of word triples, and which signatures mostly agree and so hang together.
+"""Near duplicates: MinHash signatures of word trigrams, clustered by locality-sensitive hashing.
 
-The textbook method (32 hashes in 8 bands of 4), written over flat arrays: a library's index of Python objects would
-take gigabytes for a million pairs, this takes 64 bytes a pair.
+The textbook method (Broder 1997; 32 hashes in 8 bands of 4) over flat arrays: 64 bytes a group, where an index of
+Python objects would take gigabytes for a million pairs.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from rm_gallery.inspection.views import WordIds
+from rm_gallery.inspection.texts import WordIds
 
-# N groups, S segments (texts), W words, H hashes of a signature
+# N groups, S segments (texts), W words, T trigrams, H hashes of a signature
 
 NUM_HASHES = 32
 BAND_SIZE = 4  # 4 x 16 bits: a band is one 64-bit number
 MIN_SIMILARITY = 0.8
 MAX_WORDS = 300
-"""Words of each response that count; of the prompt the last ones, as many as the responses have together."""
-MIN_TRIPLES = 8
-"""Groups with fewer word triples are too short to compare."""
+"""Words of each response that are compared; of the prompt the last ones, as many as the responses have together."""
+MIN_TRIGRAMS = 8
+"""Groups with fewer trigrams are too short to compare."""
 _BATCH = 2048
 
 _RANDOM = np.random.default_rng(20_240_229)
@@ -29,7 +29,7 @@ _OFFSETS = _RANDOM.integers(0, 2**63, NUM_HASHES, dtype=np.uint64)
 
 
 class Signatures:
-    """Collects groups, and turns them into signatures a batch at a time."""
+    """Collects the words of groups and hashes them in batches."""
 
     def __init__(self) -> None:
         self._ids = WordIds()
@@ -58,23 +58,23 @@ class Signatures:
     def _flush(self) -> None:
         if not self._counts:
             return
-        triples, group = _triples(self._segments, self._counts)
+        trigrams, group = _trigrams(self._segments, self._counts)
         sizes = np.bincount(group, minlength=len(self._counts))
         signatures = np.zeros((len(sizes), NUM_HASHES), np.uint16)
         filled = np.flatnonzero(sizes)
         if len(filled):
             starts = np.concatenate([[0], np.cumsum(sizes[filled])[:-1]])
             for index in range(NUM_HASHES):
-                hashed = (triples * _FACTORS[index] + _OFFSETS[index]) >> np.uint64(32)
+                hashed = (trigrams * _FACTORS[index] + _OFFSETS[index]) >> np.uint64(32)
                 lowest = np.minimum.reduceat(hashed, starts)
                 signatures[filled, index] = (lowest & np.uint64(0xFFFF)).astype(np.uint16)
         self._parts.append(signatures)
-        self._comparable.append(sizes >= MIN_TRIPLES)
+        self._comparable.append(sizes >= MIN_TRIGRAMS)
         self._segments, self._counts = [], []
 
 
-def _triples(segments: list[np.ndarray], counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Hash of every three words in a row that lie in one segment, and the group of each; both [T]."""
+def _trigrams(segments: list[np.ndarray], counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Hash of every three consecutive words of a segment, and the group of each; both [T]."""
     words = np.concatenate(segments)
     segment = np.repeat(np.arange(len(segments)), [len(each) for each in segments])
     group_of_segment = np.repeat(np.arange(len(counts)), counts)
@@ -91,8 +91,8 @@ def _triples(segments: list[np.ndarray], counts: list[int]) -> tuple[np.ndarray,
 def near_clusters(signatures: np.ndarray) -> np.ndarray:
     """[N] int64: for each signature the first one of its cluster of near duplicates, itself when it has none.
 
-    Two are near when at least MIN_SIMILARITY of their hashes agree, which estimates the share of word triples that
-    they have in common. Within a band of equal hashes each is compared with the first and with the one before it.
+    Two signatures are near when at least MIN_SIMILARITY of their hashes agree, an estimate of the Jaccard similarity of
+    their trigrams. Among the signatures with equal hashes in a band, each is compared with the first and the previous.
     """
     count = len(signatures)
     bands = np.ascontiguousarray(signatures).view(np.uint64)  # [N, H / BAND_SIZE]
@@ -110,11 +110,11 @@ def near_clusters(signatures: np.ndarray) -> np.ndarray:
             right.append(other[near])
     if not left:
         return np.arange(count)
-    return connected(count, np.concatenate(left), np.concatenate(right))
+    return connected_components(count, np.concatenate(left), np.concatenate(right))
 
 
 def _agreement(signatures: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """[L] share of equal hashes, computed in blocks so that memory stays flat."""
+    """[L] share of equal hashes; in blocks, so memory stays flat."""
     parts = [
         (signatures[one[start : start + 65_536]] == signatures[other[start : start + 65_536]]).mean(axis=1)
         for start in range(0, len(one), 65_536)
@@ -122,16 +122,16 @@ def _agreement(signatures: np.ndarray, one: np.ndarray, other: np.ndarray) -> np
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
-def connected(count: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """[count] int64: for each thing the smallest index among all that links lead to.
+def connected_components(count: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """[count] int64: the smallest index of each node's component.
 
-    left, right: [L] the two ends of each link. Example: 4 things, links 0-2 and 2-3, give [0 1 0 0].
+    left, right: [L] the two ends of each edge. Example: 4 nodes, edges 0-2 and 2-3, give [0 1 0 0].
     """
     label = np.arange(count)
     while True:
         low = np.minimum(label[left], label[right])
         new = label.copy()
-        # Both the ends and what they point at sink to the lower label, so that chains shorten by more than a step.
+        # The ends and their labels all take the lower label, so long chains collapse in few rounds.
         for index in (left, right, label[left], label[right]):
             np.minimum.at(new, index, low)
         new = new[new]

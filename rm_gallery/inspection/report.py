@@ -1,48 +1,45 @@
-"""The report: every figure about the data as plain records, from which terminal, HTML and JSON are made.
+"""The report: every figure about the data as plain records, and a summary that ranks what matters.
 
-With them go samples, a few groups as the model sees them, in pieces, with the common prefix apart; and verdicts, what
-to look at first, as sentences, the most important ones on top.
+Terminal, HTML and JSON are made from it; see page.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from rm_gallery.data.batching.plan import PackingConfig
-from rm_gallery.data.tokenization.token_group import split_prefix
-from rm_gallery.errors import BadRow
-from rm_gallery.inspection.baselines import Baseline, BaselineReport, baseline_report
-from rm_gallery.inspection.collect import Survey
-from rm_gallery.inspection.duplicates import CONSTANT_SHARE, duplicate_findings, overlap_findings
-from rm_gallery.inspection.findings import Finding, dropped_findings, find
+from rm_gallery.data.batching.bin_packing import Packer
+from rm_gallery.data.config import DataConfig
+from rm_gallery.inspection.baselines import CONSTANT_SHARE, BaselineReport, baseline_report
+from rm_gallery.inspection.collect import Split
+from rm_gallery.inspection.duplicates import duplicate_findings, leakage_findings
+from rm_gallery.inspection.findings import Finding, dropped_findings, find, suspicious_findings
 from rm_gallery.inspection.lengths import (
     CostReport,
+    LengthBias,
     LengthReport,
-    LongerReport,
     LongTexts,
     SourceReport,
     cost_report,
+    length_bias,
     length_report,
-    longer_report,
     source_reports,
 )
-from rm_gallery.inspection.suspicious import suspicious_findings
-from rm_gallery.inspection.views import Encoder, Piece
+from rm_gallery.inspection.texts import Piece
 from rm_gallery.schema import PreferenceGroup
 
 
 @dataclass(frozen=True)
-class SideReport:
-    """Training or validation."""
+class SplitReport:
+    """Training or validation data."""
 
     name: str
     files: tuple[str, ...]
     num_rows: int
-    """Rows that were read, those that cannot be used included."""
+    """Rows read, dropped ones included."""
     num_groups: int
     num_pairs: int
     num_prompts: int
@@ -55,87 +52,68 @@ class SideReport:
     suspicious: tuple[Finding, ...]
     lengths: LengthReport
     cost: CostReport
-    longer: tuple[LongerReport, ...]
+    length_bias: tuple[LengthBias, ...]
     samples: tuple[Sample, ...]
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that show-data shows."""
+    """All figures, and what matters most of them."""
 
     unit: str
-    """What lengths are counted in: `tokens` or `words`."""
+    """Unit of lengths: `tokens` or `words`."""
     tokenizer: str
-    """Where the tokenizer came from; '' when there is none."""
-    sides: tuple[SideReport, ...]
-    overlap: tuple[Finding, ...]
+    """Path of the tokenizer; '' without one."""
+    splits: tuple[SplitReport, ...]
+    leakage: tuple[Finding, ...]
     baselines: BaselineReport
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+    summary: tuple[Message, ...]
 
 
-@dataclass(frozen=True)
-class ReportOptions:
-    """What the report takes from the configuration."""
+def build_report(
+    splits: Sequence[Split], config: DataConfig, packer: Packer | None, *, model: str, seed: int
+) -> Report:
+    """The figures of the training split and, if there is one, the validation split.
 
-    packing: PackingConfig
-    token_budget: int | None
-    """Of a micro-batch; None when lengths are not tokens."""
-    seed: int
-    pads: bool
-    """Whether the model is one that pads (an encoder)."""
-    tokenizer: str
-    long_texts: LongTexts
+    packer: how training packs micro-batches on one rank; None without a model.
+    """
+    train, val = splits[0], splits[1] if len(splits) > 1 else None
+    reports = tuple(_split_report(split, config, packer, seed=seed) for split in splits)
+    leakage = tuple(leakage_findings(train, val)) if val else ()
+    baselines = baseline_report(train.pairs, val.pairs if val else None, seed=seed)
+    summary = tuple(summarize(reports, leakage, baselines))
+    return Report(train.encoder.unit, model, reports, leakage, baselines, summary)
 
 
-def build_report(surveys: Sequence[Survey], encoder: Encoder, options: ReportOptions) -> Report:
-    """Work everything out; the training side first, then validation if there is one."""
-    train = surveys[0]
-    val = surveys[1] if len(surveys) > 1 else None
-    return Report(
-        unit=encoder.unit,
-        tokenizer=options.tokenizer,
-        sides=tuple(_side(each, encoder, options) for each in surveys),
-        overlap=tuple(overlap_findings(train.table, val.table)) if val else (),
-        baselines=baseline_report(train.pairs, val.pairs if val else None, seed=options.seed),
+def _split_report(split: Split, config: DataConfig, packer: Packer | None, *, seed: int) -> SplitReport:
+    unit = split.encoder.unit
+    return SplitReport(
+        name=split.name,
+        files=tuple(file.name for file in split.files),
+        num_rows=split.num_groups + split.dropped.total,
+        num_groups=split.num_groups,
+        num_pairs=split.num_pairs,
+        num_prompts=len(np.unique(split.prompt)),
+        prompt_share=split.prompt_share(),
+        styles=split.styles,
+        sources=tuple(source_reports(split)),
+        dropped=tuple(dropped_findings(split.dropped, split.num_groups)),
+        duplicates=tuple(duplicate_findings(split)),
+        suspicious=tuple(suspicious_findings(split.flags, split.where_pair)),
+        lengths=length_report(split, long_texts=_long_texts(config)),
+        cost=cost_report(split, config, packer, seed=seed),
+        length_bias=(
+            length_bias(split, split.chars, unit="characters"),
+            length_bias(split, split.data.tail_lengths, unit=unit),
+        ),
+        samples=tuple(make_sample(split, index, group) for index, group in split.samples),
     )
 
 
-def _side(survey: Survey, encoder: Encoder, options: ReportOptions) -> SideReport:
-    table, lengths, side = survey.table, survey.lengths, survey.side
-    longer = [longer_report(table, table.chars, unit="characters")]
-    longer.append(longer_report(table, lengths.tails, unit=encoder.unit))
-    return SideReport(
-        name=side.name,
-        files=side.files,
-        num_rows=table.num_groups + side.dropped.total,
-        num_groups=table.num_groups,
-        num_pairs=table.num_pairs,
-        num_prompts=len(np.unique(table.prompt)),
-        prompt_share=table.prompt_share(),
-        styles=table.styles,
-        sources=tuple(source_reports(table)),
-        dropped=tuple(dropped_findings(side.dropped, table.num_groups)),
-        duplicates=tuple(duplicate_findings(table)),
-        suspicious=tuple(suspicious_findings(table)),
-        lengths=length_report(
-            lengths, table, unit=encoder.unit, max_length=encoder.max_length, long_texts=options.long_texts
-        ),
-        cost=cost_report(
-            lengths,
-            table,
-            unit=encoder.unit,
-            max_length=encoder.max_length,
-            packing=options.packing,
-            token_budget=options.token_budget,
-            seed=options.seed,
-            pads=options.pads,
-        ),
-        longer=tuple(longer),
-        samples=tuple(make_sample(group, encoder) for group in survey.shown),
-    )
+def _long_texts(config: DataConfig) -> LongTexts:
+    if config.filter_overlong_prompts:
+        return "dropped"
+    return "refused" if config.truncation == "error" else "truncated"
 
 
 HEAD_PIECES = 90
@@ -144,47 +122,45 @@ MAX_RESPONSES = 8
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """The common prefix, or what one response has behind it."""
+class Segment:
+    """The common prefix of a group's responses, or the rest of one response."""
 
     label: str
     length: int
-    """In tokens or words, all of it."""
+    """In tokens or words, hidden ones included."""
     head: tuple[Piece, ...]
     tail: tuple[Piece, ...]
-    """The end of a long stretch; what lies between head and tail is not shown."""
+    """End of a long segment; what lies between head and tail is hidden."""
     num_hidden: int
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One group."""
+    """One group as the model sees it."""
 
     where: str
     source: str
-    prefix: Stretch
-    responses: tuple[Stretch, ...]
+    prefix: Segment
+    responses: tuple[Segment, ...]
     num_hidden_responses: int
 
 
-def make_sample(group: PreferenceGroup, encoder: Encoder) -> Sample:
-    """Pieces of a group that `measure` has kept."""
-    texts = encoder.encode([group])[0]
-    assert not isinstance(texts, BadRow), "it was kept"
-    split = split_prefix(*encoder.fit(texts, group))
+def make_sample(split: Split, index: int, group: PreferenceGroup) -> Sample:
+    """The pieces of the group with this index."""
+    tokens = split.data[index]
     labels = _labels(group)[:MAX_RESPONSES]
-    tails = split.tails[:MAX_RESPONSES]
+    tails = tokens.tails[:MAX_RESPONSES]
     return Sample(
-        group.where,
-        group.source,
-        _stretch("both" if len(group.responses) == 2 else "all", split.prefix.tolist(), group, encoder),
-        tuple(_stretch(label, tail.tolist(), group, encoder) for label, tail in zip(labels, tails, strict=True)),
-        len(split.tails) - len(tails),
+        split.where(index),
+        split.data.sources[int(split.data.source_numbers[index])],
+        _segment("shared prefix", tokens.prefix.tolist(), split, group),
+        tuple(_segment(label, tail.tolist(), split, group) for label, tail in zip(labels, tails, strict=True)),
+        len(tokens.tails) - len(tails),
     )
 
 
 def _labels(group: PreferenceGroup) -> list[str]:
-    """chosen and rejected for a pair; `response 1` and so on with their wins for more."""
+    """chosen and rejected for a pair; `response 1` and so on with wins and losses for a ranking."""
     if len(group.responses) == 2 and len(group.comparisons) == 1:
         return ["chosen" if index == group.comparisons[0].better else "rejected" for index in range(2)]
     wins = [sum(each.better == index for each in group.comparisons) for index in range(len(group.responses))]
@@ -192,43 +168,39 @@ def _labels(group: PreferenceGroup) -> list[str]:
     return [f"response {index + 1}, +{wins[index]} -{losses[index]}" for index in range(len(group.responses))]
 
 
-def _stretch(label: str, ids: Sequence[int], group: PreferenceGroup, encoder: Encoder) -> Stretch:
+def _segment(label: str, ids: Sequence[int], split: Split, group: PreferenceGroup) -> Segment:
+    pieces = split.encoder.pieces
     if len(ids) <= HEAD_PIECES + TAIL_PIECES:
-        return Stretch(label, len(ids), tuple(encoder.pieces(ids, group)), (), 0)
+        return Segment(label, len(ids), tuple(pieces(ids, group)), (), 0)
     head, tail = ids[:HEAD_PIECES], ids[-TAIL_PIECES:]
-    return Stretch(
-        label,
-        len(ids),
-        tuple(encoder.pieces(head, group)),
-        tuple(encoder.pieces(tail, group)),
-        len(ids) - HEAD_PIECES - TAIL_PIECES,
-    )
+    hidden = len(ids) - len(head) - len(tail)
+    return Segment(label, len(ids), tuple(pieces(head, group)), tuple(pieces(tail, group)), hidden)
 
 
-Level = Literal["act", "know", "good"]
-ORDER: tuple[Level, ...] = ("act", "know", "good")
+Level = Literal["error", "warning", "ok"]
+LEVELS: tuple[Level, ...] = ("error", "warning", "ok")
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """`act`: mend it before training; `know`: keep it in mind; `good`: nothing to do."""
+class Message:
+    """A line of the summary. `error`: fix before training; `warning`: consider; `ok`: nothing to do."""
 
     level: Level
     text: str
 
 
-def verdicts(report: Report) -> list[Verdict]:
-    """At least one; those to act on first."""
-    found = [each for side in report.sides for each in _of_side(side)]
-    found += _of_overlap(report)
-    found += _of_baselines(report)
-    if not any(each.level == "act" for each in found):
-        found.append(Verdict("good", "Nothing here has to be mended before training."))
-    return sorted(found, key=lambda each: ORDER.index(each.level))
+def summarize(splits: Sequence[SplitReport], leakage: Sequence[Finding], baselines: BaselineReport) -> list[Message]:
+    """At least one message, errors first."""
+    found = [message for split in splits for message in _of_split(split)]
+    found += _of_leakage(splits, leakage)
+    found += _of_baselines(baselines)
+    if not any(each.level == "error" for each in found):
+        found.append(Message("ok", "No errors found."))
+    return sorted(found, key=lambda each: LEVELS.index(each.level))
 
 
 def percent(share: float) -> str:
-    """`0.4%`, `12%`; a share that is not zero never reads 0, one below the whole never 100."""
+    """`0.4%`, `12%`; 0% and 100% only if exact."""
     if share in (0.0, 1.0):
         return f"{share:.0%}"
     if share < 0.001:
@@ -238,123 +210,125 @@ def percent(share: float) -> str:
     return f"{share:.1%}" if share < 0.1 or share > 0.99 else f"{share:.0%}"
 
 
-def _of_side(side: SideReport) -> Iterator[Verdict]:
-    yield from _of_reading(side)
-    repeated, opposed, near = (
-        find(side.duplicates, key) for key in ("repeated_pairs", "contradictions", "near_duplicates")
-    )
-    if opposed and opposed.count:
-        level: Level = "act" if opposed.share > 0.001 else "know"
-        yield Verdict(level, f"Contradictory labels: {_count(opposed, 'pair')} of {side.name}{_first(opposed)}.")
-    if repeated and repeated.share > 0.01:
-        yield Verdict("act", f"{percent(repeated.share)} of the {side.name} pairs are exact copies{_first(repeated)}.")
-    elif repeated and repeated.count:
-        yield Verdict("know", f"Exact copies: {_count(repeated, 'pair')} of {side.name}{_first(repeated)}.")
-    if near and near.share > 0.02:
-        yield Verdict("know", f"{percent(near.share)} of the {side.name} rows nearly repeat another{_first(near)}.")
-    for key, what in (
-        ("p_below_half", "Labelled against what most people preferred"),
-        ("negative_margin", "Negative margins"),
-        ("same_words", "Both responses with the same letters and digits"),
-        ("no_words", "A response without a word"),
-    ):
-        suspicious = find(side.suspicious, key)
-        if suspicious and suspicious.count:
-            level = "act" if suspicious.share > 0.005 and suspicious.count >= 10 else "know"
-            yield Verdict(level, f"{what}: {_count(suspicious, 'pair')} of {side.name}{_first(suspicious)}.")
-    yield from _of_cuts(side)
-    if side.name == "training":
-        yield from _of_length(side)
+# key of a finding -> share above which it is a warning, share above which it is an error, fewest pairs of an error
+_LIMITS = {
+    "contradictions": (0.0, 0.001, 1),
+    "repeated_pairs": (0.0, 0.01, 1),
+    "near_duplicates": (0.02, 1.0, 1),
+    "p_below_half": (0.0, 0.005, 10),
+    "negative_margin": (0.0, 0.005, 10),
+    "same_words": (0.0, 0.005, 10),
+    "no_words": (0.0, 0.005, 10),
+    "flipped_pairs": (0.0, 0.0, 1),
+    "shared_pairs": (0.0, 0.0, 1),
+    "shared_prompts": (0.0, 0.01, 1),
+    "near_shared": (0.01, 0.01, 1),
+}
 
 
-def _of_reading(side: SideReport) -> Iterator[Verdict]:
-    dropped = sum(each.count for each in side.dropped)
+def _of_findings(findings: Sequence[Finding], split: str, prefix: str = "") -> Iterator[Message]:
+    """`Exact duplicates: 3 training pairs (2.4%); first: train.parquet:0 = train.parquet:120.`"""
+    for key, (warning, error, min_count) in _LIMITS.items():
+        finding = find(findings, key)
+        if finding is None or finding.share <= warning:
+            continue
+        level: Level = "error" if finding.share > error and finding.count >= min_count else "warning"
+        title = f"{prefix}{finding.title}"
+        text = f"{title[0].upper()}{title[1:]}: {_rows_of(split, finding.count, finding.share, finding.thing)}"
+        yield Message(level, f"{text}{_first(finding.examples)}.")
+
+
+def _rows_of(split: str, count: int, share: float, thing: str) -> str:
+    return f"{count:,} {split} {thing}{'' if count == 1 else 's'} ({percent(share)})"
+
+
+def _first(examples: Sequence[str]) -> str:
+    return f"; first: {examples[0]}" if examples else ""
+
+
+def _of_split(split: SplitReport) -> Iterator[Message]:
+    yield from _of_rows(split)
+    yield from _of_findings([*split.duplicates, *split.suspicious], split.name)
+    yield from _of_truncation(split)
+    if split.name == "training":
+        yield from _of_lengths(split)
+
+
+def _of_rows(split: SplitReport) -> Iterator[Message]:
+    dropped = sum(each.count for each in split.dropped)
     if dropped:
-        share = dropped / side.num_rows
-        most = side.dropped[0]
-        yield Verdict(
-            "act" if share > 0.01 else "know",
-            f"{dropped:,} of {side.num_rows:,} {side.name} rows ({percent(share)}) are left out; "
-            f"most often: {most.title} (first: {most.examples[0]}).",
+        share, most = dropped / split.num_rows, split.dropped[0]
+        yield Message(
+            "error" if share > 0.01 else "warning",
+            f"Dropped: {dropped:,} of {split.num_rows:,} {split.name} rows ({percent(share)}), most often: "
+            f"{most.title}; first: {most.examples[0]}.",
         )
-    if len(side.styles) > 1:
-        yield Verdict("act", f"The {side.name} files mix chats with bare texts; training refuses that.")
-    lengths = side.lengths
-    if lengths.num_beyond and lengths.long_texts != "left out":
-        does = "are cut to" if lengths.long_texts == "cut" else "stop training: they are longer than"
-        rows = f"{lengths.num_beyond:,} {side.name} rows ({percent(lengths.num_beyond / lengths.num_encoded)})"
-        level: Level = "act" if lengths.long_texts == "refused" or lengths.num_beyond > 0.01 * side.num_rows else "know"
-        yield Verdict(level, f"{rows} {does} data.max_length={lengths.max_length}{_first(lengths)}.")
-    if side.num_prompts > 1 and side.prompt_share > CONSTANT_SHARE:
-        yield Verdict("know", f"One prompt stands in {percent(side.prompt_share)} of the {side.name} rows.")
+    if len(split.styles) > 1:
+        yield Message(
+            "error", f"The {split.name} files mix chat messages with plain text; training refuses mixed styles."
+        )
+    lengths = split.lengths
+    if lengths.num_beyond and lengths.long_texts != "dropped":
+        what = "Truncated to" if lengths.long_texts == "truncated" else "Training stops at texts longer than"
+        share = lengths.num_beyond / lengths.num_encoded
+        yield Message(
+            "error" if lengths.long_texts == "refused" or lengths.num_beyond > 0.01 * split.num_rows else "warning",
+            f"{what} data.max_length={lengths.max_length}: "
+            f"{_rows_of(split.name, lengths.num_beyond, share, 'row')}{_first(lengths.examples)}.",
+        )
+    if split.num_prompts > 1 and split.prompt_share > CONSTANT_SHARE:
+        yield Message(
+            "warning", f"One prompt: {percent(split.prompt_share)} of the {split.name} rows have the same one."
+        )
 
 
-def _of_cuts(side: SideReport) -> Iterator[Verdict]:
-    chosen, rejected = find(side.suspicious, "chosen_cut"), find(side.suspicious, "rejected_cut")
+def _of_truncation(split: SplitReport) -> Iterator[Message]:
+    chosen, rejected = find(split.suspicious, "chosen_cut"), find(split.suspicious, "rejected_cut")
     if not chosen or not rejected:
         return
     more, less = max(chosen.share, rejected.share), min(chosen.share, rejected.share)
     if max(chosen.count, rejected.count) >= 20 and more > 1.5 * less + 0.01:
-        yield Verdict(
-            "know",
-            f"In {side.name}, {percent(chosen.share)} of the chosen but {percent(rejected.share)} of the rejected "
-            "responses end in mid-sentence: a model can learn to spot that instead of quality.",
+        yield Message(
+            "warning",
+            f"Truncation: {percent(chosen.share)} of the chosen and {percent(rejected.share)} of the rejected "
+            f"{split.name} responses end mid-sentence; a model can learn to detect that instead of quality.",
         )
 
 
-def _of_length(side: SideReport) -> Iterator[Verdict]:
-    share = side.longer[0].share
-    if share is not None and side.num_pairs >= 100 and abs(share - 0.5) > 0.1:
+def _of_lengths(split: SplitReport) -> Iterator[Message]:
+    share = split.length_bias[0].share
+    if share is not None and split.num_pairs >= 100 and abs(share - 0.5) > 0.1:
         which = "longer" if share > 0.5 else "shorter"
-        yield Verdict(
-            "know",
-            f"The {which} response is the chosen one in {percent(max(share, 1 - share))} of the pairs: report accuracy "
-            "on pairs of like length as well.",
+        yield Message(
+            "warning",
+            f"Length bias: the {which} response is chosen in {percent(max(share, 1 - share))} of the pairs; "
+            "also report accuracy on pairs of similar length.",
         )
-    cost = side.cost
-    if cost.packed:
-        times = cost.padded_batch / cost.packed
-        yield Verdict(
-            "good", f"Packing computes {times:.1f} times fewer {cost.unit} than batches padded to their longest."
-        )
-
-
-def _of_overlap(report: Report) -> Iterator[Verdict]:
-    for key, what, limit in (
-        ("flipped_pairs", "stand in training with the labels flipped", 0.0),
-        ("shared_pairs", "stand in training as they are", 0.0),
-        ("shared_prompts", "have a prompt that training has too: validation will look better than it is", 0.01),
-    ):
-        finding = find(report.overlap, key)
-        if finding and finding.count:
-            level: Level = "act" if finding.share > limit else "know"
-            yield Verdict(level, f"{percent(finding.share)} of the validation pairs {what}{_first(finding)}.")
-    near = find(report.overlap, "near_shared")
-    if near and near.share > 0.01:
-        yield Verdict(
-            "act", f"{percent(near.share)} of the validation rows nearly repeat a training row{_first(near)}."
-        )
-    styles = {style for side in report.sides for style in side.styles}
-    if len(styles) > 1 and all(len(side.styles) == 1 for side in report.sides):
-        yield Verdict(
-            "act", "Training and validation files hold different kinds (chats, bare texts); training refuses that."
+    cost = split.cost
+    packed = cost.packed if cost.shared is None else cost.shared
+    if packed:
+        how = "Length-sorted batches" if cost.pads else "Packing"
+        yield Message(
+            "ok", f"{how}: {cost.padded_batch / packed:.1f}x fewer {cost.unit} than padded batches of 8 pairs."
         )
 
 
-def _of_baselines(report: Report) -> Iterator[Verdict]:
-    on_val = [each for each in report.baselines.baselines if each.on == "validation"]
-    best: Baseline | None = max(on_val or report.baselines.baselines, key=lambda each: each.accuracy, default=None)
+def _of_leakage(splits: Sequence[SplitReport], leakage: Sequence[Finding]) -> Iterator[Message]:
+    yield from _of_findings(leakage, "validation", "leakage, ")
+    styles = {style for split in splits for style in split.styles}
+    if len(styles) > 1 and all(len(split.styles) == 1 for split in splits):
+        yield Message(
+            "error",
+            "Training and validation data have different styles (chat messages, plain text); training refuses that.",
+        )
+
+
+def _of_baselines(report: BaselineReport) -> Iterator[Message]:
+    on_val = [each for each in report.baselines if each.on == "validation"]
+    best = max(on_val or report.baselines, key=lambda each: each.accuracy, default=None)
     if best is not None:
-        yield Verdict(
-            "know",
-            f"A reward model has to beat {best.accuracy:.3f} (standard error {best.standard_error:.3f}): "
-            f"that is the accuracy of {best.title} on {best.on} pairs.",
+        yield Message(
+            "warning",
+            f"Baseline: {best.title} has accuracy {best.accuracy:.3f} (standard error {best.standard_error:.3f}) on "
+            f"{best.on} pairs; a reward model should exceed it.",
         )
-
-
-def _count(finding: Finding, thing: str) -> str:
-    return f"{finding.count:,} {thing}{'' if finding.count == 1 else 's'} ({percent(finding.share)})"
-
-
-def _first(finding: Finding | LengthReport) -> str:
-    return f" (first: {finding.examples[0]})" if finding.examples else ""

@@ -18,12 +18,12 @@ DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class WrapPolicyConfig:
-    """`model.fsdp_config.wrap_policy`: which modules are sharded on their own."""
+    """`model.fsdp_config.wrap_policy`: which modules FSDP2 shards on their own."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     min_num_params: Annotated[int, Ge(0)] = 0
-    """Least parameters of a module that is gathered on its own; 0 takes each transformer layer."""
+    """Smallest module, in parameters, that is sharded on its own; 0 shards each transformer layer."""
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,23 @@ class FsdpConfig:
     __pydantic_config__ = {"extra": "forbid"}
 
     model_dtype: ModelDtype = "bf16"
-    """Type that the backbone computes in. The weights that the optimizer updates are float32 either way."""
+    """Compute type of the backbone. Master weights and optimizer state are float32 in either case."""
     cpu_offload: bool = False
-    """`fsdp` and `fsdp2`: weights, gradients and optimizer state lie in host memory, where the optimizer runs too."""
+    """FSDP2: offload parameters, gradients and optimizer state to host memory, where the optimizer steps too."""
     offload_params: bool = False
-    """The same; FSDP1's name. Neither engine can offload weights without their gradients and optimizer state."""
+    """The same under FSDP1's name; FSDP2 offloads parameters only together with gradients and optimizer state."""
     param_offload: bool = False
-    """The same; fsdp2's name."""
+    """The same under verl's name."""
     optimizer_offload: bool = False
-    """Only the optimizer state lies in host memory, between its steps. Any strategy, one GPU too."""
+    """Offload only the optimizer state to host memory, between steps. Works with every strategy and on one GPU."""
     fsdp_size: Annotated[int, Ge(-1)] = -1
-    """Processes of one sharding group (on GPUs best those of one machine): weights are cut inside a group, and the
-    groups hold copies of each other. -1: all processes are one group."""
+    """Ranks of one sharding group, best the GPUs of one machine: parameters are sharded inside a group and replicated
+    across groups. -1: one group of all ranks."""
     wrap_policy: WrapPolicyConfig = field(default_factory=WrapPolicyConfig)
 
     @property
     def offloads_weights(self) -> bool:
-        """Whether weights, gradients and optimizer state lie in host memory."""
+        """Whether parameters, gradients and optimizer state are offloaded to host memory."""
         return self.cpu_offload or self.offload_params or self.param_offload
 
 
@@ -62,23 +62,24 @@ class ModelConfig:
     partial_pretrain: str = ""
     """Folder or hub name of the model to start from: a base model, a chat model, or a reward model."""
     trust_remote_code: bool = False
-    """Run Python code that the model folder brings along."""
+    """Run Python code from the model folder."""
     enable_gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Activation checkpointing: recompute activations in the backward pass instead of storing them."""
     checkpointing_mode: CheckpointingMode = "full"
-    """With `enable_gradient_checkpointing`: `full` keeps only each layer's input, `selective` also the outputs of
-    matrix products and of fused attention, so that little is computed twice."""
+    """With `enable_gradient_checkpointing`: `full` saves only each layer's input; `selective` also saves the outputs of
+    linear layers and fused attention, so that little is recomputed."""
     attention: AttentionKernel = "auto"
-    """Attention kernel of decoders: `plain` products, torch's `sdpa`, `varlen` (flash attention, bf16) or `flex`, these
-    two on GPUs. `auto`: on a CPU plain or sdpa by length and type, on a GPU the first that can: varlen, flex, sdpa."""
+    """Attention kernel of decoders: `plain` (matrix products), `sdpa` (PyTorch), or on GPUs `varlen` (FlashAttention,
+    bf16) and `flex` (FlexAttention). `auto`: on a CPU plain or sdpa, by length and type; on a GPU the first of varlen,
+    flex and sdpa that supports the model."""
     use_liger: bool = False
-    """Norms and gated MLPs by Liger's GPU kernels (extra `liger`); nothing on a CPU, or with `compile`."""
+    """Run norms and gated MLPs by Liger's GPU kernels (extra `liger`); no effect on a CPU or with `compile`."""
     compile: bool = False
-    """Compile each layer with torch.compile. The first steps take long, and a CPU gains little."""
+    """Compile each layer with torch.compile. The first steps are slow, and a CPU gains little."""
     strategy: StrategySetting = "auto"
-    """How several processes share the work: `ddp` keeps all weights in each, `fsdp` (FSDP1) and `fsdp2` cut them.
-    `auto`: `ddp` if weights, gradients and optimizer state take at most a quarter of a process's memory, else `fsdp2`.
-    One process needs none of them."""
+    """Parallelism over several processes: `ddp` replicates the model, `fsdp2` shards it (`fully_shard`); `fsdp` is an
+    alias of `fsdp2`. `auto`: `ddp` if weights, gradients and optimizer state take at most a quarter of a process's
+    memory, else `fsdp2`. One process uses neither."""
     dropout: float = 0.0
     """All dropout rates of the model. Off by default: noise in rewards costs more than it regularizes."""
     fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)

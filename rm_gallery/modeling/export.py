@@ -28,16 +28,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rm_gallery.distributed.process_group import from_main, rank, turn
+from rm_gallery.distributed.collectives import broadcast
+from rm_gallery.distributed.process_group import heartbeat, rank
 from rm_gallery.errors import UserError
-from rm_gallery.files import sha256
+from rm_gallery.files import replace, sha256, sha256_files, write_manifest
 from rm_gallery.modeling.reward_model import RewardModel, quiet_transformers
 from rm_gallery.schema import InputStyle
 
 log = logging.getLogger(__name__)
 
 RECORD_KEY = "rm_gallery"
-MANIFEST = "manifest.json"
 _PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
 
@@ -101,16 +101,16 @@ def export_folder(
         shutil.rmtree(temporary, ignore_errors=True)
     problem: OSError | None = None
     try:
-        write_weights(temporary, state, dtype)
+        hashes = write_weights(temporary, state, dtype)
         if rank() == 0:
-            _write_rest(temporary, model, tokenizer, dtype, record)
-            os.replace(temporary, folder)
+            write_manifest(temporary, {**hashes, **_write_rest(temporary, model, tokenizer, dtype, record)})
+            replace(temporary, folder)
     except OSError as error:
         problem = error
     finally:
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-    said = from_main(str(problem) if problem else "")
+    said = broadcast(str(problem) if problem else "")
     if said:
         raise problem or OSError(said)
 
@@ -124,17 +124,19 @@ def write_folder(
     record: InputRecord,
     *,
     read: Callable[[str], Tensor],
-) -> None:
-    """The same by one process alone, straight into `folder`; no other one need call it.
+) -> dict[str, str]:
+    """Write the folder from one process, without a manifest; return the SHA-256 of each file by its name.
 
-    state: tensors without values (on the meta device); `read` gives each when its turn comes.
+    state: tensors without values (on the meta device); `read` returns the values of one.
     """
-    write_weights(folder, state, dtype, read=read)
-    _write_rest(folder, model, tokenizer, dtype, record)
+    hashes = write_weights(folder, state, dtype, read=read)
+    return {**hashes, **_write_rest(folder, model, tokenizer, dtype, record)}
 
 
-def _write_rest(folder: Path, model: RewardModel, tokenizer: Any, dtype: torch.dtype, record: InputRecord) -> None:
-    """All but the weights, and the hashes of all files."""
+def _write_rest(
+    folder: Path, model: RewardModel, tokenizer: Any, dtype: torch.dtype, record: InputRecord
+) -> dict[str, str]:
+    """Write all files but the weights; return their hashes."""
     from transformers.dynamic_module_utils import custom_object_save
 
     network = model.network
@@ -145,8 +147,8 @@ def _write_rest(folder: Path, model: RewardModel, tokenizer: Any, dtype: torch.d
     _finish_config(folder / "config.json", model, dtype, record)
     _save_tokenizer(folder, tokenizer, record)
     _make_readable(folder)
-    files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(json.dumps({"sha256": files}, indent=2) + "\n", encoding="utf-8")
+    names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".safetensors"]
+    return sha256_files(folder, names)
 
 
 def _finish_config(path: Path, model: RewardModel, dtype: torch.dtype, record: InputRecord) -> None:
@@ -191,15 +193,8 @@ def _make_readable(folder: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.iterdir():
-        path.chmod(0o666 & ~umask)
-
-
-def check_manifest(folder: Path) -> list[str]:
-    """Names of the files in the folder that are missing or differ from their recorded hash; [] when all are whole."""
-    recorded = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-    return [
-        name for name, digest in recorded.items() if not (folder / name).is_file() or sha256(folder / name) != digest
-    ]
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def read_record(folder: str | Path) -> InputRecord | None:
@@ -274,12 +269,12 @@ _FILE_BYTES = 5_000_000_000  # of one file; a larger tensor is alone
 def write_weights(
     folder: Path, state: Mapping[str, Tensor], dtype: torch.dtype, *, file_bytes: int = _FILE_BYTES,
     read: Callable[[str], Tensor] | None = None,
-) -> None:  # fmt: skip
+) -> dict[str, str]:  # fmt: skip
     """Make the folder and write `model.safetensors`, or several files and an index; floating tensors as `dtype`.
 
     read: gives the values of tensors on the meta device, each when its turn comes.
-    Every process must call it with the same names, unless no tensor is cut over processes; rank 0 writes. The files
-    are read again and compared by hash.
+    Every process must call it with the same names, unless no tensor is cut over processes; rank 0 writes. Each file
+    is read again and compared with the tensors. Returns the SHA-256 of each file by its name; nothing on other ranks.
     Raises OSError on rank 0, once all tensors were gathered, when they cannot be written or came out damaged.
     """
     files = _plan_files(state, dtype, file_bytes)
@@ -293,19 +288,17 @@ def write_weights(
         file = files.of[name]
         if len(waiting) == len(files.names[file]):
             try:
-                hashes.update((each, tensor_hash(waiting[each])) for each in waiting)
                 folder.mkdir(parents=True, exist_ok=True)
-                save_file(waiting, folder / file, metadata={"format": "pt"})
+                hashes[file] = _save_and_compare(folder / file, waiting)
             except (OSError, SafetensorError) as error:  # the second is how the library reports a disk that is full
                 problem = error
             waiting = {}
     if problem:
         raise OSError(str(problem)) from problem
-    if rank() == 0:
-        if len(files.names) > 1:
-            index = {"metadata": {"total_size": files.total_bytes}, "weight_map": files.of}
-            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _compare_hashes(folder, hashes)
+    if rank() == 0 and len(files.names) > 1:
+        index = {"metadata": {"total_size": files.total_bytes}, "weight_map": files.of}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return hashes
 
 
 class _Files:
@@ -351,26 +344,45 @@ def _whole_tensors(
         if tensor.is_floating_point():
             tensor = tensor.to(dtype)
         if is_cut:
-            turn(f"gathering {name}")
+            heartbeat(f"gathering {name}")
             assert isinstance(tensor, DTensor)
             tensor = tensor.full_tensor()
         if rank() == 0:
             yield name, tensor.to("cpu").contiguous()
 
 
-def _compare_hashes(folder: Path, hashes: Mapping[str, str]) -> None:
-    seen = set()
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                if name in hashes and tensor_hash(tensors.get_tensor(name)) != hashes[name]:
-                    raise OSError(f"{file}: tensor {name} came out damaged; check the disk")
-                seen.add(name)
-    lost = set(hashes) - seen
-    if lost:
-        raise OSError(f"{folder}: {len(lost)} tensors are missing from the file (first: {min(lost)})")
+def _save_and_compare(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file, compare it with the tensors in memory, and return its SHA-256.
+
+    The weights are hashed twice in all: the file as it was read back, and the same bytes as they must be, with the
+    header of the file followed by the tensors in memory. Raises OSError when the two differ.
+    """
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    found = sha256(path)
+    if found != _expected_sha256(path, tensors):
+        raise OSError(f"{path}: the file differs from the tensors written to it; check the disk")
+    return found
 
 
-def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256 of a host tensor's bytes."""
-    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+def _expected_sha256(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a file with the header of `path` and the contents of these tensors; "" if the header differs.
+
+    A safetensors file is the length of the header (8 bytes), the header (JSON), and the tensors without gaps.
+    """
+    with path.open("rb") as file:
+        length = file.read(8)
+        text = file.read(int.from_bytes(length, "little"))
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        layout = {name: (entry["data_offsets"], entry["shape"]) for name, entry in header.items()}
+        names = sorted(layout, key=lambda name: layout[name][0][0])
+    except (ValueError, TypeError, KeyError, IndexError):
+        return ""
+    digest, position, expected = hashlib.sha256(length + text), 0, {}
+    for name in names if layout.keys() == tensors.keys() else ():
+        end = position + tensors[name].nbytes
+        expected[name] = ([position, end], list(tensors[name].shape))
+        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+        position = end
+    return digest.hexdigest() if layout == expected else ""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rm_gallery.distributed.process_group import sum_over_ranks
+from rm_gallery.distributed.collectives import sum_over_ranks
 
 # C comparisons
 

@@ -1,4 +1,4 @@
-"""The configuration of a plan: that of a training run, and what it would run on."""
+"""The configuration of an estimate: that of a training run, plus the hardware and the assumptions."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from rm_gallery.planning.model_shape import ModelShape
 from rm_gallery.training.config import TrainConfig, model_problems, normalize, optim_problems
 
 _ALIASES = {"model": "model.partial_pretrain", "data": "data.train_files"}
-# A plan needs no weights, no validation data and no run folder.
+# An estimate needs no weights and no data files, and accepts known shapes as a model.
 _IGNORED = ("model.partial_pretrain", "data.train_files", "data.val_files")
 
 
 @dataclass(frozen=True)
 class EstimateConfig(TrainConfig):
-    """A training run's configuration and what it would run on; sections are the trainer's own."""
+    """The sections of a training run, plus the hardware and the assumptions."""
 
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # type: ignore[dict-item]
 
     n_gpus: Annotated[int, Ge(1)] = 1
-    """Processes, one for each GPU, over all machines."""
+    """World size: one process per GPU, over all machines."""
     gpu: Literal["h200", "h100", "a100-80", "a100-40", "l40s", "4090", "cpu"] = "h100"
-    """What each of them has; `cpu` splits this machine."""
+    """Kind of GPU; `cpu` divides this machine among the processes."""
     gpus_per_node: Annotated[int, Ge(1)] = 8
-    """GPUs of one machine."""
+    """GPUs per machine."""
     gpu_memory_gib: Annotated[float, Gt(0)] | None = None
-    """Memory that tensors and libraries may fill, instead of the table's."""
+    """Usable memory per GPU, instead of the table's."""
     mfu: Annotated[float, Gt(0), Le(1)] = 0.4
-    """Share of the device's published rate of matrix products that training reaches."""
+    """Assumed model FLOPs utilization: fraction of the published dense FLOP/s that training reaches."""
     pairs: Annotated[int, Ge(1)] | None = None
-    """Pairs of an epoch, instead of the data's; 100,000 without data."""
+    """Pairs per epoch; by default those of the data, or 100,000 without data."""
     prompt_tokens: Annotated[int, Ge(0)] | None = None
-    """Without data: tokens of a prompt; 300, or less where `data.max_length` is small."""
+    """Without data: tokens per prompt; 300, or less if `data.max_length` is small."""
     response_tokens: Annotated[int, Ge(1)] | None = None
-    """Without data: tokens of each response; 350, or what the prompt leaves of `data.max_length`."""
+    """Without data: tokens per response; 350, or what the prompt leaves of `data.max_length`."""
     tokenizer: str = ""
-    """Folder of the tokenizer that counts the data's tokens; by default the model's folder, if it holds one."""
+    """Folder of the tokenizer for the data; by default the model's folder, if it holds one."""
     chars_per_token: Annotated[float, Gt(0)] = 4.0
-    """Without a tokenizer: characters of a token."""
+    """Without a tokenizer: characters per token."""
 
     @property
     def assumed_tokens(self) -> tuple[int, int]:
-        """Tokens of a prompt and of each response, without data."""
+        """Tokens per prompt and per response, without data."""
         most = self.data.max_length
         prompt = self.prompt_tokens
         if prompt is None:
@@ -91,7 +91,7 @@ def _problems(config: EstimateConfig) -> Iterator[Problem]:
 
 
 def layout_of(config: EstimateConfig, shape: ModelShape, device: Device, *, one_micro_batch: bool) -> Layout:
-    """How weights and work are spread: the choices that training makes on its processes."""
+    """How the model is sharded and where its state lives: the choices that training makes."""
     fsdp = config.model.fsdp_config
     on_gpu = config.gpu != "cpu"
     offload = on_gpu and fsdp.offloads_weights
@@ -112,7 +112,7 @@ def layout_of(config: EstimateConfig, shape: ModelShape, device: Device, *, one_
         num_processes=config.n_gpus,
         shards=group if strategy in ("fsdp", "fsdp2") else 1,
         width=dtype_bytes,
-        # What the selective mode keeps is not counted apart: an estimate without checkpointing is on the safe side.
+        # The selective mode is counted as no checkpointing: an upper bound.
         checkpointing=config.model.enable_gradient_checkpointing and config.model.checkpointing_mode == "full",
         offload=offload and strategy in ("fsdp", "fsdp2"),
         offload_optimizer=on_gpu and fsdp.optimizer_offload and not offload,
@@ -121,13 +121,13 @@ def layout_of(config: EstimateConfig, shape: ModelShape, device: Device, *, one_
 
 
 def device_of(config: EstimateConfig) -> Device:
-    """The device of each process, with the memory that the configuration gives it."""
+    """The device of each process, with `gpu_memory_gib` if it is set."""
     found = device(config.gpu, num_processes=config.n_gpus, dtype=config.model.fsdp_config.model_dtype)
     return found if config.gpu_memory_gib is None else replace(found, memory=config.gpu_memory_gib * GIB)
 
 
 def check_positions(config: EstimateConfig, shape: ModelShape) -> str | None:
-    """A sentence when texts may be longer than the model has positions for, else None."""
+    """A note if texts may be longer than the model has positions for, else None."""
     if shape.max_positions is None or config.data.max_length <= shape.max_positions:
         return None
     return (

@@ -1,9 +1,9 @@
-"""Memory of one process in a training step, by kind: pure functions of a shape, a layout and a micro-batch.
+"""Peak memory of one process in a training step, by kind: pure functions of a shape, a layout and a micro-batch.
 
-Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4, count what a layer
-keeps for its backward pass. The counts here follow this implementation instead of theirs: no dropout, GELU with one
-matrix or gated MLPs with two, RMS norms, fused attention over buckets of groups, no output
-layer over the vocabulary, rewards read at one token of a response. tests/planning holds them against what is kept.
+Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4, count the
+activations that a layer saves for its backward pass. The counts here are of this implementation: no dropout, GELU with
+one matrix or gated MLPs with two, RMS norms, fused attention over buckets of groups, no output layer over the
+vocabulary, rewards read at one token of a response. tests/planning compares them with the tensors that autograd saves.
 """
 
 from __future__ import annotations
@@ -13,44 +13,44 @@ from typing import TypeAlias
 
 from rm_gallery.planning.model_shape import ModelShape
 
-# w: bytes of a number in the compute type, 2 or 4; D hidden, I intermediate, Q query heads x head dim, K key heads x it
+# w bytes per number in the compute dtype (2 or 4), D hidden, I intermediate, Q query heads x head dim, K key heads x it
 
-_BUCKET = 2**25  # numbers that ddp sums over processes at a time
+_BUCKET = 2**25  # numbers in a gradient bucket of DDP
 
 PerToken: TypeAlias = tuple[float, float, float]
-"""Bytes that a layer keeps: for each token, for each place in attention's buckets, for each cell of their masks."""
+"""Bytes that a layer saves: per token, per place in attention's buckets, per cell of their masks."""
 
 
 @dataclass(frozen=True)
 class Pack:
-    """What memory depends on in a micro-batch."""
+    """The sizes of a micro-batch that memory depends on."""
 
     tokens: float
     """Padded tokens for encoders."""
     rows: float
-    """Places in attention's buckets: tokens and their padding."""
+    """Places in attention's buckets: tokens and padding."""
     cells: float
     """Sum over groups of the squared length of their bucket."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run spreads over processes and memories."""
+    """How a run is sharded, and where its state lives."""
 
     strategy: str
-    """That runs in the end: none (one process), ddp, fsdp, fsdp2."""
+    """The strategy that runs: none (one process), ddp or fsdp2."""
     num_processes: int
     shards: int
-    """Processes that weights, gradients and optimizer state are cut over; 1 for a whole copy in each."""
+    """Ranks that weights, gradients and optimizer state are sharded across; 1 if they are replicated."""
     width: int
-    """Bytes of a number in the compute type."""
+    """Bytes per number in the compute dtype."""
     checkpointing: bool
     offload: bool
-    """Weights, gradients and optimizer state lie in host memory."""
+    """Weights, gradients and optimizer state are offloaded to host memory."""
     offload_optimizer: bool
-    """Only the optimizer state does, and comes to the GPU for its step."""
+    """Only the optimizer state is offloaded; it is moved to the GPU for the optimizer step."""
     one_micro_batch: bool
-    """A step has a single micro-batch on each process: gradients come into being while activations go."""
+    """A step has a single micro-batch on each process: gradients are allocated as activations are freed."""
 
     @property
     def sharded(self) -> bool:
@@ -63,19 +63,19 @@ class MemoryUse:
 
     moment: str
     weights: float
-    """float32, updated by the optimizer."""
+    """float32 master weights."""
     compute_copy: float
-    """bfloat16 copy, or the layers that sharding has gathered."""
+    """bfloat16 copy of the weights, or the layers that FSDP has all-gathered."""
     gradients: float
     """float32."""
     optimizer: float
     """AdamW's two moments, float32."""
     activations: float
     temporary: float
-    """Largest: gradients of activations and of one matrix, one layer computed again, or the embedding's gradient."""
+    """The largest of: gradients of activations and of one matrix, a recomputed layer, the embeddings' gradient."""
     overhead: float
     host: float
-    """In host memory, when offloaded; not part of the total."""
+    """Offloaded to host memory; not part of the total."""
 
     @property
     def total(self) -> float:
@@ -84,15 +84,15 @@ class MemoryUse:
 
 
 def layer_activations(shape: ModelShape, w: int) -> PerToken:
-    """What one layer keeps from the forward to the backward pass, without checkpointing."""
+    """What one layer saves for the backward pass, without activation checkpointing."""
     D, I, H = shape.hidden, shape.intermediate, shape.num_heads  # noqa: E741
     Q, K = H * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    head_norms = w * (Q + K) + 4 * (H + shape.num_kv_heads)  # normalised, one scale a head
-    # Attention keeps query, repeated key and value, output, the softmax's logarithms, and a mask in the compute type.
-    attention = (w * Q, 4 * w * Q + 4 * H, w)  # the output is gathered from the buckets: once more for each token
+    head_norms = w * (Q + K) + 4 * (H + shape.num_kv_heads)  # normalized, one scale per head
+    # Attention saves query, repeated key and value, output, log-sum-exp, and a mask in the compute dtype.
+    attention = (w * Q, 4 * w * Q + 4 * H, w)  # the output is gathered from the buckets: one more copy per token
     gated_mlp = 4 * w * I  # gate before and after its activation, up, their product
     layer_norms = 2 * (2 * w * D + 2 * w)  # input, output, mean and scale, twice
-    if shape.model_type == "gemma3_text":  # four norms, all in float32 to the end; two of them feed a matrix
+    if shape.model_type == "gemma3_text":  # four norms in float32; two of them feed a matrix
         return (4 * (8 * D + 4) + 2 * w * D + 8 * (Q + K) + 4 * (H + shape.num_kv_heads) + gated_mlp + attention[0],
                 *attention[1:])  # fmt: skip
     if not shape.padded:
@@ -107,26 +107,29 @@ def layer_activations(shape: ModelShape, w: int) -> PerToken:
 
 
 def _norm(shape: ModelShape, w: int) -> float:
-    """Bytes that a decoder's norm before a matrix keeps for each token: normalised, times the weight, one scale.
+    """Bytes per token that a decoder's norm before a matrix saves: normalized, times the weight, one scale.
 
-    Gemma's keeps input and result in float32, and the matrix that in the compute type.
+    Gemma's saves input and output in float32, and the matrix saves its input in the compute dtype.
     """
     return (8 + w if shape.model_type == "gemma3_text" else 2 * w) * shape.hidden + 4
 
 
 def last_layer_bytes(shape: ModelShape, pack: Pack, w: int) -> float:
-    """Bytes that a decoder's last layer keeps: keys and values of all tokens, the rest at reward tokens only."""
+    """Bytes that a decoder's last layer saves: keys and values of all tokens, everything else at reward tokens only."""
     width, heads = shape.num_kv_heads * shape.head_dim, shape.num_kv_heads
     key_norm = {"qwen3": w * width + 4 * heads, "gemma3_text": 8 * width + 4 * heads}.get(shape.model_type, 0)
     return pack.tokens * (_norm(shape, w) + key_norm) + pack.rows * 2 * w * shape.num_heads * shape.head_dim
 
 
 def activations(shape: ModelShape, pack: Pack, w: int, *, checkpointing: bool) -> float:
-    """Bytes kept for the backward pass of a micro-batch when the forward pass ends.
+    """Bytes saved for the backward pass of a micro-batch when the forward pass ends.
 
-    With checkpointing each layer keeps its input alone (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
-    Cost", section 3). What comes before and after the layers is kept either way: rotary tables or embeddings, ids, and
-    a mask for each kind of layer.
+    With checkpointing each layer saves only its input (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
+    Cost", section 3). What is outside the layers is saved in either case: rotary tables or embeddings, ids, and a mask
+    for each kind of layer.
+
+    Example: 28 layers of width 3584 in bf16 save 28 * 3584 * 2 = 200 kB per token with checkpointing; 8,192 tokens
+    take 1.5 GiB.
     """
     kept = shape.num_layers * (w * shape.hidden * pack.tokens if checkpointing else layer_bytes(shape, pack, w))
     if shape.padded:
@@ -138,16 +141,16 @@ def activations(shape: ModelShape, pack: Pack, w: int, *, checkpointing: bool) -
 
 
 def layer_bytes(shape: ModelShape, pack: Pack, w: int) -> float:
-    """Bytes that one layer keeps for a micro-batch."""
+    """Bytes that one layer saves for a micro-batch."""
     per_token, per_row, per_cell = layer_activations(shape, w)
     bytes_kept = pack.tokens * per_token + pack.rows * per_row + pack.cells * per_cell
-    if shape.relative_span:  # keys and queries of all relative positions, for each text
+    if shape.relative_span:  # keys and queries of all relative positions, per text
         bytes_kept += pack.tokens**2 / pack.cells * 4 * w * shape.relative_span * shape.hidden
     return bytes_kept
 
 
 def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: float) -> MemoryUse:
-    """The moment of a training step that takes most memory.
+    """Memory at the moment of a training step when most is in use.
 
     Static parts are those of Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter
     Models", section 3.1 and stage 3 of section 5, with float32 gradients as `MasterWeights` sums them.
@@ -155,7 +158,7 @@ def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: floa
     w, sharded = layout.width, layout.sharded
     weights = 4 * shape.parameters / layout.shards
     gathered, copy = 0.0, 0.0
-    if sharded:  # the layer that computes, the next one on its way, and what lies outside the layers
+    if sharded:  # the current layer, the prefetched one, and what is outside the layers
         gathered = w * (2 * shape.layer_parameters + shape.outer_parameters)
     elif w < 4:
         copy = w * (shape.parameters - shape.head_parameters)
@@ -171,42 +174,42 @@ def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: floa
 
     early = 0 if layout.one_micro_batch else gradients
     return max(
-        at("the backward pass begins", gathered + copy, early, between_steps, kept, begin),
-        at("the backward pass ends", gathered + copy, gradients, between_steps, 0, end),
-        at("the optimizer steps", copy, gradients, optimizer, 0, 0),
+        at("start of the backward pass", gathered + copy, early, between_steps, kept, begin),
+        at("end of the backward pass", gathered + copy, gradients, between_steps, 0, end),
+        at("optimizer step", copy, gradients, optimizer, 0, 0),
         key=lambda use: use.total,
     )
 
 
 def _temporaries(shape: ModelShape, layout: Layout, pack: Pack) -> tuple[float, float]:
-    """Largest temporary where the backward pass begins, and where it ends."""
+    """Largest temporary at the start and at the end of the backward pass."""
     w, sharded = layout.width, layout.sharded
     recomputed = layer_bytes(shape, pack, w) if layout.checkpointing else 0
     begin = recomputed + _mlp_gradients(shape, pack, w)
     if not shape.padded and not layout.checkpointing:
         begin = _after_the_rewards(shape, pack, w)
-    # A gradient is made in the compute type and summed in float32; sharding does both for a layer at once.
+    # Gradients are computed in the compute dtype and accumulated in float32; FSDP does both for a whole layer.
     summed = w + (4 if w < 4 or sharded else 0)
     begin += summed * (shape.layer_parameters if sharded else shape.largest_matrix)
     if not sharded and layout.one_micro_batch:
-        summed = w if w < 4 else 0  # the first gradient is the sum itself
+        summed = w if w < 4 else 0  # the first gradient needs no accumulation
     end: float = summed * (shape.outer_parameters if sharded else shape.largest_embedding)
-    if sharded and not layout.one_micro_batch:  # this process's part of the sum, before it is added to those before
+    if sharded and not layout.one_micro_batch:  # the new shard, before it is added to the accumulated one
         end += 4 * shape.outer_parameters / layout.shards
-    if layout.strategy == "ddp":  # gradients are summed over processes in buckets; a large one has its own
+    if layout.strategy == "ddp":  # gradients are all-reduced in buckets; a large one has its own
         end = max(end, 4 * max(shape.largest_embedding, min(_BUCKET, shape.parameters)))
     return begin, end
 
 
 def _after_the_rewards(shape: ModelShape, pack: Pack, w: int) -> float:
-    """Temporaries of a decoder's last layer or of the MLP before it, less what the last layer has given up by then."""
+    """Temporaries of a decoder's last layer or of the MLP before it, less what the last layer has freed by then."""
     mlp = w * pack.tokens * (2 * shape.intermediate + shape.hidden) - last_layer_bytes(shape, pack, w)
-    # The last layer's norm computes in float32: three copies in a narrower type. Keys and values are gone.
+    # The last layer's norm computes in float32, for bf16 with three copies. Keys and values are freed.
     norm = pack.tokens * (w + (12 if w < 4 else 4)) * shape.hidden
     return max(mlp, norm - pack.rows * 2 * w * shape.num_heads * shape.head_dim)
 
 
 def _mlp_gradients(shape: ModelShape, pack: Pack, w: int) -> float:
-    """Gradients live at once in an MLP, less what it kept and gave up by then: two intermediates if gated, else one."""
+    """Live gradients in an MLP, less the saved tensors it has freed: two intermediates if gated, else one."""
     is_gated = not shape.padded or shape.model_type == "modernbert"
     return w * pack.tokens * ((2 if is_gated else 1) * shape.intermediate - shape.hidden)

@@ -1,6 +1,6 @@
-"""What a model's configuration says about its size, counted on the meta device, where weights take no room.
+"""The size of a model from its configuration, counted on the meta device without allocating weights.
 
-Published shapes stand here, so that a plan needs no download: the values of each repository's config.json on the hub.
+Known shapes need no download: the table holds the values of each repository's config.json on the hub.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 
 from rm_gallery.errors import UserError, nearest, one_line
 
-_MOST_LAYERS = 1000  # a configuration with more is a slip of the pen; building it would take minutes
+_MAX_LAYERS = 1000  # a configuration with more is a typo; building it would take minutes
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A reward model's size; parameters are counts, not bytes."""
+    """The size of a reward model. Parameters are counts, not bytes."""
 
     name: str
     source: str
     """Where the configuration comes from."""
     model_type: str
     padded: bool
-    """Texts are padded (encoders), not packed with shared prompts."""
+    """Encoders are padded; decoders are packed with shared prompts."""
     num_layers: int
     hidden: int
     intermediate: int
@@ -33,31 +33,31 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     windows: tuple[int | None, ...]
-    """Each layer's sliding window in tokens; None sees the whole text."""
+    """Sliding window of each layer in tokens; None for full attention."""
     relative_span: int
-    """DeBERTa: relative positions in each direction; 0 for all others."""
+    """DeBERTa: relative positions in each direction; 0 for other models."""
     max_positions: int | None
     parameters: int
     head_parameters: int
-    """Of the reward head, which stays float32."""
+    """Parameters of the reward head, which is float32."""
     layer_parameters: int
-    """Of the largest layer: what sharding gathers at a time."""
+    """Parameters of the largest layer, which FSDP all-gathers as a unit."""
     matrix_parameters: int
-    """Weights that every token is multiplied with: all matrices of all layers, no embedding."""
+    """Parameters in matrix products: all linear layers, no embeddings."""
     largest_matrix: int
-    """Of these."""
+    """Parameters of the largest of these."""
     largest_embedding: int
 
     @property
     def outer_parameters(self) -> int:
-        """Outside the layers: embeddings, last norm, head."""
+        """Parameters outside the layers: embeddings, final norm, head."""
         return self.parameters - self.num_layers * self.layer_parameters
 
 
 def load_shape(model: str, *, key: str = "model.partial_pretrain", trust_remote_code: bool = False) -> ModelShape:
     """The shape of a folder with config.json, a configuration file, a known shape, or a model of the hub.
 
-    Raises UserError for a name that is none of these, and for a model that could not be trained.
+    Raises UserError for any other name, and for a model that cannot be trained.
     """
     from rm_gallery.modeling.reward_model import check_model_config
 
@@ -66,7 +66,7 @@ def load_shape(model: str, *, key: str = "model.partial_pretrain", trust_remote_
     _check_layers(getattr(config, "num_hidden_layers", None), model, key)
     try:
         return measure(config, name=model, source=source)
-    except Exception as error:  # sizes that do not fit together end in any of torch's and the library's errors
+    except Exception as error:  # inconsistent sizes raise various errors in torch and transformers
         raise UserError(f"{key}={model}: no model can be built from this configuration ({one_line(error)})") from error
 
 
@@ -89,32 +89,32 @@ def _find_config(model: str, key: str, trust_remote_code: bool) -> tuple[str, An
     from rm_gallery.modeling.reward_model import quiet_transformers
 
     try:
-        if file.is_file():  # before the library, which takes its time over millions of layers
+        if file.is_file():  # before transformers, which is slow for millions of layers
             values = json.loads(file.read_text(encoding="utf-8"))
             _check_layers(values.get("num_hidden_layers", 1), model, key)
         with quiet_transformers():
-            # A name with a folder part ends up at the hub, which gives the configuration alone.
+            # owner/name is looked up on the hub; only the configuration is downloaded.
             return f"{file}", AutoConfig.from_pretrained(os.fspath(file), trust_remote_code=trust_remote_code)
     except UserError:
         raise
     except Exception as error:
         if file.is_file():
             raise UserError(
-                f"{key}={model}: not a configuration that transformers reads ({one_line(error)})"
+                f"{key}={model}: not a configuration that transformers can read ({one_line(error)})"
             ) from error
-        raise UserError(f"{_unknown(model, key)}; the hub does not give it either ({one_line(error)})") from error
+        raise UserError(f"{_unknown(model, key)}; and the hub does not provide it ({one_line(error)})") from error
 
 
 def _check_layers(layers: Any, model: str, key: str) -> None:
-    if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
-        raise UserError(f"{key}={model}: num_hidden_layers={layers!r} must be a number from 1 to {_MOST_LAYERS}")
+    if not isinstance(layers, int) or not 1 <= layers <= _MAX_LAYERS:
+        raise UserError(f"{key}={model}: num_hidden_layers={layers!r} must be a number from 1 to {_MAX_LAYERS}")
 
 
 def _unknown(model: str, key: str) -> str:
     found = nearest(short_name(model), KNOWN)
     return (
         f"{key}={model}: neither a folder with config.json nor a known shape.{found} Known: {', '.join(KNOWN)}; "
-        "others by a path or as owner/name of the hub"
+        "use a path, or owner/name of the hub, for others"
     )
 
 
@@ -130,7 +130,7 @@ def measure(config: Any, *, name: str, source: str) -> ModelShape:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if min(config.hidden_size, config.intermediate_size, config.vocab_size, heads, kv_heads) < 1 or heads % kv_heads:
-        raise ValueError("its sizes must be at least 1, and its heads a multiple of its key heads")
+        raise ValueError("its sizes must be at least 1, and num_attention_heads a multiple of num_key_value_heads")
     config.num_labels = 1
     config.problem_type = "regression"
     extra = {}
@@ -227,10 +227,10 @@ _TAILS = ("-instruct", "-chat", "-base", "-uncased", "-cased")
 
 
 def short_name(repository: str) -> str:
-    """`Qwen/Qwen2.5-7B-Instruct` as `qwen2.5-7b`: what a shape is called here."""
+    """The name of a shape: `qwen2.5-7b` for `Qwen/Qwen2.5-7B-Instruct`."""
     name = repository.lower().rpartition("/")[2]
     for tail in _TAILS:
-        # Some shapes are called "base" themselves: bert-base-uncased.
+        # In some names "base" is the size: bert-base-uncased.
         if name.endswith(tail) and not (tail == "-base" and name.startswith(("bert", "roberta", "deberta", "modern"))):
             name = name.removesuffix(tail)
     return name
@@ -240,7 +240,7 @@ KNOWN = {short_name(row[0]): row for row in _ROWS}
 
 
 def known_config(model: str) -> tuple[str, Any] | None:
-    """(hub repository, transformers' configuration) of a shape called by its short or hub name; None for any other."""
+    """(hub repository, transformers configuration) of a known shape, by its short or hub name; None for others."""
     row = KNOWN.get(short_name(model))
     owner = model.rpartition("/")[0]
     if row is None or owner not in ("", row[0].partition("/")[0]):

@@ -1,6 +1,6 @@
-"""An estimate as text for people and as plain values for programs, with advice when a run does not fit.
+"""An estimate as text and as plain values for JSON, with changes that make a run fit.
 
-Advice is every setting alone, and the fewest that are enough together.
+First every change on its own; if none is enough, the smallest combinations that are.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any
 
 from rm_gallery.planning.config import EstimateConfig, layout_of
 from rm_gallery.planning.devices import GIB
-from rm_gallery.planning.estimate import Estimate, largest_that_fits, memory_at
+from rm_gallery.planning.estimate import Estimate, Workload, largest_that_fits, memory_at
 from rm_gallery.planning.memory import Layout, MemoryUse
 
-_MOST_GPUS = 4096
-_MOST_TOGETHER = 4
+_MAX_GPUS = 4096
+_MAX_COMBINED = 4
 
 
 @dataclass(frozen=True)
 class Step:
-    """One change and the memory of each process after it."""
+    """One change of the configuration, and the peak memory of each process with it."""
 
     change: str
-    """As it is written on the command line."""
+    """As an override on the command line."""
     memory: MemoryUse
     fits: bool
 
@@ -32,23 +32,23 @@ class Step:
 @dataclass(frozen=True)
 class Advice:
     alone: tuple[Step, ...]
-    """Changes that save memory, each by itself, the least costly first."""
+    """Changes that reduce memory, each on its own, those that cost the least speed first."""
     together: tuple[tuple[Step, ...], ...]
-    """When none of them is enough: up to two ways with the fewest that are, each change on top of those before."""
+    """If none of them is enough: up to two of the smallest combinations that are; changes are cumulative."""
 
 
 Change = Callable[["_Search", EstimateConfig], tuple[str, EstimateConfig] | None]
-"""The setting in words and the configuration with it; None when it is in use already or cannot help."""
+"""The override and the configuration with it; None if it is set already or cannot help."""
 
 
 def advise(found: Estimate) -> Advice:
-    """Look for changes under which the same micro-batch, or a smaller one that is large enough, fits."""
+    """Search for changes with which the micro-batch fits, or a smaller one that still holds the longest group."""
     search = _Search(found)
     alone = [steps[0] for change in _CHANGES if (steps := search.steps([change]))]
     alone = [step for step in alone if step.memory.total < found.memory.total]
     if any(step.fits for step in alone):
         return Advice(tuple(alone), ())
-    for count in range(2, _MOST_TOGETHER + 1):
+    for count in range(2, _MAX_COMBINED + 1):
         tried = (search.steps(chosen) for chosen in combinations(_CHANGES, count))
         enough = list(islice((tuple(steps) for steps in tried if steps and steps[-1].fits), 2))
         if enough:
@@ -63,9 +63,9 @@ class _Search:
     def memory(self, config: EstimateConfig, tokens: int | None = None) -> MemoryUse:
         found = self.found
         if tokens is None:
-            tokens = min(found.micro_batch, config.data.budget)
-        # With other settings a step may be cut otherwise, so its gradients count in full.
-        return memory_at(config, found.shape, found.lengths, found.device, tokens=tokens, one_micro_batch=False)
+            tokens = min(found.micro_batch, max(config.data.budget, found.longest_group))
+        # Other settings may change the number of micro-batches in a step, so gradients count in full.
+        return memory_at(config, found.shape, found.workload, found.device, tokens=tokens, one_micro_batch=False)
 
     def layout(self, config: EstimateConfig) -> Layout:
         return layout_of(config, self.found.shape, self.found.device, one_micro_batch=False)
@@ -74,7 +74,7 @@ class _Search:
         return self.memory(config, tokens).total <= self.found.device.memory
 
     def steps(self, chosen: Sequence[Change]) -> list[Step]:
-        """The changes one on top of the other; empty when one of them cannot be made."""
+        """The changes applied one after the other; empty if one of them does not apply."""
         config, steps = self.found.config, []
         for change in chosen:
             made = change(self, config)
@@ -86,7 +86,7 @@ class _Search:
 
 
 def _set_model(text: str, **values: Any) -> Change:
-    """A key of `model` or of its `fsdp_config`, unless it has that value already."""
+    """Sets keys of `model` or of its `fsdp_config`, unless they have these values already."""
 
     def change(search: _Search, config: EstimateConfig) -> tuple[str, EstimateConfig] | None:
         inner = values.keys() <= vars(config.model.fsdp_config).keys()
@@ -114,9 +114,9 @@ def _offload(search: _Search, config: EstimateConfig) -> tuple[str, EstimateConf
 
 
 def _more_gpus(search: _Search, config: EstimateConfig) -> tuple[str, EstimateConfig] | None:
-    """The fewest, doubling, under which it fits."""
+    """Double the number of GPUs until it fits."""
     number = config.n_gpus * 2
-    while number <= _MOST_GPUS and config.gpu != "cpu":
+    while number <= _MAX_GPUS and config.gpu != "cpu":
         changed = replace(config, n_gpus=number)
         if search.fits(changed):
             return f"n_gpus={number}", changed
@@ -151,12 +151,12 @@ _KINDS = {
     "optimizer": "optimizer state, float32",
     "activations": "activations",
     "temporary": "largest temporary",
-    "overhead": "framework",
+    "overhead": "framework overhead",
 }
 
 
 def as_text(found: Estimate, advice: Advice | None) -> str:
-    """The whole report; memory in GiB."""
+    """The report as text; memory in GiB."""
     parts = [_what(found), _memory(found), _micro_batch(found), _time(found)]
     if advice is not None:
         parts.append(_changes(found, advice))
@@ -168,53 +168,55 @@ def as_text(found: Estimate, advice: Advice | None) -> str:
 def _what(found: Estimate) -> list[str]:
     shape, device, config = found.shape, found.device, found.config
     dtype = config.model.fsdp_config.model_dtype
-    spread = {"none": "one process", "ddp": "ddp, a whole copy on each"}.get(
-        found.layout.strategy, f"{found.layout.strategy}, cut over {found.layout.shards}"
+    spread = {"none": "one process", "ddp": "ddp, replicated"}.get(
+        found.layout.strategy, f"{found.layout.strategy}, sharded across {found.layout.shards} ranks"
     )
     layers = f"{shape.num_layers} layers of {_count(shape.layer_parameters)}"
     rate = f"{device.flops(dtype) / 1e12:.3g} TFLOP/s in {dtype}"
     checkpointing = "on" if found.layout.checkpointing else "off"
     per_pair = found.workload.tokens / found.workload.num_pairs
-    once = "padded" if shape.padded else "with its prompt once"
+    once = "padding included" if shape.padded else "shared prompts once"
     return [
         f"model        {shape.name} ({shape.model_type}; {shape.source})",
         f"             {_count(shape.parameters)} parameters: {layers}, {_count(shape.outer_parameters)} outside them",
-        f"device       {config.n_gpus} x {device.name}: {_gib(device.memory)} GiB to fill, {rate} ({device.source})",
-        f"layout       model.strategy={config.model.strategy}: {spread}; gradient checkpointing {checkpointing}",
-        f"data         {found.lengths.how}",
-        f"             {found.workload.num_pairs:,} pairs an epoch, {per_pair:,.0f} tokens a pair, {once}",
+        f"device       {config.n_gpus} x {device.name}: {_gib(device.memory)} GiB usable, {rate} ({device.source})",
+        f"layout       model.strategy={config.model.strategy}: {spread}; activation checkpointing {checkpointing}",
+        f"data         {found.sample.how}",
+        f"             {found.workload.num_pairs:,} pairs per epoch, {per_pair:,.0f} tokens per pair ({once})",
     ]
 
 
 def _memory(found: Estimate) -> list[str]:
     use = found.memory
-    lines = [f"memory of each {_owner(found)} at {found.micro_batch:,} tokens in a micro-batch, GiB"]
+    lines = [f"peak memory per {_owner(found)} with {found.micro_batch:,} tokens in a micro-batch, GiB"]
     lines += [f"  {text:<26}{_gib(getattr(use, name)):>8}" for name, text in _KINDS.items()]
     if found.layout.sharded:
-        lines[2] = f"  {'layers gathered to compute':<26}{_gib(use.compute_copy):>8}"
+        lines[2] = f"  {'weights, gathered layers':<26}{_gib(use.compute_copy):>8}"
     room = found.device.memory - use.total
-    verdict = f"fits, {_gib(room)} left" if found.fits else f"does not fit: {_gib(-room)} too much"
+    verdict = f"fits, {_gib(room)} free" if found.fits else f"does not fit, {_gib(-room)} over"
     lines.append(f"  {'total':<26}{_gib(use.total):>8}  of {_gib(found.device.memory)}: {verdict}")
     if use.host:
         host = use.host * min(found.config.n_gpus, found.config.gpus_per_node)
-        lines.append(f"  {'offloaded':<26}{_gib(use.host):>8}  in host memory; {_gib(host)} on each machine")
-    lines.append(f"  at the moment when {use.moment}")
+        lines.append(f"  {'offloaded':<26}{_gib(use.host):>8}  in host memory; {_gib(host)} per machine")
+    lines.append(f"  peak: {use.moment}")
     if use.activations and not use.gradients and not found.layout.offload:
-        lines[-1] += "; with one micro-batch in a step, gradients come into being while activations go"
+        lines[-1] += "; with one micro-batch per step, gradients are allocated as activations are freed"
     return lines
 
 
 def _micro_batch(found: Estimate) -> list[str]:
     data = found.config.data
-    asked = f"data.max_tokens_per_micro_batch={data.max_tokens_per_micro_batch}"
+    setting = f"data.max_tokens_per_micro_batch={data.max_tokens_per_micro_batch}"
     if data.max_tokens_per_micro_batch is None:
-        asked = f"data.micro_batch_size_per_gpu={data.micro_batch_size_per_gpu} x 2 x data.max_length={data.max_length}"
+        setting = (
+            f"data.micro_batch_size_per_gpu={data.micro_batch_size_per_gpu} x 2 x data.max_length={data.max_length}"
+        )
     largest = f"{found.fitting:,} tokens is the largest that fits" if found.fitting else "none fits"
     if found.fitting >= 2 * data.budget:
         largest += f" (data.max_tokens_per_micro_batch={found.fitting})"
     without, with_it = (_gib(found.activations[checkpointing]) for checkpointing in (False, True))
-    room = f"at most {data.budget:,} tokens ({asked})"
-    kept = f"{without} GiB without gradient checkpointing, {with_it} with it"
+    room = f"at most {data.budget:,} tokens ({setting})"
+    kept = f"{without} GiB without activation checkpointing, {with_it} with it"
     return [
         f"micro-batch  {room}; {largest}",
         f"             activations of {found.micro_batch:,} tokens: {kept}",
@@ -223,35 +225,35 @@ def _micro_batch(found: Estimate) -> list[str]:
 
 def _time(found: Estimate) -> list[str]:
     timing, work, config = found.timing, found.workload, found.config
-    rate = f"{config.mfu:.0%} of the published rate (assumed, mfu={config.mfu:g})"
+    rate = f"{config.mfu:.0%} MFU (assumed, mfu={config.mfu:g})"
     steps = f"{work.steps:,.0f} steps of {config.data.train_batch_size} pairs"
-    each = f"micro-batches of a step on each {_owner(found)}: {work.micro_batches_per_step:.3g}"
+    each = f"{work.micro_batches_per_step:.3g} micro-batches per step on each {_owner(found)}"
     lines = [
-        f"epoch        {_duration(timing.seconds)}: {timing.flops:.3g} operations at {rate}",
-        f"             {steps}; {each}; time they wait for each other: {1 - work.balance:.0%}",
+        f"epoch        {_duration(timing.seconds)}: {timing.flops:.3g} FLOPs at {rate}",
+        f"             {steps}; {each}; load imbalance: {1 - work.balance:.0%}",
     ]
     more = "data.train_batch_size" if work.micro_batches_per_step <= 1 else "data.max_tokens_per_micro_batch"
     if timing.communication_seconds > timing.compute_seconds:
         lines.append(
-            f"             set by the links between GPUs: computing alone takes {_duration(timing.compute_seconds)}; "
-            f"a larger {more} sends less often"
+            f"             limited by communication: computation alone takes {_duration(timing.compute_seconds)}; "
+            f"a larger {more} communicates less often"
         )
     elif timing.communication_seconds:
         share = timing.communication_seconds / timing.compute_seconds
-        lines.append(f"             sending takes {share:.0%} of that at the links' published rate, hidden behind it")
+        lines.append(f"             communication, overlapped: {share:.0%} of that at the published bandwidth")
     return lines
 
 
 def _changes(found: Estimate, advice: Advice) -> list[str]:
     if not advice.alone and not advice.together:
-        return ["no setting helps: take a smaller model or GPUs with more memory"]
-    lines = ["what each change alone makes of it"]
+        return ["no setting helps: use a smaller model or GPUs with more memory"]
+    lines = ["peak memory with one change"]
     lines += [_line(step) for step in advice.alone]
     for number, steps in enumerate(advice.together):
-        lines.append("or" if number else "none is enough alone; together, one after the other")
+        lines.append("or:" if number else "no single change is enough; cumulative changes that are:")
         lines += [_line(step) for step in steps]
     if not advice.together and not any(step.fits for step in advice.alone):
-        lines.append("not even together are they enough: take a smaller model or GPUs with more memory")
+        lines.append("no combination is enough: use a smaller model or GPUs with more memory")
     return lines
 
 
@@ -271,7 +273,7 @@ def as_values(found: Estimate, advice: Advice | None) -> dict[str, Any]:
         "model": asdict(found.shape),
         "device": {"name": device.name, "source": device.source, "memory": device.memory},
         "layout": asdict(found.layout),
-        "data": {"how": found.lengths.how, "longest_group": found.longest_group, **asdict(found.workload)},
+        "data": {"how": found.sample.how, "longest_group": found.longest_group, **_work(found.workload)},
         "memory": _use(found.memory),
         "activations": {"kept": found.activations[False], "checkpointed": found.activations[True]},
         "fits": found.fits,
@@ -280,6 +282,11 @@ def as_values(found: Estimate, advice: Advice | None) -> dict[str, Any]:
         "changes": changes,
         "notes": list(found.notes),
     }
+
+
+def _work(work: Workload) -> dict[str, float]:
+    names = ("num_pairs", "tokens", "steps", "micro_batches_per_step", "largest_pack", "balance")
+    return {name: getattr(work, name) for name in names}
 
 
 def _step(step: Step) -> dict[str, Any]:

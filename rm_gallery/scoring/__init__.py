@@ -11,7 +11,7 @@ __all__ = ["RewardScorer"]
 
 
 def __getattr__(name: str) -> Any:
-    # Late, so that what stands beside it (inputs, rows of files) can be had without torch.
+    # Lazy, so that other modules of this folder can be imported without torch.
     if name == "RewardScorer":
         from rm_gallery.scoring.scorer import RewardScorer
 

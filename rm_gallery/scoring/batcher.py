@@ -1,7 +1,7 @@
-"""Batching: calls from many tasks and threads become whole packs in one worker thread.
+"""Dynamic batching: concurrent calls are combined into full packs by one worker thread.
 
-A caller hands over groups and gets a future. The worker takes what waits, cuts it into packs of like length and
-answers each call when its last response has a reward. A call that fails or is cancelled touches no other.
+`submit` queues groups and returns a future. The worker collects queued calls, packs them by length, and completes each
+call with its last reward. A call that fails or is cancelled does not affect the others.
 """
 
 from __future__ import annotations
@@ -14,51 +14,57 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.errors import UserError
 from rm_gallery.schema import PreferenceGroup
-from rm_gallery.scoring.engine import Engine, Unit
+from rm_gallery.scoring.engine import Engine
 
 Rewards: TypeAlias = list[list[float]]
 
-_QUIET_SECONDS = 0.002  # calls of one burst follow each other faster than this
-_MOST_WAIT_SECONDS = 0.02
-_PACKS_AT_ONCE = 8  # sorted together by length: more fill better, fewer answer sooner
-_CALLS_AT_ONCE = 1024
+_QUIET_S = 0.002  # calls of one burst arrive within this interval of each other
+_MAX_WAIT_S = 0.02
+_PACKS_PER_PLAN = 8  # planned together: more fill packs better, fewer have lower latency
+_MAX_CALLS = 1024  # taken from the queue at once
 
 
 @dataclass
 class _Call:
-    """One call that waits for its rewards."""
+    """A call whose rewards are not complete yet."""
 
     groups: Sequence[PreferenceGroup]
     future: Future[Rewards] = field(default_factory=Future)
     rewards: Rewards = field(default_factory=list)
-    num_left: int = 0
+    num_missing: int = 0
     """Responses without a reward."""
 
     def fail(self, error: BaseException) -> None:
-        """Give the caller the error, unless it has its answer or has gone."""
+        """Set the exception, unless the future is done or cancelled."""
         if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
 
     def finish(self) -> None:
-        """Give the caller its rewards."""
+        """Set the result, unless the future is done or cancelled."""
         if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_result(self.rewards)
 
 
 @dataclass
-class _Job:
-    """One unit of a call."""
+class _Part:
+    """One part of a call: responses of one group that are computed together."""
 
-    unit: Unit
+    tokens: TokenGroup
+    num_tokens: int
+    """That the model computes."""
     call: _Call
     group: int
-    was_held_back: bool = False
+    """Index of the group in the call."""
+    first: int
+    """Index of the first response in the group."""
+    was_deferred: bool = False
 
 
 class Batcher:
-    """Owns the worker thread; it starts with the first call and ends with `close`."""
+    """Owns the worker thread, which starts with the first call and ends with `close`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -68,7 +74,7 @@ class Batcher:
         self._closed = False
 
     def submit(self, groups: Sequence[PreferenceGroup]) -> Future[Rewards]:
-        """Hand groups over; the future gives one list of rewards per group.
+        """Queue groups; the future gives one list of rewards per group.
 
         Raises RuntimeError after `close`.
         """
@@ -76,14 +82,14 @@ class Batcher:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the scorer is closed")
-            if self._thread is None or not self._thread.is_alive():  # the latter in a forked process
+            if self._thread is None or not self._thread.is_alive():  # not alive in a forked process
                 self._thread = threading.Thread(target=self._work, name="rm-gallery-scorer", daemon=True)
                 self._thread.start()
             self._queue.put(call)
         return call.future
 
     def close(self) -> None:
-        """End the thread after the pack that runs; calls that still wait get a RuntimeError. May be called again."""
+        """Stop the worker after the current pack; unfinished calls get a RuntimeError. Idempotent."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -93,23 +99,23 @@ class Batcher:
             thread.join()
 
     def _work(self) -> None:
-        pool: list[_Job] = []
-        error: BaseException = RuntimeError("the scorer was closed before this call was answered")
+        pending: list[_Part] = []
+        error: BaseException = RuntimeError("the scorer was closed before this call was completed")
         try:
             while not self._closed:
-                pool += self._receive(pool)
-                pool = self._score_some(pool)
-        except BaseException as caught:  # nobody may wait for ever
+                pending += self._receive(pending)
+                pending = self._score_some(pending)
+        except BaseException as caught:  # complete every future, or callers wait forever
             error = caught
             raise
         finally:
-            for job in pool:
-                job.call.fail(error)
-            with self._lock:  # no call may come in between: none would answer it
-                self._fail_waiting(error)
+            for part in pending:
+                part.call.fail(error)
+            with self._lock:  # submit must not queue a call that no worker would take
+                self._fail_queued(error)
                 self._thread = None
 
-    def _fail_waiting(self, error: BaseException) -> None:
+    def _fail_queued(self, error: BaseException) -> None:
         while True:
             try:
                 call = self._queue.get_nowait()
@@ -118,33 +124,34 @@ class Batcher:
             if call is not None:
                 call.fail(error)
 
-    def _receive(self, pool: Sequence[_Job]) -> list[_Job]:
-        """Jobs of the calls that have come; waits for the first when there is nothing to do.
+    def _receive(self, pending: Sequence[_Part]) -> list[_Part]:
+        """Parts of the queued calls; blocks for the first call when nothing is pending.
 
-        Waits on while more come one right after the other, so that a burst is scored together.
+        Waits up to `_QUIET_S` for the next call of a burst, and `_MAX_WAIT_S` in all, so that a burst is packed
+        together.
         """
-        budget = self._engine.token_budget
-        ready = sum(job.unit.cost(self._engine.model.padded) for job in pool)
-        if ready >= _PACKS_AT_ONCE * budget:
+        budget = self._engine.packer.token_budget
+        ready = sum(part.num_tokens for part in pending)
+        if ready >= _PACKS_PER_PLAN * budget:
             return []
-        patience = _QUIET_SECONDS if ready < budget else 0.0
+        timeout = _QUIET_S if ready < budget else 0.0
         calls: list[_Call] = []
-        deadline = time.monotonic() + _MOST_WAIT_SECONDS
-        while len(calls) < _CALLS_AT_ONCE:
+        deadline = time.monotonic() + _MAX_WAIT_S
+        while len(calls) < _MAX_CALLS:
             try:
-                call = self._queue.get(timeout=patience) if calls or pool else self._queue.get()
+                call = self._queue.get(timeout=timeout) if calls or pending else self._queue.get()
             except queue.Empty:
                 break
             if call is None:
                 break  # closed
             if not calls:
-                deadline = time.monotonic() + _MOST_WAIT_SECONDS
+                deadline = time.monotonic() + _MAX_WAIT_S
             calls.append(call)
             if time.monotonic() > deadline and self._queue.empty():
                 break
         return self._encode(calls)
 
-    def _encode(self, calls: Sequence[_Call]) -> list[_Job]:
+    def _encode(self, calls: Sequence[_Call]) -> list[_Part]:
         calls = [call for call in calls if not call.future.cancelled()]
         try:
             encoded = iter(self._engine.encode([group for call in calls for group in call.groups]))
@@ -152,7 +159,7 @@ class Batcher:
             for call in calls:
                 call.fail(error)
             raise
-        jobs: list[_Job] = []
+        parts: list[_Part] = []
         for call in calls:
             found = [next(encoded) for _ in call.groups]
             bad = next((index for index, each in enumerate(found) if isinstance(each, Exception)), None)
@@ -160,59 +167,62 @@ class Batcher:
                 call.fail(describe(found[bad], bad, call.groups[bad]))  # type: ignore[arg-type]
                 continue
             call.rewards = [[0.0] * len(group.responses) for group in call.groups]
-            call.num_left = sum(map(len, call.rewards))
-            if not call.num_left:
+            call.num_missing = sum(map(len, call.rewards))
+            if not call.num_missing:
                 call.finish()
-            for index, units in enumerate(found):
-                assert not isinstance(units, Exception)
-                jobs += [_Job(unit, call, index) for unit in units]
-        return jobs
+            for index, tokens in enumerate(found):
+                assert not isinstance(tokens, Exception)
+                first = 0
+                for each in tokens:
+                    parts.append(_Part(each, self._engine.packer.count_tokens(*each.sizes()[:3]), call, index, first))
+                    first += len(each.tails)
+        return parts
 
-    def _score_some(self, pool: list[_Job]) -> list[_Job]:
-        """Score the oldest jobs, several packs of them; returns those that are left."""
-        pool = [job for job in pool if not job.call.future.done()]
-        room = _PACKS_AT_ONCE * self._engine.token_budget
+    def _score_some(self, pending: list[_Part]) -> list[_Part]:
+        """Score the oldest parts, about `_PACKS_PER_PLAN` packs; returns the parts that remain."""
+        pending = [part for part in pending if not part.call.future.done()]
+        limit = _PACKS_PER_PLAN * self._engine.packer.token_budget
         count = used = 0
-        while count < len(pool) and (not count or used < room):
-            used += pool[count].unit.cost(self._engine.model.padded)
+        while count < len(pending) and (not count or used < limit):
+            used += pending[count].num_tokens
             count += 1
-        chosen, rest = pool[:count], pool[count:]
-        packs = [[chosen[index] for index in pack] for pack in self._engine.plan([job.unit for job in chosen])]
-        more_waits = bool(rest) or not self._queue.empty()
-        if more_waits and len(packs) > 1 and not any(job.was_held_back for job in packs[-1]):
-            # The last pack is not full: it goes with what comes next, but only once.
-            held = packs.pop()
-            for job in held:
-                job.was_held_back = True
-            rest = held + rest
+        chosen, rest = pending[:count], pending[count:]
+        packs = [[chosen[index] for index in pack] for pack in self._engine.plan([part.tokens for part in chosen])]
+        more_queued = bool(rest) or not self._queue.empty()
+        if more_queued and len(packs) > 1 and not any(part.was_deferred for part in packs[-1]):
+            # The last pack is not full: defer it once, to be packed with the calls that follow.
+            deferred = packs.pop()
+            for part in deferred:
+                part.was_deferred = True
+            rest = deferred + rest
         for number, pack in enumerate(packs):
             if self._closed:
-                return [job for each in packs[number:] for job in each] + rest
-            self._score_pack([job for job in pack if not job.call.future.done()])
+                return [part for each in packs[number:] for part in each] + rest
+            self._score_pack([part for part in pack if not part.call.future.done()])
         return rest
 
-    def _score_pack(self, pack: list[_Job]) -> None:
+    def _score_pack(self, pack: list[_Part]) -> None:
         if not pack:
             return
         try:
-            rewards = self._engine.run([job.unit for job in pack])
+            rewards = self._engine.run([part.tokens for part in pack])
         except Exception as error:
             if len(pack) == 1:
                 pack[0].call.fail(error)
             else:
-                for job in pack:  # find out whose fault it was
-                    self._score_pack([job])
+                for part in pack:  # one by one, so that only the call at fault fails
+                    self._score_pack([part])
             return
-        for job, found in zip(pack, rewards, strict=True):
-            call = job.call
-            call.rewards[job.group][job.unit.first : job.unit.first + len(found)] = found
-            call.num_left -= len(found)
-            if not call.num_left:
+        for part, found in zip(pack, rewards, strict=True):
+            call = part.call
+            call.rewards[part.group][part.first : part.first + len(found)] = found
+            call.num_missing -= len(found)
+            if not call.num_missing:
                 call.finish()
 
 
 def describe(error: Exception, index: int, group: PreferenceGroup) -> Exception:
-    """The error of one group of a call, saying which group it was; errors that are not the user's stay as they are."""
+    """The error of one group of a call with the group's place; errors other than ValueError are returned unchanged."""
     if not isinstance(error, ValueError):
         return error
     place = group.where or f"group {index}"

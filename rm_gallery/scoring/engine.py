@@ -1,6 +1,6 @@
-"""The engine: groups -> tokens -> packs -> rewards. One model, used by one thread at a time.
+"""The engine: groups -> tokens -> packs -> rewards, with one model on one device.
 
-A group with more responses than fit into a pack is cut into several units; each repeats the common prefix.
+A group that exceeds the token budget is split into several parts, each with the common prefix.
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 
+from rm_gallery.data.batching.bin_packing import Packer
 from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.data.batching.prompt_sharing import split_responses
+from rm_gallery.data.token_cache.arrays import GroupSizes
 from rm_gallery.data.tokenization.encoder import Encoder
 from rm_gallery.data.tokenization.token_group import TokenGroup, split_prefix
 from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
@@ -24,52 +26,29 @@ from rm_gallery.scoring.loading import ScoringModel
 
 log = logging.getLogger(__name__)
 
-_GROUPS_AT_ONCE = 512  # tokenized in one call
+_GROUPS_PER_CALL = 512  # of the tokenizer
+_CUDA_TOKENS, _CPU_TOKENS = 16384, 4096  # default token budgets
 
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """Responses of one group that go into a pack together."""
-
-    tokens: TokenGroup
-    first: int
-    """Number of its first response in the group."""
-
-    @property
-    def num_responses(self) -> int:
-        return len(self.tokens.tails)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest whole text."""
-        return len(self.tokens.prefix) + max(len(tail) for tail in self.tokens.tails)
-
-    def cost(self, padded: bool) -> int:
-        """Tokens that the model computes for it; those of padding included, for a model that pads."""
-        if padded:
-            return self.longest * self.num_responses
-        return len(self.tokens.prefix) + sum(len(tail) for tail in self.tokens.tails)
-
-
-Encoded: TypeAlias = list[Unit] | Exception
-"""Units of one group, or why it cannot be scored."""
+Encoded: TypeAlias = list[TokenGroup] | Exception
+"""The parts of one group, in the order of its responses, or why it cannot be scored."""
 
 
 class Engine:
-    """Turns groups into units and packs of units into rewards; both may be called from any thread."""
+    """Tokenizes groups and computes rewards of packs. Thread-safe; model calls run one at a time."""
 
     def __init__(self, source: ScoringModel, *, token_budget: int | None = None) -> None:
-        """token_budget: most tokens of a pack, but for a single text that is longer; None chooses by device."""
+        """token_budget: maximum tokens of a pack, except for a single longer text; None depends on the device."""
         self.source = source
         self.model, self.tokenizer, self.record = source.model, source.tokenizer, source.record
         self.device = next(self.model.parameters()).device
-        self.token_budget = token_budget or (16384 if self.device.type == "cuda" else 4096)
+        default = _CUDA_TOKENS if self.device.type == "cuda" else _CPU_TOKENS
+        self.packer = Packer(token_budget or default, padded=self.model.padded)
         self.num_packs = 0
         """Model calls so far."""
         self._lock = threading.Lock()
-        # Tokenizers are not safe: two threads that use one get "Already borrowed" from it.
+        # Fast tokenizers are not thread-safe: concurrent calls raise "Already borrowed".
         self._tokenizer_lock = threading.Lock()
-        self._said_long = False
+        self._warned_of_length = False
         self._encoder = Encoder(
             self.tokenizer,
             TokenizeConfig(
@@ -80,13 +59,13 @@ class Engine:
         )
 
     def encode(self, groups: Sequence[PreferenceGroup]) -> list[Encoded]:
-        """Tokens of each group, or the exception that says why it has none; one bad group harms no other."""
+        """Tokens of each group, or the exception that says why it has none; a bad group does not affect others."""
         found: list[Encoded] = []
-        for start in range(0, len(groups), _GROUPS_AT_ONCE):
-            chunk = groups[start : start + _GROUPS_AT_ONCE]
+        for start in range(0, len(groups), _GROUPS_PER_CALL):
+            chunk = groups[start : start + _GROUPS_PER_CALL]
             try:
                 texts = self._tokenize(chunk)
-            except Exception:  # one of them: find out which, one by one
+            except Exception:  # tokenize one by one to find the bad group
                 found += [self._encode_one(group) for group in chunk]
             else:
                 found += [self._split(each) for each in texts]
@@ -118,61 +97,27 @@ class Engine:
         limit = self.source.positions
         if limit is not None and longest > limit:
             return BadRow(f"longer than the {limit} tokens that the model has positions for")
-        self._warn_of_length(longest)
-        try:
-            whole = split_prefix(texts, ())
-        except BadRow as error:
-            return error
-        units, start = [], 0
-        while start < len(texts):
-            count = self._fitting(whole, start)
-            tails = whole.tails[start : start + count]
-            units.append(Unit(TokenGroup(whole.prefix, tails, ()), start))
-            start += count
-        return units
-
-    def _fitting(self, group: TokenGroup, start: int) -> int:
-        """How many responses from `start` on fit into one pack; at least one."""
-        used = longest = count = 0
-        for tail in group.tails[start:]:
-            longest = max(longest, len(group.prefix) + len(tail))
-            used += len(tail)
-            cost = longest * (count + 1) if self.model.padded else len(group.prefix) + used
-            if count and cost > self.token_budget:
-                break
-            count += 1
-        return count
-
-    def _warn_of_length(self, longest: int) -> None:
-        if longest > self.record.max_length and not self._said_long:
-            self._said_long = True
+        if longest > self.record.max_length and not self._warned_of_length:
+            self._warned_of_length = True
             log.warning(
-                "a text of %d tokens is longer than any in training (%d); it is scored whole, and so are more like it",
+                "a text has %d tokens, more than the max_length of training (%d); it is scored without truncation, "
+                "and so are all others",
                 longest,
                 self.record.max_length,
             )
+        try:
+            return split_responses(split_prefix(texts, ()), self.packer)
+        except BadRow as error:
+            return error
 
-    def plan(self, units: Sequence[Unit]) -> list[list[int]]:
-        """Packs of units, as indices: those of like length together, since padding inside a pack costs time."""
-        padded = self.model.padded
-        packs: list[list[int]] = []
-        used = 0
-        for index in sorted(range(len(units)), key=lambda index: -units[index].longest):
-            if padded and packs:  # each text of a pack costs what its longest does, which came first
-                cost = units[packs[-1][0]].longest * units[index].num_responses
-            else:
-                cost = units[index].cost(padded)
-            if not packs or used + cost > self.token_budget:
-                packs.append([])
-                used, cost = 0, units[index].cost(padded)
-            packs[-1].append(index)
-            used += cost
-        return packs
+    def plan(self, parts: Sequence[TokenGroup]) -> list[list[int]]:
+        """Packs as indices of parts, within the token budget; parts of similar length share a pack."""
+        return self.packer.pack_by_length(GroupSizes.from_rows(part.sizes() for part in parts))
 
-    def run(self, pack: Sequence[Unit]) -> list[list[float]]:
-        """Rewards of the responses of each unit, from one model call.
+    def run(self, pack: Sequence[TokenGroup]) -> list[list[float]]:
+        """Rewards of the responses of each part, from one model call.
 
-        When the device has too little memory, each unit has a call of its own.
+        When the device is out of memory, each part is run in its own call.
         """
         try:
             return self._run(pack)
@@ -180,16 +125,12 @@ class Engine:
             if len(pack) == 1:
                 raise
         torch.cuda.empty_cache()
-        log.warning("a pack of %d groups does not fit into memory; set a lower token_budget", len(pack))
-        return [rewards for unit in pack for rewards in self._run([unit])]
+        log.warning("out of memory with a pack of %d groups, which run one by one; lower token_budget", len(pack))
+        return [rewards for part in pack for rewards in self._run([part])]
 
-    def _run(self, pack: Sequence[Unit]) -> list[list[float]]:
-        batch = collate([unit.tokens for unit in pack])
+    def _run(self, pack: Sequence[TokenGroup]) -> list[list[float]]:
+        batch = collate(pack)
         with self._lock, torch.inference_mode():
             self.num_packs += 1
-            flat = self.model(batch.to(self.device)).tolist()
-        rewards = []
-        for unit in pack:
-            rewards.append(flat[: unit.num_responses])
-            flat = flat[unit.num_responses :]
-        return rewards
+            flat = iter(self.model(batch.to(self.device)).tolist())
+        return [[next(flat) for _ in part.tails] for part in pack]

@@ -1,6 +1,6 @@
-"""Inputs: a query with responses, a pair or a conversation becomes a group, as the model was trained to read it.
+"""Inputs of a scorer: a query with responses, a pair or a conversation becomes a group in the style of the model.
 
-Needs no torch.
+Does not load torch.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ log = logging.getLogger(__name__)
 Text: TypeAlias = str | Sequence[Message]
 """Text, or chat messages."""
 Pair: TypeAlias = Mapping[str, Any] | tuple[Text, Text]
-"""`{"chosen": ..., "rejected": ..., "prompt": ...}` (the prompt may be missing), or (chosen, rejected)."""
+"""`{"chosen": ..., "rejected": ..., "prompt": ...}` (prompt is optional), or (chosen, rejected)."""
 
 
 class InputBuilder:
-    """Builds groups in the style that the model was trained in; says once what it does with turns in bare text."""
+    """Builds groups in the style that the model was trained on; logs once how it joins turns for a text model."""
 
     def __init__(self, style: InputStyle, separator: str = "\n\n") -> None:
-        """separator: between the turns that a model of bare text is given, as in the chat template of its folder."""
+        """separator: between turns for a text model, as in the chat template of its folder."""
         self.style, self.separator = style, separator
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def group(self, query: Text | None, responses: Sequence[Text]) -> PreferenceGroup:
-        """A query, as text or messages, with its responses; None or "" for no query.
+        """A query (text or messages; None or "" for none) with responses.
 
-        Raises UserError for what is neither text nor messages.
+        Raises UserError for values that are neither text nor messages.
         """
         if isinstance(responses, str):
-            raise UserError("responses is one text; give a list of responses")
+            raise UserError("responses is a text; pass a list of responses")
         prompt = as_messages(_checked(query or "", "query"), "user")
         answers = [_answer(_checked(value, f"response {number}")) for number, value in enumerate(responses)]
         turns, answers = without_repeats(prompt, answers)
         return self.fit(PreferenceGroup(turns, answers, style="chat"))
 
     def pair(self, pair: Pair) -> PreferenceGroup:
-        """Chosen and rejected, read as in training: a model of bare text gets the prompt right before the response."""
+        """Chosen and rejected, as in training: a text model gets the prompt directly before the response."""
         if isinstance(pair, Mapping):
-            lost = [name for name in ("chosen", "rejected") if name not in pair]
-            if lost:
-                raise UserError(f"a pair has no {lost[0]!r} (it has: {', '.join(map(str, pair)) or 'nothing'})")
+            missing = [name for name in ("chosen", "rejected") if name not in pair]
+            if missing:
+                raise UserError(f"a pair has no {missing[0]!r} (keys: {', '.join(map(str, pair)) or 'none'})")
             prompt, sides = pair.get("prompt") or "", [pair["chosen"], pair["rejected"]]
         else:
             if isinstance(pair, str) or len(pair) != 2:
-                raise UserError("a pair is (chosen, rejected), or a mapping with these keys and perhaps prompt")
+                raise UserError("a pair is (chosen, rejected), or a mapping with these keys and optionally prompt")
             prompt, sides = "", list(pair)
         if self.style == "text" and all(isinstance(value, str) for value in (prompt, *sides)):
             return PreferenceGroup(prompt, sides, style="text")
@@ -64,13 +64,13 @@ class InputBuilder:
         return self.fit(PreferenceGroup((), [checked], style="chat"))
 
     def fit(self, group: PreferenceGroup) -> PreferenceGroup:
-        """The group as this model can read it: a model of bare text gets the turns of a chat joined by its separator.
+        """The group in the style of this model: for a text model, the turns of a chat are joined by the separator.
 
         A group of bare text stays as it is: it may hold what the chat template would write.
         """
         if group.style == "text":
             if self.style == "chat":
-                self._say_once("the model was trained on chats, and is given bare text; see RewardScorer.build_group")
+                self._warn_once("the model was trained on chats but got bare text; see RewardScorer.build_group")
             return group
         if self.style == "chat":
             return group
@@ -78,23 +78,22 @@ class InputBuilder:
         responses = [self._joined(response) for response in group.responses]
         if group.prompt or any(len(response) > 1 for response in group.responses):
             how = "by a blank line" if self.separator == "\n\n" else "directly, as in training"
-            self._say_once(
-                f"the model was trained on bare text: the query and the response are joined {how}, "
-                "without names of roles"
+            self._warn_once(
+                f"the model was trained on bare text: the query and the response are joined {how}, without role names"
             )
         return PreferenceGroup(prompt + self.separator if group.prompt else "", responses, group.comparisons, "text")
 
     def _joined(self, turns: str | Sequence[Message]) -> str:
         return turns if isinstance(turns, str) else self.separator.join(_content(message) for message in turns)
 
-    def _say_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
             log.warning(text)
 
 
 def check_group(group: PreferenceGroup) -> None:
-    """Raise BadRow for parts that do not fit the group's style: a text that is None must not be scored as 'None'."""
+    """Raise BadRow for a prompt or response of the wrong type; None, for example, must not be scored as 'None'."""
     for part in (group.prompt, *group.responses):
         if group.style == "text":
             if not isinstance(part, str):
@@ -110,17 +109,17 @@ def _checked(value: Any, name: str) -> str | list[Message]:
         raise UserError(f"{name} is {type(value).__name__}, not text or a list of messages")
     for message in value:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise UserError(f"{name} holds a message without a role; give mappings with role and content")
+            raise UserError(f"{name} has a message without a role; pass mappings with role and content")
     return [_with_text(message) for message in value]
 
 
 def _answer(value: str | list[Message]) -> list[Message]:
-    """Messages of a response; empty text is an answer too."""
+    """Messages of a response, which may be empty text."""
     return as_messages(value, "assistant") or [{"role": "assistant", "content": ""}]
 
 
 def _with_text(message: Message) -> Message:
-    """The message, with parts of text (as in the chat API) as one text: most chat templates print a list as it is."""
+    """The message with text parts (as in the chat API) joined: most chat templates would print the list."""
     content = message.get("content")
     if isinstance(content, list):
         texts = [part.get("text") for part in content if isinstance(part, Mapping)]
@@ -132,5 +131,5 @@ def _with_text(message: Message) -> Message:
 def _content(message: Message) -> str:
     content = _with_text(message).get("content")
     if not isinstance(content, str):
-        raise UserError("a message holds something else than text, and the model was trained on bare text")
+        raise UserError("a message has content other than text, but the model was trained on bare text")
     return content

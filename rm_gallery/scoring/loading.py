@@ -1,4 +1,4 @@
-"""Loading for scoring: a folder of ours, or any one-label sequence classification model that transformers loads."""
+"""Loads a model for scoring: a checkpoint folder of RM-Gallery, or any sequence classification model with one label."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from rm_gallery.modeling.reward_model import (
 log = logging.getLogger(__name__)
 
 KEY = "model"
-UNLIMITED = 2**31
+_UNLIMITED = 2**31  # tokens
 _DTYPES = {**DTYPES, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# R responses, L longest text
+# R responses, L tokens of the longest text
 
 
 class PaddedModel(nn.Module):
-    """A model of the library as it is: whole texts, padded on the right, its own attention. Slower than packs."""
+    """An unmodified transformers model: whole texts, right-padded, [R, L]. Slower than packed batches."""
 
     padded = True
 
@@ -54,33 +54,33 @@ class PaddedModel(nn.Module):
         logits = self.network(input_ids=input_ids, attention_mask=mask).logits
         if logits.numel() != len(input_ids):
             raise UserError(
-                f"{type(self.network).__name__} gives outputs of shape {list(logits.shape)} for {len(input_ids)} "
-                "texts, but a reward model gives one number a text"
+                f"{type(self.network).__name__} returns logits of shape {list(logits.shape)} for {len(input_ids)} "
+                "texts; a reward model returns one number per text"
             )
         return logits.reshape(-1)[: len(batch.reward_index)].float()
 
 
 @dataclass(frozen=True)
 class ScoringModel:
-    """What a folder holds, on its device and ready to score."""
+    """A model on its device with its tokenizer, ready to score."""
 
     model: RewardModel | PaddedModel
     tokenizer: Any
     record: InputRecord
-    """How texts were given in training; a guess for folders that are not ours."""
+    """The input format of training; a guess for folders without such a record."""
     positions: int | None
-    """Most tokens of a text that the model has learned positions for; None when it has no table of them."""
+    """Maximum tokens of a text if the model has a table of learned positions, else None."""
     closing_ids: tuple[int, ...] = ()
-    """Token ids behind each text (`reward_token_id` of InternLM2-style models)."""
+    """Token ids appended to each text (`reward_token_id` of InternLM2-style models)."""
 
 
 def load_folder(
     folder: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> ScoringModel:
-    """The model of a folder on its device.
+    """Load a model folder.
 
-    Raises UserError for a folder that is no model, an adapter, a classifier with more than one label, weights
-    without a reward head, an unknown device or dtype.
+    Raises UserError for a folder without a model, an adapter, a classifier with several labels, weights without a
+    reward head, and an unknown device or dtype.
     """
     path = str(folder)
     where = _find_device(device)
@@ -101,23 +101,23 @@ def load_folder(
     try:
         model.to(where, kind).eval()
     except torch.OutOfMemoryError as error:
-        raise UserError(f"{KEY}={path}: the model does not fit into the memory of {where}; try dtype=bf16") from error
+        raise UserError(f"{KEY}={path}: the model does not fit in the memory of {where}; try dtype=bf16") from error
     if isinstance(model, RewardModel):
         model.head.float()
     else:
-        text_config = model.network.config.get_text_config()  # where decoders look
+        text_config = model.network.config.get_text_config()  # decoders read it there
         text_config.pad_token_id = tokenizer.pad_token_id
-        text_config.use_cache = False  # one pass has no use for what it would keep
-    how = "whole texts, padded" if model.padded else "packs that share prompts"
+        text_config.use_cache = False  # no generation, so no KV cache
+    how = "padded batches" if model.padded else "packed batches with shared prompts"
     log.info("%s: %s, %s on %s, %s", path, type(model.network).__name__, str(kind).removeprefix("torch."), where, how)
     limit = max_positions(model)  # type: ignore[arg-type]
     record = read_record(os.path.expanduser(path)) or InputRecord(
-        "chat" if tokenizer.chat_template else "text", max_length=limit or UNLIMITED
+        "chat" if tokenizer.chat_template else "text", max_length=limit or _UNLIMITED
     )
     if record.own_rendering:
         log.warning(
-            "%s: the model was trained on texts that a data.custom_cls rendered in its own way; give it text rendered "
-            "so, since messages go through the chat template",
+            "%s: the model was trained on texts that a data.custom_cls rendered in its own way; pass texts rendered "
+            "the same way, since messages are rendered by the chat template",
             path,
         )
     reward_token = getattr(config, "reward_token_id", None)
@@ -137,7 +137,7 @@ def _load_other(path: str, config: Any, has_own_code: bool, dtype: torch.dtype) 
     library: Any = AutoModelForSequenceClassification
     names = list(config.architectures or [])
     if has_own_code and library.__name__ not in config.auto_map:
-        library = AutoModel  # InternLM2's reward model is listed under this name
+        library = AutoModel  # auto_map of InternLM2's reward model has only this name
     elif not has_own_code and not any(name.endswith("ForSequenceClassification") for name in names):
         _refuse_without_head(path, config)
     try:
@@ -148,24 +148,24 @@ def _load_other(path: str, config: Any, has_own_code: bool, dtype: torch.dtype) 
     except Exception as error:
         raise UserError(f"{KEY}={path}: the model cannot be loaded ({one_line(error)})") from error
     _check_parts(path, config, sorted(info["missing_keys"]))
-    log.info("%s: architecture %s has no packed form here", path, config.model_type)
+    log.info("%s: packed batches are not implemented for %s", path, config.model_type)
     return PaddedModel(network)
 
 
 def _check_parts(path: str, config: Any, missing: Any) -> None:
-    """Refuse weights without a head (the library would make one up), or with another part missing."""
+    """Raise UserError for missing tensors: transformers would initialize them randomly, the head included."""
     if not missing:
         return
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
         _refuse_without_head(path, config)
-    raise UserError(f"{KEY}={path}: the weights lack {len(missing)} tensors (first: {missing[0]}); is the copy whole?")
+    raise UserError(f"{KEY}={path}: {len(missing)} tensors are missing (first: {missing[0]}); copy the folder again")
 
 
 def _refuse_without_head(path: str, config: Any) -> None:
     name = (config.architectures or [config.model_type])[0]
     raise UserError(
         f"{KEY}={path}: {name} is not a sequence classification model, so it has no reward head; "
-        "name the folder of a trained reward model"
+        "name a trained reward model"
     )
 
 
@@ -174,7 +174,7 @@ def _check_remote_code(path: str, allowed: bool) -> None:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # said with more words when the library reads it
+        return  # reported when transformers reads it
     from transformers import CONFIG_MAPPING
 
     if (
@@ -184,7 +184,7 @@ def _check_remote_code(path: str, allowed: bool) -> None:
         and values.get("model_type") not in CONFIG_MAPPING
     ):
         raise UserError(
-            f"{KEY}={path}: the model comes with code of its own ({values.get('model_type')}); read it, "
+            f"{KEY}={path}: the model needs code from its folder ({values.get('model_type')}); read it, "
             "then allow it with trust_remote_code=True (--trust-remote-code)"
         )
 
@@ -211,10 +211,10 @@ def _find_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def _has_position_table(model: nn.Module, limit: int | None) -> bool:
-    """Whether positions are looked up in a table, which has an end, and not worked out."""
+    """Whether the model has an embedding of absolute positions, which limits the length of a text."""
     return limit is not None and any(
         isinstance(module, nn.Embedding)
         and ("position" in name.rpartition(".")[2] or name.endswith("wpe"))
-        and limit <= module.num_embeddings <= limit + 8  # some tables have rows before position 0
+        and limit <= module.num_embeddings <= limit + 8  # some tables have rows before position 0 (RoBERTa: 2)
         for name, module in model.named_modules()
     )

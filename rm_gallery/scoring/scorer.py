@@ -1,4 +1,4 @@
-"""RewardScorer: rewards from a checkpoint folder, with the tokens, packs and attention of training."""
+"""RewardScorer: rewards from a checkpoint folder, with the tokenization, packing and attention of training."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from typing import Literal
 from rm_gallery.modeling.export import InputRecord
 from rm_gallery.schema import Message, PreferenceGroup
 from rm_gallery.scoring.batcher import Batcher, Rewards, describe
-from rm_gallery.scoring.engine import Encoded, Engine, Unit
+from rm_gallery.scoring.engine import Encoded, Engine
 from rm_gallery.scoring.inputs import InputBuilder, Pair, Text
 from rm_gallery.scoring.loading import ScoringModel, load_folder
 
 
 class RewardScorer:
-    """Scores responses with a trained model; the responses of one prompt compute the prompt once.
+    """Scores responses with a trained model; the prompt of several responses is computed once.
 
-    A reward depends on its own text alone: not on the call, the batch or the order that it comes in. May be used
-    from many threads. The async methods give the same rewards; calls that wait at the same time share packs.
+    A reward depends only on its own text, not on the other texts of the call or their order. Thread-safe. The async
+    methods return the same rewards; concurrent calls share forward passes.
     """
 
     def __init__(self, source: ScoringModel, *, token_budget: int | None = None) -> None:
-        """source: from `load_folder`. token_budget: most tokens of one model call; None chooses by device."""
+        """source: from `load_folder`. token_budget: maximum tokens of a model call; None depends on the device."""
         self.folder = ""
-        """Where the model came from; tells one scorer from another when grading is resumed."""
+        """Folder of the model; identifies the scorer when grading resumes."""
         self.engine = Engine(source, token_budget=token_budget)
         self.inputs = InputBuilder(source.record.input_style, source.record.separator)
         self._batcher = Batcher(self.engine)
-        # Runs when this scorer is collected, and before Python takes threads down at its end.
+        # Runs when this scorer is garbage-collected, and before threads end at interpreter exit.
         self._finalizer = weakref.finalize(self, self._batcher.close)
 
     @classmethod
@@ -44,12 +44,12 @@ class RewardScorer:
         token_budget: int | None = None,
         trust_remote_code: bool = False,
     ) -> RewardScorer:
-        """Load a checkpoint folder: ours, or any sequence classification model with one label.
+        """Load a checkpoint folder of RM-Gallery, or any sequence classification model with one label.
 
-        device: `auto` takes a GPU when there is one. dtype: `auto` is bfloat16 on a GPU that has it, else float32;
-        the reward head of our own architectures stays float32. On a CPU the process keeps memory that it frees, for
-        the next call (see `keep_freed_memory`).
-        Raises UserError for a folder that holds no such model.
+        device: `auto` uses a GPU if there is one. dtype: `auto` is bfloat16 on a GPU that supports it, else float32;
+        the reward head of packed architectures stays float32. On a CPU, freed memory is kept for the next call (see
+        `keep_freed_memory`).
+        Raises UserError for a folder without such a model.
         """
         source = load_folder(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         scorer = cls(source, token_budget=token_budget)
@@ -58,20 +58,21 @@ class RewardScorer:
 
     @property
     def record(self) -> InputRecord:
-        """How the model was given its texts in training."""
+        """The input format of training."""
         return self.engine.record
 
     def build_group(self, query: Text | None, responses: Sequence[Text]) -> PreferenceGroup:
-        """A query with responses, each text or messages, as the model was trained to read them.
+        """A query with responses, each text or messages, in the style that the model was trained on.
 
-        A model of bare text gets query and response joined by a blank line, and says so once in the log.
+        For a text model, query and response are joined by the separator of training (by default a blank line), which
+        is logged once.
         """
         return self.inputs.group(query, responses)
 
     def score(self, groups: Sequence[PreferenceGroup]) -> Rewards:
         """One list of K rewards per group, in the order of its responses.
 
-        Raises UserError for a text without tokens or with more than the model has positions for, and for a
+        Raises UserError for a text without tokens, with more tokens than the model has positions, and for a
         conversation that the chat template refuses.
         """
         encoded = self.engine.encode([self.inputs.fit(group) for group in groups])
@@ -81,29 +82,25 @@ class RewardScorer:
         return [rewards for rewards in self._run(encoded) if not isinstance(rewards, Exception)]
 
     def score_each(self, groups: Sequence[PreferenceGroup]) -> list[list[float] | Exception]:
-        """Like `score`, but a group that cannot be scored has the exception that says why in its place."""
+        """Like `score`, with an exception in place of the rewards of a group that cannot be scored."""
         return self._run(self.engine.encode([self.inputs.fit(group) for group in groups]))
 
     def _run(self, encoded: Sequence[Encoded]) -> list[list[float] | Exception]:
-        place: list[int] = []
-        units: list[Unit] = []
-        rewards: list[list[float] | Exception] = []
-        for index, each in enumerate(encoded):
-            rewards.append(each if isinstance(each, Exception) else [])
-            if not isinstance(each, Exception):
-                place += [index] * len(each)
-                units += each
-        found: dict[int, list[float]] = {}
-        for pack in self.engine.plan(units):
-            found.update(zip(pack, self.engine.run([units[index] for index in pack]), strict=True))
-        for number, index in enumerate(place):  # the units of a group stand in order
-            rewards[index] += found[number]  # type: ignore[operator]
-        return rewards
+        parts = [part for each in encoded if not isinstance(each, Exception) for part in each]
+        found: list[list[float]] = [[]] * len(parts)
+        for pack in self.engine.plan(parts):
+            for index, rewards in zip(pack, self.engine.run([parts[index] for index in pack]), strict=True):
+                found[index] = rewards
+        ordered = iter(found)
+        return [
+            each if isinstance(each, Exception) else [reward for _ in each for reward in next(ordered)]
+            for each in encoded
+        ]
 
     def score_pairs(self, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
         """(chosen reward, rejected reward) of each pair.
 
-        A pair is (chosen, rejected), or a mapping with these keys and perhaps `prompt`: a row of training data.
+        A pair is (chosen, rejected), or a mapping with these keys and optionally `prompt`: a row of training data.
         """
         return _as_pairs(self.score([self.inputs.pair(pair) for pair in pairs]))
 
@@ -112,22 +109,22 @@ class RewardScorer:
         return _firsts(self.score([self.inputs.conversation(messages) for messages in conversations]))
 
     async def ascore(self, groups: Sequence[PreferenceGroup]) -> Rewards:
-        """Like `score`; calls from any tasks, event loops and threads that wait at the same time share packs.
+        """Like `score`; concurrent calls from any tasks, event loops and threads share forward passes.
 
         Raises RuntimeError after `close`.
         """
         return await asyncio.wrap_future(self._batcher.submit([self.inputs.fit(group) for group in groups]))
 
     async def ascore_pairs(self, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
-        """Like `score_pairs`, as `ascore` does it."""
+        """Async `score_pairs`; see `ascore`."""
         return _as_pairs(await self.ascore([self.inputs.pair(pair) for pair in pairs]))
 
     async def ascore_messages(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
-        """Like `score_messages`, as `ascore` does it."""
+        """Async `score_messages`; see `ascore`."""
         return _firsts(await self.ascore([self.inputs.conversation(messages) for messages in conversations]))
 
     def close(self) -> None:
-        """End the thread behind the async methods, if there is one; the others still work. May be called again."""
+        """Stop the worker thread of the async methods, if it runs; other methods still work. Idempotent."""
         self._finalizer()
 
     def __enter__(self) -> RewardScorer:

@@ -1,215 +1,124 @@
-"""Tables to score: parquet and JSON lines, what their columns hold, a row as a group, and the output.
+"""Input tables of `rm-gallery score`: rows as groups to score, and the output with rewards beside the input's columns.
 
-The output is the rows of the input as they are, with the rewards of the parts beside them. Needs no torch.
+Rows are read by data/sources and data/formats, as in training. Needs no torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rm_gallery.data.formats import read_cell
-from rm_gallery.errors import BadRow, UserError, one_line
-from rm_gallery.schema import PreferenceGroup
+from rm_gallery.data.formats import SAMPLE_ROWS, ResponsesConfig, RowReader, choose_format
+from rm_gallery.data.sources import Chunk, DataFile, Row, count_rows, read_chunks, read_rows
+from rm_gallery.data.sources.records import suffixes, without_query
+from rm_gallery.data.sources.tables import ArrowChunk
+from rm_gallery.data.sources.text_files import CellChunk, LineChunk
+from rm_gallery.errors import BadRow, UserError
+from rm_gallery.schema import InputStyle, PreferenceGroup
 from rm_gallery.scoring.inputs import InputBuilder
 
+KEY = "INPUT"
+"""Name of the inputs in messages, as in the usage line."""
 PARQUET = (".parquet",)
 JSON_LINES = (".jsonl", ".ndjson", ".json")
+_PAIRS = ("text", "messages", "json", "prompt")
+_SINGLE = ("response", "conversation")
 _BATCH_ROWS = 1024
-
-# What a file may hold, the first that fits: (columns that it needs, columns of rewards that it gets).
-_SHAPES = (
-    (("chosen", "rejected"), ("reward_chosen", "reward_rejected")),
-    (("messages",), ("reward",)),
-    (("responses",), ("rewards",)),
-    (("response",), ("reward",)),
-)
+_ROW_GROUP_ROWS = 16_384  # of parquet output
 
 
 @dataclass(frozen=True)
-class Table:
-    """One input file."""
+class ScoreDataConfig(ResponsesConfig):
+    """`data.KEY=VALUE` of `rm-gallery score`: how rows are read. Labels, weights and sources are ignored."""
 
-    file: Path
+    split: str | None = None
+    """Split of a folder or hub dataset with several; by default all of them."""
+    subset: str | None = None
+    """Subset (configuration) of a hub dataset with several."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset; by default the newest."""
+
+
+@dataclass(frozen=True)
+class InputTable:
+    """One file to score."""
+
+    file: DataFile
+    config: ScoreDataConfig
+    format_name: str
     num_rows: int
-    needs: tuple[str, ...]
-    """Columns that rewards are made of; `prompt` is read too where there is one."""
-    gives: tuple[str, ...]
-    """Columns of rewards: `rewards` holds a list, the others a number."""
     columns: tuple[str, ...]
-    """All columns of the file; of JSON lines those of the first object."""
+    """Columns of the first rows."""
 
     @property
-    def is_parquet(self) -> bool:
-        return self.file.suffix in PARQUET
+    def reward_columns(self) -> tuple[str, ...]:
+        """Columns of rewards; `rewards` holds a list per row, the others one number."""
+        if self.format_name in _PAIRS:
+            return "reward_chosen", "reward_rejected"
+        return ("reward",) if self.format_name in _SINGLE else ("rewards",)
+
+    @property
+    def output_name(self) -> str:
+        """File name of the output in a folder: JSON lines for JSON, parquet for every other kind."""
+        name = PurePosixPath(without_query(self.file.name.partition("::")[0])).name
+        suffix, compression = suffixes(name)
+        stem = name[: len(name) - len(suffix) - len(compression)]
+        if self.file.kind == "jsonl":
+            return stem + (suffix if suffix in (".jsonl", ".ndjson") else ".jsonl")
+        return f"{stem}.parquet"
+
+    def reader(self, style: InputStyle) -> RowReader:
+        """Reads rows as a model of this style was trained to read them.
+
+        A text model gets pairs of bare texts as they are; other layouts become chats, whose turns `InputBuilder.fit`
+        joins.
+        """
+        config: Any = self.config
+        if config.input_style == "auto" and (style == "chat" or self.format_name not in _PAIRS):
+            config = ScoreDataConfig(**{**vars(config), "input_style": "chat"})
+        return RowReader(config, self.format_name, has_chat_template=style == "chat")
+
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        """The rows from number `start` on, with flat memory."""
+        return read_rows([self.file], key=KEY, start=start)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All rows, undecoded."""
+        return read_chunks(self.file, key=KEY)
 
 
-def find_inputs(paths: Sequence[str | Path]) -> list[Path]:
-    """Input files in order; a folder gives its parquet and JSON-lines files, sorted by name.
+def open_table(file: DataFile, config: ScoreDataConfig, said: set[str] | None = None) -> InputTable:
+    """Detect the layout of a file and count its rows.
 
-    Raises UserError for a path that does not exist, a folder without such files and a file of another kind.
+    said: choices of a layout already logged (see `choose_format`).
+    Raises UserError for a file that cannot be read, is empty, or has no columns that can be scored.
     """
-    known = PARQUET + JSON_LINES
-    files: list[Path] = []
-    for name in paths:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix in known and not file.name.startswith("."))
-            if not found:
-                raise UserError(f"{name}: the folder holds no file to score ({', '.join(known)})")
-            files += found
-        elif not path.is_file():
-            raise UserError(f"{name}: no such file or folder (working directory {Path.cwd()})")
-        elif path.suffix not in known:
-            raise UserError(
-                f"{name}: only parquet and JSON lines are read; name a file that ends in {', '.join(known)}"
-            )
-        else:
-            files.append(path)
-    twice = next((file for file in files if files.count(file) > 1), None)
-    if twice is not None:
-        raise UserError(f"{twice}: the file is named twice; name it once")
-    return files
+    head = list(islice(read_rows([file], key=KEY), SAMPLE_ROWS))
+    choice = choose_format(head, config, logged=said)
+    columns = dict.fromkeys(name for row in head for name in row.values)
+    return InputTable(file, config, choice.name, count_rows(file, key=KEY), tuple(columns))
 
 
-def open_table(path: Path) -> Table:
-    """Count the rows of a file and look at its columns.
-
-    Raises UserError for a file that cannot be read or has no columns that can be scored.
-    """
-    if path.suffix in PARQUET:
-        with open_parquet(path) as parquet:
-            names, num_rows = parquet.schema_arrow.names, parquet.metadata.num_rows
-        double = next((name for name in names if names.count(name) > 1), None)
-        if double is not None:
-            raise UserError(f"{path}: column {double!r} stands there more than once; rename one of the two")
-    else:
-        names, num_rows = _look_into_lines(path)
-    if not num_rows:
-        raise UserError(f"{path}: the file holds no rows; leave it out")
-    for needs, gives in _SHAPES:
-        if all(name in names for name in needs):
-            return Table(path, num_rows, needs, gives, tuple(names))
-    raise UserError(
-        f"{path}: no columns that can be scored (columns: {', '.join(names) or 'none'}); it needs chosen and rejected, "
-        "or messages, or response or responses, perhaps with prompt"
-    )
-
-
-def open_parquet(path: Path) -> Any:
-    """The file, open; raises UserError when it cannot be read as parquet."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def read_group(row: Row, reader: RowReader, inputs: InputBuilder) -> PreferenceGroup:
+    """The group of a row in the style of the model; raises BadRow with the reason if it cannot be scored."""
     try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as parquet ({one_line(error)}); write it again") from error
-
-
-def _look_into_lines(path: Path) -> tuple[list[str], int]:
-    names: list[str] | None = None
-    count = 0
-    for line in read_lines(path):
-        count += 1
-        if names is None:
-            values = parse_line(line)
-            names = list(values) if values is not None else None
-    if count and names is None:
-        raise UserError(f"{path}: no line is a JSON object; write one object a line")
-    return names or [], count
-
-
-def read_lines(path: Path, start: int = 0) -> Iterator[bytes]:
-    """Lines from number `start` on, without their ends; empty lines are no rows and are not counted."""
-    with path.open("rb") as file:
-        lines = (line.strip().removeprefix(b"\xef\xbb\xbf") for line in file)
-        yield from islice((line for line in lines if line), start, None)
-
-
-def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The JSON object of a line, or None for anything else."""
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return values if isinstance(values, dict) else None
-
-
-def read_values(table: Table, start: int) -> Iterator[Mapping[str, Any] | None]:
-    """What rewards are made of, of each row from `start` on, with flat memory; None for a line that cannot be read."""
-    if not table.is_parquet:
-        yield from map(parse_line, read_lines(table.file, start))
-        return
-    wanted = [name for name in (*table.needs, "prompt") if name in table.columns]
-    with open_parquet(table.file) as parquet:
-        first = 0  # row groups that lie before `start` as a whole are not read
-        while first < parquet.num_row_groups and start >= parquet.metadata.row_group(first).num_rows:
-            start -= parquet.metadata.row_group(first).num_rows
-            first += 1
-        groups = list(range(first, parquet.num_row_groups))
-        for batch in parquet.iter_batches(_BATCH_ROWS, groups, wanted):
-            rows = batch.slice(min(start, len(batch)))
-            start = max(0, start - len(batch))
-            for place in range(len(rows)):
-                try:
-                    yield {name: column[place].as_py() for name, column in zip(wanted, rows.columns, strict=True)}
-                except UnicodeDecodeError:
-                    yield None
-
-
-def read_group(values: Mapping[str, Any] | None, table: Table, inputs: InputBuilder) -> PreferenceGroup:
-    """One row as the model was trained to read it; raises BadRow with the reason why it cannot be."""
-    if values is None:
-        raise BadRow("row that cannot be read (no JSON object, or not UTF-8)")
-    prompt = read_cell(_known(values.get("prompt") or "", "prompt"), "prompt", required=False)
-    try:
-        if table.needs == ("chosen", "rejected"):
-            pair = {name: _cell(values, name) for name in table.needs}
-            return inputs.pair({"prompt": prompt, **pair})
-        if table.needs == ("messages",):
-            messages = _cell(values, "messages")
-            if isinstance(messages, str):
-                raise BadRow("messages that are text" if messages else "empty messages")
-            return inputs.conversation(messages)
-        if table.needs == ("response",):
-            return inputs.group(prompt, [_cell(values, "response")])
-        responses = values.get("responses")
-        if not isinstance(responses, list):
-            raise BadRow("null responses" if responses is None else "responses that are no list")
-        return inputs.group(prompt, [_cell({"responses": value}, "responses") for value in responses])
+        return inputs.fit(reader.read(row))
     except UserError as error:
         raise BadRow(str(error)) from error
 
 
-def _cell(values: Mapping[str, Any], name: str) -> Any:
-    value = values.get(name)
-    if value is None:
-        raise BadRow(f"null {name}")
-    return read_cell(_known(value, name), name, required=False)
-
-
-def _known(value: Any, name: str) -> Any:
-    if not isinstance(value, str | list):
-        raise BadRow(f"{name} that is {type(value).__name__}, not text or messages")
-    return value
-
-
-_GROUP_ROWS = 16_384  # rows of a row group in the output
-
-
 class _Rewards:
-    """The parts of one model, in order, taken as many rows at a time as wanted."""
+    """The parts of one model in order, read in slices."""
 
-    def __init__(self, parts: Sequence[Path], table: Table) -> None:
-        self._tables = (pq.read_table(path, columns=list(table.gives)) for path in parts)
+    def __init__(self, parts: Sequence[Path], columns: Sequence[str]) -> None:
+        self._tables = (pq.read_table(path, columns=list(columns)) for path in parts)
         self._rest: pa.Table | None = None
 
     def take(self, count: int) -> pa.Table:
@@ -225,66 +134,110 @@ class _Rewards:
         return pa.concat_tables(taken)
 
 
-def write_output(table: Table, output: Path, parts: Sequence[Sequence[Path]], columns: Sequence[Sequence[str]]) -> None:
+def write_output(
+    table: InputTable, output: Path, parts: Sequence[Sequence[Path]], columns: Sequence[Sequence[str]], *, parquet: bool
+) -> None:
     """Write every row of the input with its rewards, with flat memory.
 
-    parts: the parts of each model. columns: names that each model's rewards get.
+    parts: the parts of each model. columns: names of each model's reward columns in the output.
+    parquet: the output format; JSON lines otherwise. Raises UserError for JSON rows that no table can hold.
     """
-    rewards = [_Rewards(each, table) for each in parts]
-    if table.is_parquet:
+    rewards = [_Rewards(each, table.reward_columns) for each in parts]
+    if parquet:
         _write_parquet(table, output, rewards, columns)
     else:
         _write_lines(table, output, rewards, columns)
 
 
-def _write_parquet(table: Table, output: Path, rewards: Sequence[_Rewards], columns: Sequence[Sequence[str]]) -> None:
-    with open_parquet(table.file) as parquet:
-        schema = parquet.schema_arrow
-        for names in columns:
-            for name, column in zip(names, table.gives, strict=True):
-                schema = schema.append(pa.field(name, pa.list_(pa.float32()) if column == "rewards" else pa.float32()))
-        with pq.ParquetWriter(output, schema) as writer:
-            waiting: list[pa.Table] = []
-            for batch in parquet.iter_batches(_BATCH_ROWS):
-                rows = pa.Table.from_batches([batch])
-                for each, names in zip(rewards, columns, strict=True):
-                    taken = each.take(len(batch))
-                    for name, column in zip(names, table.gives, strict=True):
-                        rows = rows.append_column(name, taken[column])
-                waiting.append(rows.cast(schema))
-                if sum(map(len, waiting)) >= _GROUP_ROWS:
-                    writer.write_table(pa.concat_tables(waiting))
-                    waiting = []
-            if waiting:
+def _write_parquet(
+    table: InputTable, output: Path, rewards: Sequence[_Rewards], columns: Sequence[Sequence[str]]
+) -> None:
+    given = _input_schema(table)
+    schema = given
+    for names in columns:
+        for name, column in zip(names, table.reward_columns, strict=True):
+            schema = schema.append(pa.field(name, pa.list_(pa.float32()) if column == "rewards" else pa.float32()))
+    with pq.ParquetWriter(output, schema) as writer:
+        waiting: list[pa.Table] = []
+        for chunk in table.chunks():
+            rows = _as_table(chunk, given)
+            for each, names in zip(rewards, columns, strict=True):
+                taken = each.take(len(chunk))
+                for name, column in zip(names, table.reward_columns, strict=True):
+                    rows = rows.append_column(name, taken[column])
+            waiting.append(rows.cast(schema))
+            if sum(map(len, waiting)) >= _ROW_GROUP_ROWS:
                 writer.write_table(pa.concat_tables(waiting))
+                waiting = []
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
 
 
-def _write_lines(table: Table, output: Path, rewards: Sequence[_Rewards], columns: Sequence[Sequence[str]]) -> None:
-    names = [name for each in columns for name in each]
+def _input_schema(table: InputTable) -> pa.Schema:
+    """The schema of the file; columns of CSV are text, those of JSON get the types that hold all rows."""
+    schema = pa.schema([])
+    for chunk in table.chunks():
+        if isinstance(chunk, ArrowChunk):
+            return chunk.batch.schema
+        if isinstance(chunk, CellChunk):
+            return pa.schema([(name, pa.string()) for name in chunk.names if name])
+        rows = [row.values for row in chunk.rows()]
+        for name in dict.fromkeys(name for values in rows for name in values):
+            try:
+                found = pa.schema([(name, pa.array([values.get(name) for values in rows]).type)])
+                schema = pa.unify_schemas([schema, found], promote_options="permissive")
+            except (pa.ArrowException, OverflowError) as error:
+                raise UserError(
+                    f"{table.file.name}: column {name!r} has values that do not fit one parquet type "
+                    f"({str(error).splitlines()[0]}); name an --output that ends in .jsonl"
+                ) from error
+    return schema
+
+
+def _as_table(chunk: Chunk, schema: pa.Schema) -> pa.Table:
+    """The rows of a chunk; a row that cannot be decoded is null in every column."""
+    if isinstance(chunk, ArrowChunk):
+        return pa.Table.from_batches([chunk.batch])
+    return pa.Table.from_pylist([row.values for row in chunk.rows()], schema)
+
+
+def _write_lines(
+    table: InputTable, output: Path, rewards: Sequence[_Rewards], columns: Sequence[Sequence[str]]
+) -> None:
+    names = [json.dumps(name) for each in columns for name in each]
     rows = _reward_rows(table, rewards)
     with output.open("wb") as file:
-        for number, (line, values) in enumerate(zip(read_lines(table.file), rows, strict=True)):
-            parsed = parse_line(line)
-            taken = [name for name in names if name in (parsed or {})]
-            if taken:
-                raise UserError(f"{table.file}:{number}: has a key {taken[0]!r} already; rename it")
-            if parsed is None:
-                text = line.decode("utf-8", errors="replace")
-                line, parsed = json.dumps({"unreadable_line": text}).encode(), {"": ""}
-            added = ", ".join(
-                f"{json.dumps(name)}: {_number(value)}" for name, value in zip(names, values, strict=True)
-            )
-            # The object's own text stays as it is, with its numbers and escapes.
-            file.write(line[:-1] + (b", " if parsed else b"") + added.encode() + b"}\n")
+        for line in (line for chunk in table.chunks() for line in _json_objects(chunk)):
+            added = ", ".join(f"{name}: {_number(value)}" for name, value in zip(names, next(rows), strict=True))
+            opened = line[:-1].rstrip()
+            file.write(opened + (b"" if opened == b"{" else b", ") + added.encode() + b"}\n")
 
 
-def _reward_rows(table: Table, rewards: Sequence[_Rewards]) -> Iterator[list[Any]]:
+def _json_objects(chunk: Chunk) -> Iterator[bytes]:
+    """Each row as a JSON object on one line; the text of JSON rows, with its numbers and escapes, is copied."""
+    if not isinstance(chunk, LineChunk):
+        for row in chunk.rows():
+            values = {"unreadable_row": row.fault} if row.fault else row.values
+            yield json.dumps(values, ensure_ascii=False, default=str).encode()
+        return
+    for line in chunk.lines:
+        try:
+            is_object = isinstance(json.loads(line), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if is_object:
+            yield b" ".join(line.splitlines())  # rows of a JSON list may span several lines
+        else:
+            yield json.dumps({"unreadable_line": line.decode("utf-8", errors="replace")}).encode()
+
+
+def _reward_rows(table: InputTable, rewards: Sequence[_Rewards]) -> Iterator[list[Any]]:
     """All rewards of each row, those of the first model first."""
     done = 0
     while done < table.num_rows:
         count = min(_BATCH_ROWS, table.num_rows - done)
         taken = [each.take(count) for each in rewards]
-        listed = [part[column].to_pylist() for part in taken for column in table.gives]
+        listed = [part[column].to_pylist() for part in taken for column in table.reward_columns]
         yield from map(list, zip(*listed, strict=True))
         done += count
 
@@ -294,4 +247,4 @@ def _number(value: Any) -> str:
         return "null"
     if isinstance(value, list):
         return "[" + ", ".join(map(_number, value)) + "]"
-    return format(value, ".9g")  # all digits that a float32 has
+    return format(value, ".9g")  # all digits of a float32

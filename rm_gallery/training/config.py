@@ -1,4 +1,4 @@
-"""The configuration of a training run: the sections of TrainConfig, and what must hold between their fields.
+"""The configuration of a training run: the sections of TrainConfig, and the checks across their fields.
 
 Loads no torch: `show-data` and `estimate` read the same configuration.
 """
@@ -27,80 +27,80 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """`optim`: AdamW and its schedule."""
+    """`optim`: AdamW and the learning-rate schedule."""
 
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
     lr: Annotated[float, Gt(0)] = 1e-6
-    """Highest learning rate."""
+    """Peak learning rate."""
     betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.95)
-    """AdamW's decay rates of the gradient's mean and of its square."""
+    """AdamW's decay rates for the moving averages of the gradient and its square."""
     eps: Annotated[float, Gt(0)] = 1e-8
-    """AdamW's term against division by zero."""
+    """AdamW's epsilon."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """On matrices only: biases and norms are not decayed."""
+    """AdamW's weight decay, of matrices only: biases and norms are excluded."""
     clip_grad: Annotated[float, Ge(0)] = 1.0
-    """Largest gradient norm; 0 does not clip."""
+    """Maximum gradient norm; 0 disables clipping."""
     lr_scheduler: Literal["cosine", "wsd", "constant"] = "cosine"
-    """Course of the rate after the warm-up: `cosine`, `wsd` (warmup-stable-decay) or `constant`."""
+    """Learning-rate schedule after the warm-up: `cosine`, `wsd` (warmup-stable-decay) or `constant`."""
     warmup_steps_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
-    """Share of all steps in which the rate rises from 0."""
+    """Fraction of all steps for the linear warm-up from 0."""
     min_lr_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
-    """Rate at the end of `cosine` and `wsd`, as a share of the highest."""
+    """Learning rate at the end of `cosine` and `wsd`, as a fraction of the peak."""
     decay_steps_ratio: Annotated[float, Ge(0), Le(1)] = 0.1
-    """`wsd`: share of all steps in which the rate falls at the end."""
+    """`wsd`: fraction of all steps for the linear decay at the end."""
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """Part of `trainer`: how long, how often, and when to give up."""
+    """Part of `trainer`: length of the run, validation, and when to stop early."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     total_epochs: Annotated[int, Ge(1)] = 1
-    """Passes over the training data."""
+    """Epochs over the training data."""
     total_training_steps: Annotated[int, Ge(1)] | None = None
-    """Optimizer steps; takes the place of `total_epochs`."""
+    """Optimizer steps; overrides `total_epochs`."""
     test_freq: int = -1
-    """Steps between validations; one is always made at the end. 0 or less: only that one."""
+    """Validate every this many steps, and always after the last one. 0 or less: only after the last one."""
     val_before_train: bool = False
     """Validate before the first step as well."""
     max_bad_steps: Annotated[int, Ge(1)] = 10
-    """Stop after so many steps in a row whose loss or gradient is not finite."""
+    """Stop after this many consecutive steps with a non-finite loss or gradient."""
     seed: Annotated[int, Ge(0)] = 0
-    """Of the new reward head, the order of data, and dropout."""
+    """Random seed of the new reward head, the data order and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; `auto` takes a GPU when there is one."""
+    """Device to train on; `auto` uses a GPU if there is one."""
     timeout_seconds: Annotated[float, Gt(0)] = 1800.0
-    """Several processes: stop when one has been waited for so long; the message names it."""
+    """With several processes: stop when the others have waited this long for a rank; the message names the rank."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Part of `trainer`: where and what to save, and where to go on from."""
+    """Part of `trainer`: where to save, what to keep, and what to resume from."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     default_local_dir: str = "./checkpoints/bt"
-    """Run folder; `experiment_name` is appended unless it ends with it already."""
+    """Run directory; `experiment_name` is appended unless the path ends with it already."""
     save_freq: int = -1
-    """Steps between checkpoints; one is always written at the end. 0 or less: only that one."""
+    """Save a checkpoint every this many steps, and always after the last one. 0 or less: only after the last one."""
     export_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of the saved weights; `auto` is `model.fsdp_config.model_dtype`."""
+    """Dtype of the saved weights; `auto` is `model.fsdp_config.model_dtype`."""
     resume_mode: str = "auto"
-    """`auto` goes on from the newest whole checkpoint of the run folder, `disable` refuses a folder that holds some;
-    the path or URL of a `global_step_N` folder goes on from that one."""
+    """`auto` resumes from the newest intact checkpoint of the run directory; `disable` refuses a run directory that
+    holds checkpoints; the path or URL of a `global_step_N` folder resumes from that checkpoint."""
     max_ckpt_to_keep: Annotated[int, Ge(1)] | None = None
-    """Newest checkpoints that are kept; null keeps all."""
+    """Number of newest checkpoints to keep; null keeps all."""
     save_best: bool = False
-    """Save after each validation with the highest `val/accuracy` so far, and never delete that checkpoint; best.json
+    """Save after each validation with the highest `val/accuracy` so far, and never delete that checkpoint. best.json
     names it."""
     async_save: bool = False
-    """Write in the background: training waits for the copy to host memory only, which needs room there for this
-    process's share of weights and optimizer state."""
+    """Save asynchronously: training waits only for the copy to host memory, which takes the size of this rank's shard
+    of weights and optimizer state."""
     default_hdfs_dir: str | None = None
-    """A second place that finished checkpoints are copied to: any URL that fsspec knows (hdfs://, s3://, gs://).
-    `experiment_name` is appended as for the run folder; nothing is ever deleted there."""
+    """Copy finished checkpoints to this URL as well: any that fsspec supports (hdfs://, s3://, gs://).
+    `experiment_name` is appended as for the run directory. Nothing is ever deleted there."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class TrainerConfig(LoopConfig, CheckpointConfig, TrackerConfig):
         return folder if folder.name == self.experiment_name else folder / self.experiment_name
 
     @property
-    def copies_url(self) -> str | None:
+    def mirror_url(self) -> str | None:
         """`default_hdfs_dir`, with `experiment_name` appended likewise; None if it is not set."""
         if self.default_hdfs_dir is None:
             return None
@@ -154,8 +154,8 @@ def load_config(file: str | None, overrides: Sequence[str], *, only_data: bool =
     config = load(TrainConfig, file, overrides, prepare=normalize, check=check)
     if config.data.filter_overlong_prompts and config.data.truncation != "error":
         log.warning(
-            "data.truncation=%s does nothing while data.filter_overlong_prompts=true leaves long texts out; "
-            "set data.filter_overlong_prompts=false to cut them",
+            "data.truncation=%s has no effect: data.filter_overlong_prompts=true drops long texts; "
+            "set data.filter_overlong_prompts=false to truncate them",
             config.data.truncation,
         )
     return config
@@ -205,7 +205,7 @@ def optim_problems(optim: OptimConfig) -> Iterator[Problem]:
     warmup, decay = optim.warmup_steps_ratio, optim.decay_steps_ratio
     if optim.lr_scheduler == "wsd" and warmup + decay > 1:
         key = "optim.warmup_steps_ratio"
-        yield Problem(key, f"{key}={warmup} with decay_steps_ratio={decay}: together at most 1 for wsd")
+        yield Problem(key, f"{key}={warmup} with decay_steps_ratio={decay}: must be at most 1 together for wsd")
 
 
 def trainer_problems(trainer: TrainerConfig) -> Iterator[Problem]:
@@ -220,7 +220,7 @@ def trainer_problems(trainer: TrainerConfig) -> Iterator[Problem]:
             yield Problem(
                 "trainer.logger",
                 f"trainer.logger={name}: the package is not installed; "
-                f"run pip install 'rm-gallery[{name}]', or leave it out of trainer.logger",
+                f"run pip install 'rm-gallery[{name}]', or remove it from trainer.logger",
             )
     if trainer.log_freq < 1:
         yield Problem("trainer.log_freq", f"trainer.log_freq={trainer.log_freq}: must be at least 1")

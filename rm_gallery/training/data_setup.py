@@ -1,4 +1,4 @@
-"""What a run reads: tokenizer and data, each checked against the model and the others."""
+"""The data of a run: training and validation side as tokens, checked against the model and each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rm_gallery.data.batching.bin_packing import Packer
-from rm_gallery.data.batching.plan import Mixture, long_pairs
+from rm_gallery.data.batching.plan import long_pairs
 from rm_gallery.data.config import DataConfig, Side, sides_of
 from rm_gallery.data.custom import CustomReader
 from rm_gallery.data.sources import DataFile, entries_of, resolve_files
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """One side of the data as tokens, and what was left out."""
+    """One side of the data as tokens, with the counts of dropped rows."""
 
     store: Store
     files: list[DataFile]
@@ -37,7 +37,7 @@ class Loaded:
         return self.store.data
 
     def input_record(self, config: DataConfig, tokenizer: Any) -> InputRecord:
-        """How the model is given these texts, for the checkpoint."""
+        """How these texts are rendered and tokenized, to be saved with the model."""
         record = InputRecord(
             self.data.style,
             config.append_eos,
@@ -57,7 +57,7 @@ class Loaded:
         )
 
     def facts(self) -> dict[str, Any]:
-        """For run.json."""
+        """The entry of this side in run.json."""
         dropped = self.store.dropped
         return {
             "files": [file.name for file in self.files],
@@ -76,7 +76,7 @@ class Loaded:
 
 
 def check_inputs(config: TrainConfig) -> None:
-    """Look at what a run would read, without reading all of it: run folder, tokenizer, model folder, first rows.
+    """Check the tokenizer, the model's configuration and the first rows of each file, without reading all of it.
 
     Raises UserError as `run_training` would.
     """
@@ -92,9 +92,9 @@ def check_inputs(config: TrainConfig) -> None:
 
 
 def load_sides(config: DataConfig, tokenizer: Any) -> tuple[Loaded, Loaded | None]:
-    """Training data and validation data, if there are any, as tokens; says what was left out, and of overlap.
+    """Training data and validation data (if there are any) as tokens; logs dropped rows and train/validation leakage.
 
-    Raises UserError when no usable row is left on a side.
+    Raises UserError for a side without a usable row.
     """
     loaded = [load_side(side, config, tokenizer) for side in sides_of(config)]
     train, val = loaded[0], loaded[1] if len(loaded) > 1 else None
@@ -107,21 +107,21 @@ def load_sides(config: DataConfig, tokenizer: Any) -> tuple[Loaded, Loaded | Non
 
 
 def load_side(side: Side, config: DataConfig, tokenizer: Any) -> Loaded:
-    """One side as tokens, from the cache where it is there; see `load_sides`."""
+    """One side as tokens, from the token cache if it is there; see `load_sides`."""
     key = side.key if side.share is None else f"{side.key} ({side.share[0]} share)"
     files, entries = resolve_files(config, key=side.key), entries_of(config, side.key)
     store = prepare(files, entries, config, tokenizer, key=key, share=side.share)
     dropped, facts = store.dropped, store.facts
     if dropped.total:
-        log.warning("%s: left out %d of %d rows: %s", key, dropped.total, facts.num_rows, dropped.describe())
+        log.warning("%s: dropped %d of %d rows: %s", key, dropped.total, facts.num_rows, dropped.describe())
     if not len(store.data):
         why = dropped.describe() or f"{facts.held_out} are on the other side of data.val_fraction={config.val_fraction}"
         raise UserError(
-            f"{key}: none of {facts.num_rows} rows can be used: {why}; mend the data, or raise "
+            f"{key}: none of {facts.num_rows} rows can be used: {why}; fix the data, or raise "
             "data.max_length where texts are too long"
         )
     log.info(
-        "%s: %d groups, %d comparisons as %s, %d tokens with shared prompts once",
+        "%s: %d groups, %d comparisons as %s, %d tokens (each prompt once per group)",
         key, len(store.data), store.data.num_comparisons, store.data.style, store.data.num_tokens,
     )  # fmt: skip
     for warning in store.custom.warnings():
@@ -129,27 +129,18 @@ def load_side(side: Side, config: DataConfig, tokenizer: Any) -> Loaded:
     return Loaded(store, files)
 
 
-def mixture_of(train: Loaded, config: DataConfig) -> Mixture | None:
-    """How often each entry of `data.train_files` is used in an epoch; None when every group is used once."""
-    weights = [entry.weight for entry in entries_of(config, "data.train_files")]
-    if all(weight == 1 for weight in weights):
-        return None
-    entry_of = {file.name: file.entry for file in train.files}
-    entries = np.array([entry_of[name] for name in train.data.files], np.int32)
-    return Mixture(entries[train.data.file_numbers], weights)
-
-
 def _warn_of_overlap(train: TokenData, val: TokenData) -> None:
     shared = np.isin(val.prompt_hashes, train.prompt_hashes)
     if shared.any():
         log.warning(
-            "%d of %d groups of the validation data have a prompt that is in the training data too (first: %s); "
-            "rm-gallery show-data says more", int(shared.sum()), len(val), val.where(int(shared.argmax())),
+            "train/validation leakage: %d of %d validation groups have a prompt that is also in the training data "
+            "(first: %s); rm-gallery show-data reports details",
+            int(shared.sum()), len(val), val.where(int(shared.argmax())),
         )  # fmt: skip
 
 
 def check_data(config: TrainConfig, model: RewardModel, train: Loaded, val: Loaded | None) -> None:
-    """Raise UserError for data that do not fit the model or each other; warn of pairs above the token budget."""
+    """Raise UserError for data that do not fit the model or each other; warn about pairs above the token budget."""
     if val is not None and val.data.style != train.data.style:
         raise UserError(
             f"data.val_files hold {val.data.style} but data.train_files hold {train.data.style}; "
@@ -164,7 +155,7 @@ def check_data(config: TrainConfig, model: RewardModel, train: Loaded, val: Load
             what = f"{key}: the longest text has {longest} tokens, but the model has positions for {limit}"
             if model.network.config.model_type in ENCODERS:
                 raise UserError(f"{what}; set data.max_length={limit}")
-            log.warning("%s; set data.max_length=%d unless that is meant", what, limit)
+            log.warning("%s; set data.max_length=%d unless this is intended", what, limit)
         packer = Packer(config.data.budget, padded=model.padded)
         warning = long_pairs(side.data, packer, key="data.max_tokens_per_micro_batch")
         if warning:

@@ -1,4 +1,8 @@
-"""The model that a run starts from: whole in this process, or an outline where its weights are cut over several."""
+"""The model that a run starts from, in one of two forms.
+
+- Whole, in float32 on the CPU: for one process and for DDP.
+- Without weights, on the meta device: for FSDP2, where each rank then reads only its shards from the files.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,7 @@ from rm_gallery.modeling.export import lacking_rows, settle_pad_token
 from rm_gallery.modeling.meta_init import NoOutline, WeightFiles, outline_reward_model
 from rm_gallery.modeling.parallel.apply import resolve_strategy
 from rm_gallery.modeling.parallel.strategy import Strategy
-from rm_gallery.modeling.reward_model import (
-    LoadedModel,
-    RewardModel,
-    load_reward_model,
-)
+from rm_gallery.modeling.reward_model import LoadedModel, RewardModel, load_reward_model
 from rm_gallery.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -25,46 +25,58 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StartModel:
-    """What `apply` of modeling/parallel takes."""
+    """The arguments of `modeling.parallel.apply`."""
 
     model: RewardModel
     strategy: Strategy
-    files: WeightFiles | None = None
-    """Where the weights lie, for a model without them; None: they are in it."""
-    num_parameters: int = 0
-    """Of the whole model."""
+    files: WeightFiles | None
+    """The weights of a model on the meta device; None if the model holds its weights."""
+    num_parameters: int
+    """Of the whole model, over all shards."""
 
 
 def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel:
-    """The model with a pad token that is not EOS; says where its head comes from.
+    """Load the model, choose the strategy, and set a pad token that is not EOS.
 
-    Where the weights will be cut over processes, none of them reads more than its part, unless the library must load
-    the folder itself; a line says so then. Raises UserError for a folder that cannot be loaded.
+    Collective. Under FSDP2 every rank reads only its shards, unless the library has to load the folder itself; the log
+    gives the reason then. Raises UserError for a folder that cannot be loaded.
     """
-    outline, reason = None, ""
+    reason, files = "", None
     if world.world_size > 1 or (world.device.type == "cuda" and config.model.fsdp_config.offloads_weights):
         try:
-            outline = _outline(config, tokenizer)
+            loaded, files = _load_on_meta(config, tokenizer)
         except NoOutline as error:
             reason = str(error)
-    model = outline[0].model if outline else build_model(config, tokenizer)
-    count = sum(parameter.numel() for parameter in model.parameters())
+    if files is None:
+        loaded = _load(config, tokenizer)
+    count = sum(parameter.numel() for parameter in loaded.model.parameters())
     strategy = resolve_strategy(config.model, world, count)
-    if strategy not in ("fsdp", "fsdp2"):
-        return StartModel(build_model(config, tokenizer) if outline else model, strategy, None, count)
-    if outline is None:
-        log.warning("each process reads the whole model before it is cut, since %s", reason)
-        return StartModel(model, strategy, None, count)
-    loaded, files = outline
+    if strategy != "fsdp2" and files is not None:  # not sharded: this process needs all weights
+        loaded, files = _load(config, tokenizer), None
+    elif strategy == "fsdp2" and files is None:
+        log.warning("every rank reads the whole model before sharding, since %s", reason)
+    if config.model.trust_remote_code:
+        log.warning("model.trust_remote_code=true: Python code of the model folder may run")
     if loaded.has_own_head:
-        log.info("reward head: kept from %s", config.model.partial_pretrain)
+        log.info("reward head: loaded from %s", config.model.partial_pretrain)
     else:
-        log.info("reward head: new, initialised with trainer.seed=%d", config.trainer.seed)
-    return StartModel(model, strategy, files, count)
+        log.info("reward head: newly initialized with trainer.seed=%d", config.trainer.seed)
+    return StartModel(loaded.model, strategy, files, count)
 
 
-def _outline(config: TrainConfig, tokenizer: Any) -> tuple[LoadedModel, WeightFiles]:
-    with torch.random.fork_rng(devices=[]):  # the model that is loaded whole after all finds the generator as it was
+def _load(config: TrainConfig, tokenizer: Any) -> LoadedModel:
+    loaded = load_reward_model(
+        config.model.partial_pretrain,
+        trust_remote_code=config.model.trust_remote_code,
+        dropout=config.model.dropout,
+    )
+    settle_pad_token(loaded.model, tokenizer)
+    return loaded
+
+
+def _load_on_meta(config: TrainConfig, tokenizer: Any) -> tuple[LoadedModel, WeightFiles]:
+    """The same without weights, and the files that hold them; raises NoOutline if that is not possible."""
+    with torch.random.fork_rng(devices=[]):  # `_load` may follow, and must draw the same head
         loaded, files = outline_reward_model(
             config.model.partial_pretrain,
             seed=config.trainer.seed,
@@ -72,23 +84,6 @@ def _outline(config: TrainConfig, tokenizer: Any) -> tuple[LoadedModel, WeightFi
             dropout=config.model.dropout,
         )
     if lacking_rows(loaded.model, tokenizer):
-        raise NoOutline("its embeddings get more rows for the tokenizer")
+        raise NoOutline("its embeddings are resized for the tokenizer")
     settle_pad_token(loaded.model, tokenizer)
     return loaded, files
-
-
-def build_model(config: TrainConfig, tokenizer: Any) -> RewardModel:
-    """The model in float32 on the CPU, with a pad token that is not EOS; says where its head comes from."""
-    loaded = load_reward_model(
-        config.model.partial_pretrain,
-        trust_remote_code=config.model.trust_remote_code,
-        dropout=config.model.dropout,
-    )
-    if config.model.trust_remote_code:
-        log.warning("model.trust_remote_code=true: Python code of the model folder may run")
-    if loaded.has_own_head:
-        log.info("reward head: kept from %s", config.model.partial_pretrain)
-    else:
-        log.info("reward head: new, initialised with trainer.seed=%d", config.trainer.seed)
-    settle_pad_token(loaded.model, tokenizer)
-    return loaded.model

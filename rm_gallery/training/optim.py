@@ -18,19 +18,12 @@ Schedule: TypeAlias = Callable[[int], float]
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     config: OptimConfig,
-    *,
-    is_matrix: Callable[[str], bool] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only (Loshchilov and Hutter 2019).
-
-    is_matrix: says it by name, for weights that are cut into flat pieces; their own axes say it otherwise.
-    """
-    trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-    decays = [is_matrix(name) if is_matrix else parameter.ndim >= 2 for name, parameter in trained]
-    parameters = [parameter for _, parameter in trained]
+    """AdamW with weight decay on matrices only (Loshchilov and Hutter 2019)."""
+    trained = [parameter for _, parameter in named_parameters if parameter.requires_grad]
     groups = [
-        {"params": [p for p, d in zip(parameters, decays, strict=True) if d], "weight_decay": config.weight_decay},
-        {"params": [p for p, d in zip(parameters, decays, strict=True) if not d], "weight_decay": 0.0},
+        {"params": [each for each in trained if each.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [each for each in trained if each.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
@@ -38,7 +31,7 @@ def build_optimizer(
 
 
 def build_schedule(config: OptimConfig, total_steps: int) -> Schedule:
-    """The configured schedule over so many optimizer steps."""
+    """The configured schedule over `total_steps` optimizer steps."""
     warmup = round(total_steps * config.warmup_steps_ratio)
     decay = min(round(total_steps * config.decay_steps_ratio), total_steps - warmup)
 

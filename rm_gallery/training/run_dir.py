@@ -1,4 +1,4 @@
-"""The run folder explains itself: resolved configuration, versions, commit, data, and curves."""
+"""The run directory: its lock, config.yaml, run.json (versions, commit, data, earlier starts) and curves.png."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _PACKAGES = ("rm-gallery", "torch", "transformers", "tokenizers", "safetensors",
 
 
 @contextmanager
-def claimed(run_dir: Path, *, patience: float = 30.0) -> Iterator[None]:
-    """Make the run folder, and let no other process train in it meanwhile: two starts of one run must not mix.
+def lock_run_dir(run_dir: Path, *, timeout: float = 30.0) -> Iterator[None]:
+    """Create the run directory and lock it, since two processes must not train in it.
 
-    patience: seconds to wait for a process that is just ending.
-    Raises UserError when the folder cannot be written or another process has it.
+    timeout: seconds to wait for a process that is ending.
+    Raises UserError when the directory cannot be written or another process holds the lock.
     """
 
     def on_wait(holder: str) -> None:
@@ -41,10 +41,11 @@ def claimed(run_dir: Path, *, patience: float = 30.0) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(run_dir / LOCK_NAME, timeout=patience, on_wait=on_wait))
+            stack.enter_context(lock(run_dir / LOCK_NAME, timeout=timeout, on_wait=on_wait))
         except TimeoutError as error:
             raise UserError(
-                f"{run_dir}: {error} is training in this folder; end it first, or set another trainer.experiment_name"
+                f"{run_dir}: {error} is training in this directory; stop it first, or set another "
+                "trainer.experiment_name"
             ) from error
         except OSError as error:
             raise _cannot_write(run_dir, error) from error
@@ -52,14 +53,14 @@ def claimed(run_dir: Path, *, patience: float = 30.0) -> Iterator[None]:
 
 
 def _cannot_write(run_dir: Path, error: OSError) -> UserError:
-    return UserError(f"{run_dir}: the run folder cannot be written ({error}); set trainer.default_local_dir")
+    return UserError(f"{run_dir}: the run directory cannot be written ({error}); set trainer.default_local_dir")
 
 
 def write_run_facts(run_dir: Path, config_yaml: str, facts: Mapping[str, Any], *, start_step: int = 0) -> None:
-    """Write config.yaml and run.json; run.json keeps what it said of earlier starts.
+    """Write config.yaml and run.json, which keeps a list of earlier starts.
 
-    At step 0 metrics of an earlier start, which was lost before its first save, keep another name.
-    Raises UserError when the folder cannot be written.
+    At step 0, metrics of an earlier start (which ended before its first checkpoint) are renamed.
+    Raises UserError when the directory cannot be written.
     """
     path = run_dir / FACTS_NAME
     try:
@@ -76,7 +77,7 @@ def write_run_facts(run_dir: Path, config_yaml: str, facts: Mapping[str, Any], *
 
 
 def _starts(path: Path, program: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What run.json says of the starts before this one, the oldest first."""
+    """Starts recorded in run.json, oldest first."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         return [*before.get("earlier_starts", []), {key: before[key] for key in program if key in before}]
@@ -101,7 +102,7 @@ def _program() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree, with `-dirty` when it has changes; None outside a git checkout of this project."""
+    """Commit of the source tree, with `-dirty` if it has changes; None outside a git checkout."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
@@ -113,7 +114,7 @@ def _commit() -> str | None:
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every metric of a metrics.jsonl as (step, value) pairs; values that were not finite are left out."""
+    """Read metrics.jsonl: metric -> (step, value) pairs, without non-finite values."""
     series: dict[str, list[tuple[int, float]]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -124,9 +125,9 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def draw_curves(run_dir: Path) -> Path | None:
-    """Draw loss and accuracy over steps as curves.png; None when matplotlib is not installed (extra `plot`)."""
+    """Plot loss and accuracy over steps to curves.png; None if matplotlib is not installed (extra `plot`)."""
     try:
-        from matplotlib.figure import Figure  # not pyplot, which looks for a screen
+        from matplotlib.figure import Figure  # pyplot would look for a display
     except ImportError:
         log.info("no curves.png: matplotlib is not installed (pip install 'rm-gallery[plot]')")
         return None
@@ -152,7 +153,7 @@ def draw_curves(run_dir: Path) -> Path | None:
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Mean of each point and its neighbours, over a fifteenth of the curve."""
+    """Moving average over a fifteenth of the curve."""
     reach = max(1, len(points) // 30)
     smoothed = []
     for index, (step, _) in enumerate(points):

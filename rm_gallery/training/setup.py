@@ -1,6 +1,6 @@
-"""From a configuration to a trained model: builds every part and hands them to the Trainer.
+"""From a configuration to a trained model: builds the parts of a run and passes them to the Trainer.
 
-So it says what the processes of a run must agree on before they train, and what its checkpoints need to know of it.
+Order: agree on the configuration, tokenizer, model, data, parallelism, plan, optimizer, checkpoint to resume, loop.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import torch
 
 from rm_gallery.data.batching.loader import load_steps
 from rm_gallery.data.batching.plan import Plan
+from rm_gallery.data.config import mixture_of
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
+from rm_gallery.distributed.collectives import HostGroup, all_gather, broadcast
 from rm_gallery.distributed.cpu import bf16_slowdown, keep_freed_memory
-from rm_gallery.distributed.process_group import World, from_main, gather, processes, seed_apart, seed_everything
+from rm_gallery.distributed.process_group import World, processes, seed_everything, seed_per_rank
 from rm_gallery.errors import StoppedBySignal, UserError
 from rm_gallery.modeling.parallel.apply import DTYPES, apply, offload_optimizer
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
@@ -31,19 +33,18 @@ from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.training.checkpoint import (
     PLAN,
     Checkpoints,
-    Copies,
+    Mirror,
     RunIdentity,
     RunTensors,
     Start,
     WeightsFolder,
     find_start,
 )
-from rm_gallery.training.collectives import Ranks
 from rm_gallery.training.config import TrainConfig
-from rm_gallery.training.data_setup import Loaded, check_data, load_sides, mixture_of
+from rm_gallery.training.data_setup import Loaded, check_data, load_sides
 from rm_gallery.training.model_setup import StartModel, start_model
 from rm_gallery.training.optim import build_optimizer, build_schedule
-from rm_gallery.training.run_dir import claimed, draw_curves, write_run_facts
+from rm_gallery.training.run_dir import draw_curves, lock_run_dir, write_run_facts
 from rm_gallery.training.signals import StopSignal
 from rm_gallery.training.trackers import NoTrackers, RunInfo, Trackers
 from rm_gallery.training.trainer import Intervals, Trainer
@@ -54,20 +55,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left behind."""
+    """The outputs of a run."""
 
     run_dir: Path
     checkpoint: Path
     val_metrics: dict[str, float]
     is_main: bool = True
-    """Whether this process is the one that talks to people."""
+    """Whether this is the main process (rank 0), which prints and writes."""
 
 
 def run_training(config: TrainConfig) -> RunResult:
-    """Train as configured, from nothing or the newest checkpoint of the run folder to the last one.
+    """Train as configured, from scratch or from the newest checkpoint of the run directory.
 
-    Under torchrun every process calls it, and rank 0 writes. Raises UserError for anything a person can mend, and
-    StoppedBySignal when SIGTERM or Ctrl-C came; checkpoints that were written before stay.
+    Under torchrun every process calls it. Raises UserError for anything that a user can fix, and StoppedBySignal after
+    SIGTERM or Ctrl-C. Checkpoints that were written before are kept.
     """
     stop, trainer = StopSignal(), config.trainer
     with stop.listening(), processes(trainer.device, timeout_seconds=trainer.timeout_seconds) as world:
@@ -84,34 +85,35 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
         keep_freed_memory()
         if world.is_main and config.model.fsdp_config.model_dtype == "bf16" and (slowdown := bf16_slowdown()) > 1.5:
             log.info(
-                "this processor multiplies matrices %.1f times slower in bf16 than in fp32; "
+                "this CPU multiplies matrices %.1f times slower in bf16 than in fp32; "
                 "model.fsdp_config.model_dtype=fp32 trains faster here", slowdown,
             )  # fmt: skip
     seed_everything(config.trainer.seed)
-    start = start_model(config, tokenizer, world)  # before the data, which may take long: a bad folder is said at once
+    start = start_model(config, tokenizer, world)  # before the data, which may take long: a bad folder fails at once
     shape = model_shape(start.model)
     train, val = load_sides(config.data, tokenizer)
     check_data(config, start.model, train, val)
-    model, weights = apply(start.model, config.model, world, strategy=start.strategy, files=start.files)
-    seed_apart(config.trainer.seed, world)
+    model = start.model
+    weights = apply(model, config.model, world, strategy=start.strategy, files=start.files)
+    seed_per_rank(config.trainer.seed, world)
     plan = Plan(
         train.data.sizes,
         config.data,
         packer_for(model, token_budget=config.data.budget, world_size=world.world_size),
         seed=config.trainer.seed,
-        mixture=mixture_of(train, config.data),
+        mixture=mixture_of(train.data, train.files, config.data),
         prompts=train.data.prompt_hashes,
     )
     agree_on_plan(plan)
     total_steps = _count_steps(plan, config, train.data)
-    optimizer = build_optimizer(weights.named_parameters(), config.optim, is_matrix=weights.is_matrix)
+    optimizer = build_optimizer(weights.named_parameters(), config.optim)
     offload_optimizer(optimizer, config.model.fsdp_config, world.device)
-    run_dir, ranks = config.trainer.run_dir, Ranks(world)
-    with ranks.first(claimed(run_dir)):
+    run_dir, ranks = config.trainer.run_dir, HostGroup(world)
+    with ranks.on_main(lock_run_dir(run_dir)):
         tensors = RunTensors(model, weights, optimizer)
         identity = run_identity(config, train.data, plan, shape, total_steps)
         begin = find_start(
-            run_dir, config.trainer.resume_mode, identity, tensors, ranks, copies_url=config.trainer.copies_url
+            run_dir, config.trainer.resume_mode, identity, tensors, ranks, mirror_url=config.trainer.mirror_url
         )
         if begin.folder is not None and begin.progress.step == total_steps:
             log.info("the run is complete: %s is its last step", begin.folder)
@@ -129,10 +131,10 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
 
 @dataclass(frozen=True)
 class _Loop:
-    """What the training loop is built from."""
+    """The parts that the training loop is built from."""
 
     world: World
-    ranks: Ranks
+    ranks: HostGroup
     stop: StopSignal
     model: RewardModel
     weights: TrainedWeights
@@ -144,7 +146,7 @@ class _Loop:
 
 
 def _train(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Checkpoints) -> dict[str, float]:
-    """Train from where `begin` says to the end; returns the last validation's metrics."""
+    """Train from the checkpoint `begin` to the last step; returns the metrics of the last validation."""
     run = RunInfo(
         config.trainer.project_name,
         config.trainer.experiment_name,
@@ -155,17 +157,17 @@ def _train(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Checkpoi
         repeats_validation=begin.progress.validation_pending,
     )
     trackers = Trackers(config.trainer.logger, run) if loop.world.is_main else NoTrackers()
-    failed, hurry = True, False
+    failed, stopped = True, False
     try:
         trainer = _build_trainer(config, loop, begin, checkpoints, trackers)
         val_metrics = trainer.train(val_before_train=config.trainer.val_before_train)
         failed = False
         return val_metrics
     except StoppedBySignal:
-        hurry = True
+        stopped = True
         raise
     finally:
-        checkpoints.close(hurry=hurry)
+        checkpoints.close(wait_for_uploads=not stopped)
         trackers.close(failed=failed)
 
 
@@ -241,11 +243,11 @@ def _build_trainer(
     )
 
 
-_NUM_PROBES = 4  # shortest training groups, rescored from a checkpoint
+_NUM_PROBES = 4  # shortest training groups, scored again from a saved checkpoint to verify it
 
 
 def model_shape(model: RewardModel) -> str:
-    """The model's architecture, for a comparison of runs; to be asked before its weights are cut."""
+    """The model's architecture as text, to compare runs; call it before the parameters are sharded."""
     parameters = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
     digest = hashlib.sha256(repr(parameters).encode()).hexdigest()[:8]
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -253,7 +255,7 @@ def model_shape(model: RewardModel) -> str:
 
 
 def run_identity(config: TrainConfig, data: TokenData, plan: Plan, shape: str, total_steps: int) -> RunIdentity:
-    """What makes a run this run: under anything else a checkpoint is refused."""
+    """What a checkpoint must have in common with the run that resumes from it."""
     return RunIdentity(
         fixed={
             "training data": f"fingerprint {data.fingerprint()}",
@@ -269,9 +271,9 @@ def run_identity(config: TrainConfig, data: TokenData, plan: Plan, shape: str, t
 
 def build_checkpoints(
     config: TrainConfig, model: RewardModel, weights: TrainedWeights, tensors: RunTensors, tokenizer: Any,
-    train: Loaded, ranks: Ranks, identity: RunIdentity, begin: Start,
+    train: Loaded, ranks: HostGroup, identity: RunIdentity, begin: Start,
 ) -> Checkpoints:  # fmt: skip
-    """Every rank makes one at the same place."""
+    """Collective: every rank must call it at the same place."""
     computes, wanted = config.model.fsdp_config.model_dtype, config.trainer.export_dtype
     written = computes if wanted == "auto" else wanted
     shortest = np.argsort(train.data.sizes.longest_text, kind="stable")[:_NUM_PROBES]
@@ -284,54 +286,55 @@ def build_checkpoints(
         exact=computes == written == "fp32",
         probes=[train.data[int(index)] for index in shortest],
     )
-    url = config.trainer.copies_url
+    url = config.trainer.mirror_url
     return Checkpoints(
         config.trainer.run_dir, config.trainer, tensors, weights_folder, ranks,
-        facts=identity.facts(begin.origin), copies=Copies(url) if url and ranks.rank == 0 else None,
+        facts=identity.facts(begin.origin), mirror=Mirror(url) if url and ranks.rank == 0 else None,
         latest=begin.folder,
     )  # fmt: skip
 
 
-# Machines may keep the same files at different places; the plan's fingerprint holds what was read from them.
+# Machines may have the same files at different paths; the fingerprint of the plan covers their contents.
 _MAY_DIFFER = (
     "model.partial_pretrain", "data.train_files", "data.val_files", "data.custom_cls.path", "data.cache_dir",
 )  # fmt: skip
 
 
 def agree_on_run(config: TrainConfig, world: World) -> TrainConfig:
-    """The configuration with rank 0's run folder: a time stamp in its name differs between machines and restarts.
+    """The configuration with rank 0's run directory, whose name may hold a time stamp that differs between machines.
 
-    Raises UserError, on every process, for a setting that is not the same everywhere.
+    Raises UserError on every rank if a setting differs between ranks.
     """
     if world.world_size == 1:
         return config
     trainer = config.trainer
-    folder, name, stands_in = from_main((trainer.default_local_dir, trainer.experiment_name, os.getcwd()))
-    if stands_in != os.getcwd():
-        folder = os.path.join(stands_in, os.path.expanduser(folder))
+    folder, name, main_cwd = broadcast((trainer.default_local_dir, trainer.experiment_name, os.getcwd()))
+    if main_cwd != os.getcwd():
+        folder = os.path.join(main_cwd, os.path.expanduser(folder))
     config = replace(config, trainer=replace(trainer, default_local_dir=folder, experiment_name=name))
-    settings = gather(_flat(config.as_dict()))
-    for other, found in enumerate(settings):
+    settings = all_gather(_flat(config.as_dict()))
+    for rank, found in enumerate(settings):
         for key, value in settings[0].items():
             if found.get(key) != value and key not in (*_MAY_DIFFER, "trainer.default_local_dir"):
                 raise UserError(
-                    f"{key}={found.get(key)} on rank {other}, but {value} on rank 0; start all with the same settings"
+                    f"{key}={found.get(key)} on rank {rank}, but {value} on rank 0; start all ranks with the same "
+                    "settings"
                 )
     return config
 
 
 def agree_on_plan(plan: Plan) -> None:
-    """Raise UserError, on every process, when they read different data."""
-    fingerprints = gather(plan.fingerprint())
-    for other, found in enumerate(fingerprints):
+    """Raise UserError on every rank if the ranks read different data."""
+    fingerprints = all_gather(plan.fingerprint())
+    for rank, found in enumerate(fingerprints):
         if found != fingerprints[0]:
             raise UserError(
-                f"data.train_files: rank {other} read other data than rank 0; give every machine the same files"
+                f"data.train_files: rank {rank} read different data than rank 0; give every machine the same files"
             )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one level: `model.fsdp_config.model_dtype`."""
+    """Nested sections flattened to dotted keys, as `model.fsdp_config.model_dtype`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Stopping: SIGTERM and Ctrl-C ask a run to save and to end."""
+"""Signal handling: SIGTERM and Ctrl-C make a run save and exit."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SAME_KEY_PRESS = 1.0  # seconds: a launcher passes on what the terminal has sent already
+_DEBOUNCE_S = 1.0  # seconds: the terminal and the launcher both deliver the same Ctrl-C
 
 
 class StopSignal:
-    """Remembers that a signal came, once `begin` was called; before, there is nothing to save and it ends the process.
+    """Records a signal after `begin`; before that there is nothing to save, and the signal ends the process.
 
-    SIGTERM may come many times (launcher and scheduler each send it); the second Ctrl-C ends the run without saving.
+    SIGTERM may arrive several times (launcher and scheduler both send it). A second Ctrl-C exits without saving.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class StopSignal:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take both signals inside; outside they do what they did before. Other threads than the main one cannot."""
+        """Handle both signals inside the context and restore the handlers after it. No-op outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -38,7 +38,7 @@ class StopSignal:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def begin(self) -> None:
-        """From now on the run looks at `received`, and ends by itself."""
+        """From now on the training loop checks `received` and exits by itself."""
         self._has_begun = True
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -50,5 +50,5 @@ class StopSignal:
             os.kill(os.getpid(), number)
         elif self.received is None:
             self.received, self._when = signal.Signals(number), now
-        elif number == signal.SIGINT and now - self._when > _SAME_KEY_PRESS:
+        elif number == signal.SIGINT and now - self._when > _DEBOUNCE_S:
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The training loop: it receives built parts, and fetches, computes, steps, logs, validates and saves."""
+"""The training loop: forward and backward, optimizer step, logging, validation, saving. Its parts are passed in."""
 
 from __future__ import annotations
 
@@ -15,34 +15,33 @@ import torch
 from torch import nn
 
 from rm_gallery.data.batching.loader import StepBatches
-from rm_gallery.distributed.process_group import sum_numbers
+from rm_gallery.distributed.collectives import HostGroup, sum_numbers
 from rm_gallery.errors import StoppedBySignal, TrainingStopped
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
 from rm_gallery.objectives.metrics import Sums, means
 from rm_gallery.training.checkpoint import Progress, Start, random_state, set_random_state
-from rm_gallery.training.collectives import Ranks
 from rm_gallery.training.optim import Schedule
 from rm_gallery.training.signals import StopSignal
 
 log = logging.getLogger(__name__)
 
-_LOOKS = 4  # times a step that the ranks ask each other whether to stop
+STOP_CHECKS_PER_STEP = 4  # all-reduces per step that find out whether any rank has to stop
 
 
 class MetricSink(Protocol):
-    """What the loop reports to; see `trackers.Trackers`."""
+    """Receives the metrics; see `trackers.Trackers`."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
 
 Validation: TypeAlias = Callable[[Callable[[], None]], dict[str, float]]
-"""Gives metrics; calls what it is given before each micro-batch, which may raise to end it."""
+"""Returns metrics. Calls its argument before each micro-batch; the argument may raise to abort."""
 
 
 class Saver(Protocol):
-    """Where the loop saves; see `checkpoint.Checkpoints`."""
+    """Writes checkpoints; see `checkpoint.Checkpoints`."""
 
     latest: Path | None
 
@@ -64,24 +63,24 @@ class Intervals:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did."""
+    """The outcome of one optimizer step."""
 
     loss: float
     grad_norm: float
     is_finite: bool
-    """False: the weights did not change."""
+    """False: the optimizer step was skipped."""
 
 
 class Trainer:
-    """Trains one model; every part is built elsewhere and can be tested alone."""
+    """Trains one model. Every part is passed in, so that it can be tested alone."""
 
     def __init__(
         self, *, model: RewardModel, weights: TrainedWeights, objective: Objective, optimizer: torch.optim.Optimizer,
         schedule: Schedule, clip_grad: float, steps: Iterator[StepBatches], total_steps: int, intervals: Intervals,
         max_bad_steps: int, validate: Validation | None, checkpoints: Saver, sink: MetricSink,
-        ranks: Ranks, start: Start | None = None, stop: StopSignal | None = None, save_best: bool = False,
+        ranks: HostGroup, start: Start | None = None, stop: StopSignal | None = None, save_best: bool = False,
     ) -> None:  # fmt: skip
-        """steps: those that follow `start`, which says where the run begins."""
+        """start: the checkpoint that the run resumes from. steps: those after it."""
         self.model, self.weights, self.objective = model, weights, objective
         self.optimizer, self.schedule, self.clip_grad = optimizer, schedule, clip_grad
         self.steps, self.total_steps, self.intervals = steps, total_steps, intervals
@@ -95,10 +94,10 @@ class Trainer:
         self._saved_step = self.progress.step  # of the newest checkpoint
 
     def train(self, *, val_before_train: bool = False) -> dict[str, float]:
-        """Run all steps that are left; returns the last validation's metrics.
+        """Run the remaining steps; returns the metrics of the last validation.
 
-        Raises TrainingStopped after `max_bad_steps` steps in a row that are not finite, and StoppedBySignal when
-        SIGTERM or Ctrl-C came and the run was saved.
+        Raises TrainingStopped after `max_bad_steps` consecutive steps with a non-finite loss or gradient, and
+        StoppedBySignal after SIGTERM or Ctrl-C, once the run is saved.
         """
         self.stop.begin()
         if self.start.random is not None:
@@ -112,14 +111,14 @@ class Trainer:
         return self.progress.last_val
 
     def _next_step(self) -> None:
-        """One step, and what is due after it."""
+        """One step, and the logging, validation and saving that are due after it."""
         progress = self.progress
         batches = next(self.steps)
         learning_rate = self._set_learning_rate(progress.step)
         before = random_state()
         try:
             result = self.train_step(batches, self.window.sums)
-        except _Asked:  # the step is left half done, and is done again by the run that goes on
+        except _StopRequested:  # this step is discarded; a resumed run repeats it
             self.optimizer.zero_grad(set_to_none=True)
             set_random_state(before)
             self._save_and_stop()
@@ -136,11 +135,13 @@ class Trainer:
             self._save(is_last=is_last)
 
     def train_step(self, batches: StepBatches, sums: Sums) -> StepResult:
-        """Forward and backward of every micro-batch, then one update, unless something is not finite on some rank.
+        """Forward and backward of every micro-batch, then one optimizer step, unless loss or gradient are not finite.
 
-        The loss of each micro-batch is a sum over its comparisons divided by the comparisons of the whole step,
-        so the result does not depend on how the step was cut, nor over how many processes. All of them get the same
-        loss and gradient norm, and so all skip the same steps.
+        The loss of a micro-batch is the sum over its comparisons, divided by the number of comparisons in the whole
+        step over all ranks. The result therefore does not depend on micro-batches, accumulation or world size. Example:
+        a step of 6 comparisons in micro-batches of 4 and 2 has the loss sum(4) / 6 + sum(2) / 6; the mean of the two
+        means would weigh the last 2 twice as much. All ranks get the same loss and gradient norm, so they skip the same
+        steps.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -149,8 +150,8 @@ class Trainer:
         step_sums = Sums()
         count = len(batches.batches)
         for index, batch in enumerate(batches.batches):
-            if _is_look(index, count):
-                self._look()
+            if _is_stop_check(index, count):
+                self._check_stop()
             batch = batch.to(device)
             loss, metric_sums = self.objective(self.model(batch), batch)
             self.weights.backward(loss / batches.num_comparisons, is_last=index == count - 1)
@@ -160,26 +161,26 @@ class Trainer:
         is_finite = math.isfinite(loss_value) and math.isfinite(grad_norm)
         if is_finite:
             self.optimizer.step()
-            self.weights.publish()
+            self.weights.copy_to_model()
             sums.merge(step_sums)
         return StepResult(loss_value, grad_norm, is_finite)
 
-    def _look(self) -> None:
-        """Whether to go on: no signal came to any rank, and no save beside the training has failed."""
-        asked, failed = self.stop.received is not None, self.checkpoints.has_failed()
-        if self.ranks.any(asked or failed):
-            self.checkpoints.wait()  # raises where a save has failed
-            raise _Asked
+    def _check_stop(self) -> None:
+        """Raise _StopRequested on all ranks if one has received a signal or an asynchronous save has failed."""
+        requested, failed = self.stop.received is not None, self.checkpoints.has_failed()
+        if self.ranks.any(requested or failed):
+            self.checkpoints.wait()  # raises the error of a failed save
+            raise _StopRequested
 
     def _validate(self) -> bool:
-        """Validate and log; whether the checkpoint of this step is the best now."""
+        """Validate and log; returns whether the checkpoint of this step is the best so far."""
         assert self.validate is not None
         progress = self.progress
         progress.validation_pending = True
         with self.window.paused():
             try:
-                metrics = self.validate(self._look)
-            except _Asked:
+                metrics = self.validate(self._check_stop)
+            except _StopRequested:
                 self._save_and_stop()
         progress.validation_pending = False
         progress.last_val = metrics
@@ -205,16 +206,16 @@ class Trainer:
         self._saved_step = self.progress.step
 
     def _save_and_stop(self) -> NoReturn:
-        """Save what is not saved yet, and raise StoppedBySignal."""
+        """Save the current step unless it is saved already, and raise StoppedBySignal."""
         number = self.stop.received
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         step = self.progress.step
-        log.warning("%s: saving step %d, then ending", name, step)
+        log.warning("%s received: saving step %d, then exiting", name, step)
         if step > self._saved_step:
             self._save(is_last=True)
         else:
             self.checkpoints.wait()
-        what = f"global_step_{step} is saved, and the same command goes on from there" if step else "nothing was done"
+        what = f"global_step_{step} is saved; rerun the command to resume" if step else "no step was completed"
         raise StoppedBySignal(f"stopped by {name} after step {step} of {self.total_steps}; {what}",
                               status=128 + (number or signal.SIGTERM))  # fmt: skip
 
@@ -225,7 +226,7 @@ class Trainer:
         return float(self.base_lrs[0] * factor)
 
     def _watch(self, result: StepResult) -> None:
-        """Count steps that were skipped; give up when nothing else comes."""
+        """Count skipped steps; raise TrainingStopped after too many in a row."""
         progress = self.progress
         if result.is_finite:
             progress.bad_in_a_row = 0
@@ -240,7 +241,7 @@ class Trainer:
             kept = f"the last checkpoint is {latest}" if latest else "no checkpoint was written"
             raise TrainingStopped(
                 f"step {progress.step}: {progress.bad_in_a_row} steps in a row were not finite ({what}; "
-                f"trainer.max_bad_steps={self.max_bad_steps}); {kept}. Lower optim.lr, or look at their data"
+                f"trainer.max_bad_steps={self.max_bad_steps}); {kept}. Lower optim.lr, or check the data of these steps"
             )
 
 
@@ -248,26 +249,29 @@ def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _is_look(index: int, count: int) -> bool:
-    """Whether the ranks agree to go on before this micro-batch: some times a step, since launchers do not wait long."""
-    return index % -(-count // _LOOKS) == 0
+def _is_stop_check(index: int, count: int) -> bool:
+    """Whether to check for a stop request before this micro-batch: several times a step, since launchers kill soon.
+
+    Example: with 10 micro-batches before the numbers 0, 3, 6 and 9.
+    """
+    return index % -(-count // STOP_CHECKS_PER_STEP) == 0
 
 
-class _Asked(Exception):
-    """Some rank was asked to stop."""
+class _StopRequested(Exception):
+    """A stop was requested on some rank."""
 
 
 class _Window:
-    """Sums and time since the last log line; validation and saving do not count as training time."""
+    """Metric sums and time since the last log line, without the time of validation and saving."""
 
     def __init__(self, sums: Mapping[str, float], device: torch.device) -> None:
-        """sums: of the steps since the last log line that an earlier start has done."""
+        """sums: of the steps between the last log line and the checkpoint that the run resumes from."""
         self.sums, self._device = Sums(), device
         self._put(sums)
         self._restart()
 
     def peek(self) -> dict[str, float]:
-        """The sums of this process, which stay."""
+        """The sums of this process, without resetting them."""
         return self.sums.peek()
 
     def _put(self, values: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Validation: one pass over all validation data; nothing of the model or the run changes."""
+"""Validation: one pass over the validation data, without changing model, optimizer or random state."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from rm_gallery.objectives import Objective
 from rm_gallery.objectives.metrics import Sums, means
 
 _BY_SOURCE = ("val/loss", "val/accuracy")
-_GROUPS_AT_ONCE = 4096  # packs are planned over so many groups, so that little memory is needed for any number
+_GROUPS_AT_ONCE = 4096  # groups packed at a time, so that memory does not grow with the data
 
 
 def validate(
     model: RewardModel, data: TokenData, objective: Objective, *, token_budget: int, share_prompts: bool = True,
     device: torch.device | None = None, before_pack: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:  # fmt: skip
-    """val/loss, val/accuracy and mean rewards over every comparison; with several sources, loss and accuracy of each.
+    """val/loss, val/accuracy and mean rewards over all comparisons; with several sources, loss and accuracy of each.
 
-    Each process does its share, and gets all figures.
-    token_budget: tokens of a micro-batch; share_prompts: compute pairs of the same prompt together. The figures depend
+    Collective: each rank computes its share and gets all metrics.
+    token_budget: tokens of a micro-batch; share_prompts: compute pairs of the same prompt together. The metrics depend
     on neither (float64 sums of float32 rewards).
-    device: where the model computes, unless its weights lie there too. before_pack: called before each micro-batch;
-    what it raises ends the validation.
+    device: where the model computes, if its weights are offloaded. before_pack: called before each micro-batch; an
+    exception from it aborts the validation.
     """
     device = device or next(model.parameters()).device
     packer = packer_for(model, token_budget=token_budget, world_size=world_size())
@@ -54,15 +54,15 @@ def validate(
 
 
 def packer_for(model: RewardModel, *, token_budget: int, world_size: int) -> Packer:
-    """How groups are packed for this model."""
+    """The packer for this model: padded or not, and what attention costs at its width."""
     length = attention_length(model.network.config.hidden_size)
     return Packer(token_budget, world_size, padded=model.padded, attention_length=length)
 
 
 def load_packs(data: TokenData, packer: Packer, *, share_prompts: bool) -> Iterator[tuple[int, list[TokenGroup]]]:
-    """This process's share of all groups in micro-batches, in any order; each process gets equally many, some empty.
+    """This rank's share of all groups in micro-batches, in any order. Every rank gets the same number, some empty.
 
-    The groups of a micro-batch have one source, whose number it has.
+    All groups of a micro-batch have the same source, whose number is yielded with it.
     """
     for source in range(len(data.sources)):
         members = np.flatnonzero(data.source_numbers == source)

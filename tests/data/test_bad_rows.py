@@ -1,6 +1,7 @@
-"""Bad rows: every fault at every place of every format costs at most the row that has it, and the reason is counted.
+"""Bad rows: a fault costs at most the row that has it, its reason is counted, and good rows around it stay the same.
 
-Good rows around it come out as they would without it.
+The cases are a sum: each fault at one place of each kind, each place of each format with a few faults, each kind of
+file with one fault. `make test-all` runs the product of faults and formats, marked `slow`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rm_gallery.data.formats import FormatConfig, RowReader, prompt_key, read_groups
+from rm_gallery.data.formats import FormatConfig, RowReader, prompt_key
 from rm_gallery.data.sources import Row, SourceConfig, read_rows, resolve_files
 from rm_gallery.errors import BadRow, Dropped, UserError
 from rm_gallery.schema import PreferenceGroup
 from tests.data.damage import FAULTS, HARMLESS, MISSING, SAMPLES, Place, Sample, damaged, places
+from tests.data.formats.rows import read_all
+from tests.data.sources.writing import WRITERS, write
 
 FILE = "a.jsonl"
 
@@ -26,10 +29,7 @@ KEY = "data.train_files"
 
 
 def read(rows: Sequence[dict[str, Any]], **options: Any) -> tuple[list[PreferenceGroup], Dropped]:
-    dropped = Dropped()
-    numbered = [Row(values, FILE, number) for number, values in enumerate(rows)]
-    groups = list(read_groups(numbered, FormatConfig(**options), has_chat_template=True, dropped=dropped))
-    return groups, dropped
+    return read_all([Row(values, FILE, number) for number, values in enumerate(rows)], FormatConfig(**options))
 
 
 def check_reason(reason: str, fault: Any) -> None:
@@ -61,23 +61,56 @@ def test_every_place_of_every_format_has_its_kind() -> None:
     assert sum(len(sample.kinds) for sample in SAMPLES.values()) * len(FAULTS) > 5000
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The product of formats and faults, only if tests marked slow are selected."""
+    if {"any_format", "any_fault"} <= set(metafunc.fixturenames):
+        expression = metafunc.config.getoption("markexpr")
+        faults = _IN_PARQUET if "tmp_path" in metafunc.fixturenames else FAULTS
+        cases = [(name, fault) for name in SAMPLES for fault in faults]
+        is_selected = "slow" in expression and "not slow" not in expression
+        metafunc.parametrize(("any_format", "any_fault"), cases if is_selected else cases[:1])
+
+
+ONE_OF_EACH_KIND: dict[str, tuple[str, Place]] = {
+    kind: (name, place) for name, sample in SAMPLES.items() for place, kind in sample.kinds.items()
+}
+"""A place of each kind, and the sample that it is in."""
+FEW_FAULTS = ("missing", "seven", "lone surrogate", "deep list")
+
+
 @pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_costs_its_row_and_nothing_else(fault: str) -> None:
+    for name, place in ONE_OF_EACH_KIND.values():
+        check_fault_at(name, place, fault)
+
+
 @pytest.mark.parametrize("name", SAMPLES)
-def test_a_fault_costs_its_row_and_nothing_else(name: str, fault: str) -> None:
-    sample = SAMPLES[name]
+def test_every_place_of_a_format_may_be_faulty(name: str) -> None:
+    for place in SAMPLES[name].kinds:
+        for fault in FEW_FAULTS:
+            check_fault_at(name, place, fault)
+
+
+@pytest.mark.slow
+def test_every_fault_at_every_place_costs_its_row_and_nothing_else(any_format: str, any_fault: str) -> None:
+    for place in SAMPLES[any_format].kinds:
+        check_fault_at(any_format, place, any_fault)
+
+
+def check_fault_at(name: str, place: Place, fault: str) -> None:
+    """Of three rows, the second one damaged, the other two are read as they are without it."""
+    sample, kind = SAMPLES[name], SAMPLES[name].kinds[place]
     (before, _, after), _ = read([sample.row] * 3)
-    for place, kind in sample.kinds.items():
-        row = damaged(sample.row, place, FAULTS[fault])
-        groups, dropped = read([sample.row, row, sample.row])
-        assert [groups[0], groups[-1]] == [before, after], place
-        if fault in HARMLESS[kind]:
-            assert not dropped.counts, (place, dropped.counts)
-            assert len(groups) == 3
-            check_kept(groups[1], place, kind, fault)
-        else:
-            assert (len(groups), dropped.total) == (2, 1), place
-            assert list(dropped.examples.values()) == [f"{FILE}:1"]
-            check_reason(next(iter(dropped.counts)), FAULTS[fault])
+    groups, dropped = read([sample.row, damaged(sample.row, place, FAULTS[fault]), sample.row])
+    assert [groups[0], groups[-1]] == [before, after], place
+    if fault in HARMLESS[kind]:
+        assert not dropped.counts, (place, dropped.counts)
+        assert len(groups) == 3
+        check_kept(groups[1], place, kind, fault)
+    else:
+        assert (len(groups), dropped.total) == (2, 1), place
+        assert list(dropped.examples.values()) == [f"{FILE}:1"]
+        check_reason(next(iter(dropped.counts)), FAULTS[fault])
 
 
 def check_kept(group: PreferenceGroup, place: Place, kind: str, fault: str) -> None:
@@ -94,22 +127,48 @@ def check_kept(group: PreferenceGroup, place: Place, kind: str, fault: str) -> N
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_all_rows_is_counted_or_an_error_about_the_file(fault: str) -> None:
+    for name, place in ONE_OF_EACH_KIND.values():
+        if len(place) == 1:
+            check_fault_in_all_rows(name, str(place[0]), fault)
+
+
 @pytest.mark.parametrize("name", SAMPLES)
-def test_a_fault_in_all_rows_is_counted_or_one_sentence_about_the_file(name: str, fault: str) -> None:
+def test_every_column_of_a_format_may_be_faulty_in_all_rows(name: str) -> None:
+    for column in SAMPLES[name].row:
+        for fault in FEW_FAULTS:
+            check_fault_in_all_rows(name, column, fault)
+
+
+@pytest.mark.slow
+def test_every_fault_in_all_rows_of_every_column(any_format: str, any_fault: str) -> None:
+    for column in SAMPLES[any_format].row:
+        check_fault_in_all_rows(any_format, column, any_fault)
+
+
+def check_fault_in_all_rows(name: str, column: str, fault: str) -> None:
     sample = SAMPLES[name]
-    for column in sample.row:
-        rows = [damaged(sample.row, (column,), FAULTS[fault])] * 3
-        try:
-            groups, dropped = read(rows, format=sample.format)
-        except UserError as error:
-            check_sentence(str(error), column)
-            continue
-        if fault in HARMLESS[sample.kinds[column,]]:
-            assert len(groups) == 3
-        else:
-            assert not groups
-            assert list(dropped.counts.values()) == [3]
-            check_reason(next(iter(dropped.counts)), FAULTS[fault])
+    try:
+        groups, dropped = read([damaged(sample.row, (column,), FAULTS[fault])] * 3, format=sample.format)
+    except UserError as error:
+        check_sentence(str(error), column)
+        return
+    if fault in HARMLESS[sample.kinds[column,]]:
+        assert len(groups) == 3
+    else:
+        assert not groups
+        assert list(dropped.counts.values()) == [3]
+        check_reason(next(iter(dropped.counts)), FAULTS[fault])
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_fault_in_every_kind_of_file_costs_its_row(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / kind
+    good = {"chosen": "yes", "rejected": "no"}
+    write(file, [good, {"chosen": "", "rejected": "no"}, good], like=kind)
+    groups, dropped = read_all(read_rows(resolve_files(SourceConfig(str(file)), key=KEY), key=KEY), FormatConfig())
+    assert [group.where for group in groups] == [f"{file}:0", f"{file}:2"]
+    assert list(dropped.examples.values()) == [f"{file}:1"]
 
 
 _IN_PARQUET = [
@@ -129,32 +188,37 @@ def one_type_for_each_column(rows: list[dict[str, Any]]) -> Any:
     return table if repr(table.to_pylist()) == repr(rows) else None
 
 
-@pytest.mark.parametrize("fault", _IN_PARQUET)
-def test_a_fault_in_a_column_of_a_parquet_file_ends_in_words(fault: str, tmp_path: Path) -> None:
-    """As above, read from files: good rows first where the type of the column allows it, else the fault alone."""
-    file = tmp_path / "a.parquet"
-    for name, sample in SAMPLES.items():
-        for column in sample.row:
-            rows = [sample.row, sample.row, damaged(sample.row, (column,), FAULTS[fault])]
-            if (table := one_type_for_each_column(rows)) is None:
-                rows = rows[2:]
-                table = pa.Table.from_pylist(rows)
-            pq.write_table(table, file)
-            dropped = Dropped()
-            read_back = read_rows(resolve_files(SourceConfig(str(file)), key=KEY), key=KEY)
-            try:
-                groups = list(
-                    read_groups(read_back, FormatConfig(format=sample.format), has_chat_template=True, dropped=dropped)
-                )
-            except UserError as error:
-                assert str(error).startswith(str(file)), (name, column)
-                assert str(error).isprintable()
-                assert len(rows) == 1
-                continue
-            if len(rows) == 3:
-                kept = fault in HARMLESS[sample.kinds[column,]]
-                assert [group.where for group in groups] == [f"{file}:{index}" for index in range(2 + kept)]
-            assert len(groups) + dropped.total == len(rows)
+@pytest.mark.parametrize("place", range(len(_IN_PARQUET)))
+def test_a_fault_in_a_parquet_file_is_counted_or_an_error_about_the_file(place: int, tmp_path: Path) -> None:
+    check_parquet(list(SAMPLES)[place % len(SAMPLES)], _IN_PARQUET[place], tmp_path / "a.parquet")
+
+
+@pytest.mark.slow
+def test_every_fault_in_a_parquet_file(any_format: str, any_fault: str, tmp_path: Path) -> None:
+    check_parquet(any_format, any_fault, tmp_path / "a.parquet")
+
+
+def check_parquet(name: str, fault: str, file: Path) -> None:
+    """Good rows first where the type of the column allows it, else the fault alone."""
+    sample = SAMPLES[name]
+    for column in sample.row:
+        rows = [sample.row, sample.row, damaged(sample.row, (column,), FAULTS[fault])]
+        if (table := one_type_for_each_column(rows)) is None:
+            rows = rows[2:]
+            table = pa.Table.from_pylist(rows)
+        pq.write_table(table, file)
+        read_back = read_rows(resolve_files(SourceConfig(str(file)), key=KEY), key=KEY)
+        try:
+            groups, dropped = read_all(read_back, FormatConfig(format=sample.format))
+        except UserError as error:
+            assert str(error).startswith(str(file)), column
+            assert str(error).isprintable()
+            assert len(rows) == 1
+            continue
+        if len(rows) == 3:
+            kept = fault in HARMLESS[sample.kinds[column,]]
+            assert [group.where for group in groups] == [f"{file}:{index}" for index in range(2 + kept)]
+        assert len(groups) + dropped.total == len(rows)
 
 
 _USER, _ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}

@@ -10,11 +10,11 @@ from typing import Any
 import fsspec
 import pytest
 
-from rm_gallery.data.formats import FormatConfig, read_groups
+from rm_gallery.data.formats import FormatConfig
 from rm_gallery.data.sources import Row, SourceConfig, read_rows, resolve_files
-from rm_gallery.errors import Dropped
 from rm_gallery.schema import PreferenceGroup
 from tests.data.damage import SAMPLES
+from tests.data.formats.rows import read_all
 from tests.data.sources.writing import KEY, WRITERS, save_to_disk, write
 
 KINDS = [*WRITERS, "arrow folder", "folder", "glob", "memory URL"]
@@ -26,8 +26,7 @@ def make_rows(name: str) -> list[dict[str, Any]]:
 
 
 def groups_of(rows: Any) -> list[PreferenceGroup]:
-    dropped = Dropped()
-    found = list(read_groups(rows, FormatConfig(), has_chat_template=True, dropped=dropped))
+    found, dropped = read_all(rows, FormatConfig())
     assert not dropped.total, dropped.describe()
     return [replace(group, where="") for group in found]
 

@@ -9,21 +9,21 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from rm_gallery.distributed.watchdog import Pace, RankWatch
+from rm_gallery.distributed.watchdog import Timing, Watchdog
 
-PACE = Pace(beat=0.02, silence=0.4, short_silence=0.2, grace=1000, short_grace=1000)
-Start = Callable[..., RankWatch]
+TIMING = Timing(interval=0.02, dead_after=0.4, dead_after_error=0.2, grace=1000, short_grace=1000)
+Start = Callable[..., Watchdog]
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Starts the watch of a rank in a run of three; all are stopped at the end."""
     store = HashStore()
-    watches: list[RankWatch] = []
+    watches: list[Watchdog] = []
 
-    def start_watch(rank: int, **options: Any) -> RankWatch:
-        watch = RankWatch(
-            store, rank=rank, world_size=3, name=f"rank {rank} on node{rank}", speaks=rank == 0, pace=PACE,
+    def start_watch(rank: int, **options: Any) -> Watchdog:
+        watch = Watchdog(
+            store, rank=rank, world_size=3, name=f"rank {rank} on node{rank}", reports_others=rank == 0, timing=TIMING,
             timeout_seconds=options.pop("timeout_seconds", 1000),
         )  # fmt: skip
         watch.start()
@@ -35,7 +35,7 @@ def start() -> Iterator[Start]:
         watch.stop()
 
 
-def fall_silent(watch: RankWatch) -> None:
+def fall_silent(watch: Watchdog) -> None:
     """As a process that is killed: no more beats, no word."""
     watch._stopping.set()
     watch._thread.join()
@@ -50,7 +50,7 @@ def test_a_failure_is_known_to_all_others_and_only_the_first_counts(
     watches[1].report("the disk is full")
     watches[2].report("lost the connection to rank 1")
     assert watches[0].wait_for_cause(5) == "rank 1 on node1 failed: the disk is full"
-    time.sleep(4 * PACE.beat)
+    time.sleep(4 * TIMING.interval)
     assert said == ["rank 1 on node1 failed: the disk is full; ending"], "one process of a machine says it, once"
     assert watches[1].cause is None and watches[2].cause is None, "who failed itself has its own error to tell"
 
@@ -65,7 +65,7 @@ def test_a_process_that_falls_silent_is_named_to_all(start: Start) -> None:
 
 def test_the_silence_of_rank_0_is_noticed_too(start: Start) -> None:
     watches = [start(rank) for rank in range(3)]
-    time.sleep(4 * PACE.beat)
+    time.sleep(4 * TIMING.interval)
     fall_silent(watches[0])
     cause = watches[1].wait_for_cause(5)
     assert cause is not None and cause.startswith("rank 0 on node0 stopped answering")
@@ -74,9 +74,9 @@ def test_the_silence_of_rank_0_is_noticed_too(start: Start) -> None:
 def test_who_keeps_the_others_waiting_is_named(start: Start) -> None:
     watches = [start(rank, timeout_seconds=0.5) for rank in range(3)]
     for watch in watches:
-        watch.turn("a forward pass")
+        watch.heartbeat("a forward pass")
     for rank in (0, 2):
-        watches[rank].turn("the end of a step")
+        watches[rank].heartbeat("the end of a step")
     expected = "rank 1 on node1 has not moved for 0.5 s, while the others wait for it (the end of a step)"
     assert [watch.wait_for_cause(5) for watch in watches] == [expected] * 3, "the one that hangs must end as well"
 
@@ -84,7 +84,7 @@ def test_who_keeps_the_others_waiting_is_named(start: Start) -> None:
 def test_work_that_all_do_alike_may_take_long(start: Start) -> None:
     watches = [start(rank, timeout_seconds=0.1) for rank in range(3)]
     for watch in watches:
-        watch.turn("reading data")
+        watch.heartbeat("reading data")
     time.sleep(0.6)
     assert [watch.cause for watch in watches] == [None] * 3
 
@@ -92,7 +92,7 @@ def test_work_that_all_do_alike_may_take_long(start: Start) -> None:
 def test_one_that_leaves_is_not_missed(start: Start) -> None:
     watches = [start(rank, timeout_seconds=0.2) for rank in range(3)]
     watches[2].stop()
-    watches[0].turn("the end of the run")
-    watches[1].turn("the end of the run")
+    watches[0].heartbeat("the end of the run")
+    watches[1].heartbeat("the end of the run")
     time.sleep(0.8)
     assert [watch.cause for watch in watches] == [None] * 3

@@ -37,14 +37,13 @@ class Report:
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
-        self.splits: list[dict[str, Any]] = values["sides"]
+        self.splits: list[dict[str, Any]] = values["splits"]
         self.train = self.splits[0]
-        self.leakage = by_key(values["overlap"])
+        self.leakage = by_key(values["leakage"])
         self.baselines = {(each["key"], each["on"]): each for each in values["baselines"]["baselines"]}
         self.notes: list[str] = values["baselines"]["notes"]
-        levels = {"act": "error", "know": "warning", "good": "ok"}
-        self.summary = [(levels[each["level"]], each["text"]) for each in values["verdicts"]]
-        self.length_bias = {each["unit"]: each for each in self.train["longer"]}
+        self.summary = [(each["level"], each["text"]) for each in values["summary"]]
+        self.length_bias = {each["unit"]: each for each in self.train["length_bias"]}
 
     def level(self, words: str) -> str | None:
         """Severity of the summary line that contains these words; None without one."""

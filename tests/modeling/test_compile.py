@@ -31,7 +31,7 @@ def test_compiled_layers_change_nothing(tmp_path: Path) -> None:
             enable_gradient_checkpointing=True,
             fsdp_config=FsdpConfig(model_dtype="fp32"),
         )
-        model, _ = apply(model, config, World(0, 1, torch.device("cpu")), strategy="none")
+        apply(model, config, World(0, 1, torch.device("cpu")), strategy="none")
         rewards = []
         for seed in (4, 5):  # another number of tokens
             batch = collate(random_groups(seed))

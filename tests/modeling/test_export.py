@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+import rm_gallery.modeling.export as export_module
 from rm_gallery.errors import UserError
+from rm_gallery.files import check_manifest
 from rm_gallery.modeling.export import (
     InputRecord,
-    check_manifest,
     check_rewards,
     export_folder,
     read_record,
     settle_pad_token,
 )
-from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.modeling.reward_model import load_reward_model
 from tests.small import make_model, make_tokenizer
 
@@ -28,7 +28,7 @@ from tests.small import make_model, make_tokenizer
 def export(source: Path, folder: Path, **options: Any) -> Path:
     torch.manual_seed(0)
     model = load_reward_model(str(source)).model
-    state = MasterWeights(model, torch.float32).state_dict(model)
+    state = model.network.state_dict()
     export_folder(
         folder, model, state, make_tokenizer(), options.pop("dtype", torch.float32), InputRecord("text", **options)
     )
@@ -37,13 +37,14 @@ def export(source: Path, folder: Path, **options: Any) -> Path:
 
 def test_a_changed_file_is_found_by_its_hash(qwen2_folder: Path, tmp_path: Path) -> None:
     folder = export(qwen2_folder, tmp_path / "global_step_1")
-    assert check_manifest(folder) == []
+    assert check_manifest(folder) is None
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
+    assert check_manifest(folder) == "model.safetensors is not what was written"
     (folder / "tokenizer.json").unlink()
-    assert check_manifest(folder) == ["model.safetensors", "tokenizer.json"]
+    assert check_manifest(folder) == "tokenizer.json is missing"
 
 
 def test_a_full_disk_leaves_no_half_written_folder(qwen2_folder: Path, tmp_path: Path) -> None:
@@ -150,3 +151,22 @@ def test_several_files_hold_the_same_tensors_as_one(qwen2_folder: Path, tmp_path
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     loaded = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("place", [3, 20, -1])
+def test_a_file_that_differs_from_the_tensors_is_refused(
+    place: int, qwen2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flipped bit in the length of the header, in the header, or in the last tensor."""
+    original = export_module.save_file
+
+    def flips_a_bit(tensors: Any, path: Path, **options: Any) -> None:
+        original(tensors, path, **options)
+        content = bytearray(path.read_bytes())
+        content[place] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(export_module, "save_file", flips_a_bit)
+    with pytest.raises(OSError, match="differs from the tensors written to it; check the disk"):
+        export(qwen2_folder, tmp_path / "global_step_1")
+    assert list(tmp_path.iterdir()) == []

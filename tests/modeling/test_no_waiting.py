@@ -32,7 +32,7 @@ def test_a_micro_batch_on_tensors_without_numbers(kind: str, dtype: torch.dtype,
     model = load_reward_model(str(make_model(kind, tmp_path))).model.to(meta).train()
     weights = MasterWeights(model, dtype)
     one_micro_batch(model, weights, collate(random_groups(3)).to(meta), Sums())
-    weights.publish()
+    weights.copy_to_model()
     assert all(parameter.grad is not None for _, parameter in weights.named_parameters())
 
 
@@ -56,6 +56,6 @@ def test_a_micro_batch_on_a_gpu(kind: str, tmp_path: Path) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         one_micro_batch(model, weights, collate(random_groups(3)).to(device), sums)
-        weights.publish()
+        weights.copy_to_model()
     finally:
         torch.cuda.set_sync_debug_mode("default")

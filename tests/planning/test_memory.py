@@ -65,7 +65,7 @@ def _peak_of_a_step(folder: Path, kind: str, layout: Layout, groups: int, vocab_
         for _ in range(1 if layout.one_micro_batch else 2):
             OBJECTIVES["bradley_terry"](model(batch), batch)[0].backward()
         optimizer.step()
-        weights.publish()
+        weights.copy_to_model()
 
     step()
     optimizer.zero_grad(set_to_none=True)
@@ -85,14 +85,14 @@ def _peak_of_a_step(folder: Path, kind: str, layout: Layout, groups: int, vocab_
 @pytest.mark.parametrize(
     ("kind", "layout", "groups", "vocab_size", "moment"),
     [
-        ("qwen2", ONE, 60, 264, "the backward pass begins"),
-        ("qwen2", replace(ONE, width=4), 60, 264, "the backward pass begins"),
-        ("qwen2", replace(ONE, checkpointing=True), 60, 264, "the backward pass begins"),
-        ("qwen2", replace(ONE, one_micro_batch=True), 60, 264, "the backward pass begins"),
-        ("qwen2", ONE, 1, 50000, "the backward pass ends"),
-        ("qwen2", replace(ONE, one_micro_batch=True), 1, 50000, "the backward pass ends"),
-        ("bert", ONE, 60, 264, "the backward pass begins"),
-        ("gemma3_text", replace(ONE, width=4), 60, 264, "the backward pass begins"),
+        ("qwen2", ONE, 60, 264, "start of the backward pass"),
+        ("qwen2", replace(ONE, width=4), 60, 264, "start of the backward pass"),
+        ("qwen2", replace(ONE, checkpointing=True), 60, 264, "start of the backward pass"),
+        ("qwen2", replace(ONE, one_micro_batch=True), 60, 264, "start of the backward pass"),
+        ("qwen2", ONE, 1, 50000, "end of the backward pass"),
+        ("qwen2", replace(ONE, one_micro_batch=True), 1, 50000, "end of the backward pass"),
+        ("bert", ONE, 60, 264, "start of the backward pass"),
+        ("gemma3_text", replace(ONE, width=4), 60, 264, "start of the backward pass"),
     ],
 )
 def test_the_peak_is_that_of_a_training_step(
@@ -119,7 +119,7 @@ def test_static_memory_is_16_bytes_a_parameter_and_a_copy(shape: ModelShape) -> 
 def test_sharding_divides_what_is_static_and_gathers_layers(shape: ModelShape) -> None:
     whole = step_memory(shape, replace(ONE, strategy="ddp", num_processes=8), PACK, overhead=0)
     cut = step_memory(shape, replace(ONE, strategy="fsdp2", num_processes=8, shards=8), PACK, overhead=0)
-    hybrid = step_memory(shape, replace(ONE, strategy="fsdp", num_processes=8, shards=2), PACK, overhead=0)
+    hybrid = step_memory(shape, replace(ONE, strategy="fsdp2", num_processes=8, shards=2), PACK, overhead=0)
     assert cut.weights == whole.weights / 8
     assert hybrid.optimizer == whole.optimizer / 2
     assert cut.compute_copy == 2 * (2 * shape.layer_parameters + shape.outer_parameters)
@@ -139,7 +139,7 @@ def test_offloading_moves_memory_to_the_host(shape: ModelShape) -> None:
 def test_an_offloaded_optimizer_comes_back_for_its_step(shape: ModelShape) -> None:
     small = Pack(1, 1, 1)
     use = step_memory(shape, replace(ONE, offload_optimizer=True), small, overhead=0)
-    assert use.moment == "the optimizer steps"
+    assert use.moment == "optimizer step"
     assert use.total == 18 * shape.parameters - 2 * shape.head_parameters
 
 

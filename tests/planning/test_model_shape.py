@@ -81,7 +81,7 @@ def test_windows_are_those_of_the_layers(tmp_path: Path) -> None:
         ("a/b/c", "no such folder or file"),
         ("nowhere.json", "no such folder or file"),
         ("qwen2.5-7bb", "neither a folder with config.json nor a known shape. Did you mean 'qwen2.5-7b'?"),
-        ("someone/qwen2.5-7b", "the hub does not give it either"),
+        ("someone/qwen2.5-7b", "the hub does not provide it"),
         (".", "the folder holds no config.json"),
     ],
 )
@@ -111,7 +111,7 @@ _QWEN: dict[str, Any] = {
         (json.dumps({**_QWEN, "hidden_size": -8}), "no model can be built from this configuration"),
         (json.dumps({**_QWEN, "num_attention_heads": 0}), "no model can be built from this configuration"),
         (json.dumps({**_QWEN, "intermediate_size": 0}), "its sizes must be at least 1"),
-        (json.dumps({**_QWEN, "num_key_value_heads": 3}), "its heads a multiple of its key heads"),
+        (json.dumps({**_QWEN, "num_key_value_heads": 3}), "num_attention_heads a multiple of num_key_value_heads"),
         (json.dumps({**_QWEN, "hidden_size": 10**12}), "no model can be built from this configuration"),
         (json.dumps({**_QWEN, "vocab_size": "many"}), "not a configuration"),
         (json.dumps({**_QWEN, "architectures": ["Qwen2ForSequenceClassification"], "num_labels": 3}), "3 labels"),

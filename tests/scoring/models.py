@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from rm_gallery.modeling.export import InputRecord, export_folder, settle_pad_token
-from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.schema import InputStyle
 from tests.small import ENCODERS, make_model, make_tokenizer
@@ -23,7 +22,7 @@ def make_checkpoint(
     model = load_reward_model(str(base)).model.eval()
     tokenizer = make_tokenizer(encoder=kind in ENCODERS)
     settle_pad_token(model, tokenizer)
-    state = MasterWeights(model, torch.float32).state_dict(model)
+    state = model.network.state_dict()
     checkpoint = folder / "global_step_1"
     export_folder(checkpoint, model, state, tokenizer, torch.float32, InputRecord(style, **record))
     return checkpoint, model

@@ -112,7 +112,7 @@ def test_a_model_that_fails_on_one_text_fails_one_call(
     run = text_scorer.engine.run
 
     def picky(pack: Any) -> Any:
-        if any(len(unit.tokens.tails[0]) == 1 for unit in pack):
+        if any(len(part.tails[0]) == 1 for part in pack):
             raise RuntimeError("the kernel does not like it")
         return run(pack)
 

@@ -93,10 +93,10 @@ def test_a_chat_group_for_a_text_model_is_turned_into_text(text_scorer: RewardSc
 @pytest.mark.parametrize(
     ("responses", "message"),
     [
-        ("abc", "responses is one text"),
+        ("abc", "responses is a text"),
         ([None], "response 0 is NoneType"),
         (["a", 3], "response 1 is int"),
-        ([[{"content": "a"}]], "response 0 holds a message without a role"),
+        ([[{"content": "a"}]], "response 0 has a message without a role"),
         ([ANSWER], "response 0 is dict"),
     ],
 )
@@ -120,5 +120,5 @@ def test_parts_of_a_message_are_read_when_they_are_text() -> None:
     )
     chat = InputBuilder("chat").conversation([{"role": "user", "content": parts}])
     assert conversations(chat) == [[{"role": "user", "content": "Air."}]]
-    with pytest.raises(UserError, match="something else than text"):
+    with pytest.raises(UserError, match="content other than text"):
         InputBuilder("text").conversation([{"role": "user", "content": [{"type": "image_url"}]}])

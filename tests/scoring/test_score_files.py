@@ -1,4 +1,4 @@
-"""`rm-gallery score`: as many rows out as in, in order; several files and models; it goes on where it stopped."""
+"""`rm-gallery score`: as many rows out as in, in order; every source and layout; several files and models; resume."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from rm_gallery.cli import main
+from rm_gallery.data.sources import resolve_entries
 from rm_gallery.errors import UserError
 from rm_gallery.scoring import RewardScorer
 from rm_gallery.scoring import score_files as score_files_module
 from rm_gallery.scoring.score_files import ScoreOptions, name_models, score_files
+from rm_gallery.scoring.tables import ScoreDataConfig, open_table, read_group
 from tests import forks
+from tests.data.damage import SAMPLES
+from tests.data.sources.writing import PAIRS, WRITERS, write
 from tests.small import chat_pairs, text_pairs, write_pairs
 
 
@@ -48,7 +52,7 @@ def stop_after(parts: int) -> Any:
 @pytest.fixture
 def options(in_tmp: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> ScoreOptions:
     """200 pairs to score into `out.parquet`, in parts of 64, 64, 64 and 8 rows."""
-    monkeypatch.setattr(score_files_module, "_MOST_ROWS", 64)
+    monkeypatch.setattr(score_files_module, "_MAX_ROWS", 64)
     write_pairs(in_tmp / "pairs.parquet", [{**row, "number": n} for n, row in enumerate(text_pairs(200))])
     return ScoreOptions((str(text_folder),), ("pairs.parquet",), "out.parquet", device="cpu")
 
@@ -140,7 +144,7 @@ def test_rows_that_cannot_be_scored_have_null_and_a_count(
     printed = capsys.readouterr().out
     assert "out/rows.jsonl: 7 rows" in printed
     assert "global_step_1: 5 without a reward: 2 null response (first: rows.jsonl:1), " in printed
-    assert "1 half a character (a lone surrogate) in a text (first: rows.jsonl:4)" in printed
+    assert "1 text with a lone surrogate (first: rows.jsonl:4)" in printed
     lines = (in_tmp / "out/rows.jsonl").read_text().splitlines()
     assert lines[0].startswith('{"prompt": "Why?", "response": "So.", "big": 12345678901234567890, "reward": ')
     assert lines[2:4] == ['{"unreadable_line": "this is no JSON", "reward": null}', '{"response": 7, "reward": null}']
@@ -207,7 +211,7 @@ def test_memory_stays_flat_since_rows_are_read_as_they_are_needed(
         return [([0.0, 0.0], None)] * len(chunk)
 
     monkeypatch.setattr(score_files_module, "_score_rows", count)
-    monkeypatch.setattr(score_files_module, "_MOST_ROWS", 128)
+    monkeypatch.setattr(score_files_module, "_MAX_ROWS", 128)
     with pytest.raises(Stopped):
         score_files(options, on_part=stop_after(5))
     score_files(options)
@@ -219,14 +223,19 @@ def test_memory_stays_flat_since_rows_are_read_as_they_are_needed(
     ("arguments", "message"),
     [
         (["lost.parquet"], "lost.parquet: no such file or folder"),
-        (["notes.txt"], "notes.txt: only parquet and JSON lines are read"),
+        (["notes.txt"], "INPUT=notes.txt: files that end in .txt are not read"),
         (["empty.jsonl"], "empty.jsonl: the file holds no rows"),
-        (["other.jsonl"], "other.jsonl: no columns that can be scored (columns: a, b)"),
+        (["other.jsonl"], "other.jsonl: no known format in the columns a, b"),
         (["broken.parquet"], "broken.parquet: cannot be read as parquet"),
-        (["scored.jsonl"], "scored.jsonl: has a column 'reward' already"),
-        (["good.jsonl", "other.jsonl"], "other.jsonl: no columns"),
-        (["good.jsonl", "good.jsonl"], "good.jsonl: the file is named twice"),
-        (["good.jsonl", "--output", "out.parquet"], "the output is written like the input"),
+        (["scored.jsonl"], "scored.jsonl: already has a column 'reward'; rename it"),
+        (["good.jsonl", "other.jsonl"], "other.jsonl: no known format"),
+        (["good.jsonl", "good.jsonl"], "good.jsonl is named twice; name it once"),
+        (["good.jsonl", "data.chosenkey=a"], "data.chosenkey: unknown key. Did you mean 'data.chosen_key'?"),
+        (["good.jsonl", "data.custom_cls.name=A"], "data.custom_cls: score reads no custom class"),
+        (["good.jsonl", "data.response_key=answer"], "good.jsonl: no column 'answer'"),
+        (["good.jsonl", "data.split=test"], "INPUT=good.jsonl: split"),
+        (["late.jsonl"], "late.jsonl:40: already has a column 'reward'; rename it"),
+        (["good.jsonl", "bad.jsonl", "data.bad_rows=error"], "bad.jsonl:1: null response; fix the row"),
         (["good.jsonl", "--model", "model"], "--model names the same folder twice"),
     ],
 )
@@ -239,10 +248,12 @@ def test_bad_input_ends_in_one_sentence(
     write_lines(in_tmp / "other.jsonl", [{"a": 1, "b": 2}])
     write_lines(in_tmp / "good.jsonl", [{"response": "a"}])
     write_lines(in_tmp / "scored.jsonl", [{"response": "a", "reward": 1.0}])
+    write_lines(in_tmp / "late.jsonl", [{"response": "a"}] * 40 + [{"response": "a", "reward": 1.0}])
+    write_lines(in_tmp / "bad.jsonl", [{"response": "a"}, {"response": None}])
     assert main(["score", "--model", "model", "--output", "out", *arguments]) == 2
-    printed = capsys.readouterr()
-    assert message in printed.err and len(printed.err.splitlines()) == 1
-    assert not (in_tmp / "out").exists()
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rm-gallery: error: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert not list((in_tmp / "out").glob("[!.]*.parquet")) + list((in_tmp / "out").glob("[!.g]*"))
 
 
 def test_a_model_that_cannot_be_used_is_named(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,4 +270,83 @@ def test_ctrl_c_says_that_it_goes_on(
 
     monkeypatch.setattr(score_files_module, "score_files", interrupt)
     assert main(["score", "a.jsonl", "--output", "out", "b.jsonl", "--model", "m"]) == 130
-    assert capsys.readouterr().err == "rm-gallery: stopped by Ctrl-C; the same command goes on from here\n"
+    assert capsys.readouterr().err == "rm-gallery: stopped by Ctrl-C; rerun the command to resume\n"
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_the_same_rewards_and_keeps_its_columns(
+    name: str, in_tmp: Path, text_folder: Path, text_scorer: RewardScorer
+) -> None:
+    rows = [{**row, "note": f"n{number}"} for number, row in enumerate(PAIRS)]
+    write(in_tmp / name, rows, like=name)
+    assert main(["score", "--model", str(text_folder), name, "--output", "out", "--device", "cpu"]) == 0
+    (output,) = [path for path in (in_tmp / "out").iterdir() if not path.name.startswith(".")]
+    is_json = "json" in name
+    assert output.name == name.split(".")[0] + (
+        ".ndjson" if name == "a.ndjson" else ".jsonl" if is_json else ".parquet"
+    )
+    found = read_lines(output) if is_json else pq.read_table(output).to_pylist()
+    assert [{key: row[key] for key in rows[0]} for row in found] == rows
+    expected = text_scorer.score_pairs(rows)
+    for column, side in (("reward_chosen", 0), ("reward_rejected", 1)):
+        assert [row[column] for row in found] == pytest.approx([pair[side] for pair in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_layout_of_training_is_scored(name: str, chat_scorer: RewardScorer, in_tmp: Path) -> None:
+    write_lines(in_tmp / "a.jsonl", [SAMPLES[name].row])
+    table = open_table(resolve_entries("a.jsonl", key="INPUT")[0], ScoreDataConfig())
+    [row] = table.rows()
+    group = read_group(row, table.reader("chat"), chat_scorer.inputs)
+    is_pair = {"chosen", "rejected"} <= SAMPLES[name].row.keys()
+    assert table.reward_columns == (("reward_chosen", "reward_rejected") if is_pair else ("rewards",))
+    assert len(chat_scorer.score([group])[0]) == len(group.responses) >= 2
+
+
+def test_columns_have_the_names_that_settings_give(in_tmp: Path, text_folder: Path) -> None:
+    rows = [{"better": row["chosen"], "worse": row["rejected"]} for row in PAIRS]
+    write(in_tmp / "pairs.csv", PAIRS)
+    write(in_tmp / "other.csv", rows)
+    command = ["score", "--model", str(text_folder), "--device", "cpu", "--output"]
+    assert main([*command, "a.parquet", "pairs.csv"]) == 0
+    settings = ["data.chosen_key=better", "data.rejected_key=worse"]
+    assert main([*command, "b.parquet", settings[0], "other.csv", settings[1]]) == 0
+    first, second = (
+        pq.read_table(path).select(["reward_chosen", "reward_rejected"]) for path in ("a.parquet", "b.parquet")
+    )
+    assert first == second
+    assert main([*command, "b.parquet", "other.csv", "data.chosen_key=worse", "data.rejected_key=better"]) == 2
+
+
+def test_tools_reach_the_chat_template(in_tmp: Path, chat_scorer: RewardScorer) -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    write_lines(in_tmp / "a.jsonl", [{"prompt": "1 + 1?", "response": "2", "tools": json.dumps(tools)}])
+    table = open_table(resolve_entries("a.jsonl", key="INPUT")[0], ScoreDataConfig())
+    group = read_group(next(table.rows()), table.reader("chat"), chat_scorer.inputs)
+    assert group.metadata == {"tools": tools}
+
+
+def test_the_suffix_of_the_output_decides_its_kind(in_tmp: Path, text_folder: Path) -> None:
+    write_lines(in_tmp / "a.jsonl", [{"response": "a", "n": 1}, "no JSON", {"response": "b", "n": 2.5, "m": [1]}])
+    write(in_tmp / "a.parquet", PAIRS)
+    write_lines(in_tmp / "mixed.jsonl", [{"response": "a", "n": 1}, {"response": "b", "n": "two"}])
+    command = ["score", "--model", str(text_folder), "--device", "cpu", "--output"]
+    assert main([*command, "b.parquet", "a.jsonl"]) == 0
+    rows = pq.read_table("b.parquet").to_pylist()
+    assert [(row["response"], row["n"], row["m"], row["reward"] is None) for row in rows] == [
+        ("a", 1.0, None, False), (None, None, None, True), ("b", 2.5, [1], False),
+    ]  # fmt: skip
+    assert main([*command, "b.jsonl", "a.parquet"]) == 0
+    assert [row["chosen"] for row in read_lines(Path("b.jsonl"))] == [row["chosen"] for row in PAIRS]
+    assert main([*command, "c.parquet", "mixed.jsonl"]) == 2
+    assert main([*command, "c.jsonl", "mixed.jsonl"]) == 0
+
+
+def test_a_run_without_any_reward_ends_with_status_2(
+    in_tmp: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lines(in_tmp / "a.jsonl", [{"response": None}, {"response": ""}])
+    assert main(["score", "--model", str(text_folder), "a.jsonl", "--output", "out", "--device", "cpu"]) == 2
+    printed = capsys.readouterr()
+    assert "2 without a reward: 1 null response (first: a.jsonl:0), 1 text without a token" in printed.out
+    assert "no row got a reward" in printed.err

@@ -71,7 +71,7 @@ def trained_tokens(config: TrainConfig) -> list[list[int]]:
 
 def scored_tokens(scorer: RewardScorer, messages: list[list[Message]]) -> list[list[int]]:
     encoded = scorer.engine.encode([scorer.inputs.conversation(each) for each in messages])
-    return [[*unit.tokens.prefix.tolist(), *unit.tokens.tails[0].tolist()] for units in encoded for unit in units]  # type: ignore[union-attr]
+    return [[*part.prefix.tolist(), *part.tails[0].tolist()] for parts in encoded for part in parts]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

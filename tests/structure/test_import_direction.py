@@ -39,6 +39,7 @@ LAYERS = [
     "rm_gallery.serving",
     "rm_gallery.core",
     "rm_gallery.cli",
+    "rm_gallery.core.generator.export",  # `python -m`: an entry that calls the command line
 ]
 
 # These load neither torch nor transformers when they are imported (a file that needs them imports them in a function).
@@ -56,6 +57,7 @@ LIGHT = [
     "rm_gallery.data.tokenization",
     "rm_gallery.data.token_cache",
     "rm_gallery.data.batching.plan",
+    "rm_gallery.inspection",
     "rm_gallery.data.config",
     "rm_gallery.modeling.config",
     "rm_gallery.modeling.parallel.strategy",

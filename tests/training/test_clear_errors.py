@@ -173,7 +173,7 @@ def test_dropped_rows_are_counted_by_reason_with_an_example(run: Run) -> None:
 
 def test_bad_rows_error_stops_at_the_first(run: Run) -> None:
     write_pairs(Path("train.parquet"), odd_rows())
-    assert refused(run, "data.bad_rows=error").startswith("train.parquet:3: null chosen; mend the row, or set ")
+    assert refused(run, "data.bad_rows=error").startswith("train.parquet:3: null chosen; fix the row, or set ")
 
 
 @pytest.mark.parametrize("truncation", ["left", "right"])
@@ -214,6 +214,6 @@ def test_an_earlier_run_is_kept_and_the_new_one_refused(run: Run) -> None:
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     status, lines = run("trainer.resume_mode=disable")
     assert status == 2
-    sentence = "run: holds an earlier run (newest checkpoint global_step_1), which cannot be continued ("
+    sentence = "run: holds an earlier run (newest checkpoint global_step_1), which cannot be resumed ("
     assert lines[0].startswith(f"rm-gallery: error: {sentence}trainer.resume_mode=disable); set ")
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before

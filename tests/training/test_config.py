@@ -224,7 +224,7 @@ def test_a_wrong_section_is_not_reported_again_key_by_key() -> None:
 
 def test_wsd_ratios_that_overlap_are_refused() -> None:
     found = problems("optim.lr_scheduler=wsd", "optim.warmup_steps_ratio=0.6", "optim.decay_steps_ratio=0.6")
-    assert found == ["optim.warmup_steps_ratio=0.6 with decay_steps_ratio=0.6: together at most 1 for wsd"]
+    assert found == ["optim.warmup_steps_ratio=0.6 with decay_steps_ratio=0.6: must be at most 1 together for wsd"]
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_truncation_that_does_nothing_is_warned_about(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("rm_gallery"), "propagate", True)
     load("data.truncation=left")
-    assert "data.truncation=left does nothing while data.filter_overlong_prompts=true" in caplog.text
+    assert "data.truncation=left has no effect: data.filter_overlong_prompts=true" in caplog.text
     caplog.clear()
     load("data.truncation=left", "data.filter_overlong_prompts=false")
     assert not caplog.records

@@ -57,7 +57,7 @@ def test_rows_without_a_group_are_counted_by_reason(qwen2_folder: Path) -> None:
     assert data["groups"] == 4
     assert data["dropped"] == {
         "no votes": {"rows": 2, "first": "train.parquet:2"},
-        "left out by build_group": {"rows": 1, "first": "train.parquet:3"},
+        "dropped by build_group": {"rows": 1, "first": "train.parquet:3"},
         "empty chosen": {"rows": 1, "first": "train.parquet:7"},
     }
 
@@ -66,7 +66,7 @@ def test_a_row_without_group_stops_under_bad_rows_error(qwen2_folder: Path, caps
     body = "    def build_group(self, row):\n        return None, 'no votes'\n"
     assert run("train", body, qwen2_folder, "data.bad_rows=error") == 2
     assert errors(capsys.readouterr().err) == [
-        "train.parquet:0: no votes; mend the row, or set data.bad_rows=drop to leave it out"
+        "train.parquet:0: no votes; fix the row, or set data.bad_rows=drop to drop it"
     ]
 
 
@@ -78,7 +78,7 @@ def test_a_hook_that_raises_stops_with_one_sentence(
     body = f"    def {hook}(self, value):\n        return 1 / 0\n"
     assert run(command, body, qwen2_folder) == 2
     assert errors(capsys.readouterr().err) == [
-        f"train.parquet:0: Mine.{hook} raised ZeroDivisionError: division by zero (mine.py:5); correct the hook"
+        f"train.parquet:0: Mine.{hook} raised ZeroDivisionError: division by zero (mine.py:5); fix the hook"
     ]
     assert not Path("out").exists()
 
@@ -103,8 +103,8 @@ def test_a_file_that_is_missing_or_broken_is_one_sentence(
     assert sentence.startswith("data.custom_cls.path=mine.py: cannot be imported, ZeroDivisionError: ")
     assert run("validate-config", NUMBERED, qwen2_folder, "data.input_style=text", "data.format=prompt") == 2
     assert errors(capsys.readouterr().err) == [
-        "data.input_style=text: data.custom_cls gives messages; leave one of the two out",
-        "data.format=prompt: data.custom_cls reads the rows; leave one of the two out",
+        "data.input_style=text: data.custom_cls returns messages; remove one of the two",
+        "data.format=prompt: data.custom_cls reads the rows; remove one of the two",
     ]
     assert run("validate-config", NUMBERED, qwen2_folder) == 0
 
@@ -113,21 +113,21 @@ def test_a_format_of_its_own_is_said_in_training_and_in_scoring(
     qwen2_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("validate-config", NUMBERED + OWN, qwen2_folder) == 0
-    assert "data.custom_cls: _apply_chat_template writes something else than the " in capsys.readouterr().err
+    assert "data.custom_cls: _apply_chat_template differs from the chat template " in capsys.readouterr().err
     assert run("train", NUMBERED + OWN, qwen2_folder) == 0
     [warning] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("W ")]
-    assert "data.train_files: data.custom_cls: _apply_chat_template writes something else than the " in warning
+    assert "data.train_files: data.custom_cls: _apply_chat_template differs from the chat template " in warning
     checkpoint = Path("out/bt/global_step_1")
     assert read_record(checkpoint) == InputRecord("chat", max_length=200, own_rendering=True)
     with RewardScorer.from_folder(checkpoint, device="cpu") as scorer:
         assert "rendered in its own way" in capsys.readouterr().err
         [row] = text_pairs(1)
         text = f"user: 0\nbot: {row['chosen']}<|im_end|>\n"
-        [unit] = scorer.engine.encode([PreferenceGroup("", [text])])[0]  # type: ignore[union-attr]
+        [part] = scorer.engine.encode([PreferenceGroup("", [text])])[0]  # type: ignore[union-attr]
     from rm_gallery.data.config import Side
     from rm_gallery.data.tokenization.tokenizer import load_tokenizer
     from rm_gallery.training.data_setup import load_side
 
     config = load_config(None, settings(qwen2_folder))
     group = load_side(Side("data.train_files"), config.data, load_tokenizer(str(qwen2_folder))).data[0]
-    assert unit.tokens.tails[0].tolist() == [*group.prefix.tolist(), *group.tails[0].tolist()]
+    assert part.tails[0].tolist() == [*group.prefix.tolist(), *group.tails[0].tolist()]

@@ -20,9 +20,7 @@ ROOT = Path(__file__).parents[2]
 OFFLOAD = "model.fsdp_config.cpu_offload=true"
 CASES = {
     "ddp": ["model.strategy=ddp"],
-    "fsdp": ["model.strategy=fsdp"],
     "fsdp2": ["model.strategy=fsdp2"],
-    "fsdp-offload": ["model.strategy=fsdp", OFFLOAD],
     "fsdp2-offload": ["model.strategy=fsdp2", OFFLOAD],
     "optimizer-offload": ["model.strategy=fsdp2", "model.fsdp_config.optimizer_offload=true"],
     "checkpointing": ["model.strategy=fsdp2", "model.enable_gradient_checkpointing=true"],

@@ -13,7 +13,7 @@ from tests.small import make_model
 from tests.training.rank_runs import Act, Run, run_all
 from tests.training.short_runs import assert_same_run, rows, settings, write_data
 
-FSDP2, FSDP, DDP = ("model.strategy=fsdp2",), ("model.strategy=fsdp",), ("model.strategy=ddp",)
+FSDP2, DDP = ("model.strategy=fsdp2",), ("model.strategy=ddp",)
 LONG = (
     "trainer.total_epochs=10",
     "optim.lr=1e-4",
@@ -36,7 +36,7 @@ def test_a_run_of_two_processes_that_was_stopped_is_the_one_that_was_not(in_tmp:
     bert = make_model("bert", in_tmp / "bert")
     cases = {
         "fsdp2": (qwen2_folder, (*FSDP2, "trainer.async_save=true", "trainer.save_freq=2")),
-        "fsdp": (qwen2_folder, (*FSDP, "model.fsdp_config.model_dtype=bf16")),
+        "fsdp": (qwen2_folder, ("model.strategy=fsdp", "model.fsdp_config.model_dtype=bf16")),
         "ddp": (bert, (*DDP, "model.dropout=0.3", "trainer.log_freq=4")),
     }
     runs = []
@@ -74,7 +74,7 @@ def test_another_number_of_processes_goes_on_from_the_same_weights_gradients_and
         assert max(float((found[each] - expected[each]).abs().max()) for each in found) < 1e-5, name
         other = {row["step"]: row["train/loss"] for row in rows(Path("runs") / name) if "train/loss" in row}
         assert other == pytest.approx(losses, abs=1e-4), name
-    assert "going on with 4 processes, saved by 2: random states are new" in done[-1].log
+    assert "resuming with 4 processes, saved by 2: RNG states are new" in done[-1].log
 
 
 def test_a_killed_and_a_hung_process_end_the_others_in_words(in_tmp: Path, qwen2_folder: Path) -> None:

@@ -31,7 +31,7 @@ def test_stopped_after_any_step_and_started_again(
     whole = train(qwen2_folder, "whole", *same)
     when_logged(monkeypatch, stop_after, send(signal.SIGTERM))
     parts = train(qwen2_folder, "parts", *same, status=143)
-    sentence = f"stopped by SIGTERM after step {stop_after} of 6; global_step_{stop_after} is saved, and the same "
+    sentence = f"stopped by SIGTERM after step {stop_after} of 6; global_step_{stop_after} is saved; rerun the command"
     assert sentence in capsys.readouterr().err
     assert rows(parts)[-1]["step"] == stop_after
     train(qwen2_folder, "parts", *same)
@@ -99,7 +99,7 @@ def test_a_signal_in_the_middle_of_a_step_leaves_the_step_for_later(
 def test_a_signal_before_the_first_step_ends_at_once(qwen2_folder: Path, monkeypatch: Any, capsys: Any) -> None:
     when_logged(monkeypatch, 0, send(signal.SIGTERM), val=True)
     run = train(qwen2_folder, "run", "trainer.val_before_train=true", status=143)
-    assert "stopped by SIGTERM after step 0 of 6; nothing was done" in capsys.readouterr().err
+    assert "stopped by SIGTERM after step 0 of 6; no step was completed" in capsys.readouterr().err
     assert not list(run.glob("global_step_*"))
     train(qwen2_folder, "run", "trainer.val_before_train=true")
     assert [row["step"] for row in rows(run)] == [0, 1, 2, 3, 4, 5, 6, 6]
@@ -170,8 +170,8 @@ def test_a_longer_run_of_a_constant_rate_is_the_one_that_was_as_long_from_the_st
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (["trainer.total_epochs=3"], "belongs to a run of 6 steps, now 9 are asked for, and with this schedule the "),
-        (["trainer.total_training_steps=2"], "has come to step 3, past the 2 steps that are asked for; raise "),
+        (["trainer.total_epochs=3"], "belongs to a run of 6 steps, now 9 are configured, and with this schedule the "),
+        (["trainer.total_training_steps=2"], "is at step 3, past the 2 steps that are configured; raise "),
     ],
 )
 def test_a_length_that_cannot_be_is_refused(
@@ -214,9 +214,7 @@ def test_another_run_in_the_same_folder_is_refused_by_what_differs(
 def test_other_settings_are_named_and_taken(qwen2_folder: Path, caplog: Any) -> None:
     run = train(qwen2_folder, "run", "optim.lr_scheduler=constant", "trainer.total_epochs=1")
     train(qwen2_folder, "run", "optim.lr_scheduler=constant", "optim.lr=1e-5", "optim.weight_decay=0.5")
-    assert (
-        "going on with settings that are new: optim.lr=1e-05, was 0.001; optim.weight_decay=0.5, was 0.0" in caplog.text
-    )
+    assert "resuming with changed settings: optim.lr=1e-05, was 0.001; optim.weight_decay=0.5, was 0.0" in caplog.text
     assert [row["train/lr"] for row in rows(run) if "train/lr" in row] == [1e-3] * 3 + [1e-5] * 3
     facts = json.loads((run / "run.json").read_text())
     assert facts["start_step"] == 3

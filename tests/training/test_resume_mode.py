@@ -82,7 +82,7 @@ def test_a_path_that_cannot_be_used_is_refused(
 def test_a_path_beside_a_run_that_did_not_begin_there_is_refused(first: Path, qwen2_folder: Path, capsys: Any) -> None:
     train(qwen2_folder, "second", "trainer.total_training_steps=1")
     train(qwen2_folder, "second", "trainer.resume_mode=runs/first/global_step_2", status=2)
-    assert "holds a run (newest checkpoint global_step_1) that did not begin with trainer.resume_mode=" in (
+    assert "holds a run (newest checkpoint global_step_1) that did not start from trainer.resume_mode=" in (
         capsys.readouterr().err
     )
 
@@ -91,4 +91,4 @@ def test_checkpoints_without_a_training_state_are_refused(first: Path, qwen2_fol
     for folder in first.glob("global_step_*"):
         shutil.rmtree(folder / "training_state")
     train(qwen2_folder, "first", status=2)
-    assert "cannot be continued (none of its checkpoints holds a training_state)" in capsys.readouterr().err
+    assert "cannot be resumed (none of its checkpoints holds a training_state)" in capsys.readouterr().err

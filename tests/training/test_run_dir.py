@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rm_gallery.errors import UserError
-from rm_gallery.training.run_dir import claimed, write_run_facts
+from rm_gallery.training.run_dir import lock_run_dir, write_run_facts
 
 HOLDER = """
 import fcntl, sys
@@ -30,12 +30,12 @@ def test_a_folder_that_another_process_trains_in_is_refused_until_it_ends(tmp_pa
     )
     try:
         assert holder.stdout is not None and holder.stdout.readline() == b"taken\n"
-        with pytest.raises(UserError, match="process 7 on here is training in this folder; end it first"):
-            with claimed(tmp_path, patience=0):
+        with pytest.raises(UserError, match="process 7 on here is training in this directory; stop it first"):
+            with lock_run_dir(tmp_path, timeout=0):
                 pass
     finally:
         holder.communicate()
-    with claimed(tmp_path, patience=0):
+    with lock_run_dir(tmp_path, timeout=0):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from rm_gallery.cli import main
-from rm_gallery.modeling.export import MANIFEST, check_manifest, read_record, rescore
+from rm_gallery.files import MANIFEST, check_manifest
+from rm_gallery.modeling.export import read_record, rescore
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring import RewardScorer
 from tests.small import chat_pairs, make_model, make_tokenizer, text_pairs, write_pairs
@@ -108,10 +109,14 @@ def test_checkpoint_is_a_complete_folder_for_every_consumer(data: Path, qwen2_fo
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
     assert config["pad_token_id"] is not None and tokenizer_config["pad_token"] != tokenizer_config["eos_token"]
     assert "<|im_start|>" in tokenizer_config["chat_template"]
-    assert sorted(json.loads((folder / MANIFEST).read_text())["sha256"]) == [
+    listed = json.loads((folder / MANIFEST).read_text())["sha256"]
+    assert sorted(name for name in listed if "/" not in name) == [
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
-    assert check_manifest(folder) == []
+    assert sorted([*listed, MANIFEST]) == sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
+    assert check_manifest(folder) is None
     from safetensors import safe_open
 
     with safe_open(folder / "model.safetensors", framework="pt") as tensors:
@@ -151,10 +156,10 @@ def test_bfloat16_compute_follows_the_float32_curve(data: Path, qwen2_folder: Pa
 
 def test_training_goes_on_from_a_reward_model_with_its_head(data: Path, qwen2_folder: Path, caplog: Any) -> None:
     first = train(qwen2_folder, "optim.lr=1e-3", name="first")
-    assert "reward head: new" in caplog.text
+    assert "reward head: newly initialized" in caplog.text
     caplog.clear()
     train(first / "global_step_3", "trainer.val_before_train=true", name="second")
-    assert "reward head: kept" in caplog.text
+    assert "reward head: loaded" in caplog.text
     assert metrics(Path("runs/second"), "val/loss")[0] == pytest.approx(metrics(first, "val/loss")[-1], abs=1e-6)
 
 

@@ -109,7 +109,7 @@ def test_tracker_that_raises_warns_once_and_is_not_called_again(
     assert broken.steps == [1, 2] and healthy.steps == [1, 2, 3, 4]
     assert broken.closed == [True] and healthy.closed == [False]
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message == "wandb failed at step 2 and gets no more metrics: connection lost"
+    assert message == "wandb failed at step 2 and is disabled: connection lost"
 
 
 def test_failed_start_closes_the_trackers_already_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

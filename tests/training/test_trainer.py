@@ -14,6 +14,7 @@ import torch
 
 from rm_gallery.data.batching.loader import StepBatches
 from rm_gallery.data.batching.packed_batch import PackedBatch, collate
+from rm_gallery.distributed.collectives import HostGroup
 from rm_gallery.distributed.process_group import World
 from rm_gallery.errors import TrainingStopped
 from rm_gallery.modeling.parallel.master_weights import MasterWeights
@@ -21,7 +22,6 @@ from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.objectives import Objective, bradley_terry
 from rm_gallery.objectives.metrics import Sums
 from rm_gallery.training.checkpoint import Progress
-from rm_gallery.training.collectives import Ranks
 from rm_gallery.training.config import OptimConfig
 from rm_gallery.training.optim import build_optimizer, build_schedule
 from rm_gallery.training.trainer import Intervals, Trainer
@@ -76,7 +76,7 @@ def build(
         optimizer=build_optimizer(weights.named_parameters(), config),
         schedule=build_schedule(config, total_steps), clip_grad=clip_grad, steps=steps, total_steps=total_steps,
         intervals=Intervals(log=1, validate=0, save=2), max_bad_steps=max_bad_steps, validate=None,
-        checkpoints=recorder, sink=recorder, ranks=Ranks(World(0, 1, torch.device("cpu"))),
+        checkpoints=recorder, sink=recorder, ranks=HostGroup(World(0, 1, torch.device("cpu"))),
     )  # fmt: skip
     return trainer, recorder
 

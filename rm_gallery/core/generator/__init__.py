@@ -1,6 +1,6 @@
-"""Generators: judged answers become training data. `export_data` writes files that the trainer reads.
+"""Generators: scored responses become training data. `export_data` writes files that training reads.
 
-The name is looked up when it is asked for, so that importing this package costs next to nothing.
+Names are imported on first access, so that importing this package stays cheap.
 """
 
 from __future__ import annotations
@@ -8,20 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rm_gallery.core.generator.export import export_data
     from rm_gallery.core.generator.summary import ExportSummary
+    from rm_gallery.core.generator.write import export_data
 
 __all__ = ["ExportSummary", "export_data"]
 
 
 def __getattr__(name: str) -> Any:
-    # Late for `python -m rm_gallery.core.generator.export` too: Python warns when the module is loaded before it runs.
-    if name == "export_data":
-        from rm_gallery.core.generator.export import export_data
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rm_gallery.core.generator import write
 
-        return export_data
-    if name == "ExportSummary":
-        from rm_gallery.core.generator.summary import ExportSummary
-
-        return ExportSummary
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(write, name)

@@ -1,126 +1,193 @@
-"""Cases: a row of any accepted form becomes a prompt with scored responses, or a counted reason why it cannot.
+"""Cases: rows of files, Python objects and graded samples become prompts with scored responses.
 
-A score is a number, or the reason why there is none, from whatever a case or a grader's result holds.
+What cannot be used is counted by reason; a response without a usable text or score leaves the others of its case.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from decimal import Decimal
-from numbers import Real
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from rm_gallery.core.generator.case_files import RawCase
-from rm_gallery.core.generator.results import PAIR, RunnerResults
-from rm_gallery.core.generator.texts import Text, content_key, is_nothing, read_answer, read_text, split_turns, to_utf8
-from rm_gallery.core.graders.prompt import is_messages
+from rm_gallery.core.generator.summary import ExportSummary
+from rm_gallery.core.graders.llm_grader import is_messages
 from rm_gallery.core.graders.reward import places
-from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
-from rm_gallery.core.utils.mapping import Mapper, check_mapper, get_value_by_path
+from rm_gallery.core.runner.grader_config import Mapper, check_mapper, get_value_by_path
+from rm_gallery.core.runner.results_file import PAIR, GradingResults
+from rm_gallery.data.formats import as_messages, hash_prompt, prompt_key, read_cell, without_repeats
+from rm_gallery.data.formats.cells import Cell, plain_json, read_list, read_name, read_number
+from rm_gallery.data.formats.conversations import check_answer, shared_turns
+from rm_gallery.data.sources import Row
 from rm_gallery.errors import BadRow, Dropped, UserError, nearest, one_line
+from rm_gallery.schema import PreferenceGroup
 
 PROMPTS = ("prompt", "query", "messages")
 PAIR_SCORES = ("score_a", "score_b")
 LIST_SCORES = ("scores", "rewards", "ranks")
 SINGLE_SCORE = ("score", "reward")
-# What a case may hold, the first that it has something of: where its responses are, where their scores.
-FORMS = ((PAIR, PAIR_SCORES), (("responses",), LIST_SCORES), (("response",), SINGLE_SCORE))
+# Layouts of a case, in order of precedence: (fields of the responses, fields of their scores).
+LAYOUTS = ((PAIR, PAIR_SCORES), (("responses",), LIST_SCORES), (("response",), SINGLE_SCORE))
 FIELDS = ("prompt", *PAIR, *PAIR_SCORES, "responses", "scores", "ranks", "response", "score", "source")
-"""What a mapper may give."""
+"""Fields that a mapper may give."""
 _RESULTS_LINE = {"index", "grader", "sample", "kind", "result"}
 _MAX_SHOWN = 12
+_MAX_DEPTH = 100
 
 
-class Answer(NamedTuple):
-    """A response with its score."""
-
-    text: Text
-    key: bytes
-    """The same for the same content, whatever white space is around it."""
+class ScoredResponse(NamedTuple):
+    text: Cell
+    key: int
+    """Hash of the content, 64 bits; surrounding white space does not count."""
     score: float
     source: str | None
-    """Name of the data set that it is from."""
+    """Name of the data set."""
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """What a row offers for comparison."""
+class ScoredGroup(NamedTuple):
+    """A prompt with scored responses: a case, or a row of an export."""
 
-    where: str
-    prompt: Text
-    """Empty for none."""
-    prompt_key: bytes
-    """The same for the same prompt, whatever white space is around it; empty for none."""
-    answers: list[Answer]
-    """Two or more; one when the case is a response that is compared with those of other cases."""
+    prompt: Cell
+    """'' for none."""
+    prompt_key: int | None
+    """Hash of the prompt, 64 bits, as training computes it; None for none."""
+    responses: list[ScoredResponse]
+    """One when the case is a response that is compared with those of other cases."""
     is_rank: bool
-    """The scores are places, negated."""
+    """The scores are negated ranks: an order without a scale."""
+    where: str = ""
+    """`file:row`"""
+    case_key: int = 0
+    """Hash of the responses and scores of the case; set when pairs are made."""
+
+    @property
+    def source(self) -> str | None:
+        """The data set that all responses are from; None when they are from several."""
+        return self.responses[0].source if len({each.source for each in self.responses}) == 1 else None
+
+    @property
+    def margin(self) -> float | None:
+        """Of a pair: the difference of the scores; None for ranks."""
+        return None if self.is_rank else self.responses[0].score - self.responses[1].score
+
+
+class Fault(BadRow):
+    """A reason with a detail that differs from row to row."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason)
+        self.detail = one_line(detail)
+
+
+def content_key(value: Cell, role: str) -> int:
+    """Hash of a text or conversation, 64 bits, as training computes it for prompts; a text is one turn of `role`."""
+    return hash_prompt(prompt_key(PreferenceGroup(as_messages(value, role), (), style="chat")))
+
+
+def group_key(group: ScoredGroup) -> int:
+    """Of a group without a prompt: hash of what stands for it, as training computes it.
+
+    For texts that is their common beginning up to a line break, else the first text in sorted order.
+    """
+    texts = [response.text for response in group.responses]
+    if all(isinstance(text, str) for text in texts):
+        return hash_prompt(prompt_key(PreferenceGroup("", texts)))
+    return min(response.key for response in group.responses)
 
 
 def check_case_mapper(mapper: Any) -> None:
-    """Raise UserError for what can be no mapper of cases."""
+    """Raise UserError for a mapper of cases that is not valid."""
     check_mapper(mapper, "the cases")
-    for field in mapper if isinstance(mapper, Mapping) else ():
-        if field not in FIELDS:
-            hint = nearest(str(field), FIELDS)
-            raise UserError(f"the mapper gives {field!r}, but a case has {', '.join(FIELDS)}.{hint}")
+    for name in mapper if isinstance(mapper, Mapping) else ():
+        if name not in FIELDS:
+            hint = nearest(str(name), FIELDS)
+            raise UserError(f"the mapper gives {name!r}, but a case has {', '.join(FIELDS)}.{hint}")
+
+
+def rows_of(cases: Any) -> Iterator[Row]:
+    """Cases of a list, an iterator or a DataFrame as rows. Raises UserError for anything else."""
+    if hasattr(cases, "to_dict") and hasattr(cases, "columns"):
+        cases = cases.to_dict("records")
+    if isinstance(cases, Mapping):
+        raise UserError(
+            "the cases are one dictionary: give a list of dictionaries, one per case (what a GradingRunner returned "
+            "goes to results=..., with the graded samples as cases)"
+        )
+    if isinstance(cases, bytes) or not isinstance(cases, Iterable):
+        raise UserError(f"the cases are of type {type(cases).__name__}: give a list of dictionaries, or paths of files")
+    for index, values in enumerate(cases):
+        if isinstance(values, Mapping):
+            yield Row(dict(values), "cases", index)
+        else:
+            yield Row({}, "cases", index, f"a case that is {type(values).__name__}, not a dictionary")
 
 
 def read_cases(
-    raw: Iterable[RawCase],
-    dropped: Dropped,
+    rows: Iterable[Row],
+    summary: ExportSummary,
     *,
     mapper: Mapper | None = None,
-    results: RunnerResults | None = None,
+    results: GradingResults | None = None,
     source: str | None = None,
-) -> tuple[list[Case], int]:
-    """The usable cases in order, and how many there were; what cannot be used of one is added to `dropped`.
+) -> list[ScoredGroup]:
+    """The usable cases in order; counts the cases and what is dropped in `summary`.
 
-    source: name of the data set for cases that do not name theirs.
+    source: name of the data set for cases without one.
     Raises UserError when results do not belong to the cases, and when the cases are results.
     """
-    cases, num_cases = [], 0
-    for index, (where, values) in enumerate(raw):
-        num_cases += 1
+    dropped = Dropped(summary.failures, summary.examples)
+    groups = []
+    for index, row in enumerate(rows):
+        summary.num_cases += 1
         try:
-            if isinstance(values, BadRow):
-                raise values
-            if not isinstance(values, Mapping):
-                raise BadRow(f"a case that is {type(values).__name__}, not a dictionary")
-            if values.keys() >= _RESULTS_LINE:
-                raise UserError(f"{where}: this is a result of a GradingRunner: give it as results, not as a case")
-            judged = (results.take(index, values),) if results else ()
-            case = _read_case(_fields(values, mapper), where, judged, source, dropped)
+            if row.fault:
+                raise BadRow(row.fault)
+            if row.values.keys() >= _RESULTS_LINE:
+                raise UserError(f"{row.where}: this is a result of a GradingRunner: give it as results, not as a case")
+            judged = results.take(index, row.values) if results else None
+            fields = plain(_fields(row.values, mapper))
+            group = _CaseReader(fields, row.where, dropped, judged).read(source)
         except BadRow as error:
-            _count(dropped, error, where)
+            _count(dropped, error, row.where)
             continue
-        if case is not None:
-            cases.append(case)
+        if group is not None:
+            groups.append(group)
     if results:
-        results.check_length(num_cases)
-    return _of_one_style(cases, dropped), num_cases
-
-
-def _of_one_style(cases: list[Case], dropped: Dropped) -> list[Case]:
-    """Without bare texts where other cases are chats: nothing would say to a trainer that they are to be read so."""
-    bare = [not case.prompt and any(isinstance(answer.text, str) for answer in case.answers) for case in cases]
+        results.check_length(summary.num_cases)
+    bare = [not group.prompt and any(isinstance(each.text, str) for each in group.responses) for group in groups]
     if all(bare):
-        return cases
-    for case, is_bare in zip(cases, bare, strict=True):
-        if is_bare:
-            dropped.add("texts without a prompt, among cases that have one", case.where)
-    return [case for case, is_bare in zip(cases, bare, strict=True) if not is_bare]
+        return groups
+    for group, is_bare in zip(groups, bare, strict=True):
+        if is_bare:  # a file of both would not say whether a text is a whole input or an assistant turn
+            dropped.add("texts without a prompt, among cases that have one", group.where)
+    return [group for group, is_bare in zip(groups, bare, strict=True) if not is_bare]
 
 
 def _count(dropped: Dropped, error: BadRow, where: str) -> None:
-    detail = error.detail if isinstance(error, Fault) else ""
-    dropped.add(str(error), f"{where}: {detail}" if detail else where)
+    dropped.add(str(error), f"{where}: {error.detail}" if isinstance(error, Fault) and error.detail else where)
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """Lists and dictionaries for tuples, arrays and pydantic objects, None for pandas' NA."""
+    if isinstance(value, str):
+        return value
+    if depth > _MAX_DEPTH:
+        raise BadRow(f"values nested more than {_MAX_DEPTH} deep")
+    for method in ("model_dump", "tolist"):
+        if callable(getattr(value, method, None)) and not isinstance(value, type):
+            value = getattr(value, method)()
+    if isinstance(value, Mapping):
+        return {key: plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, depth + 1) for item in value]
+    return None if type(value).__name__ in ("NAType", "NaTType") else value
+
+
+def is_empty(value: Any) -> bool:
+    """None, an empty cell of a table (NaN), white space, or an empty list."""
+    return _is_null(value) or (isinstance(value, list) and not value) or (isinstance(value, str) and not value.strip())
 
 
 def _fields(values: Mapping[str, Any], mapper: Mapper | None) -> Mapping[str, Any]:
-    """The fields of a case: those that the mapper gives, and of the others what they do not stand in for."""
+    """The fields of a case: those of the mapper, and the case's own that these do not replace."""
     if mapper is None:
         return values
     if not isinstance(mapper, Mapping):
@@ -132,232 +199,183 @@ def _fields(values: Mapping[str, Any], mapper: Mapper | None) -> Mapping[str, An
             raise BadRow(f"the mapper gave {type(made).__name__}, not a dictionary")
         return made
     mapped = {}
-    for field, path in mapper.items():
+    for name, path in mapper.items():
         try:
-            mapped[field] = get_value_by_path(values, path)
+            mapped[name] = get_value_by_path(values, path)
         except UserError:
-            raise BadRow(f"nothing at {path!r}, where the mapper looks for {field}") from None
-    whole = [responses + scores for responses, scores in FORMS]
-    is_form_mapped = any(field in form for form in whole for field in mapped)
-    hidden = {name for form in whole if is_form_mapped and mapped.keys().isdisjoint(form) for name in form}
+            raise BadRow(f"nothing at {path!r}, the mapper's path of {name}") from None
+    # A mapper that gives `responses` hides the case's own `response`, one that gives `ranks` its `scores`, and so on.
+    layouts = [responses + scores for responses, scores in LAYOUTS]
+    has_layout = any(name in layout for layout in layouts for name in mapped)
+    hidden = {name for layout in layouts if has_layout and mapped.keys().isdisjoint(layout) for name in layout}
     for names in (PROMPTS, LIST_SCORES, SINGLE_SCORE):
         hidden.update(names if not mapped.keys().isdisjoint(names) else ())
     return {**{name: value for name, value in values.items() if name not in hidden}, **mapped}
 
 
-def _read_case(
-    fields: Mapping[str, Any], where: str, judged: tuple[Any, ...], source: str | None, dropped: Dropped
-) -> Case | None:
-    """None when too little is left of the case after its faults, which are counted.
+class _CaseReader:
+    """Reads one case."""
 
-    judged: what the grader said of the case, or () when the scores are in the case itself.
-    """
-    prompt = _first(fields, PROMPTS)
-    form, responses = _find_responses(fields)
-    if not form:  # a conversation, whose last turn is judged
-        if is_nothing(fields.get("messages")):
-            there = ", ".join(map(str, list(fields)[:_MAX_SHOWN])) or "none"
-            raise Fault("no response_a and response_b, responses or response", f"the fields are {there}")
-        prompt, responses = None, [fields["messages"]]
-    scores = _find_scores(fields, form, len(responses), judged)
-    before = "" if prompt is None else read_text(prompt, "prompt")
-    own = _first(fields, ("source",))
-    if not isinstance(own, str | int | float | None):
-        raise BadRow(f"a source that is {type(own).__name__}, not text")
-    name = source if own is None else str(own)
-    to_utf8(name or "")
-    answers = []
-    for response, score in zip(responses, scores.values, strict=True):
-        try:
-            if isinstance(score, Fault):
-                raise score
-            is_scored = isinstance(response, Mapping) and "response" in response
-            text = read_answer(response["response"] if is_scored else response)
-            answers.append(Answer(text, content_key(text, "assistant"), score, name))
-        except BadRow as error:
-            _count(dropped, error, where)
-    if len(answers) < min(2, len(responses)):
-        return None
-    before, texts = split_turns(before, [answer.text for answer in answers])
-    if len(responses) == 1 and not before:
-        raise BadRow("a single response without a prompt, which nothing can be compared with")
-    if len(responses) == 1 and scores.is_rank:
-        raise BadRow("the place of a single response, which says nothing beside others")
-    key = content_key(before, "user") if before else b""
-    for place, text in enumerate(texts):
-        if text is not answers[place].text:
-            answers[place] = answers[place]._replace(text=text, key=content_key(text, "assistant"))
-    return Case(where, before, key, answers, scores.is_rank)
+    def __init__(self, fields: dict[str, Any], where: str, dropped: Dropped, judged: tuple[Any, ...] | None) -> None:
+        """judged: results of the graders; None when the scores are in the case."""
+        self.fields, self.where, self.dropped, self.judged = fields, where, dropped, judged
+
+    def read(self, default_source: str | None) -> ScoredGroup | None:
+        """None when too few responses are left; those that cannot be used are counted. Raises BadRow."""
+        layout, given = self._find_responses()
+        prompt = next((self.fields[name] for name in PROMPTS if not is_empty(self.fields.get(name))), None)
+        if not layout:  # a conversation with a score for its last turn
+            if is_empty(self.fields.get("messages")):
+                names = ", ".join(map(str, list(self.fields)[:_MAX_SHOWN])) or "none"
+                raise Fault("no response_a and response_b, responses or response", f"the fields are {names}")
+            prompt, given = None, [self.fields["messages"]]
+        scores, is_rank = self._find_scores(layout, given)
+        turns = "" if prompt is None else read_text(prompt, "prompt")
+        source = read_name(self.fields, "source").strip() or default_source
+        texts, kept = [], []
+        for item, score in zip(given, scores, strict=True):
+            try:
+                if isinstance(score, BadRow):
+                    raise score
+                text = read_text(item["response"] if _is_scored(item) else item, "response")
+                if isinstance(text, list):
+                    check_answer(text, "response")
+            except BadRow as error:
+                _count(self.dropped, error, self.where)
+                continue
+            texts.append(text)
+            kept.append(score)
+        if len(texts) < min(2, len(given)):
+            return None
+        turns, texts = split_turns(turns, texts)
+        if len(given) == 1 and not turns:
+            raise BadRow("a single response without a prompt, which has nothing to be compared with")
+        if len(given) == 1 and is_rank:
+            raise BadRow("a rank of a single response")
+        responses = [
+            ScoredResponse(text, content_key(text, "assistant"), score, source)
+            for text, score in zip(texts, kept, strict=True)
+        ]
+        key = content_key(turns, "user") if turns else None
+        return ScoredGroup(turns, key, responses, is_rank, self.where)
+
+    def _find_responses(self) -> tuple[tuple[str, ...], list[Any]]:
+        """(fields that hold the responses, the responses as given); empty for a case in none of LAYOUTS."""
+        names: list[tuple[str, ...]] = [responses for responses, _ in LAYOUTS]
+        layout = next((each for each in names if any(not _is_null(self.fields.get(name)) for name in each)), ())
+        layout = layout or next((each for each in names if any(name in self.fields for name in each)), ())
+        if layout in ((), PAIR):
+            return layout, [self.fields.get(name) for name in layout]
+        value = self.fields.get(layout[0])
+        if layout == ("response",) and (not isinstance(value, list) or is_messages(value)):
+            return layout, [value]
+        responses = read_list(None if _is_null(value) else value, layout[0])
+        if not responses:
+            raise BadRow(f"empty {layout[0]}")
+        return layout, list(responses)
+
+    def _find_scores(self, layout: tuple[str, ...], given: list[Any]) -> tuple[list[float | BadRow], bool]:
+        """(a score or the reason why there is none for each response, whether these are negated ranks)."""
+        if self.judged is not None:
+            if len(self.judged) == 1:
+                return read_result(self.judged[0], len(given))
+            if layout != PAIR:
+                raise BadRow("no response_a and response_b, which the graders were chosen for")
+            return [read_score(result) for result in self.judged], False
+        if layout == PAIR:
+            return [read_score(self.fields.get(name)) for name in PAIR_SCORES], False
+        if layout != ("responses",) and len(given) == 1:
+            return [read_score(_own_score(self.fields))], False
+        for name in LIST_SCORES:
+            if not _is_null(self.fields.get(name)):
+                scores = _one_each(self.fields[name], len(given), name)
+                return (_negated(scores), True) if name == "ranks" else (scores, False)
+        return [read_score(_own_score(item)) for item in given], False
 
 
-def _first(fields: Mapping[str, Any], names: Iterable[str]) -> Any:
-    """The first of these fields that holds something; white space, an empty list and an empty cell are nothing."""
-    for name in names:
-        value = _plain(fields.get(name))
-        if is_nothing(value) or (isinstance(value, list | tuple) and not value):
-            continue
-        if not isinstance(value, str) or value.strip():
-            return value
-    return None
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)
 
 
-def _plain(value: Any) -> Any:
-    """Lists for arrays, as pandas reads lists from parquet."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _find_responses(fields: Mapping[str, Any]) -> tuple[tuple[str, ...], list[Any]]:
-    """(fields that hold the responses, the responses as they are given); nothing where the case has none of FORMS."""
-    names: list[tuple[str, ...]] = [responses for responses, _ in FORMS]
-    form = next((form for form in names if any(not is_nothing(fields.get(name)) for name in form)), ())
-    form = form or next((form for form in names if any(name in fields for name in form)), ())
-    if form in ((), PAIR):
-        return form, [fields.get(name) for name in form]
-    value = _plain(fields.get(form[0]))
-    is_list = isinstance(value, list | tuple)
-    if form == ("response",) and (not is_list or is_messages(value)):
-        return form, [value]
-    if not is_list or not value:
-        raise BadRow("null responses" if is_nothing(value) else f"{'empty' if is_list else 'no list of'} responses")
-    return form, list(value)
-
-
-def _find_scores(fields: Mapping[str, Any], form: tuple[str, ...], count: int, judged: tuple[Any, ...]) -> Scores:
-    """The scores of the `count` responses. Raises BadRow when they do not fit these."""
-    if judged and isinstance(judged[0], Mapping) and set(judged[0]) == set(PAIR):
-        if form != PAIR:
-            raise BadRow("no response_a and response_b, which the graders were chosen for")
-        return Scores([read_score(judged[0][name]) for name in PAIR])
-    if judged:
-        return read_result(judged[0], count)
-    if form == PAIR:
-        return Scores([read_score(fields.get(name)) for name in PAIR_SCORES])
-    if form != ("responses",) and count == 1:
-        return Scores([read_score(_own_score(fields))])
-    for name in LIST_SCORES:
-        if not is_nothing(fields.get(name)):
-            return (read_ranks if name == "ranks" else read_scores)(fields[name], count)
-    return Scores([read_score(_own_score(item)) for item in _plain(fields[form[0]])])
+def _is_scored(item: Any) -> bool:
+    return isinstance(item, Mapping) and "response" in item
 
 
 def _own_score(fields: Any) -> Any:
-    """The score that stands beside a response, in a case or in an item of a list."""
-    return (
-        next((fields[name] for name in SINGLE_SCORE if name in fields), None) if isinstance(fields, Mapping) else None
-    )
+    """The score of a single response: a field of its case, or of its item in a list."""
+    if not isinstance(fields, Mapping):
+        return None
+    return next((fields[name] for name in SINGLE_SCORE if name in fields), None)
 
 
-MAX_SCORE = 1e38  # so that a difference of two still is a number in the 32 bits that a trainer computes with
-MISSING = "no score"
-TOO_LARGE = f"a score beyond {MAX_SCORE:.0e}"
-GRADER_ERROR = "an error of the grader instead of a score"
+def read_text(value: Any, name: str) -> Cell:
+    """Text or messages as training reads them, messages as plain JSON. Raises BadRow for anything else."""
+    text = read_cell(None if _is_null(value) else value, name)
+    if isinstance(text, str):
+        return text
+    messages: Cell = plain_json(text, name)
+    return messages
 
 
-class Fault(BadRow):
-    """Why something cannot be used; `detail` is what is to be said of this one alone."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.detail = one_line(detail)
-
-
-Given: TypeAlias = float | Fault
-"""The score of one response, or why it has none."""
-
-
-class Scores(NamedTuple):
-    """One entry per response of a case."""
-
-    values: list[Given]
-    is_rank: bool = False
-    """The values are places, negated: they have an order, and no scale."""
+def split_turns(prompt: Cell, responses: list[Cell]) -> tuple[Cell, list[Cell]]:
+    """Prompt and responses; turns that all responses begin with move to the prompt. Texts stay as they are."""
+    if all(isinstance(response, str) for response in responses):
+        return prompt, responses
+    turns = as_messages(prompt, "user")
+    before, answers = without_repeats(turns, [as_messages(text, "assistant") for text in responses])
+    shared = list(shared_turns(answers))
+    if not shared and before == turns:
+        return prompt, responses
+    return [*before, *shared], [answer[len(shared) :] for answer in answers]
 
 
-def read_score(value: Any) -> Given:
-    """A finite number. Truth values and texts are none, so that "4/5" or a label is never taken for a score.
+def read_score(value: Any) -> float | BadRow:
+    """A finite number, or the reason why there is none.
 
-    value: a number, a grader's result, or that as a dictionary, as files hold it.
+    value: a number, its text as CSV has it, a grader's result, or a dictionary with `score`.
     """
-    if isinstance(value, Mapping):
-        if value.get("score") is None and value.get("error"):
-            return Fault(GRADER_ERROR, str(value["error"]))
-        value = value.get("score")
-    if isinstance(value, GraderError):
-        return Fault(GRADER_ERROR, value.error)
-    if isinstance(value, GraderScore):
-        value = value.score
-    if value is None or type(value).__name__ == "NAType":  # of pandas
-        return Fault(MISSING)
-    if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):  # numpy's, too
-        return Fault("a truth value instead of a score")
-    if isinstance(value, str):
-        return Fault("a text instead of a score")
-    if not isinstance(value, Real | Decimal):
-        return Fault(f"a {type(value).__name__} instead of a score")
     try:
-        score = float(value) + 0.0  # no -0.0, which is the same score and another text
-    except OverflowError:
-        return Fault(TOO_LARGE)
-    except ValueError:  # a signalling NaN
-        score = math.nan
-    if math.isnan(score):
-        return Fault("a score that is NaN")
-    if math.isinf(score):
-        return Fault("a score that is infinite")
-    return score if abs(score) <= MAX_SCORE else Fault(TOO_LARGE)
+        value = plain(value)
+        if isinstance(value, Mapping):
+            if value.get("score") is None and value.get("error"):
+                return Fault("an error of the grader instead of a score", str(value["error"]))
+            value = value.get("score")
+        return read_number(value, "score") + 0.0  # -0.0 becomes 0.0: equal scores are written the same
+    except BadRow as error:
+        return error
 
 
-def read_scores(values: Any, num_responses: int) -> Scores:
-    """Scores of the responses of one case. Raises BadRow for anything but one value for each."""
-    return Scores([read_score(value) for value in _one_each(values, num_responses, "scores")])
+def read_result(result: Any, num_responses: int) -> tuple[list[float | BadRow], bool]:
+    """(scores, whether these are negated ranks) of a result of a grader or an aggregator for one sample.
 
-
-def read_ranks(values: Any, num_responses: int) -> Scores:
-    """Places of the responses of one case, 1 for the best; ties are allowed. Raises BadRow as `read_scores`."""
-    given = [read_score(value) for value in _one_each(values, num_responses, "ranks")]
-    return Scores([value if isinstance(value, Fault) else 0.0 - value for value in given], is_rank=True)
-
-
-def read_result(result: Any, num_responses: int) -> Scores:
-    """Scores from what a grader or an aggregator gave for one sample.
-
-    A ranking whose metadata holds the scores or rewards that it was made of gives these. Raises BadRow for one score
-    where there are several responses, for a ranking of another number of responses, and for what holds no score.
+    A ranking whose metadata holds the scores or rewards that it was made of gives these.
+    Raises BadRow for one score for several responses and for a result without a score.
     """
-    if isinstance(result, Mapping):
-        found = next((kind for kind in ("rank", "error", "score") if result.get(kind) is not None), None)
-        if found == "rank":
-            return _read_rank(result["rank"], result.get("metadata"), num_responses)
-    elif isinstance(result, GraderRank):
-        return _read_rank(result.rank, result.metadata, num_responses)
-    score = read_score(result)
-    if isinstance(score, Fault):
-        raise score
-    if num_responses != 1:
-        raise BadRow("one score for several responses")
-    return Scores([score])
-
-
-def _read_rank(rank: Any, metadata: Any, num_responses: int) -> Scores:
-    ranks = read_ranks(rank, num_responses)
+    result = plain(result)
+    if not isinstance(result, Mapping) or result.get("rank") is None:
+        score = read_score(result)
+        if isinstance(score, BadRow):
+            raise score
+        if num_responses != 1:
+            raise BadRow("one score for several responses")
+        return [score], False
+    ranks = _one_each(result["rank"], num_responses, "ranks")
+    metadata = result.get("metadata")
     for name in ("scores", "rewards"):
-        made_of = metadata.get(name) if isinstance(metadata, Mapping) else None
-        if not isinstance(made_of, Sequence) or len(made_of) != num_responses:
-            continue
-        scores = [read_score(value) for value in made_of]
-        numbers = [score for score in scores if not isinstance(score, Fault)]
-        if len(numbers) == num_responses and places(numbers) == list(rank):
-            return Scores(scores)
-    return ranks
+        origin = metadata.get(name) if isinstance(metadata, Mapping) else None
+        scores = [read_score(value) for value in origin] if isinstance(origin, list) else []
+        numbers = [score for score in scores if isinstance(score, float)]
+        if len(numbers) == len(scores) == num_responses and places(numbers) == result["rank"]:
+            return scores, False
+    return _negated(ranks), True
 
 
-def _one_each(values: Any, num_responses: int, name: str) -> Sequence[Any]:
-    if hasattr(values, "tolist"):
-        values = values.tolist()  # an array
-    if values is None:
-        values = [None] * num_responses
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise BadRow(f"{name} that are no list")
-    if len(values) != num_responses:
-        raise BadRow(f"another number of {name} than of responses")
-    return values
+def _negated(ranks: Sequence[float | BadRow]) -> list[float | BadRow]:
+    return [0.0 - rank if isinstance(rank, float) else rank for rank in ranks]
+
+
+def _one_each(values: Any, num_responses: int, name: str) -> list[float | BadRow]:
+    scores = read_list(values, name)
+    if len(scores) != num_responses:
+        raise BadRow(f"{name} of another length than the responses")
+    return [read_score(value) for value in scores]

@@ -1,7 +1,13 @@
-"""Graders: judge one sample with a chat model, a reward model or a rule."""
+"""Graders score or rank the responses of a sample with a chat model, a reward model or a rule."""
 
-from rm_gallery.core.graders.base_grader import BaseGrader
+from rm_gallery.core.graders.base_grader import (
+    BaseGrader,
+    GraderError,
+    GraderMode,
+    GraderRank,
+    GraderResult,
+    GraderScore,
+)
 from rm_gallery.core.graders.llm_grader import LLMGrader
-from rm_gallery.core.graders.schema import GraderError, GraderMode, GraderRank, GraderResult, GraderScore
 
 __all__ = ["BaseGrader", "GraderError", "GraderMode", "GraderRank", "GraderResult", "GraderScore", "LLMGrader"]

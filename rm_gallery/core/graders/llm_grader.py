@@ -1,38 +1,42 @@
-"""LLMGrader: a model judges by a prompt; a reward model in its place scores directly."""
+"""LLMGrader: a chat model as judge, with its prompts; a reward model in its place scores directly."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import Any, ClassVar
 
-from rm_gallery.core.graders.base_grader import BaseGrader
-from rm_gallery.core.graders.prompt import LANGUAGES, as_text, fill, is_messages, load_prompt, show_material
+from rm_gallery.core.graders.base_grader import BaseGrader, GraderError, GraderMode, GraderRank, GraderScore
 from rm_gallery.core.graders.reward import as_rank, as_score, find_scorer, is_reward_model, places, score_responses
-from rm_gallery.core.graders.schema import GraderError, GraderMode, GraderRank, GraderScore
-from rm_gallery.core.models.base_chat_model import BaseChatModel
+from rm_gallery.core.models.base_chat_model import BaseChatModel, ChatMessage, ChatResponse
 from rm_gallery.core.models.openai_chat_model import OpenAIChatModel
-from rm_gallery.core.models.schema.oai.message import ChatMessage
-from rm_gallery.core.models.schema.oai.response import ChatResponse
 from rm_gallery.errors import UserError
 from rm_gallery.schema import Message
 
 log = logging.getLogger(__name__)
 
+LANGUAGES = ("en", "zh")
+_FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
+_TAG = re.compile(r"<(?=/?(?:query|context|reference_response|response(?:_\d+)?)>)")
+
 
 class LLMGrader(BaseGrader):
-    """Judges by a criterion of your own, or by a prompt of your own.
+    """Grades with a chat model by a given criterion or prompt.
 
-    With a chat model a response gets a score from `min_score` to `max_score` and a reason; several responses get a
-    rank. With a reward model the score is the reward, and the prompt is not used; several responses get a rank, with
-    `rewards` and `win_probabilities` in its metadata.
+    A response gets a score from `min_score` to `max_score` and a reason, several responses get a rank. With a reward
+    model the score is the reward and the prompt is not used; the rank of several responses has `rewards` and
+    `win_probabilities` in its metadata.
     """
 
     prompt_name: ClassVar[str] = ""
-    """Which criterion in prompts/ a subclass judges by."""
+    """Criterion of a subclass: a file in prompts/."""
     needed: ClassVar[tuple[str, ...]] = ("query", "response")
-    """Arguments that a chat model cannot judge without."""
+    """Required arguments of `aevaluate` with a chat model."""
 
     def __init__(
         self,
@@ -50,13 +54,15 @@ class LLMGrader(BaseGrader):
     ) -> None:
         """model: a chat model, a dict of OpenAIChatModel's arguments, a reward model, or any object with `ascore`.
 
-        mode: `listwise` compares several responses in one request; `pointwise` judges each by itself.
-        criterion: what to judge by and what the levels of the scale mean; goes into our prompt.
-        template: the whole prompt instead, as text, messages, or either by language; `{field}` stands for an argument
-        of `aevaluate`, `{{` for a brace. The answer must be JSON with `score` (or `rank`) and `reason`.
-        language: `en` or `zh`, of our prompts.
+        mode: for several responses, `listwise` compares them in one request, `pointwise` scores each in its own.
+        criterion: what to judge and what the levels of the scale mean; becomes part of the built-in prompt.
+        template: replaces the built-in prompt, as text, messages, or a dict of either by language; `{field}` is
+        replaced by an argument of `aevaluate`, `{{` by a brace. It must ask for JSON with `score` (or `rank`) and
+        `reason`.
+        language: of the built-in prompts, `en` or `zh`.
         options: sent with each request (temperature, max_tokens, ...).
-        Raises UserError for a model that is none, no or two prompts, an empty scale, an unknown language.
+        Raises UserError for an invalid model, both or neither of criterion and template, an empty scale, and an unknown
+        language.
         """
         super().__init__(name or self.prompt_name, mode, description)
         if isinstance(model, Mapping):
@@ -64,12 +70,12 @@ class LLMGrader(BaseGrader):
         if not is_reward_model(model) and not callable(getattr(model, "achat", None)):
             raise UserError(f"grader {self.name!r}: model is {type(model).__name__}; give a chat or reward model")
         if language not in LANGUAGES:
-            raise UserError(f"grader {self.name!r}: language={language}, one of {', '.join(LANGUAGES)} is wanted")
+            raise UserError(f"grader {self.name!r}: language={language}: must be {' or '.join(LANGUAGES)}")
         if not min_score < max_score:
             raise UserError(f"grader {self.name!r}: the scale {min_score}..{max_score} is empty")
         own = bool(criterion) + (template is not None)
         if own > 1 or not (own or self.prompt_name or is_reward_model(model)):
-            raise UserError(f"grader {self.name!r}: give either criterion or template, to say what is judged")
+            raise UserError(f"grader {self.name!r}: give either criterion or template")
         self.model, self.language, self.options = model, language, options
         self.criterion, self.template = criterion, template
         self.min_score, self.max_score = min_score, max_score
@@ -83,11 +89,11 @@ class LLMGrader(BaseGrader):
         reference_response: Any = "",
         **fields: Any,
     ) -> GraderScore | GraderRank | GraderError:
-        """Judge one response (a GraderScore), or a list of several (a GraderRank).
+        """Grade one response (GraderScore), or a list of several (GraderRank).
 
-        query, response: text or chat messages. context: what the query refers to; a reward model gets it before the
-        query. reference_response: a right answer; a reward model does not get it. fields: further fields of a template.
-        Never raises: whatever fails is a GraderError.
+        query, response: text or chat messages. context: what the query refers to; for a reward model it is prepended
+        to the query. reference_response: a correct answer; not used by a reward model. fields: more fields of a
+        template. Never raises: failures are returned as GraderError.
         """
         given = {**fields, "query": query, "response": response}
         given.update(context=context or "", reference_response=reference_response or "")
@@ -127,7 +133,7 @@ class LLMGrader(BaseGrader):
         response = await self._ask("pointwise", given, _SCORE_FORMAT, {})
         score = response.parsed["score"]
         if not self.min_score <= score <= self.max_score:
-            raise UserError(f"the model gave the score {score}, outside {self.min_score}..{self.max_score}")
+            raise UserError(f"the model returned the score {score}, outside {self.min_score}..{self.max_score}")
         return GraderScore(name=self.name, score=score, reason=_reason(response), metadata=_metadata(response))
 
     async def _compare(self, given: dict[str, Any]) -> GraderRank:
@@ -135,7 +141,7 @@ class LLMGrader(BaseGrader):
         response = await self._ask("listwise", given, _RANK_FORMAT, {"num_responses": count})
         rank = response.parsed["rank"]
         if sorted(rank) != list(range(1, count + 1)):
-            raise UserError(f"the model gave the rank {rank}, which is not one place from 1 to {count} for each")
+            raise UserError(f"the model returned the rank {rank}, which is not a permutation of 1..{count}")
         return GraderRank(name=self.name, rank=rank, reason=_reason(response), metadata=_metadata(response))
 
     async def _judge_each(self, given: dict[str, Any]) -> GraderRank:
@@ -154,17 +160,17 @@ class LLMGrader(BaseGrader):
     async def _ask(
         self, frame: str, given: dict[str, Any], answer_format: dict[str, Any], extra: dict[str, Any]
     ) -> ChatResponse:
-        """An answer whose JSON fits the format. Raises UserError when it does not."""
+        """A response whose JSON matches the format. Raises UserError if it does not."""
         scale = {"min_score": self.min_score, "max_score": self.max_score, **extra}
         messages = self._messages(frame, given, scale)
         response: ChatResponse = await self.model.achat(messages, response_format=answer_format, **self.options)
         if response.parsed is None:
             reason = response.metadata.get("parse_error", "no JSON")
-            raise UserError(f"the model's answer cannot be read ({reason})")
+            raise UserError(f"the model's response cannot be parsed ({reason})")
         return response
 
     def _messages(self, frame: str, given: dict[str, Any], scale: dict[str, Any]) -> list[Message]:
-        """The prompt: a template of the user's own, or our frame with the criterion, and the material after it."""
+        """The prompt: the given template, or the built-in one with the criterion, then the query and responses."""
         if self.template is not None:
             template: Any = self.template
             if isinstance(template, Mapping) and "role" not in template:
@@ -182,7 +188,7 @@ class LLMGrader(BaseGrader):
         return [{"role": "system", "content": system}, {"role": "user", "content": show_material(parts)}]
 
     def _check_needed(self, given: dict[str, Any], names: tuple[str, ...] | None = None) -> None:
-        # A response may be empty text, and is then judged as such; a query may not.
+        # An empty response is graded; an empty query is an error.
         for name in self.needed if names is None else names:
             if given[name] is None or (not given[name] and (name != "response" or given[name] != "")):
                 raise UserError(f"{name} is missing; give aevaluate(..., {name}=...)")
@@ -230,3 +236,57 @@ def _reason(response: ChatResponse) -> str:
 def _metadata(response: ChatResponse) -> dict[str, Any]:
     usage = response.usage.model_dump() if response.usage else None
     return {"model": response.metadata.get("model", ""), "raw": response.content, "usage": usage}
+
+
+@functools.cache
+def load_prompt(name: str, language: str) -> str:
+    """The text of prompts/NAME.LANGUAGE.md. Raises UserError for an unknown language."""
+    if language not in LANGUAGES:
+        raise UserError(f"language={language}: must be {' or '.join(LANGUAGES)}")
+    files = resources.files("rm_gallery.core.graders") / "prompts"
+    return files.joinpath(f"{name}.{language}.md").read_text(encoding="utf-8").strip()
+
+
+def fill(template: str, fields: Mapping[str, Any]) -> str:
+    """Replace each `{name}` of the template by the text of that field, in one pass; `{{` and `}}` are braces.
+
+    Braces in field values, and around anything but a name (JSON), are kept. Raises UserError for a missing field.
+    """
+
+    def put(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name is None:
+            return match.group()[0]
+        if fields.get(name) is None:
+            raise UserError(f"the template needs the field {{{name}}} (given: {', '.join(_given(fields))})")
+        return as_text(fields[name])
+
+    return _FIELD.sub(put, template)
+
+
+def _given(fields: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in fields.items() if value is not None] or ["nothing"]
+
+
+def as_text(value: Any) -> str:
+    """A value as prompt text: text unchanged, messages with their roles, anything else as JSON."""
+    if isinstance(value, str):
+        return value
+    if is_messages(value):
+        if len(value) == 1:
+            return as_text(value[0].get("content") or "")
+        return "\n\n".join(f"{turn['role']}: {as_text(turn.get('content') or '')}" for turn in value)
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def is_messages(value: Any) -> bool:
+    """Whether the value is a list of messages."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        return False
+    return all(isinstance(turn, Mapping) and "role" in turn for turn in value)
+
+
+def show_material(parts: Mapping[str, Any]) -> str:
+    """Each part between tags of its name. Such tags inside a part are escaped, so that it cannot close its own tag."""
+    texts = {name: _TAG.sub("< ", as_text(value)) for name, value in parts.items()}
+    return "\n\n".join(f"<{name}>\n{text}\n</{name}>" for name, text in texts.items())

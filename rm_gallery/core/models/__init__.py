@@ -1,6 +1,6 @@
-"""Chat models: an OpenAI-compatible endpoint or a checkpoint folder, behind one call.
+"""Chat models: an OpenAI-compatible endpoint or a checkpoint folder behind one interface.
 
-Importing them loads no client library and no torch; a model does so when it is first asked.
+Client libraries and torch are imported on the first request.
 """
 
 from rm_gallery.core.models.base_chat_model import BaseChatModel, ChatError

@@ -1,19 +1,26 @@
-"""Checkpoint folders as chat models: what a folder holds is read without torch, its weights on first use."""
+"""Checkpoint folders as chat models: reward models and causal language models, loaded on first use."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import threading
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
-from rm_gallery.core.models.schema.oai.response import ChatResponse, Usage
-from rm_gallery.errors import UserError
+from rm_gallery.core.models.base_chat_model import ChatResponse, Usage
+from rm_gallery.data.tokenization.tokenizer import load_tokenizer
+from rm_gallery.errors import UserError, one_line
 from rm_gallery.schema import Message
 
+_MAX_BATCH = 32  # conversations that generate together
+_KNOWN = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed")
 _CLASSIFIERS = ("ForSequenceClassification", "ForRewardModel", "ForRewardModeling", "RewardModel")
 _WEIGHTS = ("*.safetensors", "*.bin")
 _loaded: WeakValueDictionary[tuple[str, ...], Any] = WeakValueDictionary()
@@ -23,31 +30,30 @@ _loading = threading.Lock()
 def open_folder(
     model: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> LocalRewardModel | LocalGenerator:
-    """The model of a checkpoint folder, not loaded yet.
+    """The model of a checkpoint folder. Reads its configuration without torch and loads no weights.
 
-    Raises UserError for a folder that is missing, holds an adapter, no configuration or no weights, a classifier with
-    several labels, or a model of another kind.
+    Raises UserError for a missing folder, an adapter, a missing configuration or weights, a classifier with several
+    labels, and another kind of model.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        raise UserError(f"model={model}: no such folder (working directory {Path.cwd()}); is_local=True wants one")
+        raise UserError(f"model={model}: no such folder (working directory {Path.cwd()}); is_local=True needs a folder")
     config = _read_config(folder)
     if not any(found for pattern in _WEIGHTS for found in folder.glob(pattern)):
-        raise UserError(f"model={model}: the folder holds no weights; copy the model's *.safetensors files there")
+        raise UserError(f"model={model}: the folder has no weights; copy the model's *.safetensors files there")
     names = [str(name) for name in config.get("architectures") or []]
     if any(name.endswith(_CLASSIFIERS) for name in names):
         labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
         if labels != 1:
             raise UserError(
-                f"model={model}: a classifier with {labels} labels, but a reward model has one; "
-                "train one, or name another folder"
+                f"model={model}: a classifier with {labels} labels, but a reward model has one; name another folder"
             )
         return LocalRewardModel(folder, device, dtype, trust_remote_code)
     if any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in names):
         return LocalGenerator(folder, device, dtype, trust_remote_code)
     raise UserError(
         f"model={model}: {', '.join(names) or 'no architecture'} in config.json; "
-        "a reward model (...ForSequenceClassification) or a language model (...ForCausalLM) is wanted"
+        "expected a reward model (...ForSequenceClassification) or a language model (...ForCausalLM)"
     )
 
 
@@ -55,21 +61,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
-            raise UserError(f"model={folder}: the folder holds an adapter; merge it into its base model first")
+            raise UserError(f"model={folder}: the folder has an adapter; merge it into its base model first")
         steps = sorted(found.parent.name for found in folder.glob("*/config.json"))
-        hint = f"name a folder in it, such as {folder / steps[-1]}" if steps else "name a folder with config.json"
-        raise UserError(f"model={folder}: no model there, since config.json is missing; {hint}")
+        hint = f"name a checkpoint in it, as {folder / steps[-1]}" if steps else "name a folder with config.json"
+        raise UserError(f"model={folder}: config.json is missing; {hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); copy the model again") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path}: holds no model configuration; copy the model again")
+        raise UserError(f"{path}: not a model configuration; copy the model again")
     return config
 
 
 def _shared(key: tuple[str, ...], load: Callable[[], Any]) -> Any:
-    """What `load` gives, once for all who ask with this key; let go of when nobody holds it any more."""
+    """The object that `load` returns, cached by key for as long as it is referenced."""
     with _loading:
         found = _loaded.get(key)
         if found is None:
@@ -77,8 +83,8 @@ def _shared(key: tuple[str, ...], load: Callable[[], Any]) -> Any:
         return found
 
 
-class _LocalModel:
-    """A folder with the object that its weights were loaded into."""
+class _LocalModel(ABC):
+    """A checkpoint folder with its loaded model."""
 
     def __init__(self, folder: Path, device: str, dtype: str, trust_remote_code: bool) -> None:
         self.folder, self.device, self.dtype = folder.resolve(), device, dtype
@@ -86,18 +92,20 @@ class _LocalModel:
         self._engine: Any = None
         self._error: UserError | None = None
 
+    @abstractmethod
     def _load(self) -> Any:
-        raise AssertionError("a subclass loads")
+        """Load the weights. Raises UserError when they cannot be loaded."""
 
     def engine(self) -> Any:
-        """The loaded model; loads it, which blocks, when nobody has yet.
+        """The loaded model; loads it on the first call, which blocks.
 
-        Raises UserError when it cannot be loaded, again and again without a new try: a batch may have 100,000 samples.
+        Raises UserError when it cannot be loaded. Later calls raise the same error without another attempt, since a
+        dataset may have 100,000 samples.
         """
         if self._error is not None:
             raise self._error
         if self._engine is None:
-            # With the time of writing: a folder that was written anew is another model.
+            # With the modification time: a folder that is overwritten is another model.
             written = (self.folder / "config.json").stat().st_mtime_ns
             settings = (self.device, self.dtype, str(self.trust_remote_code))
             try:
@@ -108,12 +116,12 @@ class _LocalModel:
         return self._engine
 
     async def aengine(self) -> Any:
-        """The same without blocking the event loop."""
+        """`engine` without blocking the event loop."""
         return self._engine or await asyncio.to_thread(self.engine)
 
 
 class LocalRewardModel(_LocalModel):
-    """A sequence classification checkpoint: answers with rewards."""
+    """A sequence-classification checkpoint, which outputs rewards."""
 
     def _load(self) -> Any:
         from rm_gallery.scoring.scorer import RewardScorer
@@ -124,11 +132,11 @@ class LocalRewardModel(_LocalModel):
         )
 
     def scorer(self) -> Any:
-        """The RewardScorer, shared by all models of this folder."""
+        """The RewardScorer, shared by all instances with this folder."""
         return self.engine()
 
     async def achat(self, messages: list[Message]) -> ChatResponse:
-        """The reward of the last turn, given those before it. Raises UserError for a conversation without text."""
+        """The reward of the last message, given those before it. Raises UserError for a conversation without text."""
         scorer = await self.aengine()
         group = scorer.build_group(messages[:-1] or None, [[messages[-1]]])
         [[reward]] = await scorer.ascore([group])
@@ -137,20 +145,168 @@ class LocalRewardModel(_LocalModel):
 
 
 class LocalGenerator(_LocalModel):
-    """A causal language model: generates."""
+    """A causal language model, which generates text."""
 
     def _load(self) -> Any:
-        from rm_gallery.core.models.generate import TextGenerator
-
         return TextGenerator.from_folder(
             self.folder, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code
         )
 
     async def achat(self, messages: list[Message], options: dict[str, Any]) -> ChatResponse:
-        """One answer. options: max_tokens (512), temperature (0 is greedy), top_p, seed."""
+        """Generate one response. options: max_tokens (512), temperature (0 is greedy), top_p, seed."""
         generator = await self.aengine()
         made = await generator.agenerate(messages, options)
         total = made.prompt_tokens + made.completion_tokens
         usage = Usage(prompt_tokens=made.prompt_tokens, completion_tokens=made.completion_tokens, total_tokens=total)
         metadata = {"model": str(self.folder), "finish_reason": made.finish_reason, "attempts": 1}
         return ChatResponse(content=made.text, usage=usage, metadata=metadata)
+
+
+class Generated(NamedTuple):
+    """A generated response, with its numbers of tokens."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: str
+
+
+class _Settings(NamedTuple):
+    """Sampling settings; only requests with equal settings share a batch."""
+
+    max_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass
+class _Request:
+    messages: list[Message]
+    settings: _Settings
+    answer: Future[Generated]
+
+
+class TextGenerator:
+    """A causal language model that batches waiting requests in one worker thread, which ends when there are none."""
+
+    def __init__(self, network: Any, tokenizer: Any) -> None:
+        self.network, self.tokenizer = network.eval(), tokenizer
+        self._waiting: deque[_Request] = deque()
+        self._lock = threading.Lock()
+        self._busy = False
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    ) -> TextGenerator:
+        """Raises UserError if transformers cannot load the folder or the tokenizer has no chat template."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from rm_gallery.modeling.reward_model import quiet_transformers
+
+        tokenizer = load_tokenizer(str(folder), key="model", trust_remote_code=trust_remote_code)
+        if not tokenizer.chat_template:
+            raise UserError(f"model={folder}: the tokenizer has no chat template; take an instruction-tuned model")
+        where = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+        wanted = ("bf16" if where.startswith("cuda") else "fp32") if dtype == "auto" else dtype
+        if wanted not in ("bf16", "fp32"):
+            raise UserError(f"dtype={dtype}: must be auto, bf16 or fp32")
+        try:
+            with quiet_transformers():
+                network = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=torch.bfloat16 if wanted == "bf16" else torch.float32,
+                    trust_remote_code=trust_remote_code,
+                )
+            network.to(where)
+        except Exception as error:
+            raise UserError(f"model={folder}: the model cannot be loaded ({one_line(error)})") from error
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return cls(network, tokenizer)
+
+    async def agenerate(self, messages: list[Message], options: dict[str, Any]) -> Generated:
+        """Generate one response; requests that wait meanwhile, from any event loop or thread, share the next batch."""
+        request = _Request(messages, _read_settings(options), Future())
+        with self._lock:
+            self._waiting.append(request)
+            start = not self._busy
+            self._busy = True
+        if start:
+            threading.Thread(target=self._work, name="generate", daemon=True).start()
+        return await asyncio.wrap_future(request.answer)
+
+    def _work(self) -> None:
+        while batch := self._take():
+            try:
+                answers = self._generate([request.messages for request in batch], batch[0].settings)
+            except BaseException as error:
+                for request in batch:
+                    request.answer.set_exception(error)
+            else:
+                for request, answer in zip(batch, answers, strict=True):
+                    request.answer.set_result(answer)
+
+    def _take(self) -> list[_Request]:
+        """The next batch: waiting requests with the settings of the first, except cancelled ones; [] for none."""
+        batch: list[_Request] = []
+        others: deque[_Request] = deque()
+        with self._lock:
+            while self._waiting and len(batch) < _MAX_BATCH:
+                request = self._waiting.popleft()
+                if batch and request.settings != batch[0].settings:
+                    others.append(request)
+                elif request.answer.set_running_or_notify_cancel():  # False: the request was cancelled
+                    batch.append(request)
+            self._waiting.extendleft(reversed(others))
+            self._busy = bool(batch)
+        return batch
+
+    def _generate(self, conversations: list[list[Message]], settings: _Settings) -> list[Generated]:
+        # B conversations, P prompt tokens (padded on the left), L = P + response tokens
+        import torch
+
+        tokenizer = self.tokenizer
+        texts = [
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            for messages in conversations
+        ]
+        inputs = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt", verbose=False)
+        input_ids = inputs["input_ids"].to(self.network.device)  # [B, P]
+        mask = inputs["attention_mask"].to(self.network.device)
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if settings.temperature > 0:
+            sampling.update(do_sample=True, temperature=settings.temperature, top_p=settings.top_p)
+            if settings.seed is not None:
+                torch.manual_seed(settings.seed)
+        ends = self._end_tokens()
+        with torch.inference_mode():
+            made = self.network.generate(  # [B, L]
+                input_ids=input_ids, attention_mask=mask, max_new_tokens=settings.max_tokens,
+                pad_token_id=tokenizer.pad_token_id, eos_token_id=ends, **sampling,
+            )  # fmt: skip
+        answers = []
+        for row, prompt in zip(made[:, input_ids.shape[1] :].tolist(), mask.sum(1).tolist(), strict=True):
+            stop = next((place for place, token in enumerate(row) if token in ends), None)
+            ids = row if stop is None else row[:stop]
+            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            reason = "length" if stop is None else "stop"
+            answers.append(Generated(text, prompt, len(ids) + (stop is not None), reason))
+        return answers
+
+    def _end_tokens(self) -> list[int]:
+        known = self.network.generation_config.eos_token_id
+        ends = {*(known if isinstance(known, list) else [known]), self.tokenizer.eos_token_id}
+        return sorted(token for token in ends if token is not None)
+
+
+def _read_settings(options: dict[str, Any]) -> _Settings:
+    unknown = sorted(set(options) - set(_KNOWN))
+    if unknown:
+        raise UserError(f"{', '.join(unknown)}: not an option of a local model; it has {', '.join(_KNOWN)}")
+    tokens = options.get("max_completion_tokens") or options.get("max_tokens") or _Settings().max_tokens
+    given = {name: options[name] for name in ("temperature", "top_p", "seed") if options.get(name) is not None}
+    return _Settings(max_tokens=int(tokens), **given)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
+import os
+from collections.abc import AsyncGenerator
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from rm_gallery.core.models.base_chat_model import BaseChatModel, ChatError
-from rm_gallery.core.models.endpoint import Endpoint, RequestRefused, RetryPolicy
+from rm_gallery.core.models.base_chat_model import (
+    BaseChatModel,
+    ChatError,
+    ChatResponse,
+    Conversation,
+    Usage,
+    as_messages,
+)
 from rm_gallery.core.models.local import LocalGenerator, LocalRewardModel, open_folder
-from rm_gallery.core.models.schema.oai.message import Conversation, as_messages
-from rm_gallery.core.models.schema.oai.response import ChatResponse, Usage
 from rm_gallery.core.models.structured import (
     ParseError,
     ResponseFormat,
@@ -16,13 +25,17 @@ from rm_gallery.core.models.structured import (
     request_format,
     with_instruction,
 )
+from rm_gallery.errors import UserError, one_line
+from rm_gallery.schema import Message
+
+_MAX_BACKOFF_S = 8.0  # of the openai package
 
 
 class OpenAIChatModel(BaseChatModel):
-    """Answers over an API, or from a folder on this machine.
+    """A model at an OpenAI-compatible endpoint, or with `is_local` in a checkpoint folder.
 
-    A folder with a sequence classification checkpoint answers with the reward of the conversation it is given; one
-    with a causal language model generates. A folder is loaded when it is first used, once for all models that name it.
+    A sequence-classification checkpoint returns the reward of a conversation; a causal language model generates text.
+    A folder is loaded on first use, once per process.
     """
 
     def __init__(
@@ -34,32 +47,32 @@ class OpenAIChatModel(BaseChatModel):
         is_local: bool = False,
         timeout: float = 120.0,
         max_retries: int = 5,
-        retry_delay: float = 0.5,
         device: str = "auto",
         dtype: str = "auto",
         trust_remote_code: bool = False,
         **options: Any,
     ) -> None:
-        """model: what the endpoint calls it, or with `is_local` the checkpoint folder.
+        """model: name at the endpoint, or with `is_local` the checkpoint folder.
 
-        api_key, base_url: by default from the environment, OPENAI_API_KEY and OPENAI_BASE_URL.
-        timeout: seconds for one request as a whole. max_retries, retry_delay: after 429, 5xx, a lost connection,
-        silence or an empty answer, at first `retry_delay` seconds later, then doubling; Retry-After is honoured.
-        device, dtype: of a folder; `auto` takes a GPU and bfloat16 when there is one, else float32.
-        trust_remote_code: run the code that lies in the folder, for architectures that transformers does not have.
+        api_key, base_url: default to the environment variables OPENAI_API_KEY and OPENAI_BASE_URL.
+        timeout: seconds without data until a request fails; all tries of a call together may take
+        `(max_retries + 1) * (timeout + 8)`. max_retries: after 408, 409, 429, 5xx, a lost connection and a timeout, by
+        the openai package: it backs off from 0.5 to 8 seconds, honours Retry-After up to two minutes, and logs each
+        retry at level INFO. An exceeded quota is not retried.
+        device, dtype: for a folder; `auto` is a GPU with bfloat16 if there is one, else the CPU with float32.
+        trust_remote_code: run model code from the folder, for architectures that transformers does not have.
         options: sent with every request (temperature, max_tokens, extra_body, ...).
-        Raises UserError for a folder that holds no model, and a missing package or key.
+        Raises UserError for a folder without a model, and for a missing package or API key.
         """
         super().__init__(model)
         self.is_local, self.options = is_local, options
         self._local: LocalRewardModel | LocalGenerator | None = None
-        self._endpoint: Endpoint | None = None
+        self._endpoint: _Endpoint | None = None
         self._takes_format = True
         if is_local:
             self._local = open_folder(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         else:
-            policy = RetryPolicy(max_retries, retry_delay)
-            self._endpoint = Endpoint(model, api_key=api_key, base_url=base_url, timeout=timeout, policy=policy)
+            self._endpoint = _Endpoint(model, api_key, base_url, timeout, max_retries)
 
     @property
     def is_reward_model(self) -> bool:
@@ -67,15 +80,15 @@ class OpenAIChatModel(BaseChatModel):
 
     @property
     def reward_scorer(self) -> Any:
-        """The RewardScorer of a reward model's folder, loaded on first use (seconds to minutes); None for others."""
+        """The RewardScorer of a reward model, loaded on first use (seconds to minutes); None for other models."""
         return self._local.scorer() if isinstance(self._local, LocalRewardModel) else None
 
     async def achat(
         self, messages: Conversation, response_format: ResponseFormat | None = None, **kwargs: Any
     ) -> ChatResponse:
-        """The answer to a conversation; see `BaseChatModel.achat` for the arguments.
+        """Respond to a conversation; see `BaseChatModel.achat` for the arguments.
 
-        Of a reward model: `content` is the reward as a number in text, `parsed` is {"reward": x}; options mean nothing.
+        For a reward model `content` is the reward as text and `parsed` is {"reward": x}; options are ignored.
         """
         turns = as_messages(messages)
         options = {**self.options, **kwargs}
@@ -96,13 +109,13 @@ class OpenAIChatModel(BaseChatModel):
         if not self._takes_format:
             return self._read(*await self._endpoint.request(in_prompt, options))
         sent = request_format(response_format)
-        # An endpoint that promises JSON of any shape must still be told which.
+        # `json_object` allows any JSON, so the prompt has to describe the schema.
         asked = in_prompt if sent["type"] == "json_object" else turns
         try:
             return self._read(*await self._endpoint.request(asked, {**options, "response_format": sent}))
-        except RequestRefused:
+        except _RequestRefused:
             completion, attempts = await self._endpoint.request(in_prompt, options)
-        self._takes_format = False  # the same without the format is answered: remember it
+        self._takes_format = False  # the endpoint does not support it: do not send it again
         return self._read(completion, attempts + 1)
 
     def _read(self, completion: Any, attempts: int) -> ChatResponse:
@@ -111,7 +124,7 @@ class OpenAIChatModel(BaseChatModel):
         content = getattr(message, "content", None)
         if not content:
             refusal = getattr(message, "refusal", None)
-            why = f"refused ({refusal})" if refusal else f"an answer without text (finish_reason={reason})"
+            why = f"refused ({refusal})" if refusal else f"a response without text (finish_reason={reason})"
             raise ChatError(f"model={self.model}: {why}" + ("; raise max_tokens" if reason == "length" else ""))
         used = getattr(completion, "usage", None)
         usage = None
@@ -132,3 +145,112 @@ def _parse(response: ChatResponse, response_format: ResponseFormat) -> ChatRespo
         cut = "; cut off at max_tokens" if response.metadata.get("finish_reason") == "length" else ""
         response.metadata["parse_error"] = f"{error}{cut}"
     return response
+
+
+class _RequestRefused(ChatError):
+    """The endpoint rejects the request as invalid (400 or 422)."""
+
+
+class _Endpoint:
+    """Chat completions of one model at one address, with the retries of the openai package."""
+
+    def __init__(self, model: str, api_key: str | None, base_url: str | None, timeout: float, max_retries: int) -> None:
+        """Raises UserError when the openai package or the key is missing."""
+        if importlib.util.find_spec("openai") is None:
+            raise UserError(f"model={model}: the openai package is missing; pip install 'rm-gallery[openai]'")
+        self.model, self.timeout, self.max_retries = model, timeout, max_retries
+        self.base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
+        key = api_key or os.environ.get("OPENAI_API_KEY")
+        if not key and self.base_url is None:
+            raise UserError(
+                f"model={model}: no API key; set OPENAI_API_KEY or pass api_key "
+                "(for your own server pass base_url, for a checkpoint folder is_local=True)"
+            )
+        self._key = key or "none"  # the package requires one, even for a server that does not
+        self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[None]]]
+        self._clients = WeakKeyDictionary()
+
+    async def request(self, messages: list[Message], options: dict[str, Any]) -> tuple[Any, int]:
+        """A completion with at least one choice, and the number of requests.
+
+        Raises _RequestRefused for a request that the endpoint rejects, ChatError when all tries fail.
+        """
+        import openai
+
+        where = f"model={self.model} at {self.base_url or 'api.openai.com'}"
+        tries = f" after {self.max_retries + 1} tries" if self.max_retries else ""
+        total = (self.max_retries + 1) * (self.timeout + _MAX_BACKOFF_S)
+        client = await self._client()
+        try:
+            # The package's own timeout restarts with each byte that a server sends.
+            async with asyncio.timeout(total):
+                create = client.chat.completions.with_raw_response.create
+                raw = await create(model=self.model, messages=messages, **options)
+            completion, attempts = raw.parse(), raw.retries_taken + 1
+        except openai.APITimeoutError as error:
+            raise ChatError(f"{where}: no response within {self.timeout:g} s{tries}") from error
+        except TimeoutError as error:
+            raise ChatError(f"{where}: no complete response within {total:g} s, retries included") from error
+        except openai.APIConnectionError as error:
+            raise ChatError(f"{where}: no connection ({error.__cause__ or error}){tries}") from error
+        except openai.APIStatusError as error:
+            raise self._describe(where, error) from error
+        except TypeError as error:
+            raise UserError(
+                f"{where}: {self._short(error)}; options beyond the OpenAI API go into extra_body"
+            ) from error
+        except (openai.APIError, ValueError) as error:
+            raise ChatError(f"{where}: unreadable response ({self._short(error)})") from error
+        if not getattr(completion, "choices", None):
+            raise ChatError(f"{where}: a response without choices")
+        return completion, attempts
+
+    def _describe(self, where: str, error: Any) -> ChatError:
+        status, headers = error.status_code, error.response.headers
+        reason = f"{where}: HTTP {status} ({self._short(error)})"
+        if status in (400, 422):
+            return _RequestRefused(reason)
+        if status in (401, 403):
+            reason += "; set OPENAI_API_KEY or pass api_key, for this base_url"
+        retries = int(error.request.headers.get("x-stainless-retry-count", 0))
+        reason += f" after {retries + 1} tries" if retries else ""
+        if status in (429, 503) and not retries and headers.get("retry-after"):
+            reason += f"; it asks to retry after {headers['retry-after']} s"
+        return ChatError(reason)
+
+    def _short(self, error: Any) -> str:
+        body = getattr(error, "body", None)
+        message = body.get("message") if isinstance(body, dict) else None
+        text = str(message or error)
+        return one_line(text.replace(self._key, "***") if len(self._key) > 6 else text)
+
+    async def _client(self) -> Any:
+        """The client of the running event loop: connections belong to one loop."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+            client = AsyncOpenAI(
+                api_key=self._key, base_url=self.base_url, timeout=self.timeout, max_retries=self.max_retries,
+                http_client=DefaultAsyncHttpxClient(event_hooks={"response": [_do_not_retry_quota]}),
+            )  # fmt: skip
+            closing = self._close_with_loop(loop, client)
+            self._clients[loop] = (client, closing)
+            await anext(closing)
+        return self._clients[loop][0]
+
+    async def _close_with_loop(self, loop: asyncio.AbstractEventLoop, client: Any) -> AsyncGenerator[None]:
+        # asyncio.run closes the async generators of its loop: the only hook for the end of a loop.
+        try:
+            yield
+        finally:
+            self._clients.pop(loop, None)
+            await client.close()
+
+
+async def _do_not_retry_quota(response: Any) -> None:
+    """An exceeded quota has the status of a rate limit, 429, but waiting does not help."""
+    if response.status_code == 429:
+        await response.aread()
+        if "insufficient_quota" in response.text:
+            response.headers["x-should-retry"] = "false"

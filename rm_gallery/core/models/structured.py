@@ -1,4 +1,4 @@
-"""Structured answers: what is asked of the model, and how its text becomes a checked value."""
+"""Structured responses: the requested JSON schema, and parsing and validation of the model's text."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 class ParseError(ValueError):
-    """The answer is not what the format asks for; the message says in what."""
+    """The response does not match the format; the message names the first mismatch."""
 
 
 def json_schema(response_format: ResponseFormat) -> dict[str, Any]:
-    """The JSON schema of the format; {} where any JSON object will do."""
+    """The JSON schema of the format; {} if any JSON object is valid."""
     if isinstance(response_format, type):
         return response_format.model_json_schema()
     if response_format.get("type") == "json_object":
@@ -38,7 +38,7 @@ def json_schema(response_format: ResponseFormat) -> dict[str, Any]:
 
 
 def request_format(response_format: ResponseFormat) -> dict[str, Any]:
-    """The `response_format` that an OpenAI-compatible endpoint takes."""
+    """The `response_format` of an OpenAI-compatible request."""
     if not isinstance(response_format, type) and response_format.get("type") in ("json_object", "json_schema"):
         return dict(response_format)
     name = response_format.__name__ if isinstance(response_format, type) else "answer"
@@ -46,7 +46,7 @@ def request_format(response_format: ResponseFormat) -> dict[str, Any]:
 
 
 def with_instruction(messages: list[Message], response_format: ResponseFormat) -> list[Message]:
-    """The conversation with the schema written into its last turn, for models that take no `response_format`."""
+    """The conversation with the schema appended to its last message, for models without `response_format`."""
     schema = json_schema(response_format)
     shape = f" that follows this JSON schema:\n{json.dumps(schema, ensure_ascii=False)}" if schema else "."
     instruction = f"\n\nAnswer with one JSON object and nothing else{shape}"
@@ -58,10 +58,10 @@ def with_instruction(messages: list[Message], response_format: ResponseFormat) -
 
 
 def parse_answer(text: str, response_format: ResponseFormat) -> Any:
-    """The value in an answer: an instance of a pydantic class, or decoded JSON that fits the schema.
+    """Parse a response: an instance of the pydantic class, or decoded JSON that matches the schema.
 
-    Text around the JSON (thoughts, a code fence, courtesies) is passed over and small slips are mended.
-    Raises ParseError when no JSON is there or it does not fit.
+    Text around the JSON (`<think>`, a code fence, prose) is ignored, and malformed JSON is repaired where possible.
+    Raises ParseError when there is no JSON or it does not match.
     """
     value = _decode(text)
     if isinstance(response_format, type):
@@ -69,9 +69,9 @@ def parse_answer(text: str, response_format: ResponseFormat) -> Any:
             return response_format.model_validate(value)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the answer"
+            where = ".".join(str(part) for part in first["loc"]) or "the response"
             raise ParseError(f"{where}: {first['msg']}") from None
-    return _fit(value, json_schema(response_format), "the answer")
+    return _fit(value, json_schema(response_format), "the response")
 
 
 def _decode(text: str) -> Any:
@@ -85,22 +85,22 @@ def _decode(text: str) -> Any:
         except ValueError:
             continue
     if start < 0:
-        raise ParseError(f"no JSON in the answer: {text[:60]!r}")
+        raise ParseError(f"no JSON in the response: {text[:60]!r}")
     try:
         import json_repair
     except ImportError:
-        raise ParseError("the answer is malformed JSON; pip install 'rm-gallery[openai]' to have it mended") from None
+        raise ParseError("malformed JSON in the response; pip install 'rm-gallery[openai]' to repair it") from None
     broken = fenced[-1] if fenced else text[start : end + 1] if end > start else text[start:]
     value = json_repair.loads(broken)
     if not isinstance(value, dict | list):
-        raise ParseError(f"no JSON in the answer: {text[:60]!r}")
+        raise ParseError(f"no JSON in the response: {text[:60]!r}")
     return value
 
 
 def _fit(value: Any, schema: Mapping[str, Any], where: str) -> Any:
-    """The value, if type, required names, listed values and bounds are right; a number in quotes becomes one.
+    """Validate type, required, enum, minimum and maximum; a quoted number becomes a number.
 
-    The rest of JSON Schema is left to the endpoint.
+    Other keywords of JSON Schema are not checked.
     """
     kinds = schema.get("type")
     if kinds is not None:
@@ -110,11 +110,11 @@ def _fit(value: Any, schema: Mapping[str, Any], where: str) -> Any:
         if not any(_is_of(value, name) for name in names):
             raise ParseError(f"{where}: {type(value).__name__}, expected {' or '.join(names)}")
     if "enum" in schema and value not in schema["enum"]:
-        raise ParseError(f"{where}: {value!r} is none of {schema['enum']}")
+        raise ParseError(f"{where}: {value!r} is not one of {schema['enum']}")
     if _is_of(value, "number"):
         low, high = schema.get("minimum"), schema.get("maximum")
         if (low is not None and value < low) or (high is not None and value > high):
-            raise ParseError(f"{where}: {value} lies outside {low}..{high}")
+            raise ParseError(f"{where}: {value} is outside {low}..{high}")
     if isinstance(value, dict):
         for name in schema.get("required", ()):
             if name not in value:

@@ -1,6 +1,6 @@
 """Runners: grade many samples with many graders, with bounded concurrency.
 
-Names are looked up when they are asked for, so that importing this package costs next to nothing.
+Names are imported on first access, so that importing this package stays cheap.
 """
 
 from __future__ import annotations
@@ -9,18 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rm_gallery.core.runner.aggregator import BaseAggregator, WeightedSumAggregator
-    from rm_gallery.core.runner.base_runner import BaseRunner, RunnerResult
     from rm_gallery.core.runner.grader_config import GraderConfig
-    from rm_gallery.core.runner.grading_runner import GradingRunner
+    from rm_gallery.core.runner.grading_runner import BaseRunner, GradingRunner, RunnerResult
 
 __all__ = [
-    "BaseAggregator",
-    "BaseRunner",
-    "GraderConfig",
-    "GradingRunner",
-    "RunnerResult",
-    "WeightedSumAggregator",
-]
+    "BaseAggregator", "BaseRunner", "GraderConfig", "GradingRunner", "RunnerResult", "WeightedSumAggregator",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -28,12 +22,8 @@ def __getattr__(name: str) -> Any:
         from rm_gallery.core.runner import aggregator
 
         return getattr(aggregator, name)
-    if name in ("BaseRunner", "RunnerResult"):
-        from rm_gallery.core.runner import base_runner
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rm_gallery.core.runner import grading_runner
 
-        return getattr(base_runner, name)
-    if name in ("GraderConfig", "GradingRunner"):
-        from rm_gallery.core.runner import grading_runner
-
-        return getattr(grading_runner, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(grading_runner, name)

@@ -1,4 +1,4 @@
-"""Fingerprints: whether a sample or a grader is the one that an earlier run had."""
+"""Fingerprints: hashes of samples and graders, to detect changes when a run is resumed."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from rm_gallery.errors import UserError
 
 
 def of_sample(sample: Any, index: int) -> str:
-    """16 hexadecimal digits that depend on the sample's content alone, in any process.
+    """Hash of the content of a sample, 16 hexadecimal digits, the same in every process.
 
-    Raises UserError for a sample that holds objects without a written form.
+    Raises UserError for a sample with objects that cannot be serialized.
     """
     try:
         return _digest(json.dumps(sample, sort_keys=True, default=to_plain))
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"sample {index} cannot be recognised again on resume ({error}): with output_path, "
-            "samples hold texts, numbers, lists and dictionaries"
+            f"sample {index} cannot be serialized ({error}): with output_path, samples may contain text, numbers, "
+            "lists and dictionaries"
         ) from None
 
 
 def of_grader(grader: Any, mapper: Any) -> str:
-    """16 hexadecimal digits for what a grader's judgement depends on, as far as it can be seen.
+    """Hash of a grader and its mapper, 16 hexadecimal digits.
 
-    That is what the grader's method `fingerprint()` returns, where it has one. Else its class and its public
-    attributes: names, numbers, texts, templates; of a model its name (or folder) and options, so that another key,
-    timeout or address is the same grader. With the mapper, for a function its code.
+    Covers what the grader's method `fingerprint()` returns, if it has one, else its class and its public attributes.
+    Of a model only its name (or folder) and options count: another API key, timeout or URL is the same grader. Of a
+    mapper function the code counts.
     """
     own = getattr(grader, "fingerprint", None)
     public = {name: value for name, value in getattr(grader, "__dict__", {}).items() if not name.startswith("_")}
@@ -42,7 +42,7 @@ def of_grader(grader: Any, mapper: Any) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """JSON's form of a value that json does not know. Raises TypeError where there is none."""
+    """A JSON-serializable form of a value, for `json.dumps(default=...)`. Raises TypeError if there is none."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, set | frozenset):
@@ -64,15 +64,15 @@ def _digest(text: str) -> str:
 
 
 def _class_name(value: Any) -> str:
-    return type(value).__qualname__  # without its module, which is __main__ in the script that is run
+    return type(value).__qualname__  # without the module, which is __main__ when run as a script
 
 
 def _seen(value: Any) -> Any:
-    """What of a setting goes into a fingerprint: its content where it is plain, else its class."""
+    """The part of a setting that is hashed: its content if it can be serialized, else its class."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _seen(item) for key, item in value.items() if key != "extra_headers"}  # may hold keys
+        return {str(key): _seen(item) for key, item in value.items() if key != "extra_headers"}  # may contain API keys
     if isinstance(value, list | tuple):
         return [_seen(item) for item in value]
     if isinstance(value, types.FunctionType):
@@ -88,6 +88,6 @@ def _seen(value: Any) -> Any:
 
 
 def _code(code: types.CodeType) -> list[Any]:
-    """What a function does, whatever its comments and place."""
+    """The bytecode, names and constants of a function, without comments and line numbers."""
     constants = [_code(item) if isinstance(item, types.CodeType) else repr(item) for item in code.co_consts]
     return [code.co_code.hex(), list(code.co_names), constants]

@@ -1,34 +1,45 @@
-"""GradingRunner: many samples, several graders, bounded concurrency, results that survive a crash.
-
-The workers of one run share one pass over the samples.
-"""
+"""GradingRunner: grades many samples with several graders, with bounded concurrency and resumable results."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
+from rm_gallery.core.graders.base_grader import GraderError, GraderRank, GraderScore
+from rm_gallery.core.run_sync import run_sync
 from rm_gallery.core.runner import fingerprint
 from rm_gallery.core.runner.aggregator import BaseAggregator
-from rm_gallery.core.runner.base_runner import BaseRunner, RunnerResult
 from rm_gallery.core.runner.grader_config import GraderConfig
 from rm_gallery.core.runner.results_file import ResultsFile
 from rm_gallery.errors import UserError
-from rm_gallery.progress_bar import progress_bar
+from rm_gallery.progress_bar import ProgressBar
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Aggregator", "GraderConfig", "GradingRunner"]
-
 
 Aggregator: TypeAlias = BaseAggregator | Callable[[dict[str, Any]], Any]
-"""Takes {grader name: result} of one sample; what it returns stands in the list of its name."""
+"""From {grader name: result} of one sample to one result, which is listed under the name of the aggregator."""
+
+RunnerResult: TypeAlias = dict[str, list[Any]]
+"""Grader or aggregator name -> one result per sample, in the order of the dataset."""
+
+
+class BaseRunner(ABC):
+    """Grades datasets. A subclass implements `arun`."""
+
+    @abstractmethod
+    async def arun(self, dataset: Iterable[Any]) -> RunnerResult:
+        """Grade every sample. An empty dataset gives empty lists."""
+
+    def run(self, dataset: Iterable[Any]) -> RunnerResult:
+        """`arun` as a blocking call."""
+        return run_sync(self.arun(dataset))
 
 
 class GradingRunner(BaseRunner):
@@ -37,8 +48,8 @@ class GradingRunner(BaseRunner):
         runner = GradingRunner({"relevance": (RelevanceGrader(model=model), {"query": "q", "response": "answer.text"})})
         results = await runner.arun(dataset)   # {"relevance": [GraderScore(...), ...]}
 
-    Nothing that a single sample does ends the run: a grader that raises, or a mapper that does not fit, gives a
-    GraderError in that place. A runner may be used again, and by several tasks at once.
+    A failing sample does not stop the run: an exception in a grader or a mapper becomes a GraderError. A runner can be
+    reused, also by several tasks at the same time.
     """
 
     def __init__(
@@ -53,17 +64,17 @@ class GradingRunner(BaseRunner):
     ) -> None:
         """grader_configs: name -> grader, GraderConfig, (grader, mapper), or {"grader": ..., "mapper": ...}.
 
-        max_concurrency: calls of graders under way at once, over all graders and uses of this runner in one event loop.
-        A grader with a reward model in this process is not held to it: its waiting calls fill the model's packs.
-        aggregators: each is called with {grader name: result} of one sample, and adds a list under its `name` (a
-        function's own name).
-        output_path: a file of JSON lines that gets every result as it comes. With a file that is there already the
-        run goes on from it; a dataset that only grew is continued, a changed one is refused.
-        retry_errors: on resume, ask again for what ended in an error.
-        Raises UserError for a grader, mapper or aggregator that cannot work.
+        max_concurrency: maximum number of concurrent calls, over all graders and runs of this runner in one event loop.
+        Graders with a reward model in this process are exempt: their waiting calls fill its packs.
+        aggregators: each is called with {grader name: result} of one sample and adds a list of results under its
+        `name`, or the name of the function.
+        output_path: JSON-lines file to which each result is appended. If it exists, the run resumes from it; samples
+        may have been appended to the dataset, other changes are an error.
+        retry_errors: when resuming, grade samples again whose saved result is an error.
+        Raises UserError for an invalid grader, mapper or aggregator.
         """
         if isinstance(max_concurrency, bool) or not isinstance(max_concurrency, int) or max_concurrency < 1:
-            raise UserError(f"max_concurrency is {max_concurrency!r}: it must be a whole number of at least 1")
+            raise UserError(f"max_concurrency={max_concurrency!r}: must be an integer of at least 1")
         if not isinstance(grader_configs, Mapping) or not grader_configs:
             raise UserError("grader_configs must be a dictionary from names to graders, with at least one")
         self.grader_configs = {name: GraderConfig.create(config, name) for name, config in grader_configs.items()}
@@ -71,7 +82,7 @@ class GradingRunner(BaseRunner):
         self.aggregators = _by_name(aggregators, list(self.grader_configs))
         self.show_progress = show_progress
         self.output_path, self.retry_errors = output_path, retry_errors
-        # Taken now: a grader may count or remember things in its attributes while it works.
+        # Computed now: a grader may change its attributes while it grades.
         self._setups = {
             name: fingerprint.of_grader(config.grader, config.mapper)
             for name, config in (self.grader_configs.items() if output_path is not None else ())
@@ -81,9 +92,9 @@ class GradingRunner(BaseRunner):
     async def arun(self, dataset: Iterable[Any]) -> RunnerResult:
         """{grader or aggregator name: [result per sample, in order]}; an empty dataset gives empty lists.
 
-        dataset: samples, as a list or anything that can be iterated over once; read as it is needed, never ahead.
-        Raises UserError for what is no dataset, a dataset that is not the one in `output_path`, and a full disk; what
-        the dataset itself raises passes through. When cancelled, it leaves no task behind.
+        dataset: samples, as a list or an iterable; read lazily.
+        Raises UserError for an invalid dataset, for a dataset other than the one in `output_path`, and if results
+        cannot be written; exceptions of the dataset are not caught. Cancellation stops all its tasks.
         """
         samples = _samples_of(dataset)
         num_samples = len(dataset) if isinstance(dataset, Sized) else None
@@ -94,20 +105,23 @@ class GradingRunner(BaseRunner):
                 if num_samples is not None:
                     saved.check_length(num_samples)
                 if saved.num_saved:
-                    log.info("%s has %d results already; going on from there", saved.path, saved.num_saved)
+                    log.info("%s: resuming, %d results are saved", saved.path, saved.num_saved)
             total = None if num_samples is None else num_samples * len(self.grader_configs)
             limit = stack.enter_context(self._limit())
-            count = stack.enter_context(progress_bar(total, show=self.show_progress))
-            run = GradingRun(samples, self.grader_configs, limit, self.max_concurrency, saved, count)
-            await run.to_the_end()
+            bar = stack.enter_context(ProgressBar("grading", total, show=self.show_progress))
+            run = GradingRun(
+                samples, self.grader_configs, limit, self.max_concurrency, saved,
+                lambda is_error: bar.advance(errors=is_error),
+            )  # fmt: skip
+            await run.run()
             if saved is not None:
                 saved.check_length(run.num_samples)
-        _tell_of_errors(run.results)
+        _log_errors(run.results)
         return {**run.results, **self._aggregate(run.results, run.num_samples)}
 
     @contextlib.contextmanager
     def _limit(self) -> Iterator[asyncio.Semaphore]:
-        """The semaphore that all uses of this runner in this event loop share; one belongs to a single loop."""
+        """The semaphore shared by all runs of this runner in this event loop; a semaphore belongs to one loop."""
         loop = asyncio.get_running_loop()
         limit, num_users = self._limits.get(loop, (asyncio.Semaphore(self.max_concurrency), 0))
         self._limits[loop] = (limit, num_users + 1)
@@ -138,13 +152,13 @@ def _by_name(aggregators: Any, grader_names: list[str]) -> dict[str, Aggregator]
     for aggregator in [aggregators] if callable(aggregators) else list(aggregators):
         if not callable(aggregator) or isinstance(aggregator, type):
             raise UserError(
-                f"aggregators: {aggregator!r} is none; give a WeightedSumAggregator(name=..., weights=...) or a "
-                "function that takes {grader name: result} of one sample"
+                f"aggregators: {aggregator!r} is not an aggregator; give WeightedSumAggregator(name=..., weights=...) "
+                "or a function that takes {grader name: result} of one sample"
             )
         fallback = getattr(aggregator, "__name__", type(aggregator).__name__)
         name = str(getattr(aggregator, "name", fallback))
         if name in named or name in grader_names:
-            raise UserError(f"aggregators: the name {name!r} is taken; results are kept by name, so choose another")
+            raise UserError(f"aggregators: the name {name!r} is used twice; choose another")
         if isinstance(aggregator, BaseAggregator):
             aggregator.check(grader_names)
         named[name] = aggregator
@@ -154,7 +168,7 @@ def _by_name(aggregators: Any, grader_names: list[str]) -> dict[str, Aggregator]
 def _samples_of(dataset: Any) -> Iterator[Any]:
     is_table = hasattr(dataset, "to_dict") and hasattr(dataset, "columns")
     if isinstance(dataset, str | bytes | Mapping) or is_table or not isinstance(dataset, Iterable):
-        hint = "; of a DataFrame that is df.to_dict('records')" if is_table else ""
+        hint = "; for a DataFrame, df.to_dict('records')" if is_table else ""
         raise UserError(
             f"the dataset is of type {type(dataset).__name__}: "
             f"give a list (or anything to iterate over) of dictionaries, one per sample{hint}"
@@ -162,39 +176,38 @@ def _samples_of(dataset: Any) -> Iterator[Any]:
     return iter(dataset)
 
 
-def _tell_of_errors(results: RunnerResult) -> None:
-    """One warning per grader, so that errors among thousands of results are seen."""
+def _log_errors(results: RunnerResult) -> None:
+    """Log one warning per grader with errors."""
     for name, given in results.items():
         errors = [index for index, result in enumerate(given) if isinstance(result, GraderError)]
         if errors:
             log.warning(
-                "grader %r: %d of %d samples ended in an error, the first is sample %d: %s",
+                "grader %r: %d of %d samples failed, the first is sample %d: %s",
                 name, len(errors), len(given), errors[0], given[errors[0]].error,
             )  # fmt: skip
 
 
-LOCAL_IN_FLIGHT = 1024  # calls that wait for a reward model: enough to fill its packs while others are on their way
-PAUSE_EVERY = 64  # saved results taken over before other tasks get their turn
+LOCAL_IN_FLIGHT = 1024  # concurrent calls of a local reward model: enough to fill its packs
+PAUSE_EVERY = 64  # saved results taken between two yields to the event loop
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One grader, asked once."""
+    """One call of a grader."""
 
     index: int
-    """Of the sample, from 0."""
+    """Of the sample; counts from 0."""
     sample: Any
     name: str
-    """Of the grader in the configuration."""
+    """Of the grader."""
     fingerprint: str
-    """Of the sample; '' where nothing is saved."""
+    """Of the sample; '' without an output_path."""
 
 
 class GradingRun:
-    """A fixed set of workers takes calls from one iterator, so that memory does not grow with the dataset.
+    """One run: a fixed number of workers takes calls from one iterator, so that only results grow with the dataset.
 
-    (The results do stay: one per sample and grader.) Each result is saved before its worker takes the next call, so
-    that a kill at any moment costs the calls in flight and no other.
+    Each result is saved before its worker takes the next call, so that a killed run loses only the calls in flight.
     """
 
     def __init__(
@@ -206,9 +219,9 @@ class GradingRun:
         saved: ResultsFile | None,
         count: Callable[[bool], None],
     ) -> None:
-        """limit: bounds the calls of graders without a local reward model.
+        """limit: bounds the concurrent calls of graders without a local reward model.
 
-        count: called once per result with whether that is an error.
+        count: called once per result, with True for an error.
         """
         self.num_samples = 0
         self.results: RunnerResult = {name: [] for name in configs}
@@ -216,8 +229,8 @@ class GradingRun:
         self._is_local = {name: config.is_local for name, config in configs.items()}
         self._num_workers = max_concurrency + (LOCAL_IN_FLIGHT if any(self._is_local.values()) else 0)
 
-    async def to_the_end(self) -> None:
-        """Grade all samples. Raises what the dataset or the results file raises; leaves no task behind in any case."""
+    async def run(self) -> None:
+        """Grade all samples. Raises errors of the dataset and the results file; no task survives it."""
         calls = self._calls()
         try:
             async with asyncio.TaskGroup() as workers:
@@ -227,7 +240,7 @@ class GradingRun:
             raise group.exceptions[0] from None  # the first failure; the other workers were cancelled for it
 
     def _calls(self) -> Iterator[Call | None]:
-        """All calls to make, in order; None now and then while saved results are taken over instead."""
+        """All calls in order; None now and then while saved results are taken, to let other tasks run."""
         num_taken = 0
         for index, sample in enumerate(self._samples):
             seen = fingerprint.of_sample(sample, index) if self._saved else ""
@@ -246,7 +259,7 @@ class GradingRun:
 
     async def _work(self, calls: Iterator[Call | None]) -> None:
         for call in calls:
-            # A grader that never waits would otherwise keep the loop, and Ctrl-C, until the dataset ends.
+            # A grader that never awaits would otherwise block the loop, and Ctrl-C, for the whole dataset.
             await asyncio.sleep(0)
             if call is None:
                 continue
@@ -275,12 +288,12 @@ class GradingRun:
                 task = asyncio.current_task()
                 if task is None or task.cancelling():
                     raise
-                return GraderError(name=name, error="the grader was cancelled from within")
+                return GraderError(name=name, error="the grader cancelled itself")
             except Exception as error:
                 log.debug("grader %r failed on sample %d", call.name, call.index, exc_info=True)
                 text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 return GraderError(name=name, error=text)
         if not isinstance(result, GraderScore | GraderRank | GraderError):
-            what = f"the grader gave {type(result).__name__}, not a GraderScore, GraderRank or GraderError"
+            what = f"the grader returned {type(result).__name__}, not a GraderScore, GraderRank or GraderError"
             return GraderError(name=name, error=what)
         return result

@@ -1,4 +1,4 @@
-"""ResultsFile: the results of a run on disk, as they come, and back again on resume."""
+"""Results of a run by sample: ResultsFile writes them and resumes, GradingResults reads them for an export."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
-from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
-from rm_gallery.core.runner.fingerprint import to_plain
-from rm_gallery.errors import UserError
+from rm_gallery.core.graders.base_grader import GraderError, GraderRank, GraderScore
+from rm_gallery.core.runner import fingerprint
+from rm_gallery.errors import UserError, nearest
 from rm_gallery.files import lock
 
 log = logging.getLogger(__name__)
@@ -23,35 +23,68 @@ KINDS: dict[str, type[GraderScore | GraderRank | GraderError]] = {
     "error": GraderError,
 }
 WAY_OUT = "name another output_path, or remove that file"
+PAIR = ("response_a", "response_b")
+GraderChoice: TypeAlias = str | Mapping[str, str] | None
+"""Name of a grader or aggregator, or one for each of `response_a` and `response_b`; None when there is only one."""
 
 
-class Saved(NamedTuple):
+class SavedResult(NamedTuple):
+    """One line of a results file."""
+
     line: int
     """Counts from 1."""
+    end: int
+    """Bytes of the file up to the end of the line."""
+    grader: str
+    sample_index: int
+    """Counts from 0."""
     sample: str
     """Fingerprint of the sample."""
+    setup: str
+    """Fingerprint of the grader and its mapper."""
     result: GraderScore | GraderRank | GraderError
+
+
+def read_results(file: Iterable[bytes], path: str | Path, *, hint: str) -> Iterator[SavedResult]:
+    """The results in the lines of a file. A last line without a line end, left by a killed process, is ignored.
+
+    Raises UserError, which ends with `hint`, for a line that holds anything else.
+    """
+    end = 0
+    for line, text in enumerate(file, start=1):
+        end += len(text)
+        if not text.endswith(b"\n"):
+            log.warning("%s:%d: the last line is incomplete; ignoring it", path, line)
+        elif text.strip():
+            try:
+                content = json.loads(text)
+                yield SavedResult(
+                    line, end, str(content["grader"]), int(content["index"]), str(content["sample"]),
+                    str(content.get("setup", "")), KINDS[content["kind"]].model_validate(content["result"]),
+                )  # fmt: skip
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                raise UserError(f"{path}:{line}: not a result of a GradingRunner; {hint}") from None
 
 
 class ResultsFile:
     """JSON lines, one per result:
     {"index": 0, "grader": "relevance", "sample": fingerprint, "setup": fingerprint, "kind": "score", "result": {...}}
 
-    A line is in the hands of the operating system before the next call is made: a killed process loses nothing that
-    it had. A half-written last line is cut off; of two lines for one result the later holds. One run at a time.
+    Each line is flushed before the next call, so that a killed process loses no result. An incomplete last line is
+    removed; of two lines for one result the later counts. A lock refuses a second run on the same file.
     """
 
     def __init__(self, path: str | Path, setups: Mapping[str, str], *, retry_errors: bool = False) -> None:
-        """setups: grader name -> fingerprint; lines of other graders stay and are not looked at.
+        """setups: grader name -> fingerprint; lines of other graders are kept and ignored.
 
-        retry_errors: take saved errors for missing. Raises UserError for a file that cannot be written or is in use,
-        that holds anything else, or that holds results of a grader that was set up otherwise.
+        retry_errors: treat saved errors as missing. Raises UserError for a file that cannot be written, is in use or
+        is not a results file, and for results of a grader with another setup.
         """
         self.path, self._setups = Path(path), setups
-        self._saved: dict[str, dict[int, Saved]] = {name: {} for name in setups}
+        self._saved: dict[str, dict[int, SavedResult]] = {name: {} for name in setups}
         try:
             if self.path.exists() and not self.path.is_file():
-                raise UserError(f"output_path {self.path}: this is no ordinary file; name a file")
+                raise UserError(f"output_path {self.path}: not a regular file; name another")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = open(self.path, "a+b")  # noqa: SIM115 - closed by close()
         except OSError as error:
@@ -72,13 +105,13 @@ class ResultsFile:
 
     @property
     def num_saved(self) -> int:
-        """Results that are there and not taken yet."""
+        """Number of saved results that are not taken yet."""
         return sum(map(len, self._saved.values()))
 
     def take(self, grader: str, index: int, sample: str) -> GraderScore | GraderRank | GraderError | None:
-        """The saved result for a sample, which is then forgotten here; None when there is none.
+        """Remove and return the saved result for a sample; None if there is none.
 
-        Raises UserError when it was written for another sample.
+        Raises UserError if it was written for another sample.
         """
         saved = self._saved[grader].pop(index, None)
         if saved is None:
@@ -91,7 +124,7 @@ class ResultsFile:
         return saved.result
 
     def check_length(self, num_samples: int) -> None:
-        """Raise UserError when there are results for samples past the end of the dataset."""
+        """Raise UserError for results of samples past the end of the dataset."""
         for grader, saved in self._saved.items():
             if (last := max(saved, default=-1)) >= num_samples:
                 raise UserError(
@@ -100,7 +133,7 @@ class ResultsFile:
                 )
 
     def append(self, grader: str, index: int, sample: str, result: GraderScore | GraderRank | GraderError) -> None:
-        """Write one result. Raises UserError when the disk refuses."""
+        """Append one result. Raises UserError if it cannot be written."""
         kind = next(kind for kind, owner in KINDS.items() if isinstance(result, owner))
         line = {"index": index, "grader": grader, "sample": sample, "setup": self._setups[grader], "kind": kind}
         try:
@@ -108,12 +141,12 @@ class ResultsFile:
             self._file.flush()
         except OSError as error:
             raise UserError(
-                f"output_path {self.path}: cannot be written any more ({error.strerror}); what is in it stays: "
-                "make room, then run again to go on from there"
+                f"output_path {self.path}: cannot be written ({error.strerror}); earlier results are saved: "
+                "make room, then run again to resume"
             ) from error
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk was told of by append()
+        with contextlib.suppress(OSError):  # append() has reported it
             self._file.close()
         self._held.close()
 
@@ -124,51 +157,36 @@ class ResultsFile:
             raise UserError(
                 f"output_path {self.path}: another run is writing to it ({error}); wait for it, or name another file"
             ) from None
-        except OSError:  # the folder is not writable: two runs on one file are not noticed
+        except OSError:  # the folder is not writable: run without a lock
             return
 
     def _load(self, retry_errors: bool) -> None:
         self._file.seek(0)
         end = 0
-        for line, text in enumerate(self._file, start=1):
-            if not text.endswith(b"\n"):
-                log.warning(
-                    "%s:%d: the last line was cut off while it was written; asking for it again", self.path, line
+        hint = "name another output_path, or remove that line to grade the sample again"
+        for saved in read_results(self._file, self.path, hint=hint):
+            end = saved.end
+            if saved.grader not in self._setups:
+                continue
+            if saved.setup != self._setups[saved.grader]:
+                raise UserError(
+                    f"{self.path}:{saved.line}: this result of grader {saved.grader!r} comes from another class, "
+                    f"model, prompt, setting or mapper; {WAY_OUT}. (A grader's method fingerprint() can say what its "
+                    "results depend on.)"
                 )
-                self._file.truncate(end)
-                break
-            end += len(text)
-            if text.strip():
-                self._load_line(line, text, retry_errors)
+            if retry_errors and isinstance(saved.result, GraderError):
+                self._saved[saved.grader].pop(saved.sample_index, None)
+            else:
+                self._saved[saved.grader][saved.sample_index] = saved
+        if self._file.tell() > end:
+            self._file.truncate(end)
         self._file.seek(0, os.SEEK_END)
-
-    def _load_line(self, line: int, text: bytes, retry_errors: bool) -> None:
-        try:
-            content = json.loads(text)
-            grader, index, setup = content["grader"], int(content["index"]), content["setup"]
-            if grader not in self._setups:
-                return
-            saved = Saved(line, str(content["sample"]), KINDS[content["kind"]].model_validate(content["result"]))
-        except (ValueError, TypeError, KeyError):
-            raise UserError(
-                f"{self.path}:{line}: this is no result of a GradingRunner; name another output_path, "
-                "or remove that line to have it asked for again"
-            ) from None
-        if setup != self._setups[grader]:
-            raise UserError(
-                f"{self.path}:{line}: this result of grader {grader!r} was given with another class, model, prompt, "
-                f"setting or mapper; {WAY_OUT}. (A grader's method fingerprint() can say what its results depend on.)"
-            )
-        if retry_errors and isinstance(saved.result, GraderError):
-            self._saved[grader].pop(index, None)
-        else:
-            self._saved[grader][index] = saved
 
 
 def _as_line(content: dict[str, Any]) -> bytes:
     try:
         text = json.dumps(content, default=_plain_or_text)
-    except (TypeError, ValueError):  # keys that are no texts, or a metadata that holds itself
+    except (TypeError, ValueError):  # keys that are not strings, or circular metadata
         content["result"]["metadata"] = {"text": repr(content["result"]["metadata"])}
         text = json.dumps(content, default=_plain_or_text)
     return text.encode() + b"\n"
@@ -176,6 +194,101 @@ def _as_line(content: dict[str, Any]) -> bytes:
 
 def _plain_or_text(value: Any) -> Any:
     try:
-        return to_plain(value)
+        return fingerprint.to_plain(value)
     except TypeError:
         return repr(value)
+
+
+class GradingResults:
+    """The results of the chosen grader, taken sample by sample."""
+
+    def __init__(self, results: Any, grader: GraderChoice) -> None:
+        """results: what `GradingRunner.run` returned, or the path of its results file.
+
+        Raises UserError for anything else, for a grader that has no results, and when one must be chosen.
+        """
+        self._file = os.fspath(results) if isinstance(results, str | os.PathLike) else None
+        self._by_name: Mapping[str, Any] = _checked(results) if self._file is None else _load(self._file, grader)
+        self._names = _choose(grader, list(self._by_name), self._file or "results")
+
+    def take(self, index: int, sample: Any) -> tuple[Any, ...]:
+        """The result of a sample, or two results when there is a grader for each response; None for a missing one.
+
+        Raises UserError when a results file has the result of another sample there.
+        """
+        return tuple(self._take(name, index, sample) for name in self._names)
+
+    def _take(self, name: str, index: int, sample: Any) -> Any:
+        results = self._by_name[name]
+        if self._file is None:
+            return results[index] if index < len(results) else None
+        saved: SavedResult | None = results.get(index)
+        if saved is not None and saved.sample != fingerprint.of_sample(sample, index):
+            raise UserError(
+                f"{self._file}:{saved.line}: this result of grader {name!r} is for another sample {index} than the "
+                "cases have; give the samples that were graded, all of them, in their order"
+            )
+        return saved and saved.result
+
+    def check_length(self, num_samples: int) -> None:
+        """Raise UserError when the cases cannot be the samples that were graded."""
+        for name in self._names:
+            results = self._by_name[name]
+            count = len(results) if self._file is None else max(results, default=-1) + 1
+            if count > num_samples or (self._file is None and count != num_samples):
+                raise UserError(
+                    f"{self._file or 'results'}: {name!r} has results for {count} samples, but there are {num_samples} "
+                    "cases; give the samples that were graded, all of them, in their order"
+                )
+
+
+def _checked(results: Any) -> Mapping[str, Any]:
+    is_known = isinstance(results, Mapping) and results
+    if not is_known or any(isinstance(each, str) or not isinstance(each, Sequence) for each in results.values()):
+        raise UserError(
+            f"results is {type(results).__name__}: give what GradingRunner.run returned, "
+            "{grader: [result per sample]}, or the path of its results file"
+        )
+    return results
+
+
+def _load(path: str, grader: GraderChoice) -> dict[str, dict[int, SavedResult]]:
+    """The results of a file by grader and sample; of two results for one sample the later counts."""
+    wanted = {grader} if isinstance(grader, str) else set(grader.values()) if isinstance(grader, Mapping) else None
+    by_name: dict[str, dict[int, SavedResult]] = {}
+    try:
+        with open(os.path.expanduser(path), "rb") as file:
+            for saved in read_results(file, path, hint="name the results file of a GradingRunner"):
+                results = by_name.setdefault(saved.grader, {})
+                if wanted is None or saved.grader in wanted:
+                    results[saved.sample_index] = saved._replace(result=_slim(saved.result))
+    except OSError as error:
+        raise UserError(f"results {path}: cannot be read ({error.strerror}); name a results file") from error
+    if not by_name:
+        raise UserError(f"{path}: the file holds no results; name the output_path of a GradingRunner")
+    return by_name
+
+
+def _slim(result: GraderScore | GraderRank | GraderError) -> GraderScore | GraderRank | GraderError:
+    """Without the judge's reasons and answers, which would be most of the memory."""
+    if isinstance(result, GraderRank):
+        kept: dict[str, Any] = {
+            name: result.metadata[name] for name in ("scores", "rewards") if name in result.metadata
+        }
+        return GraderRank(rank=result.rank, metadata=kept)
+    return GraderScore(score=result.score) if isinstance(result, GraderScore) else GraderError(error=result.error)
+
+
+def _choose(grader: GraderChoice, known: list[str], where: str) -> tuple[str, ...]:
+    names = ", ".join(map(repr, sorted(known, key=str)))
+    if grader is None:
+        if len(known) != 1:
+            raise UserError(f"{where}: there are results of {names}; choose a grader")
+        return (known[0],)
+    if isinstance(grader, Mapping) and set(grader) != set(PAIR):
+        raise UserError(f"grader is {dict(grader)}: it must name one for response_a and one for response_b")
+    chosen = tuple(grader[field] for field in PAIR) if isinstance(grader, Mapping) else (grader,)
+    for name in chosen:
+        if name not in known:
+            raise UserError(f"{where}: there are no results of {name!r}, only of {names}.{nearest(str(name), known)}")
+    return chosen

@@ -1,1 +1,1 @@
-"""Batching: token groups become steps, micro-batches of like cost, and packed tensors."""
+"""Batching: plan of steps -> prompt sharing -> bin packing into micro-batches -> packed batches -> loader."""

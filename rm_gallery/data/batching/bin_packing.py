@@ -1,7 +1,14 @@
-"""Bin packing: the groups of one step into as few micro-batches as hold them, equally many on all ranks, of like cost.
+"""Bin packing under a token budget: for training, validation, scoring and estimates.
 
-In: token counts. Out: indices by rank and micro-batch. A pure function of its arguments, in whole numbers and stable
-sorts throughout, so that every machine of a run works out the same.
+`Packer.pack` packs the groups of a step into the fewest micro-batches, the same number per rank, balanced by cost.
+`Packer.pack_by_length` packs groups of similar length for inference on one rank.
+
+In: token counts. Out: indices by rank and micro-batch. A pure function of its arguments, with integers and stable sorts
+only, so that every rank computes the same result.
+
+Example, `Packer(token_budget=10, world_size=2)` with five groups of 6, 5, 4, 3 and 2 tokens: 20 tokens need two
+micro-batches, one per rank. Longest processing time first makes [6 3] and [5 4], with no room for the 2. Best fit
+decreasing fills both: [6 4] and [5 3 2]. So rank 0 computes groups 0 and 2, rank 1 computes groups 1, 3 and 4.
 """
 
 from __future__ import annotations
@@ -19,57 +26,62 @@ from rm_gallery.data.token_cache.arrays import GroupSizes
 
 # N groups of one step, or items; W ranks
 
-Whole = TypeVar("Whole", int, np.ndarray)
+Integer = TypeVar("Integer", int, np.ndarray)
 
 Packs: TypeAlias = list[list[list[int]]]
-"""`packs[rank][micro-batch]` holds indices of groups; all ranks have equally many micro-batches."""
+"""`packs[rank][micro-batch]` is a list of group indices; all ranks have the same number of micro-batches."""
 
-_UNEVEN = 0.03  # of the mean, that the slowest rank may have more
-_GROUPS_TO_BALANCE = 16  # a rank: with fewer, one more micro-batch would often not help
-_LAYER_MATRICES = 12  # weights of a layer's matrices over its width squared (Kaplan et al. 2020, table 1)
+_MAX_IMBALANCE = 0.03  # of the slowest rank over the mean
+_MIN_GROUPS_PER_RANK = 16  # with fewer, one more micro-batch would often not balance better
+_LAYER_MATRICES = 12  # parameters of a layer's matrices / hidden_size^2 (Kaplan et al. 2020, table 1)
 
 
 def attention_length(hidden_size: int) -> int:
-    """Tokens of a text at which attention costs as much as the matrices of a layer.
+    """Sequence length in tokens at which attention costs as much as the matrices of a layer.
 
-    Of a layer's forward pass a token takes 2 x 12 x width^2 operations in matrices (Kaplan et al. 2020, "Scaling Laws
-    for Neural Language Models", table 1) and 4 x width for each key that it sees, half its text's on average.
+    Per token, the forward pass of a layer takes 2 x 12 x hidden_size^2 FLOPs in matrices (Kaplan et al. 2020, "Scaling
+    Laws for Neural Language Models", table 1) and 4 x hidden_size FLOPs per visible key, of which there are half the
+    sequence length on average: 24 h^2 = 4 h x length / 2 gives a length of 12 h.
     """
     return _LAYER_MATRICES * hidden_size
 
 
 @dataclass(frozen=True)
 class Packer:
-    """How groups are packed, and the estimate of cost that they are balanced by."""
+    """Packs groups into micro-batches, balanced by estimated cost."""
 
     token_budget: int
-    """Most tokens of a micro-batch; a group with more has one of its own."""
+    """Maximum tokens of a micro-batch; a larger group gets a micro-batch alone."""
     world_size: int = 1
     padded: bool = False
-    """For a model that pads: the budget counts padded tokens then, and texts of like length go together."""
+    """For a model that pads: the budget counts padded tokens, and groups are packed by length."""
     attention_length: int = attention_length(4096)
-    """See `attention_length`; any value keeps to the budget, a wrong one balances less well."""
+    """Tokens; see `attention_length`. It affects the balance only, never the budget."""
 
     def tokens(self, sizes: GroupSizes) -> np.ndarray:
-        """[N] int64: tokens that the model computes for each group; for a model that pads, if it were alone."""
-        if self.padded:
-            return sizes.longest_text.astype(np.int64) * sizes.num_responses
-        return sizes.tokens.astype(np.int64)
+        """[N] int64: tokens that the model computes for each group; with padding, as if the group were alone."""
+        return self.count_tokens(
+            sizes.tokens.astype(np.int64), sizes.longest_text.astype(np.int64), sizes.num_responses.astype(np.int64)
+        )
+
+    def count_tokens(self, tokens: Integer, longest_text: Integer, num_responses: Integer) -> Integer:
+        """Tokens that the model computes: with padding, every response is as long as the longest text."""
+        return longest_text * num_responses if self.padded else tokens
 
     def costs(self, sizes: GroupSizes) -> np.ndarray:
-        """[N] int64: time that each group takes, in that of a token without attention.
+        """[N] int64: estimated time of each group, in units of one token without attention.
 
-        A token sees half its text on average, so attention adds its text's length over `attention_length` to the 1
-        of the matrices. Every text is taken for as long as the group's longest.
+        Attention adds length / `attention_length` to the 1 of the matrices. Every text counts as long as the longest
+        of its group. Example: 1,000 tokens in texts of 500 with an attention_length of 1,000 cost 1,500.
         """
         return self.cost(self.tokens(sizes), sizes.longest_text)
 
-    def cost(self, tokens: Whole, longest_text: Whole) -> Whole:
-        """The cost of so many tokens in texts of this length; see `costs`."""
+    def cost(self, tokens: Integer, longest_text: Integer) -> Integer:
+        """The cost of this number of tokens in texts of this length; see `costs`."""
         return tokens + tokens * longest_text // self.attention_length
 
     def pack(self, sizes: GroupSizes) -> Packs:
-        """Give every group a micro-batch so that none holds more than the budget, unless it is one group."""
+        """Micro-batches that hold every group once, within the budget unless a single group exceeds it."""
         if not len(sizes):
             return [[] for _ in range(self.world_size)]
         if self.padded:
@@ -82,12 +94,30 @@ class Packer:
         bins = [order[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         return self._deal(bins, _sums(places, costs, count))
 
-    def _places(self, tokens: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, int]:
-        """The micro-batch of each group, and how many there are over all ranks.
+    def pack_by_length(self, sizes: GroupSizes) -> list[list[int]]:
+        """Micro-batches of one rank for inference: groups sorted by their longest text, each filled in turn.
 
-        As few as could be, balanced by cost; where those overflow, balanced by tokens, or packed as tightly as can be,
-        which says how many it takes, too. Where all of these leave the ranks uneven, one more for each rank has room.
+        Nothing has to be balanced, so groups of similar length go together: less padding, and attention over
+        segments of similar length. Next-fit decreasing: a group that exceeds the budget starts the next micro-batch.
+
+        Example, budget 100, groups of 30, 60, 20, 50 and 40 tokens with one response each:
+        [60], [50 40], [30 20]. With padding 50 and 40 cost 2 x 50 = 100 tokens.
         """
+        order = np.argsort(-sizes.longest_text.astype(np.int64), kind="stable")
+        ones = np.ones(len(order), np.int64)
+        tokens = sizes.longest_text[order].astype(np.int64) if self.padded else ones  # of each item
+        items = sizes.num_responses if self.padded else sizes.tokens
+        ends = np.cumsum(items[order], dtype=np.int64)
+        bounds = cut_runs(tokens, tokens, ends, self.token_budget, self.token_budget)
+        return [part.tolist() for part in np.split(order, bounds[:-1])] if bounds else []
+
+    def _places(self, tokens: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, int]:
+        """The micro-batch of each group, and the number of micro-batches over all ranks.
+
+        Starts from the lower bound of that number and tries to balance by cost, then by tokens; if both overflow, best
+        fit gives a number that is feasible. If the ranks are uneven, one more micro-batch per rank is tried.
+        """
+        # Lower bound: all tokens, and groups above half the budget, no two of which share a micro-batch.
         least = max(-(-int(tokens.sum()) // self.token_budget), int((2 * tokens > self.token_budget).sum()))
         count = self._rounded(least)
         tight: np.ndarray | None = None
@@ -110,20 +140,21 @@ class Packer:
             count = needed if fewest is None else count + self.world_size
 
     def _is_even(self, places: np.ndarray, costs: np.ndarray, count: int) -> bool:
-        """Whether the slowest rank has little more than the mean, or there are too few groups to ask that."""
-        if len(places) < _GROUPS_TO_BALANCE * self.world_size:
+        """Whether the slowest rank is within `_MAX_IMBALANCE` of the mean; too few groups always count as even."""
+        if len(places) < _MIN_GROUPS_PER_RANK * self.world_size:
             return True
         bins = _sums(places, costs, count)
         loads = np.bincount(self._ranks(bins), bins)
-        return bool(loads.max() <= (1 + _UNEVEN) * loads.mean())
+        return bool(loads.max() <= (1 + _MAX_IMBALANCE) * loads.mean())
 
     def _rounded(self, count: int) -> int:
         return max(1, -(-count // self.world_size)) * self.world_size
 
     def _runs(self, sizes: GroupSizes) -> list[list[int]]:
-        """Runs of the groups sorted by their longest text; a text costs what the run's longest does.
+        """Micro-batches of a model that pads: runs of the groups sorted by length, as few as the budget allows.
 
-        As few as the budget allows, and among these the ones whose dearest is cheapest, found by bisection.
+        A response costs as much as the longest of its run. Bisection on the maximum cost of a run finds the most even
+        runs of that number.
         """
         order = np.argsort(-sizes.longest_text.astype(np.int64), kind="stable")
         longest = sizes.longest_text[order].astype(np.int64)
@@ -131,7 +162,7 @@ class Packer:
         ends = np.cumsum(sizes.num_responses[order], dtype=np.int64)
         widest = int(each.max()) * int(ends[-1])
         count = self._rounded(len(cut_runs(longest, each, ends, self.token_budget, widest)))
-        low, high = 0, widest  # `high` needs no more than `count` runs
+        low, high = 0, widest  # invariant: with maximum cost `high`, at most `count` runs are needed
         while low + 1 < high:
             middle = (low + high) // 2
             fits = len(cut_runs(longest, each, ends, self.token_budget, middle)) <= count
@@ -141,7 +172,7 @@ class Packer:
         return runs + [[] for _ in range(count - len(runs))]
 
     def _deal(self, bins: Sequence[list[int]], costs: np.ndarray) -> Packs:
-        """Bins of these costs to the ranks; micro-batches that ranks compute at the same time cost alike."""
+        """Assign bins to ranks, most expensive first, so that concurrent micro-batches have similar costs."""
         packs: Packs = [[] for _ in range(self.world_size)]
         ranks = self._ranks(costs).tolist()
         for place in np.argsort(-costs, kind="stable").tolist():
@@ -149,9 +180,11 @@ class Packer:
         return packs
 
     def _ranks(self, costs: np.ndarray) -> np.ndarray:
-        """[bins] the rank of each bin, equally many for each.
+        """[bins] the rank of each bin, the same number for each rank.
 
-        Dearest first, a round of `world_size` at a time, in each the dearest to the rank with least so far.
+        In rounds of `world_size` bins, most expensive first; in each round, the most expensive bin goes to the least
+        loaded rank. Example, 2 ranks, costs 9, 7, 6, 5: round one 9 -> rank 0, 7 -> rank 1; round two 6 -> rank 1
+        (loaded 7), 5 -> rank 0: 14 and 13.
         """
         order = np.argsort(-costs, kind="stable")
         ranks = np.empty(len(costs), np.int64)
@@ -170,7 +203,7 @@ class Packer:
         return _sums(place, sizes.num_responses[index], len(packs)) * self._longest(packs, sizes)
 
     def pack_costs(self, packs: Sequence[Sequence[int]], sizes: GroupSizes) -> np.ndarray:
-        """[packs] int64: estimated cost of each micro-batch, as of `costs`."""
+        """[packs] int64: estimated cost of each micro-batch; see `costs`."""
         if self.padded:
             return self.cost(self.pack_tokens(packs, sizes), self._longest(packs, sizes))
         place, index = _flat(packs)
@@ -183,7 +216,10 @@ class Packer:
         return longest
 
     def step_cost(self, packs: Packs, sizes: GroupSizes) -> int:
-        """Estimated time of a step in which the ranks wait for each other after every micro-batch, as of `costs`."""
+        """Estimated time of a step whose ranks synchronize after every micro-batch; see `costs`.
+
+        Example, micro-batches of cost 9 and 5 on rank 0, 7 and 6 on rank 1: max(9, 7) + max(5, 6) = 15.
+        """
         at_once = list(chain.from_iterable(zip(*packs, strict=True)))
         return int(self.pack_costs(at_once, sizes).reshape(-1, self.world_size).max(axis=1).sum())
 
@@ -195,49 +231,55 @@ def _flat(packs: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _sums(place: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    """[count] int64: sums of the values by place; exact, since float64 holds these whole numbers."""
+    """[count] int64: sums of the values by place; exact, since float64 represents these integers."""
     return np.bincount(place, values, minlength=count).astype(np.int64)
 
 
-_MOST_PASSED = 64  # bins without room that are looked at for one item
+_MAX_SKIPPED = 64  # full bins tried for one item
 
 
 def longest_first(costs: np.ndarray, tokens: np.ndarray, count: int, budget: int) -> np.ndarray | None:
-    """[N] the bin of each item: dearest first, each into the cheapest bin that has room (Graham 1969, "LPT").
+    """[N] the bin of each item: longest processing time first, into the least loaded bin with room (Graham 1969, LPT).
 
-    None where an item finds no room among the cheapest ones.
-    A bin's cost and number lie in one whole number, which is faster to compare than a pair.
+    None if an item finds no room in the `_MAX_SKIPPED` least loaded bins.
+
+    Example, 2 bins with room, costs 5, 4, 3, 3, 3: 5 -> bin 0, 4 -> bin 1, 3 -> bin 1 (7), 3 -> bin 0 (8), 3 -> bin 1
+    (10): loads of 8 and 10.
     """
     order = np.argsort(-costs, kind="stable")
+    # A heap of loads: load and bin number in one integer, `load << shift | number`, which compares faster than a pair.
     shift = count.bit_length()
     number = (1 << shift) - 1
     heap = list(range(count))
     rooms = [budget] * count
     chosen = []
-    passed: list[int] = []  # bins without room for an item, put back once it has found its place
+    skipped: list[int] = []  # bins without room for the item; pushed back once it has a bin
     for cost, size in zip((costs[order] << shift).tolist(), tokens[order].tolist(), strict=True):
         while rooms[heap[0] & number] < size:
-            passed.append(heappop(heap))
-            if not heap or len(passed) > _MOST_PASSED:
+            skipped.append(heappop(heap))
+            if not heap or len(skipped) > _MAX_SKIPPED:
                 return None
-        cheapest = heap[0]
-        place = cheapest & number
+        least_loaded = heap[0]
+        place = least_loaded & number
         chosen.append(place)
         rooms[place] -= size
-        heapreplace(heap, cheapest + cost)
-        while passed:
-            heappush(heap, passed.pop())
+        heapreplace(heap, least_loaded + cost)
+        while skipped:
+            heappush(heap, skipped.pop())
     places = np.empty(len(costs), np.int64)
     places[order] = chosen
     return places
 
 
 def best_fit(tokens: np.ndarray, budget: int) -> np.ndarray:
-    """[N] the bin of each item: largest first, each into the fullest bin that has room (best fit decreasing)."""
+    """[N] the bin of each item: best fit decreasing, the largest item first into the fullest bin with room.
+
+    Example, budget 10, items of 5, 5, 4, 3 and 3 tokens: bins [5 5] and [4 3 3].
+    """
     order = np.argsort(-tokens, kind="stable")
     shift = len(tokens).bit_length()
     number = (1 << shift) - 1
-    rooms: list[int] = []  # sorted: room that is left, and the bin's number
+    rooms: list[int] = []  # sorted: remaining room and bin number in one integer, as above
     chosen = []
     for size in (tokens[order] << shift).tolist():
         at = bisect_left(rooms, size)
@@ -249,14 +291,18 @@ def best_fit(tokens: np.ndarray, budget: int) -> np.ndarray:
     return places
 
 
-def cut_runs(longest: np.ndarray, each: np.ndarray, ends: np.ndarray, budget: int, capacity: int) -> list[int]:
-    """Where runs of sorted groups end, each with as many responses as fit into both limits and one group at least.
+def cut_runs(tokens: np.ndarray, costs: np.ndarray, ends: np.ndarray, budget: int, capacity: int) -> list[int]:
+    """Ends of runs of sorted groups. A run has as many items as fit both limits, and at least one group.
 
-    longest, each: [N] tokens and cost of a text, falling. ends: [N] responses up to and with each group.
+    tokens, costs: [N] of one item of each group, descending; all items of a run count as much as those of its first
+    group. ends: [N] items up to and including each group. An item is a padded response, or a token without padding.
+
+    Example, budget 20 and no limit by cost, groups of 2, 1, 1 and 3 responses of 8, 6, 5 and 4 tokens: the first run
+    has room for 20 // 8 = 2 responses, the second for 20 // 6 = 3, the third for 20 // 4 = 5: ends 1, 3, 4.
     """
     bounds, start, done = [], 0, 0
-    while start < len(longest):
-        room = min(budget // int(longest[start]), capacity // int(each[start]))
+    while start < len(tokens):
+        room = min(budget // int(tokens[start]), capacity // int(costs[start]))
         start = max(start + 1, int(np.searchsorted(ends, done + room, side="right")))
         done = int(ends[start - 1])
         bounds.append(start)

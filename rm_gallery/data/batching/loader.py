@@ -1,4 +1,4 @@
-"""Loading: the plan's steps as batches, in order, from any step on, prepared in the background."""
+"""Data loading: the steps of the plan as batches, in order, from any step, prefetched in a background thread."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class StepBatches:
 
     batches: list[PackedBatch]
     num_comparisons: int
-    """Over all ranks: what the loss sum is divided by."""
+    """Over all ranks; the divisor of the loss sum."""
     num_tokens: int
-    """That this rank computes: each shared prompt and each shared response counted once."""
+    """Tokens that this rank computes: shared prompts and shared responses counted once."""
     epoch: float
-    """Epochs of data seen once this step is done."""
+    """Epochs of data seen after this step."""
 
 
 def load_steps(data: TokenData, plan: Plan, *, rank: int = 0, start_step: int = 0) -> Iterator[StepBatches]:
-    """Steps from `start_step` on, epoch after epoch without end; the next one is made while one is trained on."""
+    """Steps from `start_step` on, epoch after epoch without end; the next step is prefetched during the current one."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as worker:
         pending = None
         for groups, epoch in _steps(plan, start_step):
@@ -38,7 +38,7 @@ def load_steps(data: TokenData, plan: Plan, *, rank: int = 0, start_step: int = 
 
 
 def _steps(plan: Plan, start_step: int) -> Iterator[tuple[np.ndarray, float]]:
-    """The groups of each step, and the epochs of data seen once it is done."""
+    """The groups of each step, and the epochs of data seen after it."""
     epoch, first = 0, 0
     while True:
         steps = plan.epoch_steps(epoch)

@@ -1,7 +1,4 @@
-"""Batches: the groups of one micro-batch laid out as tensors.
-
-In: TokenGroups. Out: a PackedBatch, without a padding token.
-"""
+"""Collation: the token groups of one micro-batch become the tensors of a padding-free batch."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from rm_gallery.data.tokenization.token_group import TokenGroup
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Groups one after the other: each its common prefix, then its responses.
+    """Groups concatenated without padding: for each the common prefix, then the responses.
 
     Example, two groups with prefixes [a b] and []:
 
@@ -30,45 +27,46 @@ class PackedBatch:
         group        0 0   0 0   0    1   1 1
         response    -1 -1  0 0   1    2   3 3      (-1: common prefix)
         reward_index           3   4    5     7
+        group_lengths  5, 3          tail_lengths  (2, 1), (1, 2)
 
-    An empty pack (T = G = R = C = 0) is legal.
+    Comparison 0 > 1 of the second group is better = [2], worse = [3]. A batch may be empty (T = G = R = C = 0).
     """
 
     input_ids: Tensor
     """[T] int64."""
     positions: Tensor
-    """[T] int64; restart for each group, and each response goes on from the end of the common prefix."""
+    """[T] int64: position in the whole text; every response starts right after the common prefix of its group."""
     group: Tensor
-    """[T] int64: which group of this batch a token belongs to."""
+    """[T] int64: the group of each token, as an index into this batch."""
     response: Tensor
-    """[T] int64: which response of this batch a token belongs to, -1 in a common prefix."""
+    """[T] int64: the response of each token, as an index into this batch; -1 in a common prefix."""
     reward_index: Tensor
-    """[R] int64: the last token of each response, where its reward is read."""
+    """[R] int64: index of the last token of each response, whose hidden state gives the reward."""
     better: Tensor
-    """[C] int64 responses of this batch."""
+    """[C] int64: the preferred response of each comparison, as an index into this batch."""
     worse: Tensor
     """[C] int64."""
     weight: Tensor
     """[C] float32."""
     margin: Tensor
-    """[C] float32, NaN where the data have none."""
+    """[C] float32; NaN where the data have none."""
     p_better: Tensor
-    """[C] float32: share of people who prefer `better`; NaN where the data have none."""
+    """[C] float32: share of annotators who prefer `better`; NaN where the data have none."""
     group_lengths: tuple[int, ...]
-    """G tokens of each group, on the host."""
+    """[G] tokens of each group; on the host, so that no kernel has to be waited for."""
     tail_lengths: tuple[tuple[int, ...], ...]
-    """G tuples, on the host: tokens of each response behind the common prefix."""
+    """[G] tuples of the tokens of each response after the common prefix; on the host."""
 
     @property
     def num_tokens(self) -> int:
         return self.input_ids.numel()
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch on another device, copied without waiting where the device allows it."""
+        """The same batch on another device, copied asynchronously where the device supports it."""
         if self.input_ids.device == device:
             return self
         tensors: dict[str, Any] = {
-            # Only from pinned memory does a copy to a GPU go on by itself.
+            # Copies to a GPU are asynchronous only from pinned memory.
             name: (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
@@ -77,7 +75,7 @@ class PackedBatch:
 
 
 def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
-    """Lay groups out one after the other; see `PackedBatch` for an example."""
+    """Concatenate groups; see `PackedBatch` for an example."""
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     responses: list[np.ndarray] = []

@@ -1,7 +1,8 @@
-"""The plan of a run: how often the groups of each source are used in an epoch, and which groups make a step.
+"""The plan of a run: which groups each step of each epoch uses.
 
-In: counts of comparisons. Out: the groups of each step. A pure function of its arguments: no torch, no files, no clock.
-`prompt_sharing.py` makes units of a step's groups, and `bin_packing.py` lays them out for the ranks.
+In: numbers of comparisons. Out: the groups of each step. A pure function of its arguments: no torch, no files, no
+clock; resuming at step k is an index into the plan. `prompt_sharing.py` merges or splits the groups of a step, and
+`bin_packing.py` packs them into micro-batches of the ranks.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from rm_gallery.data.batching.bin_packing import Packer
 from rm_gallery.data.batching.prompt_sharing import StepPlan, plan_step
 from rm_gallery.data.token_cache.arrays import GroupSizes, TokenData
 
-# N groups of a data set, of all its sources; M places of an epoch
+# N groups of a dataset, of all its sources; M groups of an epoch, repetitions included
 
-_RUN = 16  # groups of a prompt that follow each other at most
+_MAX_RUN = 16  # consecutive groups of a prompt
 
 
 @dataclass(frozen=True)
@@ -29,22 +30,22 @@ class PackingConfig:
     __pydantic_config__ = {"extra": "forbid"}
 
     train_batch_size: int = 256
-    """Comparisons (pairs) of one optimizer step, over all processes."""
+    """Global batch size: comparisons (pairs) per optimizer step, over all ranks."""
     micro_batch_size_per_gpu: int = 1
-    """Pairs of full length that one micro-batch has room for: its token budget is this x 2 x `max_length`."""
+    """Pairs of maximum length that fit one micro-batch: its token budget is this x 2 x `max_length`."""
     max_tokens_per_micro_batch: int | None = None
-    """The token budget itself; takes the place of `micro_batch_size_per_gpu`."""
+    """The token budget itself; overrides `micro_batch_size_per_gpu`."""
     drop_last: bool = False
-    """Leave out the last step of an epoch when it is not full."""
+    """Drop the last step of an epoch if it is not full."""
     shuffle: bool = True
     """A new order each epoch, from `trainer.seed` and the epoch; false keeps the order of the files."""
     keep_prompts_together: bool = False
-    """Shuffle prompts rather than pairs: those of a prompt follow each other, so that a step can share them."""
+    """Shuffle prompts instead of pairs, so that pairs of a prompt are in the same step and can share it."""
     share_prompts: bool = True
-    """Compute pairs of the same prompt in a step together, each prompt and each equal response once."""
+    """Compute pairs of the same prompt in a step together, with the prompt and each distinct response once."""
 
     def token_budget(self, max_length: int) -> int:
-        """Most tokens of one micro-batch."""
+        """Maximum tokens of one micro-batch."""
         return self.max_tokens_per_micro_batch or self.micro_batch_size_per_gpu * 2 * max_length
 
 
@@ -57,9 +58,9 @@ def epoch_order(
     mixture: Mixture | None = None,
     prompts: np.ndarray | None = None,
 ) -> np.ndarray:
-    """[M] int64: the groups of this epoch in order; every group once, without a mixture.
+    """[M] int64: the groups of this epoch in order; without a mixture, every group once.
 
-    prompts: [N] the prompt of each group, to shuffle prompts instead of groups.
+    prompts: [N] prompt of each group, to shuffle prompts instead of groups.
     """
     groups = np.arange(num_groups) if mixture is None else mixture.groups(seed=seed, epoch=epoch)
     if not shuffle:
@@ -70,24 +71,25 @@ def epoch_order(
 
 
 def _prompts_together(order: np.ndarray, prompts: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """The same groups with those of a prompt in runs, which are shuffled again.
+    """The same groups with those of a prompt in runs of at most `_MAX_RUN`, in shuffled order.
 
-    Runs are short, so that data of a single prompt, say, are still shuffled.
+    Runs are short, so that even data of a single prompt are shuffled. Example with runs of 2: groups 0 1 2 3 4 of
+    prompts A B A A B make the runs [0 2], [3] and [1 4], which are then shuffled.
     """
     by_prompt = np.argsort(prompts, kind="stable")
     found = prompts[by_prompt]
     first = np.flatnonzero(np.concatenate([[True], found[1:] != found[:-1]])[: len(found)])
     place = np.arange(len(found)) - np.repeat(first, np.diff(np.append(first, len(found))))
-    run = np.cumsum(place % _RUN == 0) - 1
+    run = np.cumsum(place % _MAX_RUN == 0) - 1
     keys = draw.permutation(int(run[-1]) + 1 if len(run) else 0)
     return order[by_prompt[np.argsort(keys[run], kind="stable")]]
 
 
 class Steps(Sequence[np.ndarray]):
-    """The steps of an epoch: `steps[i]` holds the group indices of step i, cut from the order when asked for."""
+    """The steps of an epoch: `steps[i]` is a view of the group indices of step i."""
 
     def __init__(self, order: np.ndarray, bounds: np.ndarray) -> None:
-        """bounds: [steps + 1] int64, where each step begins in the order, and where the last one ends."""
+        """bounds: [steps + 1] int64, the start of each step in the order, and the end of the last."""
         self._order, self._bounds = order, bounds
 
     def __len__(self) -> int:
@@ -107,9 +109,11 @@ class Steps(Sequence[np.ndarray]):
 
 
 def split_steps(order: np.ndarray, num_comparisons: np.ndarray, *, batch_size: int, drop_last: bool) -> Steps:
-    """Cut the order into steps of at most `batch_size` comparisons; a group with more has a step of its own.
+    """Split the order into steps of at most `batch_size` comparisons; a group with more is a step alone.
 
-    num_comparisons: [N] int, by group. `drop_last` leaves out a last step that is not full.
+    num_comparisons: [N] int, by group. drop_last: drop a last step that is not full.
+
+    Example, batch_size 2 and groups with 1, 1, 3 and 1 comparisons: steps [0 1], [2] and [3].
     """
     if not len(order):
         return Steps(order, np.zeros(1, np.int64))
@@ -121,7 +125,7 @@ def split_steps(order: np.ndarray, num_comparisons: np.ndarray, *, batch_size: i
         done = int(ends[start - 1])
         bounds.append(start)
     if drop_last:
-        # Full: no further group of the largest kind would have found room.
+        # The last step is full if the largest group would not have fit as well.
         in_last = done - (int(ends[bounds[-2] - 1]) if len(bounds) > 2 else 0)
         if in_last <= batch_size - max(1, largest):
             bounds.pop()
@@ -129,7 +133,7 @@ def split_steps(order: np.ndarray, num_comparisons: np.ndarray, *, batch_size: i
 
 
 class Plan:
-    """Every step of a run, worked out when it is asked for; resuming is an index into it."""
+    """Every step of a run, computed lazily."""
 
     def __init__(
         self,
@@ -141,7 +145,7 @@ class Plan:
         mixture: Mixture | None = None,
         prompts: np.ndarray | None = None,
     ) -> None:
-        """prompts: [N] the prompt of each group, for `keep_prompts_together`."""
+        """prompts: [N] prompt of each group, for `keep_prompts_together`."""
         self.sizes, self.config, self.packer, self.seed, self.mixture = sizes, config, packer, seed, mixture
         self.prompts = prompts if config.keep_prompts_together else None
         self._epoch: int | None = None
@@ -164,7 +168,7 @@ class Plan:
         return self._steps
 
     def num_steps(self, epochs: int) -> int:
-        """Optimizer steps in so many epochs."""
+        """Number of optimizer steps in this number of epochs."""
         return sum(len(self.epoch_steps(epoch)) for epoch in range(epochs))
 
     def step(self, data: TokenData, groups: np.ndarray) -> StepPlan:
@@ -172,13 +176,13 @@ class Plan:
         return plan_step(data, groups, self.packer, share_prompts=self.config.share_prompts)
 
     def fingerprint(self) -> str:
-        """Hash of what decides the plan; a run may only be continued under the same one."""
+        """Hash of everything that determines the plan; a run resumes only with the same hash."""
         digest = hashlib.sha256()
         for array in (self.sizes.tokens, self.sizes.num_comparisons, self.prompts):
             if array is not None:
                 digest.update(np.ascontiguousarray(array).data)
         weights = None if self.mixture is None else list(self.mixture.weights)
-        # Not the whole configuration: where files or caches lie decides nothing.
+        # Not the whole configuration: paths of files and caches do not matter.
         config = (
             self.config.train_batch_size,
             self.config.drop_last,
@@ -192,9 +196,9 @@ class Plan:
 
 
 def long_pairs(data: TokenData, packer: Packer, *, key: str) -> str | None:
-    """A sentence on the pairs that do not fit into the budget, each of which gets a micro-batch of its own; else None.
+    """A warning about pairs above the token budget, or None.
 
-    key: the setting that would give them room.
+    key: the setting of the token budget.
     """
     groups = np.flatnonzero(packer.tokens(data.sizes) > packer.token_budget)
     owner, prefix, better, worse = data.pair_lengths(groups)
@@ -204,23 +208,27 @@ def long_pairs(data: TokenData, packer: Packer, *, key: str) -> str | None:
         return None
     longest = int(cost.argmax())
     return (
-        f"{too_long} pairs have more tokens than a micro-batch has room for ({packer.token_budget}) and get one of "
-        f"their own; the longest, {data.where(int(owner[longest]))}, has {int(cost[longest])}. When memory runs out, "
-        f"lower data.max_length; to give all of them room, set {key} to at least {int(cost[longest])}"
+        f"{too_long} pairs exceed the token budget of a micro-batch ({packer.token_budget}), and each gets a "
+        f"micro-batch alone; the longest, {data.where(int(owner[longest]))}, has {int(cost[longest])} tokens. If "
+        f"memory runs out, lower data.max_length; to fit all pairs, set {key} to at least {int(cost[longest])}"
     )
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """How often the groups of each entry of `data.train_files` are used in an epoch."""
+    """How often the groups of each entry of `data.train_files` are used per epoch.
+
+    Example, weight 2.5 and groups a b c d: each epoch uses all of them twice, and two of the seeded order b d a c: b d
+    in epoch 0, a c in epoch 1, b d again in epoch 2.
+    """
 
     entry: np.ndarray
     """[N] int: the entry of each group."""
     weights: Sequence[float]
-    """By entry: 2 uses each of its groups twice, 0.5 a half of them, in the next epoch the other half."""
+    """By entry: 2 uses each of its groups twice; 0.5 uses half of them, and the other half in the next epoch."""
 
     def groups(self, *, seed: int, epoch: int) -> np.ndarray:
-        """[M] int64: the groups of an epoch, in the order of the files, repeated ones one pass after the other."""
+        """[M] int64: the groups of an epoch in the order of the files; repetitions follow as whole passes."""
         parts = []
         for entry, weight in enumerate(self.weights):
             members = np.flatnonzero(self.entry == entry)
@@ -228,7 +236,7 @@ class Mixture:
             parts += [members] * whole
             count = round(rest * len(members))
             if count:
-                turning = np.random.default_rng([seed, entry]).permutation(members)
-                window = (epoch * count + np.arange(count)) % len(members)
-                parts.append(np.sort(turning[window]))
+                order = np.random.default_rng([seed, entry]).permutation(members)
+                window = (epoch * count + np.arange(count)) % len(members)  # the next `count` of the order, cyclically
+                parts.append(np.sort(order[window]))
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)

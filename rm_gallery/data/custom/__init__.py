@@ -1,7 +1,7 @@
-"""Custom data sets: a class of the user's own says how a row becomes a conversation (`data.custom_cls`).
+"""Custom datasets: a user-defined class turns a row into a conversation (`data.custom_cls`).
 
-The class is known by its hooks alone, `_build_messages` and the others of `BaseTrainDataset` in the tutorials, or
-`build_group`; this package imports no base class.
+The class needs no base class, only hooks: `_build_messages` and the others of `BaseTrainDataset` in the tutorials, or
+`build_group`.
 """
 
 from rm_gallery.data.custom.hooks import DataSection, HookError, build_pair, read_row

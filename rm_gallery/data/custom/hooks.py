@@ -1,8 +1,8 @@
-"""Hooks: what a custom class makes of one row becomes a checked `PreferenceGroup`.
+"""Hooks: calling the methods of a custom class on a row, and checking the `PreferenceGroup` that they return.
 
-A row that holds too little is a BadRow, counted like any other. A hook that raises, or gives something else than it
-should, is a mistake in the code: a UserError that names hook, file and row. The class gets the `data` section as
-`config.max_length`, `config["max_length"]` or `config.get(...)`.
+An incomplete row is a BadRow, counted like any other. A hook that raises, or returns a wrong type, is a mistake in the
+code: a UserError that names hook, file and row. The class gets the `data` section as `config.max_length`,
+`config["max_length"]` or `config.get(...)`.
 """
 
 from __future__ import annotations
@@ -18,29 +18,30 @@ from rm_gallery.data.custom.loading import describe_error
 from rm_gallery.data.formats import FormatConfig, as_messages, read_cell, without_repeats
 from rm_gallery.data.formats.cells import check_text, optional_number, read_name
 from rm_gallery.data.formats.conversations import check_answer
+from rm_gallery.data.formats.pairs import read_share, read_weight
 from rm_gallery.data.sources import Row
 from rm_gallery.errors import BadRow, UserError
 from rm_gallery.schema import Comparison, Message, PreferenceGroup
 
 _TOO_DEEP = "values nested too deeply"
-_LEFT_OUT = "left out by build_group"
+_DROPPED = "dropped by build_group"
 
 
 class HookError(UserError):
-    """A mistake in the code of a hook; whoever knows the row puts it in front."""
+    """A mistake in the code of a hook, without the row, which the caller adds."""
 
 
 def call_hook(dataset: Any, hook: str, argument: Any) -> Any:
-    """What `dataset.hook(argument)` gives.
+    """Return `dataset.hook(argument)`.
 
-    Raises HookError, from the hook's own exception; BadRow passes, since it says that the row holds too little.
+    Raises HookError from the exception of the hook; BadRow passes, since a hook may drop its row.
     """
     try:
         return getattr(dataset, hook)(argument)
     except (BadRow, HookError):
         raise
     except (Exception, SystemExit) as error:
-        advice = "correct the hook"
+        advice = "fix the hook"
         if isinstance(error, KeyError) and isinstance(argument, Mapping):
             advice += f" (columns of the row: {', '.join(map(str, argument)) or 'none'})"
         elif isinstance(error, ModuleNotFoundError):
@@ -49,12 +50,12 @@ def call_hook(dataset: Any, hook: str, argument: Any) -> Any:
 
 
 def wrong_type(dataset: Any, hook: str, value: Any, wanted: str) -> HookError:
-    """The error for a hook that gave `value` instead of what is `wanted`."""
-    return _gave(dataset, hook, type(value).__name__, wanted)
+    """The error for a hook that returned `value`."""
+    return _returned(dataset, hook, type(value).__name__, wanted)
 
 
-def _gave(dataset: Any, hook: str, what: str, wanted: str) -> HookError:
-    return HookError(f"{_name(dataset, hook)} gave {what} instead of {wanted}; correct the hook")
+def _returned(dataset: Any, hook: str, what: str, wanted: str) -> HookError:
+    return HookError(f"{_name(dataset, hook)} returned {what} instead of {wanted}; fix the hook")
 
 
 def _name(dataset: Any, hook: str) -> str:
@@ -62,7 +63,7 @@ def _name(dataset: Any, hook: str) -> str:
 
 
 def read_row(dataset: Any, row: Row, config: DataSection) -> PreferenceGroup:
-    """The group of a row: from `build_group` if the class has it, else from the other hooks.
+    """The group of a row, from `build_group` if the class has it, else from the other hooks.
 
     Raises BadRow, and UserError that names hook, file and row.
     """
@@ -84,8 +85,8 @@ def read_row(dataset: Any, row: Row, config: DataSection) -> PreferenceGroup:
 def build_pair(dataset: Any, row: dict[str, Any], config: DataSection) -> PreferenceGroup:
     """Chat group of a pair: the messages of `_build_messages`, then the `chosen` and the `rejected` column.
 
-    A column holds text (an assistant turn), one message, a list of messages, or such a list as JSON; turns of the
-    prompt that it repeats count once. Columns of a weight, a margin and a share of people count as in other formats.
+    A column holds text (an assistant turn), one message, a list of messages, or such a list as JSON; repeated turns of
+    the prompt are dropped. The columns for weight, margin and share of annotators are read as in other formats.
     """
     messages = call_hook(dataset, "_build_messages", row)
     try:
@@ -103,44 +104,36 @@ def _pair(prompt: list[Message], row: dict[str, Any], config: DataSection) -> Pr
     if answers[0] == answers[1]:
         raise BadRow(f"{config.chosen_key} equal to {config.rejected_key}")
     turns, answers = without_repeats(prompt, answers)
-    return PreferenceGroup(turns, answers, (_comparison(row, config),), "chat")
-
-
-def _comparison(row: dict[str, Any], config: DataSection) -> Comparison:
-    weight, share = optional_number(row, config.weight_key), optional_number(row, config.p_chosen_key)
-    if weight is not None and weight < 0:
-        raise BadRow(f"negative {config.weight_key}")
-    if share is not None and not 0 <= share <= 1:
-        raise BadRow(f"{config.p_chosen_key} outside 0 to 1")
     margin = optional_number(row, config.margin_key)
-    return Comparison(0, 1, 1.0 if weight is None else weight, margin, share)
+    comparison = Comparison(0, 1, read_weight(row, config.weight_key), margin, read_share(row, config.p_chosen_key))
+    return PreferenceGroup(turns, answers, (comparison,), "chat")
 
 
 def _prompt(dataset: Any, hook: str, messages: Any) -> list[Message]:
-    """The messages before the responses, as a hook gave them."""
+    """The messages before the responses, from a hook."""
     wanted = "a list of messages (mappings with role and content)"
     if isinstance(messages, str) or not isinstance(messages, Sequence):
         raise wrong_type(dataset, hook, messages, wanted)
     odd = [message for message in messages if not isinstance(message, Mapping)]
     if odd:
-        raise _gave(dataset, hook, f"a list with {type(odd[0]).__name__} in it", wanted)
+        raise _returned(dataset, hook, f"a list with {type(odd[0]).__name__} in it", wanted)
     return as_messages(read_cell(list(messages), "prompt", required=False), "user")
 
 
 def _answer(value: Any, name: str) -> list[Message]:
-    """Messages of a response, which ends with what the assistant said or called."""
+    """Messages of a response, which ends with an assistant turn."""
     turns = as_messages(read_cell(list(value) if isinstance(value, tuple) else value, name), "assistant")
-    check_answer(turns[-1], name)
+    check_answer(turns, name)
     return turns
 
 
 def _built(dataset: Any, made: Any) -> PreferenceGroup:
-    """What `build_group` gave, checked and in the form of the pipeline."""
+    """The result of `build_group`, checked and converted."""
     hook = "build_group"
     if made is None:
-        raise BadRow(_LEFT_OUT)
+        raise BadRow(_DROPPED)
     if isinstance(made, tuple) and len(made) == 2 and made[0] is None and isinstance(made[1], str):
-        raise BadRow(" ".join(made[1].split()) or _LEFT_OUT)
+        raise BadRow(" ".join(made[1].split()) or _DROPPED)
     if not isinstance(made, PreferenceGroup):
         raise wrong_type(dataset, hook, made, "a PreferenceGroup, None or (None, reason)")
     for values, wanted in ((made.responses, "a list of responses"), (made.comparisons, "a list of comparisons")):
@@ -161,7 +154,7 @@ def _built(dataset: Any, made: Any) -> PreferenceGroup:
 
 
 def _checked_comparisons(dataset: Any, group: PreferenceGroup) -> tuple[Comparison, ...]:
-    """The comparisons of a group with plain numbers in them, whatever library they came from."""
+    """The comparisons of a group, with numbers of any library converted to float."""
     count = len(group.responses)
     checked = []
     for each in group.comparisons:
@@ -170,15 +163,15 @@ def _checked_comparisons(dataset: Any, group: PreferenceGroup) -> tuple[Comparis
         better, worse = each.better, each.worse
         if not _is_place(better, count) or not _is_place(worse, count) or better == worse:
             raise HookError(
-                f"{_name(dataset, 'build_group')} compares response {better!r} with {worse!r}, of {count} that count "
-                "from 0; correct the hook"
+                f"{_name(dataset, 'build_group')} compares response {better!r} with {worse!r} of {count} (the first is "
+                "0); fix the hook"
             )
         if not _is_within(each.weight, 0, math.inf):
             raise BadRow("a weight that is not a finite number of at least 0")
         if each.margin is not None and not _is_within(each.margin, -math.inf, math.inf):
             raise BadRow("a margin that is not a finite number")
         if each.p_better is not None and not _is_within(each.p_better, 0, 1):
-            raise BadRow("a share of people outside 0 to 1")
+            raise BadRow("a share of annotators outside 0 to 1")
         margin, share = (None if value is None else float(value) for value in (each.margin, each.p_better))
         checked.append(Comparison(int(better), int(worse), float(each.weight), margin, share))
     if not checked:
@@ -215,7 +208,7 @@ def _metadata(dataset: Any, group: PreferenceGroup, row: dict[str, Any]) -> Mapp
     if "ground_truth" not in metadata and callable(getattr(dataset, "_extract_ground_truth", None)):
         hook = "_extract_ground_truth"
         truth = call_hook(dataset, hook, row)
-        if truth is not None and not (isinstance(truth, float) and math.isnan(truth)):  # how a column says "none"
+        if truth is not None and not (isinstance(truth, float) and math.isnan(truth)):  # a missing value in a column
             metadata["ground_truth"] = truth
     for key, value in metadata.items():
         if not isinstance(value, str | int | float | bool | None):
@@ -227,15 +220,20 @@ def _metadata(dataset: Any, group: PreferenceGroup, row: dict[str, Any]) -> Mapp
 
 
 class DataSection(Mapping[str, Any]):
-    """Read-only; sections inside it read the same way. Keys on how a row is read have their defaults."""
+    """The `data` section for a custom class: read-only, and nested sections are read the same way."""
 
     def __init__(self, values: Any = None) -> None:
-        """values: a mapping, a configuration dataclass, or None for the defaults alone."""
+        """values: a mapping, a configuration dataclass, or None; missing keys of `FormatConfig` get their defaults."""
         given = asdict(values) if is_dataclass(values) and not isinstance(values, type) else dict(values or {})
         self._values: dict[str, Any] = {**asdict(FormatConfig()), **given}
 
     def __getitem__(self, key: str) -> Any:
-        return _Section.of(self._values[key])
+        value = self._values[key]
+        if not isinstance(value, Mapping):
+            return value
+        section = DataSection()
+        section._values = dict(value)
+        return section
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in self._values:
@@ -250,14 +248,3 @@ class DataSection(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"DataSection({self._values})"
-
-
-class _Section(DataSection):
-    """A section inside it, with nothing added."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = dict(values)
-
-    @classmethod
-    def of(cls, value: Any) -> Any:
-        return cls(value) if isinstance(value, Mapping) else value

@@ -1,6 +1,6 @@
-"""Loading: from `data.custom_cls.path` and `name` to a class, with the modules that lie beside its file.
+"""Loading a custom class from `data.custom_cls.path` and `name`, with the modules in the folder of its file.
 
-Which code is the user's own, neither Python's, nor installed, nor of this package, is decided here too.
+User code is code that is neither in the standard library, nor installed, nor in this package.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from rm_gallery.errors import UserError, nearest, one_line
 from rm_gallery.files import sha256
 
 BASE_CLASS = "tutorials.cookbooks.training_reward_model.base.BaseTrainDataset"
-_OURS = {"rm_gallery", "tutorials", "__main__"}
+_NEVER_FOUND = {"rm_gallery", "tutorials", "__main__"}
 
 
 @dataclass(frozen=True)
 class _Loaded:
     module: ModuleType
     sources: tuple[Path, ...]
-    """The file itself and the user's own modules that it imports."""
+    """The file itself and the user modules that it imports."""
     digest: str
 
 
-_LOADED: dict[Path, _Loaded] = {}  # run once per process and version: readers of several files share the class
+_LOADED: dict[Path, _Loaded] = {}  # each version runs once per process, and all readers share the class
 
 
 def check_custom_class(config: CustomClassConfig) -> None:
-    """Raise UserError unless path and name are both set, or neither, and the file exists; runs none of its code."""
+    """Raise UserError unless path and name are unset, or both are set and the file exists; does not run it."""
     if config.path is None and config.name is None:
         return
     if not config.path or not config.name:
@@ -52,10 +52,10 @@ def check_custom_class(config: CustomClassConfig) -> None:
 
 
 def load_custom_class(config: CustomClassConfig) -> type:
-    """The class, from a file that is run once per process, and again when it or a module beside it has changed.
+    """The class. Its file runs once per process, and again if it or a user module that it imports has changed.
 
     A relative path starts at the working directory. While the file runs, modules in its folder can be imported.
-    Raises UserError for a file that does not exist or cannot be imported, and a class that is not there or has no hook.
+    Raises UserError for a file that does not exist or cannot be imported, and for a missing class or one without hooks.
     """
     module = _load(config).module
     found = getattr(module, config.name or "", None)
@@ -75,9 +75,9 @@ def load_custom_class(config: CustomClassConfig) -> type:
 
 
 def source_fingerprint(config: CustomClassConfig) -> str:
-    """Hash of the class's name, its file, and every module of the user's own that the file imports.
+    """Hash of the name of the class, its file, and every user module that the file imports.
 
-    It depends on names and contents alone: not on the folder, nor on what this process has loaded.
+    Depends only on names and contents, not on the folder or on modules loaded before.
     """
     return hashlib.sha256(f"{config.name} {_load(config).digest}".encode()).hexdigest()
 
@@ -99,16 +99,16 @@ def _load(config: CustomClassConfig) -> _Loaded:
     module = ModuleType(f"custom_cls_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}_{path.stem}")
     module.__file__, module.__package__ = str(path), ""
     sys.modules[module.__name__] = module  # where dataclasses and type hints look the module up
-    with _modules_beside(path):
+    with _local_modules(path):
         try:
-            # Not through Python's import system: that would write byte code beside the file, and trust its time stamp.
+            # Not by `import`, which would write byte code next to the file and trust its time stamp.
             exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), vars(module))
             sources = sources_of(path)
             loaded = _Loaded(module, sources, hash_files(sources))
-        except (Exception, SystemExit) as error:  # SystemExit: a script that was meant to be run
+        except (Exception, SystemExit) as error:  # SystemExit: a script without a main guard
             del sys.modules[module.__name__]
             raise UserError(
-                f"data.custom_cls.path={config.path}: cannot be imported, {describe_error(error)}; correct it"
+                f"data.custom_cls.path={config.path}: cannot be imported, {describe_error(error)}; fix it"
             ) from error
     _LOADED[path] = loaded
     return loaded
@@ -122,7 +122,7 @@ def _is_unchanged(loaded: _Loaded) -> bool:
 
 
 class _Finder(MetaPathFinder):
-    """Finds modules and packages in one folder, but none that would hide Python's own or ours."""
+    """Finds modules and packages in one folder, except those that would hide the standard library or this package."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder)
@@ -130,18 +130,18 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if path is not None or fullname in _OURS or fullname in sys.stdlib_module_names:
+        if path is not None or fullname in _NEVER_FOUND or fullname in sys.stdlib_module_names:
             return None
         spec = PathFinder.find_spec(fullname, [self.folder])
-        # A folder without __init__.py must not hide an installed package: `datasets/` may well hold data.
+        # A folder without __init__.py must not hide an installed package: `datasets/` may contain data.
         return spec if spec is not None and spec.origin is not None else None
 
 
 @contextmanager
-def _modules_beside(file: Path) -> Iterator[None]:
-    """Inside, modules in the folder of `file` are found first, and anew: never one of that name from elsewhere.
+def _local_modules(file: Path) -> Iterator[None]:
+    """Inside, modules are imported from the folder of `file` first, even if one of that name is already loaded.
 
-    What other code had imported under such a name stands in `sys.modules` again afterwards.
+    Afterwards `sys.modules` has the earlier modules of these names again.
     """
     importlib.invalidate_caches()
     finder = _Finder(file.parent)
@@ -174,14 +174,14 @@ _INSTALLED = {"site-packages", "dist-packages"}
 
 
 def is_user_code(file: str | None) -> bool:
-    """Whether a file name, as modules and tracebacks give it, is Python code of the user's own."""
+    """Whether a file, named as in modules and tracebacks, is user code."""
     if file is None or not file.endswith(".py") or file.startswith((*_STDLIB, _PACKAGE)):
         return False
     return _INSTALLED.isdisjoint(Path(file).parts)
 
 
 def describe_error(error: BaseException) -> str:
-    """`KeyError: 'query' (custom_bt_dataset.py:9)`: what was raised, and the last line of the user's own code."""
+    """`KeyError: 'query' (custom_bt_dataset.py:9)`: the error, and the last line of user code in its traceback."""
     what = f"{type(error).__name__}: {one_line(error)}" if str(error).strip() else type(error).__name__
     if isinstance(error, SyntaxError):
         what, place = f"{type(error).__name__}: {error.msg}", (error.filename, error.lineno)
@@ -191,9 +191,9 @@ def describe_error(error: BaseException) -> str:
 
 
 def sources_of(file: Path) -> tuple[Path, ...]:
-    """The file and every module of the user's own that it imports and that is loaded now, also through others.
+    """The file and every loaded user module that it imports, directly or through others.
 
-    Read from the import statements, since what a process had loaded before must not change the answer.
+    Found by parsing import statements, so that modules loaded before do not change the result.
     """
     found = {file: ""}
     queue = [file]
@@ -210,7 +210,7 @@ def sources_of(file: Path) -> tuple[Path, ...]:
 
 
 def _imports_in(path: Path, package: str) -> Iterator[str]:
-    """Every module that the statements of a file load; `from a.b import c` loads a, a.b and perhaps a.b.c."""
+    """Modules that the import statements of a file may load; `from a.b import c` loads a, a.b and possibly a.b.c."""
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -226,6 +226,6 @@ def _imports_in(path: Path, package: str) -> Iterator[str]:
 
 
 def hash_files(files: Iterable[Path]) -> str:
-    """Hash of the names and contents, wherever the files lie; raises OSError for one that is gone."""
+    """Hash of names and contents, independent of the folder; raises OSError for a missing file."""
     parts = sorted(f"{path.name} {sha256(path)}" for path in files)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -1,9 +1,8 @@
-"""CustomReader: reads rows, and renders conversations, as a custom class says. Made anew in each worker process.
+"""CustomReader: reads rows and renders conversations with a custom class. Each worker process makes its own.
 
-Where the hook `_apply_chat_template` writes what the tokenizer's chat template writes, the template renders the whole
-conversation, so the text is the one that scoring the messages gives. Where it does not, its text is followed by the
-response and by what the template writes behind an assistant's content. Contents of messages are passed on, never
-looked at.
+If the hook `_apply_chat_template` returns the same text as the chat template of the tokenizer, the template renders the
+whole conversation, so the text equals the one that scoring the messages gives. If not, the text of the hook is followed
+by the response and by what the template writes after the content of an assistant turn.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from rm_gallery.schema import InputStyle, Message, PreferenceGroup
 
 @dataclass
 class CustomFacts:
-    """What readers found out about a class; those of several processes are added up."""
+    """Statistics of a custom class; those of several processes are added."""
 
     num_prompts: int = 0
     """Prompts that have messages."""
     num_empty_prompts: int = 0
-    """Those of them with nothing but white space in all messages."""
+    """Prompts with nothing but white space in all messages."""
     num_off_template: int = 0
-    """Conversations that the class renders otherwise than the tokenizer's chat template does."""
+    """Conversations that the class renders differently from the chat template of the tokenizer."""
 
     def add(self, other: CustomFacts) -> None:
         self.num_prompts += other.num_prompts
@@ -39,33 +38,33 @@ class CustomFacts:
 
     @property
     def matches_template(self) -> bool:
-        """Whether scoring the messages of every conversation so far gives the tokens that training saw."""
+        """Whether scoring the messages of every conversation so far gives the same tokens as training."""
         return not self.num_off_template
 
     def warnings(self) -> list[str]:
-        """What a person should know of it, one sentence each."""
+        """Messages about likely mistakes."""
         found = []
         if self.num_prompts and self.num_prompts == self.num_empty_prompts:
             found.append(
                 f"data.custom_cls: every prompt is empty ({self.num_prompts} rows); "
-                "does _build_messages read a column that is there?"
+                "check that _build_messages reads an existing column"
             )
         if not self.matches_template:
             found.append(
-                "data.custom_cls: _apply_chat_template writes something else than the tokenizer's chat template "
-                "for some conversations, so the trained model must be given text rendered by the class, not messages; "
-                "a template in data.chat_template would go with the checkpoint"
+                "data.custom_cls: _apply_chat_template differs from the chat template of the tokenizer for some "
+                "conversations, so the trained model needs text rendered by the class, not messages; a template in "
+                "data.chat_template is saved with the checkpoint"
             )
         return found
 
 
 class CustomReader:
-    """Rows to chat groups, and their conversations to text; picklable parts make it: class or config, and tokenizer."""
+    """Reads rows as chat groups and renders their conversations to text."""
 
     def __init__(self, dataset_class: type, config: FormatConfig, tokenizer: Any) -> None:
-        """config: the `data` section, which the class gets as its `config`; it gets no files.
+        """config: the `data` section, passed to the class, which gets no files.
 
-        Raises UserError when the constructor does not take (data_files, tokenizer, config).
+        Raises UserError if the constructor does not accept (data_files, tokenizer, config).
         """
         self._facts = CustomFacts()
         self._config = DataSection(config)
@@ -74,37 +73,37 @@ class CustomReader:
         self._renderer = Renderer(self.dataset, tokenizer)
         adds_eos = tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
         self.style: InputStyle = "chat" if self._renderer.has_own_template else "text"
-        """How the trained model is given its texts: `text`, with `separator`, for a tokenizer without chat template."""
+        """Input style of the trained model: `text`, with `separator`, for a tokenizer without a chat template."""
         self.append_eos = self.style == "text" and bool(tokenizer.eos_token) and not adds_eos
-        """Style `text`: whether the EOS token closes a text without the tokenizer's doing."""
+        """Style `text`: whether the EOS token must be appended, because the tokenizer does not append it."""
         self.separator = SEPARATOR
-        """Style `text`: what stands between the turns."""
+        """Style `text`: the text between turns."""
 
     @classmethod
     def from_config(cls, config: FormatConfig, tokenizer: Any) -> CustomReader:
-        """The reader for `data.custom_cls`; its class is loaded in this process."""
+        """The reader for `data.custom_cls`, which is loaded."""
         return cls(load_custom_class(config.custom_cls), config, tokenizer)
 
     def take_facts(self) -> CustomFacts:
-        """What was found out since the last call."""
+        """The statistics since the last call, which are reset."""
         found, self._facts = self.facts, CustomFacts()
         self._renderer.num_off_template = 0
         return found
 
     @property
     def facts(self) -> CustomFacts:
-        """What was found out so far; a copy."""
+        """A copy of the statistics so far."""
         return CustomFacts(self._facts.num_prompts, self._facts.num_empty_prompts, self._renderer.num_off_template)
 
     @property
     def matches_template(self) -> bool:
-        """Whether every conversation so far was rendered as the tokenizer's chat template does it."""
+        """See `CustomFacts.matches_template`."""
         return self.facts.matches_template
 
     def read(self, row: Row) -> PreferenceGroup:
-        """The group of a row, in style `chat` unless `build_group` gave bare text.
+        """The group of a row, in style `chat` unless `build_group` returns bare text.
 
-        Raises BadRow for a row that cannot be used, and UserError that names hook, file and row for a hook that fails.
+        Raises BadRow for a bad row, and UserError that names hook, file and row for a hook that fails.
         """
         group = read_row(self.dataset, row, self._config)
         if group.style == "chat" and group.prompt:
@@ -115,9 +114,9 @@ class CustomReader:
         return group
 
     def render(self, prompt: Sequence[Message], response: Sequence[Message], *, where: str = "") -> str:
-        """The whole text of a prompt with one response.
+        """The full text of a prompt with one response.
 
-        where: `file:row`, for the message of a hook that fails.
+        where: `file:row`, for the error of a hook that fails.
         Raises BadRow for a conversation that the chat template refuses, and UserError for a hook that fails.
         """
         try:
@@ -133,7 +132,7 @@ def _construct(dataset_class: type, tokenizer: Any, config: DataSection) -> Any:
     except Exception as error:
         raise UserError(
             f"data.custom_cls.name={name}: {name}(data_files, tokenizer, config) raised {describe_error(error)}; "
-            "correct its constructor, which must take these three"
+            "fix its constructor, which must accept these three"
         ) from error
 
 
@@ -142,9 +141,9 @@ SEPARATOR = "\n\n"
 
 
 def plain_template(tokenizer: Any) -> str:
-    """The chat template of a tokenizer without one: contents with a blank line between, then the EOS token.
+    """The chat template for a tokenizer without one: contents separated by a blank line, then the EOS token.
 
-    Scoring writes the same for messages that are given to a model of bare text.
+    Scoring renders messages the same way for a model that was trained on bare text.
     """
     closing = "" if tokenizer.cls_token else tokenizer.eos_token or ""
     return (
@@ -156,7 +155,7 @@ def plain_template(tokenizer: Any) -> str:
 
 
 def with_template(tokenizer: Any) -> Any:
-    """The tokenizer, or a copy that has `plain_template` where it has none, so that every hook can render."""
+    """The tokenizer, or a copy with `plain_template` if it has no chat template, so that every hook can render."""
     if tokenizer is None or tokenizer.chat_template is not None:
         return tokenizer
     tokenizer = copy.copy(tokenizer)
@@ -165,10 +164,10 @@ def with_template(tokenizer: Any) -> Any:
 
 
 class Renderer:
-    """Renders conversations for one instance of a custom class; counts those that the template writes otherwise."""
+    """Renders conversations for an instance of a custom class; counts those that differ from the chat template."""
 
     def __init__(self, dataset: Any, tokenizer: Any) -> None:
-        """tokenizer: from `with_template`, the one that the instance has."""
+        """tokenizer: from `with_template`, the one of the instance."""
         self.num_off_template = 0
         self._dataset, self._tokenizer = dataset, tokenizer
         self._has_hook = callable(getattr(dataset, "_apply_chat_template", None))
@@ -177,7 +176,7 @@ class Renderer:
         self._last: tuple[list[Message], str | None] | None = None
 
     def render(self, prompt: Sequence[Message], response: Sequence[Message]) -> str:
-        """The whole text of a prompt with one response.
+        """The full text of a prompt with one response.
 
         Raises HookError for a hook that fails, BadRow for a conversation that the chat template refuses, and UserError
         for a template that is not valid Jinja.
@@ -189,31 +188,31 @@ class Renderer:
                 text = self._by_template([*turns, last])
             except Exception as error:
                 raise _template_fault(error) from error
-            return text if self.has_own_template else self._opened(text)
+            return text if self.has_own_template else self._add_bos(text)
         if not isinstance(last.get("content"), str):
             raise BadRow("response without text, which only the chat template can write")
         text = rendered + last["content"] + self._find_closing()
-        is_off = text != self._try_template([*turns, last])  # a reasoning block may stand in the prompt or the response
+        is_off = text != self._try_template([*turns, last])  # a reasoning block may be in the prompt or the response
         self.num_off_template += is_off
-        return self._opened(text) if is_off or not self.has_own_template else text
+        return self._add_bos(text) if is_off or not self.has_own_template else text
 
     def _by_hook(self, turns: list[Message]) -> str | None:
-        """What the hook makes of the turns before a response; None when the chat template makes the same of them.
+        """The text of the hook for the turns before a response; None if the chat template renders the same text.
 
-        The responses of a prompt come one after the other, so the last answer is kept.
+        The last result is cached, since the responses of a prompt come one after the other.
         """
         if self._last is None or self._last[0] != turns:
-            self._last = (turns, self._ask_hook(turns))
+            self._last = (turns, self._call_hook(turns))
         return self._last[1]
 
-    def _ask_hook(self, turns: list[Message]) -> str | None:
+    def _call_hook(self, turns: list[Message]) -> str | None:
         try:
             text = call_hook(self._dataset, "_apply_chat_template", [dict(message) for message in turns])
         except HookError as error:
             fault = self._find_fault(turns, error.__cause__)
             if fault is None:
                 raise
-            if not turns:  # the library refuses to render no messages at all; with the response there is one
+            if not turns:  # no messages cannot be rendered; with the response there is one
                 return None
             raise fault from error
         if not isinstance(text, str):
@@ -222,7 +221,7 @@ class Renderer:
         return None if is_template else text
 
     def _find_fault(self, turns: list[Message], cause: BaseException | None) -> BadRow | UserError | None:
-        """What is wrong with the row or the template, when it was the template that failed in a hook."""
+        """The fault of the row or the template, if the template raised the error in a hook."""
         try:
             self._by_template(turns, True)
         except Exception as error:
@@ -235,22 +234,22 @@ class Renderer:
         )
 
     def _try_template(self, messages: list[Message], add_generation_prompt: bool = False) -> str | None:
-        """The same, or None where the template refuses these messages."""
+        """The same, or None if the template refuses these messages."""
         try:
             return self._by_template(messages, add_generation_prompt)
         except Exception:
             return None
 
     def _find_closing(self) -> str:
-        """What the chat template writes behind an assistant's content; the EOS token when it refuses to show that."""
+        """What the chat template writes after the content of an assistant turn; the EOS token if that is unknown."""
         if self._closing is None:
             probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _MARKER}]
             _, found, after = (self._try_template(probe) or "").rpartition(_MARKER)
             self._closing = after if found else self._tokenizer.eos_token or ""
         return self._closing
 
-    def _opened(self, text: str) -> str:
-        """The text behind the BOS token, where the tokenizer puts one before bare text."""
+    def _add_bos(self, text: str) -> str:
+        """The text with the BOS token in front, if the tokenizer adds one to bare text."""
         bos = self._tokenizer.bos_token
         adds_bos = bos and self._tokenizer("")["input_ids"][:1] == [self._tokenizer.bos_token_id]
         return bos + text if adds_bos and not self._tokenizer.cls_token and not text.startswith(bos) else text
@@ -262,6 +261,6 @@ def _template_fault(error: Exception) -> BadRow | UserError:
     if isinstance(error, TemplateSyntaxError):
         return UserError(
             f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); "
-            "mend it, or set data.chat_template to another"
+            "fix it, or set data.chat_template to another"
         )
     return BadRow(f"chat template refuses the conversation: {one_line(error)}")

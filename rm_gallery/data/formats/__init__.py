@@ -1,12 +1,19 @@
-"""Formats: one row of a file becomes a `PreferenceGroup`, or a counted reason why it cannot.
+"""Formats: a row becomes a `PreferenceGroup`, or a counted reason why it cannot.
 
-    choose_format(first rows, config) -> Choice(name, why)     once per file; `data.format` names one, or is `auto`
-    RowReader(config, name).read(row) -> PreferenceGroup       or BadRow(reason)
-    read_groups(rows, config, dropped=...)                     both, over all rows of several files
+    choose_format(first rows, config) -> Choice(name, why)       once per file; `data.format` names one, or is `auto`
+    RowReader(config, name).read(row) -> PreferenceGroup         or raises BadRow(reason)
+    read_groups(rows, reader, counts) -> row, group, prompt hash the usable rows; the others are counted by reason
+    iter_tasks(files, entries, config, key, logged) -> Task        chunks of all files with their format, for workers
+    Readers(config).by_file(rows) -> reader, rows                decoded rows of several files
 
-A format is one entry of `READERS` (detect.py): a function from a row's columns to a `Draft` (pairs.py), and the
-columns that it needs. What all formats share lies around it: cells.py reads text, messages, numbers and lists,
-conversations.py puts turns together and says which groups have the same prompt, row_reader.py makes the group.
+A format is one entry of `READERS` (detect.py): a function from a row's columns to a `Draft` (pairs.py), one to its
+comparisons, and the columns. cells.py reads text, messages, numbers and lists; conversations.py joins turns and
+identifies prompts; row_reader.py makes the group.
+
+Scoring reads every layout that training accepts, without labels, and three more (`responses`, `response`,
+`conversation`): with `ResponsesConfig` in place of `FormatConfig`, `choose_format` and `RowReader` need no
+preferences, and groups keep all responses of the row in order. To keep a bad row in place, call `reader.read(row)` and
+catch BadRow. `input_style="chat"` makes every row a chat, as a model that was trained on chats needs it.
 """
 
 from __future__ import annotations
@@ -17,24 +24,31 @@ from rm_gallery.data.formats.config import (
     CustomClassConfig,
     FormatConfig,
     PublishedColumns,
+    ResponsesConfig,
 )
-from rm_gallery.data.formats.conversations import as_messages, prompt_key, without_repeats
+from rm_gallery.data.formats.conversations import (
+    HoldOut,
+    as_messages,
+    hash_prompt,
+    is_wanted,
+    prompt_key,
+    without_repeats,
+)
 from rm_gallery.data.formats.detect import READERS, SAMPLE_ROWS, Choice, choose_format
-from rm_gallery.data.formats.row_reader import RowReader, read_groups
+from rm_gallery.data.formats.row_reader import (
+    Reader,
+    Readers,
+    RowCounts,
+    RowReader,
+    Task,
+    iter_tasks,
+    read_groups,
+    source_of,
+)
 
 __all__ = [
-    "FormatConfig",
-    "ColumnNames",
-    "PublishedColumns",
-    "CustomClassConfig",
-    "READERS",
-    "SAMPLE_ROWS",
-    "Choice",
-    "choose_format",
-    "RowReader",
-    "read_groups",
-    "prompt_key",
-    "read_cell",
-    "as_messages",
-    "without_repeats",
-]
+    "FormatConfig", "ColumnNames", "PublishedColumns", "CustomClassConfig", "ResponsesConfig",
+    "READERS", "SAMPLE_ROWS", "Choice", "choose_format",
+    "Reader", "RowReader", "Readers", "RowCounts", "read_groups", "Task", "iter_tasks", "source_of",
+    "HoldOut", "is_wanted", "prompt_key", "hash_prompt", "read_cell", "as_messages", "without_repeats",
+]  # fmt: skip

@@ -1,7 +1,7 @@
-"""Cells: what a column holds, as files spell it: text or messages, numbers, lists, tool definitions, names.
+"""Cells: reading and checking the value of a column: text or messages, numbers, lists, tool definitions, names.
 
-A fault becomes a reason, the same text for all rows with the same fault: it names the column and never what stands
-there.
+A fault raises BadRow with a reason, the same text for all rows with the same fault: it names the column, never the
+value.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ ROLES = frozenset({
     "system", "developer", "user", "assistant", "tool", "function", "ipython", "observation", "environment",
     "context", "documents",
 })  # fmt: skip
-"""Roles that a message may have. Most chat templates write any word where the role belongs, so a misspelt one, or one
-with control tokens in it, would pass in silence."""
+"""Roles that a message may have. Most chat templates print any role as it is, so a misspelt one, or one that contains
+control tokens, would go unnoticed."""
 
 
 def read_cell(value: Any, name: str, *, required: bool = True) -> Cell:
-    """Text or messages of one cell; a JSON string of a message list becomes that list, one message a list of one.
+    """Text or messages of one cell. A JSON string of a list of messages becomes that list, one message a list of one.
 
-    Raises BadRow for a cell that is neither, and for an empty one unless it is not `required` (then it gives '').
+    Raises BadRow for anything else. An empty cell is '', or a BadRow if `required`.
     """
     if isinstance(value, str):
         if required and not value.strip():
@@ -49,7 +49,7 @@ def read_cell(value: Any, name: str, *, required: bool = True) -> Cell:
 
 
 def kind_of(value: Any) -> Literal["text", "messages", "json"] | None:
-    """What a cell is meant as, without checking it: text, messages or a JSON string of them; None for neither."""
+    """What a cell looks like, unchecked: text, messages or a JSON string of messages; None for neither."""
     if isinstance(value, str):
         try:
             return "text" if _json_messages(value, "") is None else "json"
@@ -70,7 +70,7 @@ _OPENS_MESSAGES = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']\s*:")
 def _json_messages(text: str, name: str) -> list[Any] | None:
     """The list in a JSON string of messages, or None for any other text, other JSON included.
 
-    Raises BadRow for text that begins as such a list but is not JSON: cut off, or written by Python's `str`.
+    Raises BadRow for text that begins like such a list but is not JSON: truncated, or written by Python's `str`.
     """
     if not _OPENS_LIST.match(text):
         return None
@@ -93,7 +93,7 @@ def _check_messages(messages: Sequence[Any], name: str, required: bool) -> list[
 
 
 def _check_message(message: Any, name: str) -> Message:
-    """The message without its null fields, which parquet gives it when other rows have them; content as one text."""
+    """The message without null fields, which parquet adds if other rows have them; content as one text."""
     role = message.get("role") if isinstance(message, Mapping) else None
     if not isinstance(role, str):
         raise BadRow(f"{name} with a message that has no role")
@@ -114,20 +114,20 @@ def _check_message(message: Any, name: str) -> Message:
 
 def _tool_calls(value: Any, name: str) -> Any:
     if not isinstance(value, list) or not all(isinstance(call, Mapping) for call in value):
-        raise BadRow(f"{name} with tool calls that are no list of calls")
+        raise BadRow(f"{name} with tool calls that are not a list of calls")
     return plain_json(value, f"tool call in {name}")
 
 
 def _joined(parts: Sequence[Any], name: str) -> str:
-    """Parts of text, as in the chat API, as one text: most chat templates would print the list as it is."""
+    """Text parts, as in the chat API, as one text: most chat templates would print the list as it is."""
     texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise BadRow(f"{name} with a message that has no text content")
     return check_text("".join(map(str, texts)))
 
 
-LONE_SURROGATE = "half a character (a lone surrogate) in a text"
-_LARGEST = 1e38  # the loss computes in 32 bits, which must hold the difference of two such numbers
+LONE_SURROGATE = "text with a lone surrogate"
+_LARGEST = 1e38  # the loss is computed in float32, which must hold the difference of two such numbers
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 _LONGEST_NUMBER = 64  # characters
@@ -135,7 +135,7 @@ _LONGEST_INTEGER = 1024  # bits; beyond 4,300 digits Python refuses to print one
 
 
 def check_text(text: str) -> str:
-    """The text itself; raises BadRow for half a character, which JSON can spell and no tokenizer takes."""
+    """The text itself; raises BadRow for a lone surrogate, which JSON can spell and no tokenizer accepts."""
     if not text.isascii():
         try:
             text.encode()
@@ -145,7 +145,7 @@ def check_text(text: str) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether this is meant as a number: one, or its text as in CSV; true and false are none."""
+    """Whether this is a number, or the text of one as in CSV; true and false are not."""
     if isinstance(value, str):
         text = value.strip()
         return len(text) <= _LONGEST_NUMBER and bool(_NUMBER.fullmatch(text) or _NOT_FINITE.fullmatch(text))
@@ -153,7 +153,7 @@ def is_number(value: Any) -> bool:
 
 
 def read_number(value: Any, name: str) -> float:
-    """A finite number; raises BadRow for anything else, NaN, infinities and what 32 bits cannot hold among it."""
+    """A finite number; raises BadRow for anything else, including NaN, infinities and what float32 cannot hold."""
     if isinstance(value, bool):
         raise BadRow(f"{name} that is true or false, not a number")
     if not is_number(value):
@@ -170,12 +170,12 @@ def read_number(value: Any, name: str) -> float:
 
 
 def is_nothing(value: Any) -> bool:
-    """Whether a cell is empty: null or, as CSV writes it, no text."""
+    """Whether a cell is empty: null, or blank text as in CSV."""
     return value is None or (isinstance(value, str) and not value.strip())
 
 
 def optional_number(values: Mapping[str, Any], name: str | None) -> float | None:
-    """The number in a column, or None where the row has none."""
+    """The number in a column, or None if the row has none."""
     value = values.get(name) if name is not None else None
     return None if is_nothing(value) else read_number(value, name or "")
 
@@ -187,7 +187,7 @@ def read_list(value: Any, name: str) -> Sequence[Any]:
     if isinstance(value, str):
         value = _parsed(value, name)
     if not isinstance(value, list):
-        raise BadRow(f"{name} that is no list")
+        raise BadRow(f"{name} that is not a list")
     return value
 
 
@@ -199,7 +199,7 @@ def _parsed(text: str, name: str) -> Any:
 
 
 def read_name(values: Mapping[str, Any], name: str | None) -> str:
-    """The text in a column of names, or '' where the row has none; a number is a name too, NaN is none."""
+    """The text in a column of names, or '' if the row has none; a number is a name too, NaN is not."""
     value = values.get(name) if name is not None else None
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -211,14 +211,14 @@ def read_name(values: Mapping[str, Any], name: str | None) -> str:
 
 
 def read_tools(values: Mapping[str, Any], name: str | None) -> list[Any]:
-    """Tool definitions in a column, as plain JSON values; none for no such column, null, an empty text or list."""
+    """Tool definitions in a column, as plain JSON values; [] without the column, for null, and for empty text."""
     value = values.get(name) if name is not None else None
     if is_nothing(value) or (isinstance(value, str) and value.strip() == "null"):
         return []
     assert name is not None
     tools = read_list(value, name)
     if not all(isinstance(tool, Mapping) for tool in tools):
-        raise BadRow(f"{name} with a tool that is no JSON object")
+        raise BadRow(f"{name} with a tool that is not a JSON object")
     plain = plain_json(tools, name, keep_nulls=isinstance(value, str))
     assert isinstance(plain, list)
     return plain
@@ -227,9 +227,9 @@ def read_tools(values: Mapping[str, Any], name: str | None) -> list[Any]:
 def plain_json(value: Any, name: str, *, keep_nulls: bool = False) -> Any:
     """A copy made of plain JSON values.
 
-    Unless `keep_nulls`, null fields are left out: parquet gives each struct the fields of all rows, so that a null
-    there says that this one has no such field.
-    Raises BadRow for what JSON does not know (bytes, dates, NaN) and for half a character.
+    Unless `keep_nulls`, null fields are dropped: parquet gives each struct the fields of all rows, so a null means that
+    this row has no such field.
+    Raises BadRow for values that JSON does not have (bytes, dates, NaN) and for lone surrogates.
     """
     if isinstance(value, str):
         return check_text(value)

@@ -1,14 +1,14 @@
-"""Keys of `data` that say how a row is read: the format, the columns, and what becomes of rows that cannot be used."""
+"""Keys of `data` on how a row is read: the format, the columns, and what happens to bad rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True)
 class CustomClassConfig:
-    """`data.custom_cls`: a class of the user's own that says how a row is read."""
+    """`data.custom_cls`: a user-defined class that reads rows."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -20,7 +20,7 @@ class CustomClassConfig:
 
 @dataclass(frozen=True)
 class PublishedColumns:
-    """`data.columns`: names of the columns that formats of published data sets have; null reads no such column."""
+    """`data.columns`: names of columns in the formats of published datasets; null reads no such column."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -33,11 +33,11 @@ class PublishedColumns:
     overall_preference: str | None = "overall_preference"
     """helpsteer3: from -3 (the first response is much better) to 3 (the second is); 0 is a tie."""
     individual_preference: str | None = "individual_preference"
-    """helpsteer3: list of `{score: ...}`, one for each person; gives the share of people who agree."""
+    """helpsteer3: list of `{score: ...}`, one per annotator; gives the share of annotators who agree."""
     input: str | None = "input"
     """nested: the conversation before the responses, as messages or text."""
     output: str | None = "output"
-    """nested: list of responses, each with a label or score, perhaps inside `answer`."""
+    """nested: list of responses, each with a label or score, optionally inside `answer`."""
     instruction: str | None = "instruction"
     """completions: the prompt."""
     completions: str | None = "completions"
@@ -58,21 +58,21 @@ class ColumnNames:
     chosen_key: str | None = "chosen"
     """Column of the preferred response."""
     rejected_key: str | None = "rejected"
-    """Column of the other response."""
+    """Column of the rejected response."""
     responses_key: str | None = "responses"
     """Column of a list of responses to one prompt."""
     scores_key: str | None = "scores"
-    """Column of one score for each of them: higher is better, and equal scores are not compared."""
+    """Column of one score per response: higher is better, and equal scores are not compared."""
     ranks_key: str | None = "ranks"
-    """Column of one rank for each of them: 1 is best, and equal ranks are not compared."""
+    """Column of one rank per response: 1 is best, and equal ranks are not compared."""
     margin_key: str | None = "margin"
     """Column of how much better the chosen response is."""
     weight_key: str | None = "weight"
-    """Column of a factor on the row's loss; without the column, or where it is empty, 1."""
+    """Column of a factor on the loss of the row; 1 without the column or where it is empty."""
     p_chosen_key: str | None = "p_chosen"
-    """Column of the share of people who prefer the chosen response, 0 to 1."""
+    """Column of the share of annotators who prefer the chosen response, 0 to 1."""
     source_key: str | None = "source"
-    """Column that names the data set a row belongs to, for metrics by source."""
+    """Column that names the dataset of a row, for metrics by source."""
     tools_key: str | None = "tools"
     """Column of tool definitions, as a list or its JSON, for the chat template."""
 
@@ -81,14 +81,31 @@ class ColumnNames:
 class FormatConfig(ColumnNames):
     """Part of `data`: how a row is read."""
 
+    has_preferences: ClassVar[bool] = True
+    """Whether a row must say which response is better."""
+
     format: Literal[
         "auto", "text", "messages", "json", "prompt", "scored", "ranked", "helpsteer3", "nested", "completions"
     ] = "auto"
-    """What rows look like; `auto` finds out from the columns and first rows of each file, and says what it chose."""
+    """What rows look like; `auto` detects it from the columns and first rows of each file, and logs its choice."""
     input_style: Literal["auto", "text", "chat"] = "auto"
-    """`chat` renders messages with the chat template, `text` takes strings as they are. `auto`: chat for messages and
-    for a string prompt with string responses when the tokenizer has a chat template; text otherwise."""
+    """`chat` renders messages with the chat template, `text` uses strings as they are. `auto`: chat for messages, and
+    for a string prompt with string responses if the tokenizer has a chat template; text otherwise."""
     bad_rows: Literal["drop", "error"] = "drop"
-    """What a row that cannot be used does: `drop` leaves it out and counts it, `error` stops there."""
+    """What to do with a bad row: `drop` drops and counts it, `error` stops at it."""
     columns: PublishedColumns = field(default_factory=PublishedColumns)
     custom_cls: CustomClassConfig = field(default_factory=CustomClassConfig)
+
+
+@dataclass(frozen=True)
+class ResponsesConfig(FormatConfig):
+    """How rows are read for scoring: every layout that training accepts, without its labels, and three more.
+
+    These are `responses` (prompt, list of responses), `response` (prompt, one response) and `conversation` (messages).
+    """
+
+    has_preferences: ClassVar[bool] = False
+    response_key: str | None = "response"
+    """Column of a single response."""
+    messages_key: str | None = "messages"
+    """Column of a conversation whose last turn is the response."""

@@ -1,4 +1,4 @@
-"""Detection: which format a file is in, from its columns and first rows, and whether the columns hold what it reads.
+"""Detection: the format of a file, from its columns and first rows, and a check of what the columns hold.
 
 `READERS` has the formats by name.
 """
@@ -14,26 +14,26 @@ from typing import Any
 from rm_gallery.data.formats.cells import is_number, kind_of
 from rm_gallery.data.formats.config import FormatConfig
 from rm_gallery.data.formats.pairs import (
+    COMMON_COLUMNS,
     Column,
     Format,
-    common_columns,
-    pair_columns,
-    prompted_columns,
+    compare_pair,
     read_conversations,
     read_prompted,
     read_texts,
 )
 from rm_gallery.data.formats.rankings import (
-    completions_columns,
-    helpsteer3_columns,
-    nested_columns,
-    ranked_columns,
+    compare_completions,
+    compare_helpsteer3,
+    compare_nested,
+    compare_ranks,
+    compare_scores,
     read_completions,
+    read_conversation,
     read_helpsteer3,
     read_nested,
-    read_ranked,
-    read_scored,
-    scored_columns,
+    read_responses,
+    read_single,
 )
 from rm_gallery.data.sources import Row
 from rm_gallery.errors import UserError, nearest
@@ -41,7 +41,7 @@ from rm_gallery.errors import UserError, nearest
 log = logging.getLogger(__name__)
 
 SAMPLE_ROWS = 32
-"""Rows from the start of a file that are enough to choose from."""
+"""Rows from the start of a file that detection needs."""
 _PAIRS = ("text", "messages", "json", "prompt")
 _KINDS = {"text": "text", "messages": "lists of messages", "json": "JSON strings of lists of messages"}
 _HOLDS = {"cell": "text or messages", "list": "lists or their JSON", "number": "numbers", "name": "names"}
@@ -49,7 +49,7 @@ _HOLDS = {"cell": "text or messages", "list": "lists or their JSON", "number": "
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A format, and what decided for it."""
+    """A format, and the reason for it."""
 
     name: str
     why: str
@@ -58,14 +58,14 @@ class Choice:
         return f"{self.name}, since {self.why}"
 
 
-def choose_format(rows: Sequence[Row], config: FormatConfig, *, said: set[str] | None = None) -> Choice:
+def choose_format(rows: Sequence[Row], config: FormatConfig, *, logged: set[str] | None = None) -> Choice:
     """The format of a file: the one that `config` names, or under `auto` the first whose columns it has.
 
-    rows: the first rows of the file, at least one; SAMPLE_ROWS are enough. A column counts as there when any of them
-    has it.
-    said: choices that were logged already, so that a thousand files in one format give one line; None logs each.
-    Raises UserError, naming the file and its columns, when it is in no format or not in the named one, when a column
-    that the configuration renames is not there, and when a column holds nothing of the kind that is read from it.
+    rows: the first rows of the file, at least one; SAMPLE_ROWS are enough. A column exists if any of them has it.
+    config: a `ResponsesConfig` ignores labels and also accepts layouts without preferences.
+    logged: choices already logged, so that a thousand files in one format give one line; None logs each.
+    Raises UserError, naming the file and its columns, if it is in no format or not in the named one, if a column that
+    the configuration renames is missing, and if a column holds nothing of the kind that is read from it.
     """
     assert rows, "a format is chosen from at least one row"
     file, readable = rows[0].file, [row for row in rows if not row.fault]
@@ -73,48 +73,52 @@ def choose_format(rows: Sequence[Row], config: FormatConfig, *, said: set[str] |
         raise UserError(
             f"{rows[0].where}: {rows[0].fault}; none of the first {len(rows)} rows can be read: write the file again"
         )
-    there = dict.fromkeys(name for row in readable for name in row.values)
+    found = dict.fromkeys(name for row in readable for name in row.values)
     name = config.format
-    known = READERS.values() if name == "auto" else [find_format(name)]
-    _check_renamed(file, there, config, known)
+    _check_renamed(file, found, config, _formats(config) if name == "auto" else [name])
     if name == "auto":
-        choice = _choose(file, readable, there, config)
+        choice = _choose(file, readable, found, config)
     else:
-        _check_needed(file, there, find_format(name).columns(config))
+        _check_needed(file, found, _columns(name, config))
         choice = Choice(name, f"data.format={name}")
-    for column in (*find_format(choice.name).columns(config), *common_columns(config)):
+    for column in _columns(choice.name, config):
         _check_values(readable, column)
-    if name == "auto" and (said is None or f"{choice}" not in said):
+    if name == "auto" and (logged is None or f"{choice}" not in logged):
         log.info("%s: data.format is %s, since %s", file, choice.name, choice.why)
-        if said is not None:
-            said.add(f"{choice}")
+        if logged is not None:
+            logged.add(f"{choice}")
     return choice
 
 
-def find_format(name: str) -> Format:
+def find_format(name: str, config: FormatConfig) -> Format:
     """The format of this name; UserError for one that does not exist."""
-    if name not in READERS:
-        raise UserError(f"data.format={name}: must be auto or one of {', '.join(READERS)}.{nearest(name, READERS)}")
-    return READERS[name]
+    known = _formats(config)
+    if name not in known:
+        raise UserError(f"data.format={name}: must be auto or one of {', '.join(known)}.{nearest(name, known)}")
+    return known[name]
 
 
-def _choose(file: str, rows: Sequence[Row], there: Mapping[str, None], config: FormatConfig) -> Choice:
-    fitting = [
-        name
-        for name, each in READERS.items()
-        if all(column.name is not None and column.name in there for column in _needed(each, config))
-    ]
+def _formats(config: FormatConfig) -> dict[str, Format]:
+    return READERS if config.has_preferences else UNLABELED_READERS
+
+
+def _columns(name: str, config: FormatConfig, *, common: bool = True) -> list[Column]:
+    """The columns of a format; without labels where no preferences are read."""
+    columns = find_format(name, config).columns + (COMMON_COLUMNS if common else ())
+    return [column.bind(config) for column in columns if config.has_preferences or not column.is_label]
+
+
+def _choose(file: str, rows: Sequence[Row], found: Mapping[str, None], config: FormatConfig) -> Choice:
+    fitting = [name for name in _formats(config) if all(column.name in found for column in _needed(name, config))]
     if not fitting:
-        raise _no_format(file, there, config)
+        raise _no_format(file, found, config)
     chosen = Choice(fitting[0], "")
     if fitting[0] in _PAIRS:
         chosen = _choose_pairs(rows, config)
-    needed = _needed(READERS[chosen.name], config)
-    why = chosen.why or f"it has {_listed(column.name for column in needed)}"
-    extra = [*READERS[chosen.name].columns(config), *common_columns(config)]
-    read_too = [column.name for column in extra if not column.needed and column.name in there]
-    if read_too:
-        why += f"; read too: {_listed(read_too)}"
+    why = chosen.why or f"it has {_listed(column.name for column in _needed(chosen.name, config))}"
+    optional = [column.name for column in _columns(chosen.name, config) if not column.needed and column.name in found]
+    if optional:
+        why += f"; read too: {_listed(optional)}"
     others = [name for name in fitting if name not in _PAIRS and name != chosen.name]
     if others:
         why += f"; {_listed(others)} would fit too"
@@ -122,7 +126,7 @@ def _choose(file: str, rows: Sequence[Row], there: Mapping[str, None], config: F
 
 
 def _choose_pairs(rows: Sequence[Row], config: FormatConfig) -> Choice:
-    """By what most of the responses in these rows are, and whether any row has a prompt."""
+    """By what most responses in these rows hold, and by whether any row has a prompt."""
     names = [name for name in (config.chosen_key, config.rejected_key) if name is not None]
     kinds = Counter(kind for row in rows for name in names if (kind := kind_of(row.values.get(name))))
     chats = kinds["messages"] + kinds["json"]
@@ -138,29 +142,29 @@ def _choose_pairs(rows: Sequence[Row], config: FormatConfig) -> Choice:
     return Choice(kind, f"{what}, and there is no prompt")
 
 
-def _needed(each: Format, config: FormatConfig) -> list[Column]:
-    return [column for column in each.columns(config) if column.needed]
+def _needed(name: str, config: FormatConfig) -> list[Column]:
+    return [column for column in _columns(name, config, common=False) if column.needed]
 
 
-def _check_renamed(file: str, there: Mapping[str, None], config: FormatConfig, known: Iterable[Format]) -> None:
-    """Raise UserError for a column that the configuration names, in place of the usual one, and that is not there."""
-    defaults = {column.key: column.name for each in READERS.values() for column in each.columns(FormatConfig())}
-    defaults |= {column.key: column.name for column in common_columns(FormatConfig())}
-    for column in (*(column for each in known for column in each.columns(config)), *common_columns(config)):
-        if column.name is not None and column.name != defaults[column.key] and column.name not in there:
-            raise _no_column(file, there, column)
+def _check_renamed(file: str, found: Mapping[str, None], config: FormatConfig, names: Iterable[str]) -> None:
+    """Raise UserError for a missing column that the configuration names in place of the usual one."""
+    usual = type(config)()
+    defaults = {column.key: column.name for name in _formats(usual) for column in _columns(name, usual)}
+    for column in (column for name in names for column in _columns(name, config)):
+        if column.name is not None and column.name != defaults[column.key] and column.name not in found:
+            raise _no_column(file, found, column)
 
 
-def _check_needed(file: str, there: Mapping[str, None], columns: Iterable[Column]) -> None:
+def _check_needed(file: str, found: Mapping[str, None], columns: Iterable[Column]) -> None:
     for column in columns:
         if column.needed and column.name is None:
             raise UserError(f"data.{column.key}=null: data.format needs this column; name it, or set another format")
-        if column.needed and column.name not in there:
-            raise _no_column(file, there, column)
+        if column.needed and column.name not in found:
+            raise _no_column(file, found, column)
 
 
 def _check_values(rows: Sequence[Row], column: Column) -> None:
-    """Raise UserError for a column in which no row holds what is read from it: then not a row but the file is wrong."""
+    """Raise UserError for a column in which no row holds what is read from it: the file is wrong, not a row."""
     values = [(row, row.values.get(column.name or "")) for row in rows]
     filled = [(row, value) for row, value in values if value not in (None, "", "null")]
     if not filled or any(_fits(value, column) for _, value in filled):
@@ -170,7 +174,7 @@ def _check_values(rows: Sequence[Row], column: Column) -> None:
     unless = "" if must else "; null reads no such column"
     raise UserError(
         f"{row.where}: column {_shown(column.name)!r} holds {_held(value)}, not {_HOLDS[column.holds]}; "
-        f"write it so, or name another column with data.{column.key}{unless}"
+        f"convert it, or name another column with data.{column.key}{unless}"
     )
 
 
@@ -191,31 +195,31 @@ def _held(value: Any) -> str:
     return "text" if isinstance(value, str) else type(value).__name__
 
 
-def _no_format(file: str, there: Mapping[str, None], config: FormatConfig) -> UserError:
-    """The column that is missing where some of a format's are there, else what all formats need."""
+def _no_format(file: str, found: Mapping[str, None], config: FormatConfig) -> UserError:
+    """Names the missing column of the format that fits best; all formats if no column is known."""
     best: list[Column] = []
     share = 0.0
-    for each in READERS.values():
-        needed = [column for column in _needed(each, config) if column.name is not None]
-        missing = [column for column in needed if column.name not in there]
-        found = 1 - len(missing) / len(needed) if needed else 0.0
-        if found > share:
-            best, share = missing, found
-    for column in best:
-        return _no_column(file, there, column)
-    looks = "; ".join(f"{name}: {each.looks}" for name, each in READERS.items())
-    close = next((hint for name in ("chosen", "rejected", "responses") if (hint := nearest(name, there))), "")
+    for name in _formats(config):
+        needed = [column for column in _needed(name, config) if column.name is not None]
+        missing = [column for column in needed if column.name not in found]
+        fit = 1 - len(missing) / len(needed) if needed else 0.0
+        if fit > share:
+            best, share = missing, fit
+    if best:
+        return _no_column(file, found, best[0])
+    looks = "; ".join(f"{name}: {each.looks}" for name, each in _formats(config).items())
+    close = next((hint for name in ("chosen", "rejected", "responses") if (hint := nearest(name, found))), "")
     return UserError(
-        f"{file}: no known format in the columns {_listed(there)}; rename them, or name them with data.chosen_key, "
+        f"{file}: no known format in the columns {_listed(found)}; rename them, or name them with data.chosen_key, "
         f"data.rejected_key and the like ({looks}).{close}"
     )
 
 
-def _no_column(file: str, there: Mapping[str, None], column: Column) -> UserError:
+def _no_column(file: str, found: Mapping[str, None], column: Column) -> UserError:
     name = column.name or ""
     return UserError(
-        f"{file}: no column {_shown(name)!r} (columns: {_listed(there)}); rename it or set data.{column.key}."
-        + nearest(name, there)
+        f"{file}: no column {_shown(name)!r} (columns: {_listed(found)}); rename it or set data.{column.key}."
+        + nearest(name, found)
     )
 
 
@@ -227,21 +231,85 @@ def _listed(names: Iterable[str | None], limit: int = 20) -> str:
 
 
 def _shown(name: str | None) -> str:
-    """A column's name as it fits into a sentence: short, and on one line."""
+    """The name of a column for a message: short, and on one line."""
     text = name or ""
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-READERS: dict[str, Format] = {
-    "text": Format("chosen and rejected as bare texts", read_texts, pair_columns),
-    "messages": Format("chosen and rejected as lists of messages", read_conversations, pair_columns),
-    "json": Format("chosen and rejected as JSON strings of lists of messages", read_conversations, pair_columns),
-    "prompt": Format("a prompt with chosen and rejected", read_prompted, prompted_columns),
-    "scored": Format("responses with scores", read_scored, scored_columns),
-    "ranked": Format("responses with ranks", read_ranked, ranked_columns),
-    "helpsteer3": Format("two responses with an overall preference", read_helpsteer3, helpsteer3_columns),
-    "nested": Format("input, and output with a label or score for each response", read_nested, nested_columns),
-    "completions": Format("completions with scores", read_completions, completions_columns),
+_PROMPT = Column("prompt_key", "cell")
+_PAIR = (Column("chosen_key", "cell", needed=True), Column("rejected_key", "cell", needed=True))
+_PAIR_LABELS = (Column("margin_key", "number", is_label=True), Column("p_chosen_key", "number", is_label=True))
+_RESPONSES = (Column("responses_key", "list", needed=True), _PROMPT)
+
+_PAIR_READERS: dict[str, Format] = {
+    "text": Format("chosen and rejected as bare texts", read_texts, compare_pair, (*_PAIR, _PROMPT, *_PAIR_LABELS)),
+    "messages": Format(
+        "chosen and rejected as lists of messages", read_conversations, compare_pair, (*_PAIR, _PROMPT, *_PAIR_LABELS)
+    ),
+    "json": Format(
+        "chosen and rejected as JSON strings of lists of messages",
+        read_conversations,
+        compare_pair,
+        (*_PAIR, _PROMPT, *_PAIR_LABELS),
+    ),
+    "prompt": Format(
+        "a prompt with chosen and rejected",
+        read_prompted,
+        compare_pair,
+        (Column("prompt_key", "cell", needed=True), *_PAIR, *_PAIR_LABELS),
+    ),
 }
-"""In this order `auto` takes the first whose columns a file has; the first three differ by what these hold."""
+_PUBLISHED_READERS: dict[str, Format] = {
+    "helpsteer3": Format(
+        "two responses with an overall preference",
+        read_helpsteer3,
+        compare_helpsteer3,
+        (
+            Column("columns.context", "cell", needed=True, may_be_null=True),
+            Column("columns.response1", "cell", needed=True),
+            Column("columns.response2", "cell", needed=True),
+            Column("columns.overall_preference", "number", needed=True, is_label=True),
+            Column("columns.individual_preference", "list", is_label=True),
+        ),
+    ),
+    "nested": Format(
+        "input, and output with a label or score for each response",
+        read_nested,
+        compare_nested,
+        (Column("columns.input", "cell", needed=True), Column("columns.output", "list", needed=True)),
+    ),
+    "completions": Format(
+        "completions with scores",
+        read_completions,
+        compare_completions,
+        (Column("columns.completions", "list", needed=True), Column("columns.instruction", "cell"), _PROMPT),
+    ),
+}
+READERS: dict[str, Format] = {
+    **_PAIR_READERS,
+    "scored": Format(
+        "responses with scores",
+        read_responses,
+        compare_scores,
+        (*_RESPONSES, Column("scores_key", "list", needed=True, is_label=True)),
+    ),
+    "ranked": Format(
+        "responses with ranks",
+        read_responses,
+        compare_ranks,
+        (*_RESPONSES, Column("ranks_key", "list", needed=True, is_label=True)),
+    ),
+    **_PUBLISHED_READERS,
+}
+"""`auto` takes the first in this order whose columns a file has; the first three differ by what these hold."""
+UNLABELED_READERS: dict[str, Format] = {
+    **_PAIR_READERS,
+    "conversation": Format(
+        "messages that end with the response", read_conversation, None, (Column("messages_key", "cell", needed=True),)
+    ),
+    "responses": Format("a list of responses", read_responses, None, _RESPONSES),
+    "response": Format("one response", read_single, None, (Column("response_key", "cell", needed=True), _PROMPT)),
+    **_PUBLISHED_READERS,
+}
+"""The same for a `ResponsesConfig`."""

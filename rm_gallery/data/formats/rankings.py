@@ -1,11 +1,11 @@
 """Rankings: K responses to one prompt with a score, a rank or a label each, compared wherever these differ.
 
-`ranked`: lists of responses and of scores or ranks. `nested`: `input` and `output: [{answer: {role, content, label:
-{is_preferred: true}}}, ...]`, with or without `answer`. `completions`, as in UltraFeedback: `instruction` and
+`scored`, `ranked`: lists of responses and of scores or ranks. `nested`: `input` and `output: [{answer: {role, content,
+label: {is_preferred: true}}}, ...]`, with or without `answer`. `completions`, as in UltraFeedback: `instruction` and
 `completions: [{response, overall_score}, ...]`.
 
-`helpsteer3`, as published: a conversation, two responses, and how much one is preferred, overall and by person.
-HelpSteer2's preferences are of the same kind: set `data.columns` to its names (`prompt`, `response_1`, `response_2`,
+`helpsteer3`, as published: a conversation, two responses, and how much one is preferred, overall and per annotator.
+HelpSteer2's preferences have the same layout: set `data.columns` to its names (`prompt`, `response_1`, `response_2`,
 `preference_strength`).
 """
 
@@ -15,47 +15,45 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rm_gallery.data.formats.cells import Cell, is_nothing, is_number, read_cell, read_list, read_number
-from rm_gallery.data.formats.config import FormatConfig
-from rm_gallery.data.formats.pairs import Column, Draft, check_prompted, read_prompt
+from rm_gallery.data.formats.cells import Cell, is_nothing, is_number, read_list, read_number
+from rm_gallery.data.formats.config import FormatConfig, ResponsesConfig
+from rm_gallery.data.formats.pairs import Draft, read_prompt, read_response
 from rm_gallery.errors import BadRow
 from rm_gallery.schema import Comparison, Message
 
 MAX_RESPONSES = 256
-"""Of one row: all of them are compared with each other, and 256 make 32,640 comparisons."""
+"""Per row: every two are compared, and 256 responses make 32,640 comparisons."""
 
 
-def read_scored(values: Mapping[str, Any], config: FormatConfig) -> Draft:
-    """Format `scored`: a list of responses with a list of scores; higher is better, the difference is the margin."""
-    prompt, responses = _prompt_and_responses(values, config)
-    scores = _numbers(values, config.scores_key or "", len(responses))
-    comparisons = compare(scores, f"all {config.scores_key} equal", with_margins=True)
-    return Draft(prompt, responses, comparisons, ["response"] * len(responses))
-
-
-def read_ranked(values: Mapping[str, Any], config: FormatConfig) -> Draft:
-    """Format `ranked`: a list of responses with a list of ranks; the lowest is best."""
-    prompt, responses = _prompt_and_responses(values, config)
-    ranks = _numbers(values, config.ranks_key or "", len(responses))
-    comparisons = compare([-rank for rank in ranks], f"all {config.ranks_key} equal")
-    return Draft(prompt, responses, comparisons, ["response"] * len(responses))
-
-
-def _prompt_and_responses(values: Mapping[str, Any], config: FormatConfig) -> tuple[Cell, list[Cell]]:
+def read_responses(values: Mapping[str, Any], config: FormatConfig) -> Draft:
+    """Formats `scored`, `ranked` and `responses`: a list of responses to one prompt."""
     name = config.responses_key or ""
-    cells = read_list(values.get(name), name)
-    check_count(cells, name)
-    responses = [read_cell(cell, "response") for cell in cells]
-    prompt = read_prompt(values, config.prompt_key)
-    check_prompted(prompt, responses, config.prompt_key)
-    return prompt, responses
+    responses = [read_response(cell, "response", config) for cell in read_list(values.get(name), name)]
+    return _draft(values, responses, config.prompt_key)
 
 
-def check_count(responses: Sequence[Any], name: str) -> None:
-    """Raise BadRow for fewer responses than can be compared, or more than will be."""
-    if len(responses) < 2:
+def _draft(values: Mapping[str, Any], responses: list[Cell], prompt: str | None) -> Draft:
+    return Draft(read_prompt(values, prompt), responses, ["response"] * len(responses), prompt)
+
+
+def compare_scores(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
+    """Format `scored`: higher is better, the difference is the margin."""
+    _check_count(count, config.responses_key)
+    scores = _numbers(values, config.scores_key or "", count)
+    return compare(scores, f"all {config.scores_key} equal", with_margins=True)
+
+
+def compare_ranks(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
+    """Format `ranked`: the lowest rank is best."""
+    _check_count(count, config.responses_key)
+    ranks = _numbers(values, config.ranks_key or "", count)
+    return compare([-rank for rank in ranks], f"all {config.ranks_key} equal")
+
+
+def _check_count(count: int, name: str | None) -> None:
+    if count < 2:
         raise BadRow(f"{name} with fewer than 2 responses")
-    if len(responses) > MAX_RESPONSES:
+    if count > MAX_RESPONSES:
         raise BadRow(f"{name} with more than {MAX_RESPONSES} responses")
 
 
@@ -67,10 +65,10 @@ def _numbers(values: Mapping[str, Any], name: str, count: int) -> list[float]:
 
 
 def compare(values: Sequence[float], when_equal: str, *, with_margins: bool = False) -> list[Comparison]:
-    """All comparisons between K responses with these values, higher is better; equal ones are not compared.
+    """All comparisons between K responses with these values, higher is better; equal values are not compared.
 
-    with_margins: the difference of the values is the margin.
-    Raises BadRow with the reason `when_equal` when no two differ.
+    with_margins: use the difference of the values as the margin.
+    Raises BadRow with the reason `when_equal` if no two values differ.
     """
     comparisons = []
     for left in range(len(values)):
@@ -84,24 +82,6 @@ def compare(values: Sequence[float], when_equal: str, *, with_margins: bool = Fa
     return comparisons
 
 
-def scored_columns(config: FormatConfig) -> list[Column]:
-    """Columns of the format `scored`."""
-    return [
-        Column("responses_key", config.responses_key, "list", needed=True),
-        Column("scores_key", config.scores_key, "list", needed=True),
-        Column("prompt_key", config.prompt_key, "cell"),
-    ]
-
-
-def ranked_columns(config: FormatConfig) -> list[Column]:
-    """Columns of the format `ranked`."""
-    return [
-        Column("responses_key", config.responses_key, "list", needed=True),
-        Column("ranks_key", config.ranks_key, "list", needed=True),
-        Column("prompt_key", config.prompt_key, "cell"),
-    ]
-
-
 _TEXTS = ("content", "text", "response", "response_text", "completion", "answer")
 # In this order. UltraFeedback's overall score is known to be 10 in places where 1 was meant, so it comes last.
 _LABELS = (
@@ -113,63 +93,74 @@ _WORDS = {"chosen": True, "rejected": False}
 
 def read_nested(values: Mapping[str, Any], config: FormatConfig) -> Draft:
     """Format `nested`."""
-    return _read(values, config, config.columns.input, config.columns.output)
+    return _draft(values, _responses(values, config.columns.output, config), config.columns.input)
 
 
 def read_completions(values: Mapping[str, Any], config: FormatConfig) -> Draft:
     """Format `completions`; the prompt is in `instruction` or, in a file without it, in the usual prompt column."""
     has_instruction = config.columns.instruction is not None and config.columns.instruction in values
     prompt = config.columns.instruction if has_instruction else config.prompt_key
-    return _read(values, config, prompt, config.columns.completions)
+    return _draft(values, _responses(values, config.columns.completions, config), prompt)
 
 
-def _read(values: Mapping[str, Any], config: FormatConfig, prompt: str | None, name: str | None) -> Draft:
-    name = name or ""
+def _responses(values: Mapping[str, Any], name: str | None, config: FormatConfig) -> list[Cell]:
+    return [_response(fields, name or "", config) for fields in _records(values, name or "")]
+
+
+def _records(values: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """The fields of each response."""
     records = read_list(values.get(name), name)
-    check_count(records, name)
-    responses, preferred, scores = [], [], []
-    for record in records:
-        if not isinstance(record, Mapping):
-            raise BadRow(f"{name} with a response that is no record")
-        fields = _flat(record)
-        responses.append(_response(fields, name))
-        label, score = _verdict(fields, name, config.columns.score)
-        preferred.append(label)
-        scores.append(score)
-    before = read_prompt(values, prompt)
-    check_prompted(before, responses, prompt)
-    return Draft(before, responses, _comparisons(preferred, scores, name), ["response"] * len(responses))
+    if not all(isinstance(record, Mapping) for record in records):
+        raise BadRow(f"{name} with a response that is not a record")
+    return [_flat(record) for record in records]
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a record that are there; those of its `answer`, when that is a record too, before its own."""
+    """The fields of a record that are not null; those of its `answer`, if that is a record too, take precedence."""
     answer = record.get("answer")
     inner = answer if isinstance(answer, Mapping) else {}
     fields = {key: value for key, value in record.items() if value is not None and value is not inner}
     return fields | {key: value for key, value in inner.items() if value is not None}
 
 
-def _response(fields: Mapping[str, Any], name: str) -> Cell:
-    """The answer as text, or as an assistant turn when it holds parts or calls tools, or as a conversation."""
+def _response(fields: Mapping[str, Any], name: str, config: FormatConfig) -> Cell:
+    """The answer: text, an assistant turn if it holds parts or calls tools, or a conversation."""
     value = next((fields[key] for key in _TEXTS if key in fields), None)
     role, calls = fields.get("role", "assistant"), fields.get("tool_calls")
     if isinstance(value, str) and role == "assistant" and not calls:
-        return read_cell(value, "response")
+        return read_response(value, "response", config)
     if isinstance(value, list) and any(isinstance(item, Mapping) and "role" in item for item in value):
-        return read_cell(value, "response")
+        return read_response(value, "response", config)
     if value is None and not calls:
         raise BadRow(f"{name} with a response that has no text")
     message: Message = {"role": role, "content": value, "tool_calls": calls}
-    return read_cell([message], "response")
+    return read_response([message], "response", config)
 
 
-def _verdict(fields: Mapping[str, Any], name: str, chosen_field: str | None) -> tuple[bool | None, float | None]:
+def compare_nested(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
+    """Format `nested`: by the label or score of each response."""
+    return _compare_records(values, config.columns.output or "", config.columns.score)
+
+
+def compare_completions(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
+    """Format `completions`: by the score of each response."""
+    return _compare_records(values, config.columns.completions or "", config.columns.score)
+
+
+def _compare_records(values: Mapping[str, Any], name: str, score_field: str | None) -> list[Comparison]:
+    records = _records(values, name)
+    _check_count(len(records), name)
+    verdicts = [_verdict(fields, name, score_field) for fields in records]
+    return _comparisons([label for label, _ in verdicts], [score for _, score in verdicts], name)
+
+
+def _verdict(fields: Mapping[str, Any], name: str, score_field: str | None) -> tuple[bool | None, float | None]:
     """Whether a response is preferred, and its score, as far as its record says so.
 
-    chosen_field: the one field that holds the score, from `data.columns.score`; None looks into all that are known.
+    score_field: the only field to read, from `data.columns.score`; None reads all known fields.
     """
-    if chosen_field is not None:
-        return None, read_number(fields.get(chosen_field), f"{chosen_field} in {name}")
+    if score_field is not None:
+        return None, read_number(fields.get(score_field), f"{score_field} in {name}")
     preferred, score = None, None
     for key in _LABELS:
         value = fields.get(key)
@@ -191,17 +182,16 @@ def _verdict(fields: Mapping[str, Any], name: str, chosen_field: str | None) -> 
 def _comparisons(preferred: list[bool | None], scores: list[float | None], name: str) -> list[Comparison]:
     """By label where labels differ, else by score.
 
-    With labels the margin is how much higher the preferred one's score is, if it is. Two responses with the same
-    score other than 0 hold, as HelpSteer3 in this form does, the strength of the preference between them.
+    With labels, the margin is the difference of the scores if it is positive. Two responses with the same score other
+    than 0 hold the strength of the preference between them, as HelpSteer3 in this layout does: scores 2 and 2 with
+    labels true and false give a margin of 2.
     """
     labels = [float(label) for label in preferred if label is not None]
     numbers = [score for score in scores if score is not None]
     has_labels, has_scores = len(labels) == len(preferred), len(numbers) == len(scores)
     if has_labels and len(set(labels)) > 1:
         comparisons = compare(labels, "")
-        if has_scores:
-            comparisons = [_with_margin(each, numbers) for each in comparisons]
-        return comparisons
+        return [_with_margin(each, numbers) for each in comparisons] if has_scores else comparisons
     if has_scores:
         return compare(numbers, f"all labels or scores in {name} equal", with_margins=True)
     raise BadRow(f"all labels in {name} equal" if has_labels else f"{name} with a response that has no label or score")
@@ -214,61 +204,56 @@ def _with_margin(comparison: Comparison, scores: list[float]) -> Comparison:
     return replace(comparison, margin=margin) if margin > 0 else comparison
 
 
-def nested_columns(config: FormatConfig) -> list[Column]:
-    """Columns of the format `nested`."""
-    return [
-        Column("columns.input", config.columns.input, "cell", needed=True),
-        Column("columns.output", config.columns.output, "list", needed=True),
-    ]
-
-
-def completions_columns(config: FormatConfig) -> list[Column]:
-    """Columns of the format `completions`."""
-    return [
-        Column("columns.completions", config.columns.completions, "list", needed=True),
-        Column("columns.instruction", config.columns.instruction, "cell"),
-        Column("prompt_key", config.prompt_key, "cell"),
-    ]
-
-
 def read_helpsteer3(values: Mapping[str, Any], config: FormatConfig) -> Draft:
-    """Format `helpsteer3`: below 0 the first response is better, above 0 the second; the margin is how far."""
+    """Format `helpsteer3`: two responses to a conversation."""
     columns = config.columns
     names = (columns.response1 or "", columns.response2 or "")
-    overall = read_number(values.get(columns.overall_preference or ""), columns.overall_preference or "")
+    responses = [read_response(values.get(name), name, config) for name in names]
+    return Draft(read_prompt(values, columns.context), responses, names, columns.context)
+
+
+def compare_helpsteer3(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
+    """Below 0 the first response is better, above 0 the second; the distance from 0 is the margin."""
+    name = config.columns.overall_preference or ""
+    overall = read_number(values.get(name), name)
     if not -3 <= overall <= 3:
-        raise BadRow(f"{columns.overall_preference} outside -3 to 3")
+        raise BadRow(f"{name} outside -3 to 3")
     if overall == 0:
-        raise BadRow(f"{columns.overall_preference} that is a tie")
+        raise BadRow(f"{name} that is a tie")
     better = 0 if overall < 0 else 1
-    share = _share(values, columns.individual_preference, overall)
-    prompt, responses = read_prompt(values, columns.context), [read_cell(values.get(name), name) for name in names]
-    check_prompted(prompt, responses, columns.context)
-    comparison = Comparison(better, 1 - better, margin=abs(overall), p_better=share)
-    return Draft(prompt, responses, (comparison,), names)
+    share = _agreement(values, config.columns.individual_preference, overall)
+    return [Comparison(better, 1 - better, margin=abs(overall), p_better=share)]
 
 
-def _share(values: Mapping[str, Any], name: str | None, overall: float) -> float | None:
-    """Share of people whose preference agrees with the overall one, a tie counting half; None without any."""
+def _agreement(values: Mapping[str, Any], name: str | None, overall: float) -> float | None:
+    """Share of annotators whose preference agrees with the overall one, a tie counting half; None without any."""
     if name is None or is_nothing(values.get(name)):
         return None
-    people = read_list(values[name], name)
-    if not all(isinstance(person, Mapping) and "score" in person for person in people):
-        raise BadRow(f"{name} without a score of each person")
-    scores = [read_number(person["score"], f"score in {name}") for person in people if person["score"] is not None]
+    annotators = read_list(values[name], name)
+    if not all(isinstance(each, Mapping) and "score" in each for each in annotators):
+        raise BadRow(f"{name} without a score of each annotator")
+    scores = [read_number(each["score"], f"score in {name}") for each in annotators if each["score"] is not None]
     if not scores:
         return None
     agree = sum(0.5 if score == 0 else float((score < 0) == (overall < 0)) for score in scores)
     return agree / len(scores)
 
 
-def helpsteer3_columns(config: FormatConfig) -> list[Column]:
-    """Columns of the format `helpsteer3`."""
-    columns = config.columns
-    return [
-        Column("columns.context", columns.context, "cell", needed=columns.context is not None),
-        Column("columns.response1", columns.response1, "cell", needed=True),
-        Column("columns.response2", columns.response2, "cell", needed=True),
-        Column("columns.overall_preference", columns.overall_preference, "number", needed=True),
-        Column("columns.individual_preference", columns.individual_preference, "list"),
-    ]
+def read_single(values: Mapping[str, Any], config: FormatConfig) -> Draft:
+    """Format `response`: one response to a prompt."""
+    name = _scoring(config).response_key or ""
+    return Draft(read_prompt(values, config.prompt_key), [read_response(values.get(name), name, config)], [name])
+
+
+def read_conversation(values: Mapping[str, Any], config: FormatConfig) -> Draft:
+    """Format `conversation`: messages, the last of which is the response."""
+    name = _scoring(config).messages_key or ""
+    messages = read_response(values.get(name), name, config)
+    if not messages or isinstance(messages, str):
+        raise BadRow(f"{name} that are text" if messages else f"empty {name}")
+    return Draft("", [messages], [name])
+
+
+def _scoring(config: FormatConfig) -> ResponsesConfig:
+    assert isinstance(config, ResponsesConfig), "a layout without preferences is read with a ResponsesConfig"
+    return config

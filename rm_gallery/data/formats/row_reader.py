@@ -1,35 +1,168 @@
-"""Rows become groups: one row by the reader of its format, and all rows of several files with their faults counted."""
+"""Rows become groups: a row by the reader of its format, a file by the format that its rows are in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
-from rm_gallery.data.formats.cells import optional_number, read_name, read_tools
+from rm_gallery.data.formats.cells import read_name, read_tools
 from rm_gallery.data.formats.config import FormatConfig
-from rm_gallery.data.formats.conversations import as_messages, check_answer, without_repeats
+from rm_gallery.data.formats.conversations import (
+    HoldOut,
+    as_messages,
+    check_answer,
+    hash_prompt,
+    is_wanted,
+    prompt_key,
+    without_repeats,
+)
 from rm_gallery.data.formats.detect import SAMPLE_ROWS, choose_format, find_format
-from rm_gallery.data.formats.pairs import Draft
-from rm_gallery.data.sources import Row
+from rm_gallery.data.formats.pairs import Draft, read_weight
+from rm_gallery.data.sources import Chunk, DataFile, FileEntry, Row, read_chunks
 from rm_gallery.errors import BadRow, Dropped, UserError
 from rm_gallery.schema import Comparison, PreferenceGroup
 
 
-class RowReader:
-    """Reads rows of one format."""
-
-    def __init__(self, config: FormatConfig, format_name: str, *, has_chat_template: bool) -> None:
-        """format_name: one of READERS, as `choose_format` gives it; UserError for any other.
-
-        has_chat_template: whether a text prompt with text responses can be made a chat.
-        """
-        self._config, self._has_template = config, has_chat_template
-        self._format = find_format(format_name)
+class Reader(Protocol):
+    """Turns a row into a group: `RowReader`, or the custom class of `data.custom_cls`."""
 
     def read(self, row: Row) -> PreferenceGroup:
-        """The group of a row; raises BadRow with a reason that is the same text for all rows with the same fault."""
+        """Raises BadRow with a reason, the same text for all rows with the same fault."""
+        ...
+
+
+@dataclass
+class RowCounts:
+    """What became of the rows of one or several files."""
+
+    num_rows: int = 0
+    held_out: int = 0
+    """Usable rows that belong to the other side of the hold-out."""
+    dropped: Dropped = field(default_factory=Dropped)
+
+    def drop(self, error: BadRow, where: str, bad_rows: Literal["drop", "error"]) -> None:
+        """Count a dropped row; under `data.bad_rows=error` raise UserError instead."""
+        if bad_rows == "error":
+            raise UserError(f"{where}: {error}; fix the row, or set data.bad_rows=drop to drop it") from None
+        self.dropped.add(str(error), where)
+
+
+def read_groups(
+    rows: Iterable[Row],
+    reader: Reader,
+    counts: RowCounts,
+    *,
+    bad_rows: Literal["drop", "error"] = "drop",
+    hold_out: HoldOut | None = None,
+) -> Iterator[tuple[Row, PreferenceGroup, int]]:
+    """The usable rows in order, each with its group and the hash of its prompt; the others are added to `counts`.
+
+    hold_out: the wanted side of the hold-out by prompt; None for all rows.
+    Raises UserError at the first bad row under `bad_rows="error"`.
+    """
+    for row in rows:
+        counts.num_rows += 1
+        try:
+            group = reader.read(row)
+            prompt = hash_prompt(prompt_key(group))
+        except BadRow as error:
+            counts.drop(error, row.where, bad_rows)
+            continue
+        if hold_out is None or is_wanted(prompt, hold_out):
+            yield row, group, prompt
+        else:
+            counts.held_out += 1
+
+
+class Readers:
+    """One reader per format, made when a file first needs it; the custom class, if there is one, reads every file."""
+
+    def __init__(self, config: FormatConfig, *, has_chat_template: bool, custom: Reader | None = None) -> None:
+        self._config, self._has_template, self._custom = config, has_chat_template, custom
+        self._by_format: dict[str, Reader] = {}
+
+    def get(self, format_name: str) -> Reader:
+        """format_name: as `choose_format` returns it; any text with a custom class."""
+        if self._custom is not None:
+            return self._custom
+        if format_name not in self._by_format:
+            reader = RowReader(self._config, format_name, has_chat_template=self._has_template)
+            self._by_format[format_name] = reader
+        return self._by_format[format_name]
+
+    def by_file(self, rows: Iterable[Row]) -> Iterator[tuple[Reader, Iterable[Row]]]:
+        """Rows of several files, which follow each other file by file, with the reader of each file.
+
+        Raises UserError for a file that is in no format, or not in the one that the configuration names.
+        """
+        logged: set[str] = set()
+        for _, rows_of_file in groupby(rows, key=lambda row: row.file):
+            of_file = iter(rows_of_file)
+            head = list(islice(of_file, SAMPLE_ROWS))
+            name = "" if self._custom is not None else choose_format(head, self._config, logged=logged).name
+            yield self.get(name), chain(head, of_file)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A chunk of a file that a worker reads."""
+
+    chunk: Chunk
+    format_name: str
+    """'' with a custom class."""
+    source: str
+    """Name of the dataset for rows that name none."""
+
+
+def iter_tasks(
+    files: Sequence[DataFile], entries: Sequence[FileEntry], config: FormatConfig, key: str, logged: set[str]
+) -> Iterator[Task]:
+    """The chunks of all files in order, with the format of each file.
+
+    entries: what `DataFile.entry` counts. key: configuration key of the files, for messages.
+    logged: format choices already logged; new ones are added (see `choose_format`).
+    """
+    for file in files:
+        chunks = read_chunks(file, key=key)
+        first = next(chunks, None)
+        if first is None:
+            continue
+        name, entry = "", entries[file.entry]
+        if config.custom_cls.path is None:
+            wanted = config if entry.format is None else replace(config, format=entry.format)  # type: ignore[arg-type]
+            name = choose_format(list(islice(first.rows(), SAMPLE_ROWS)), wanted, logged=logged).name
+        for chunk in chain([first], chunks):
+            yield Task(chunk, name, source_of(entry, entries))
+
+
+def source_of(entry: FileEntry, entries: Sequence[FileEntry]) -> str:
+    """Name of the dataset for rows that name none: with several entries the last part of their path."""
+    if entry.name is not None:
+        return entry.name
+    return Path(entry.path.rstrip("/")).stem if len(entries) > 1 else ""
+
+
+class RowReader:
+    """Reads rows of one format.
+
+    With a `ResponsesConfig`, groups have no comparisons and the checks that concern training alone are off: empty
+    responses, turns of other roles at the end, equal responses and missing prompts are accepted, and so is any number
+    of responses. `group.responses` has the order of the row.
+    """
+
+    def __init__(self, config: FormatConfig, format_name: str, *, has_chat_template: bool) -> None:
+        """format_name: as `choose_format` returns it; UserError for an unknown one.
+
+        has_chat_template: whether a text prompt with text responses can become a chat.
+        """
+        self._config, self._has_template = config, has_chat_template
+        self._format = find_format(format_name, config)
+
+    def read(self, row: Row) -> PreferenceGroup:
+        """The group of a row; raises BadRow with a reason, the same text for all rows with the same fault."""
         if row.fault:
             raise BadRow(row.fault)
         try:
@@ -39,10 +172,7 @@ class RowReader:
 
     def _group(self, draft: Draft, row: Row) -> PreferenceGroup:
         config = self._config
-        weight = optional_number(row.values, config.weight_key)
-        if weight is not None and weight < 0:
-            raise BadRow(f"negative {config.weight_key}")
-        comparisons = [each if weight is None else replace(each, weight=weight) for each in draft.comparisons]
+        comparisons = self._compare(draft, row) if config.has_preferences else []
         tools = read_tools(row.values, config.tools_key)
         about: dict[str, Any] = {
             "where": row.where,
@@ -52,15 +182,29 @@ class RowReader:
         if not self._is_chat(draft):
             if not all(isinstance(part, str) for part in (draft.prompt, *draft.responses)):
                 raise BadRow("messages under data.input_style=text")
-            comparisons = _between_different(comparisons, draft.responses, draft)
-            return PreferenceGroup(draft.prompt, draft.responses, tuple(comparisons), "text", **about)
+            return PreferenceGroup(draft.prompt, draft.responses, self._kept(comparisons, draft.responses, draft),
+                                   "text", **about)  # fmt: skip
         answers = [as_messages(response, "assistant") for response in draft.responses]
-        for answer, name in zip(answers, draft.names, strict=True):
-            check_answer(answer[-1], name)
+        if config.has_preferences:
+            for answer, name in zip(answers, draft.names, strict=True):
+                check_answer(answer, name)
+        answers = [answer or [{"role": "assistant", "content": ""}] for answer in answers]
         is_blank = isinstance(draft.prompt, str) and not draft.prompt.strip()
         turns, answers = without_repeats([] if is_blank else as_messages(draft.prompt, "user"), answers)
-        comparisons = _between_different(comparisons, answers, draft)
-        return PreferenceGroup(turns, answers, tuple(comparisons), "chat", **about)
+        return PreferenceGroup(turns, answers, self._kept(comparisons, answers, draft), "chat", **about)
+
+    def _compare(self, draft: Draft, row: Row) -> list[Comparison]:
+        """The comparisons of a row that training can use."""
+        config = self._config
+        assert self._format.compare is not None, "find_format refuses a layout without preferences"
+        comparisons = self._format.compare(row.values, config, len(draft.responses))
+        # A text response without a prompt among chats would be a bare text, in another style than the rest of its file.
+        # Where a dataset has no prompts, `prompt_key: null` says so.
+        has_prompt = bool(draft.prompt.strip() if isinstance(draft.prompt, str) else draft.prompt)
+        if draft.prompt_name and not has_prompt and any(isinstance(response, str) for response in draft.responses):
+            raise BadRow(f"text responses without {draft.prompt_name}")
+        weight = read_weight(row.values, config.weight_key)
+        return [replace(each, weight=weight) for each in comparisons]
 
     def _is_chat(self, draft: Draft) -> bool:
         wanted = self._config.input_style
@@ -70,35 +214,10 @@ class RowReader:
             return True
         return bool(draft.prompt) and self._has_template and not draft.bare
 
-
-def _between_different(comparisons: list[Comparison], responses: Any, draft: Draft) -> list[Comparison]:
-    """The comparisons between responses that differ: equal ones have equal rewards, whatever the labels say."""
-    kept = [each for each in comparisons if responses[each.better] != responses[each.worse]]
-    if not kept:
-        first, second = draft.names[:2]
-        raise BadRow(f"{first} equal to {second}" if first != second else "responses that are compared are equal")
-    return kept
-
-
-def read_groups(
-    rows: Iterable[Row], config: FormatConfig, *, has_chat_template: bool, dropped: Dropped
-) -> Iterator[PreferenceGroup]:
-    """Groups of the usable rows, in order; the others are added to `dropped`. The format is chosen for each file.
-
-    Raises UserError for a file that is in no format (or not in the one that `config` names), and at the first bad
-    row under `bad_rows=error`.
-    """
-    said: set[str] = set()
-    for _, rows_of_file in groupby(rows, key=lambda row: row.file):
-        head = list(islice(rows_of_file, SAMPLE_ROWS))
-        choice = choose_format(head, config, said=said)
-        reader = RowReader(config, choice.name, has_chat_template=has_chat_template)
-        for row in chain(head, rows_of_file):
-            try:
-                yield reader.read(row)
-            except BadRow as error:
-                if config.bad_rows == "error":
-                    raise UserError(
-                        f"{row.where}: {error}; mend the row, or set data.bad_rows=drop to leave it out"
-                    ) from None
-                dropped.add(str(error), row.where)
+    def _kept(self, comparisons: list[Comparison], responses: Any, draft: Draft) -> tuple[Comparison, ...]:
+        """The comparisons between responses that differ: equal ones have equal rewards, whatever the labels say."""
+        kept = [each for each in comparisons if responses[each.better] != responses[each.worse]]
+        if self._config.has_preferences and not kept:
+            first, second = draft.names[:2]
+            raise BadRow(f"{first} equal to {second}" if first != second else "responses that are compared are equal")
+        return tuple(kept)

@@ -1,4 +1,4 @@
-"""The keys of `data` that say where the preference pairs lie."""
+"""Keys of `data` that name the files: `train_files`, `val_files` and their splits."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ Role = Literal["train", "val", "all"]
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One entry of `train_files` or `val_files`; a plain path means an entry with only that."""
+    """One entry of `train_files` or `val_files`; a plain path is an entry with only that path."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     path: str = ""
-    """File, folder, glob, URL, or data set of the Hugging Face hub."""
+    """File, folder, glob, URL, or dataset of the Hugging Face hub."""
     weight: float = 1.0
-    """How often a pair of it is used in an epoch: 2 is twice, 0.5 another half each epoch."""
+    """How often a pair is used per epoch: 2 means twice, 0.5 a different half each epoch."""
     split: str | None = None
-    """Split of a hub data set or of a folder that holds several; none takes `data.train_split` or `data.val_split`."""
+    """Split of a hub dataset or of a folder with several; default: `data.train_split` or `data.val_split`."""
     subset: str | None = None
-    """Subset (configuration) of a hub data set that has several."""
+    """Subset (configuration) of a hub dataset that has several."""
     revision: str | None = None
-    """Branch, tag or commit of a hub data set; none takes `data.revision`."""
+    """Branch, tag or commit of a hub dataset; default: `data.revision`."""
     name: str | None = None
-    """What metrics by source call it."""
+    """Its name in metrics by source."""
     format: str | None = None
-    """How its rows are read, instead of `data.format`."""
+    """Format of its rows, instead of `data.format`."""
 
 
 Files = str | FileEntry | tuple[str | FileEntry, ...]
@@ -40,23 +40,23 @@ Files = str | FileEntry | tuple[str | FileEntry, ...]
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Part of `data`: where the preference pairs lie."""
+    """Part of `data`: the files of training and validation data."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     train_files: Files = ""
-    """File (parquet, JSON lines, CSV, Arrow), folder, glob, URL, hub data set (`org/name` or `org/name/train.parquet`),
+    """File (parquet, JSON lines, CSV, Arrow), folder, glob, URL, hub dataset (`org/name` or `org/name/train.parquet`),
     or a list of these; an entry may be a section of keys: `{path: org/name, split: train, weight: 0.5}`."""
     val_files: Files = ""
     """The same for validation; empty for none."""
     val_fraction: float = 0.0
-    """Share of the training prompts that is held out for validation when `val_files` is empty, 0 to below 1."""
+    """Share of the training prompts to hold out for validation if `val_files` is empty, from 0 to below 1."""
     train_split: str | None = None
-    """Split for entries of `train_files` that name none; by default `train` where there are several."""
+    """Split of entries of `train_files` that name none; default: `train` if there are several."""
     val_split: str | None = None
-    """The same for `val_files`; by default `validation`, else `test`."""
+    """The same for `val_files`; default: `validation`, else `test`."""
     revision: str | None = None
-    """Branch, tag or commit of hub data sets for entries that name none; by default the newest state."""
+    """Branch, tag or commit of hub datasets for entries that name none; default: the newest state."""
 
 
 def role_of(key: str) -> Role:
@@ -65,12 +65,12 @@ def role_of(key: str) -> Role:
 
 
 def entries_of(config: SourceConfig, key: str) -> tuple[FileEntry, ...]:
-    """Entries of `data.train_files` or `data.val_files`, a plain path as an entry; `DataFile.entry` counts them."""
+    """The entries of `data.train_files` or `data.val_files`, which `DataFile.entry` counts."""
     return as_entries(config.val_files if role_of(key) == "val" else config.train_files)
 
 
 def as_entries(files: Files | Sequence[str | FileEntry]) -> tuple[FileEntry, ...]:
-    """A path, an entry or several as entries; an empty path alone means none."""
+    """A path, an entry or several of them as entries; an empty path alone is none."""
     if isinstance(files, str):
         return (FileEntry(files),) if files else ()
     if isinstance(files, FileEntry):
@@ -79,7 +79,7 @@ def as_entries(files: Files | Sequence[str | FileEntry]) -> tuple[FileEntry, ...
 
 
 def entry_problems(value: Any, key: str) -> list[str]:
-    """What is wrong with the plain value of a key such as `data.train_files`, as sentences; it may be of any type."""
+    """Problems of the plain value, of any type, of a key such as `data.train_files`."""
     if value is None or isinstance(value, str | FileEntry):
         return []
     if isinstance(value, Mapping):
@@ -106,23 +106,23 @@ def _section_problems(section: Mapping[Any, Any], key: str) -> list[str]:
         problems.append(f"{key}: an entry needs its path, as {{path: a.parquet, weight: 2}}")
     for name in known[2:]:
         if not isinstance(section.get(name), str | None):
-            problems.append(f"{key}.{name}={section[name]!r}: must be text; put quotes around it")
+            problems.append(f"{key}.{name}={section[name]!r}: must be a string; put quotes around it")
     weight = section.get("weight", 1.0)
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not is_number or not math.isfinite(weight) or weight <= 0:
-        problems.append(f"{key}.weight={weight!r}: must be a number above 0; leave the entry out to use none of it")
+        problems.append(f"{key}.weight={weight!r}: must be a number above 0; remove the entry to use none of it")
     return problems
 
 
 def refuse_keys(entry: FileEntry, what: str, *names: str) -> None:
-    """Raise UserError for the first of these keys that the entry sets although its path leaves nothing to choose."""
+    """Raise UserError for the first of these keys that the entry sets although it does not apply to its path."""
     for name in names:
         if getattr(entry, name) is not None:
-            raise UserError(f"{what}: {name} says nothing about such a path; take it out of the entry")
+            raise UserError(f"{what}: {name} does not apply to such a path; remove it from the entry")
 
 
 def check_val_fraction(config: SourceConfig) -> None:
-    """Raise UserError for a share out of range, and for one beside validation files."""
+    """Raise UserError for a share out of range, or together with validation files."""
     share = config.val_fraction
     if not 0 <= share < 1:
         raise UserError(f"data.val_fraction={share}: must be at least 0 and below 1")

@@ -1,7 +1,6 @@
-"""Local files: what a path, a folder or a glob names, what identifies a file, and which files are a split.
+"""Local files: expanding paths, folders and globs, the identity of a file, and the splits of a dataset.
 
-Splits go by a README's YAML or by the names of files, here and on the hub. The rules follow those of the `datasets`
-library, so that a split here is the split that people know from there.
+Splits come from the YAML of a README or from file names, here and on the hub, by the rules of the `datasets` library.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ _END_BYTES = 64 << 10
 
 
 def local_path(text: str) -> Path:
-    """The path that a text names: `~` is the home folder, the schemes `file` and `local` are taken off."""
+    """The path that a text names, without the schemes `file` and `local`; `~` is the home folder."""
     scheme, mark, rest = text.partition("://")
     return Path(rest if mark and scheme in LOCAL_SCHEMES else text).expanduser()
 
 
 def exists_here(text: str) -> bool:
-    """Whether a text names something on this machine as it stands; a glob does not count."""
+    """Whether a text, taken literally and not as a glob, names a file or folder on this machine."""
     try:
         return local_path(text).exists()
     except (OSError, ValueError):  # too long a name, a NUL byte in it
@@ -44,13 +43,13 @@ def exists_here(text: str) -> bool:
 def expand_local(entry: FileEntry, split: str | None, role: Role, what: str) -> list[Path]:
     """Data files that a local path names, in order.
 
-    split: the split wanted of a folder with several, or None for the one that fits `role`.
-    what: begins each sentence. Raises UserError for a path that does not exist or names no data.
+    split: the split of a folder with several, or None for the default of `role`.
+    what: start of messages. Raises UserError for a path that does not exist or names no data.
     """
     refuse_keys(entry, what, "subset", "revision")
     try:
         found = _expand(entry, split, role, what)
-    except OSError as error:  # a name that is too long, a folder that may not be read
+    except OSError as error:  # too long a name, or a folder without read permission
         raise UserError(f"{what[:150]}: cannot be looked up ({error.strerror}); name another path") from error
     if not found:
         raise UserError(f"{what}: no such file or folder (working directory {Path.cwd()})")
@@ -66,12 +65,12 @@ def _expand(entry: FileEntry, split: str | None, role: Role, what: str) -> list[
         refuse_keys(entry, what, "split")
         return [path]
     if path.exists():
-        raise UserError(f"{what}: neither a file nor a folder; write the rows to a file and name that")
+        raise UserError(f"{what}: neither a file nor a folder; write the rows to a file and name it")
     return _expand_glob(path, entry, what) if has_pattern(entry.path) else []
 
 
 def has_pattern(text: str) -> bool:
-    """Whether a path has a mark of a glob in it."""
+    """Whether a path contains a wildcard."""
     return any(mark in text for mark in "*?[")
 
 
@@ -79,7 +78,7 @@ def _expand_glob(path: Path, entry: FileEntry, what: str) -> list[Path]:
     matching = [name for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
     if not matching:
         raise UserError(f"{what}: no file matches the pattern (working directory {Path.cwd()})")
-    # Names are judged one by one: the pattern itself may lie in a hidden folder.
+    # Only the names count: the pattern itself may be in a hidden folder.
     found = [name for name in matching if data_files([Path(name).name])]
     if not found:
         checked_kind(matching[0], what=f"{what}: matches only {Path(matching[0]).name}")
@@ -104,7 +103,9 @@ def _expand_folder(folder: Path, split: str | None, role: Role, what: str) -> li
         chosen = choose_split(by_split, split, role, what)
         log.info("%s: %d of %d files, those of one split", what, len(chosen), len(names))
         names = chosen
-    return [folder / name for name in of_one_kind(names, what=what, where=f"{folder}/")]
+    if role != "all":
+        names = of_one_kind(names, what=what, where=f"{folder}/")
+    return [folder / name for name in names]
 
 
 def _names_below(folder: Path) -> list[str]:
@@ -117,24 +118,24 @@ def _names_below(folder: Path) -> list[str]:
 
 
 def _expand_saved(folder: Path, what: str) -> list[Path]:
-    """Arrow files of one split that `save_to_disk` wrote; files of an earlier save may lie beside them."""
+    """Arrow files of one split that `save_to_disk` wrote; the folder may also hold files of an earlier save."""
     listed = _saved_json(folder, "state.json", "_data_files", what)
     try:
         names = [str(each["filename"]) for each in listed] if listed is not None else None
     except (KeyError, TypeError):
         names = None
     if names is None:
-        raise UserError(f"{what}: {folder.name}/state.json does not list the data files; save the data set again")
+        raise UserError(f"{what}: {folder.name}/state.json does not list the data files; save the dataset again")
     if not names:
-        raise UserError(f"{what}: the data set that was saved there is empty; name another")
+        raise UserError(f"{what}: the saved dataset is empty; name another")
     missing = next((name for name in names if not (folder / name).is_file()), None)
     if missing is not None:
-        raise UserError(f"{what}: {missing} is missing from {folder.name}; save or copy the data set again")
+        raise UserError(f"{what}: {missing} is missing from {folder.name}; save or copy the dataset again")
     return [folder / name for name in names]
 
 
 def _saved_json(folder: Path, name: str, key: str, what: str) -> list[Any] | None:
-    """The list below `key` of a JSON file that `save_to_disk` writes, or None without such a file."""
+    """The list under `key` in a JSON file of `save_to_disk`, or None without such a file."""
     path = folder / name
     if not path.is_file():
         return None
@@ -144,12 +145,12 @@ def _saved_json(folder: Path, name: str, key: str, what: str) -> list[Any] | Non
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, list):
-        raise UserError(f"{what}: {name} is damaged; save the data set again")
+        raise UserError(f"{what}: {name} is damaged; save the dataset again")
     return value
 
 
 def identity_of(path: Path) -> str:
-    """Hash of the path, size, time of the last change, and first and last 64 KiB of a file."""
+    """Hash of the path, size, modification time, and first and last 64 KiB of a file."""
     digest = hashlib.sha256()
     stat = path.stat()
     digest.update(f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(errors="surrogateescape"))
@@ -162,7 +163,7 @@ def identity_of(path: Path) -> str:
 
 
 Splits = dict[str, list[str]]
-"""Paths by split; the split '' holds all files where names tell no splits apart."""
+"""Paths by split; the split '' has all files if their names tell no splits."""
 
 _KEYWORDS = {
     "train": ("train", "training"),
@@ -177,15 +178,15 @@ _CONVERTED = re.compile(r"(?P<subset>[^/]+)/(?P<split>[^/]+)/\d{4}\.parquet")
 
 @dataclass(frozen=True)
 class Layout:
-    """Subsets of a data set, each with its splits."""
+    """Subsets of a dataset, each with its splits."""
 
     subsets: dict[str, Splits]
     default: str | None
-    """The subset that is meant when none is named; None when one must be."""
+    """The subset to use if none is named; None if one must be named."""
 
 
 def layout_of(paths: Sequence[str], readme: str = "") -> Layout:
-    """How a data set is laid out; the `configs` in the YAML block of its README win over the names of its files."""
+    """Subsets and splits of a dataset, from the `configs` in the YAML block of its README, else from file names."""
     found = data_files(paths)
     configs = _configs(readme)
     if configs:
@@ -193,7 +194,7 @@ def layout_of(paths: Sequence[str], readme: str = "") -> Layout:
         flagged = [str(config["config_name"]) for config in configs if config.get("default") is True]
         return _layout({name: splits for name, splits in subsets.items() if splits}, flagged)
     converted = [_CONVERTED.fullmatch(path) for path in found]
-    if found and all(converted):  # the hub's own conversion, revision refs/convert/parquet
+    if found and all(converted):  # conversion by the hub, revision refs/convert/parquet
         subsets = {}
         for match in converted:
             assert match is not None
@@ -208,7 +209,7 @@ def _layout(subsets: dict[str, Splits], flagged: Sequence[str]) -> Layout:
 
 
 def _configs(readme: str) -> list[Mapping[str, Any]]:
-    """`configs` of the YAML block that a README begins with."""
+    """`configs` in the YAML block at the start of a README."""
     import yaml
 
     block = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", readme.replace("\r\n", "\n"), re.DOTALL)
@@ -217,7 +218,7 @@ def _configs(readme: str) -> list[Mapping[str, Any]]:
     try:
         header = yaml.safe_load(block[1])
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        log.warning("README.md: its YAML block cannot be read (%s); splits are taken from file names", error)
+        log.warning("README.md: its YAML block cannot be read (%s); file names decide the splits", error)
         return []
     configs = header.get("configs") if isinstance(header, dict) else None
     configs = configs if isinstance(configs, list) else []
@@ -243,7 +244,7 @@ def _config_splits(config: Mapping[str, Any], paths: Sequence[str]) -> Splits:
 
 
 def _patterns(value: Any) -> list[tuple[str, str]]:
-    """(split, pattern) pairs of `data_files`: a pattern, a list of them, a mapping by split, or split-path sections."""
+    """(split, pattern) pairs of `data_files`: a pattern, a list, a mapping by split, or a list of split and path."""
     if isinstance(value, str):
         return [("train", value)]
     if isinstance(value, dict):
@@ -260,7 +261,7 @@ def _patterns(value: Any) -> list[tuple[str, str]]:
 
 
 def matching_paths(pattern: str, paths: Sequence[str]) -> list[str]:
-    """Paths that a glob pattern means, sorted; `*` stays within a folder, `**` does not."""
+    """Paths that match a glob pattern, sorted; `*` stays within a folder, `**` does not."""
     from fsspec.utils import glob_translate
 
     pattern = re.sub(r"^(\./|/)+", "", pattern)
@@ -269,10 +270,10 @@ def matching_paths(pattern: str, paths: Sequence[str]) -> list[str]:
 
 
 def splits_by_name(paths: Sequence[str]) -> Splits:
-    """Splits that folder and file names tell apart; {'': all} when they tell none, {} for no paths.
+    """Splits by folder and file names; {'': all} if the names tell none, {} for no paths.
 
-    Shards come first (`train_sft-00000-of-00002.parquet`, there any word is a split), then folders called like a
-    split (`val/a.csv`), then files (`my_test.jsonl`). A file that does not tell its split is in none then.
+    Shards come first (`train_sft-00000-of-00002.parquet`, where any word is a split), then folders named after a split
+    (`val/a.csv`), then files (`my_test.jsonl`). Files whose name tells no split are dropped if others tell theirs.
     """
     in_data = [path for path in paths if path.startswith("data/") and _SHARD.fullmatch(path)]
     are_shards = in_data or (paths if all(_SHARD.fullmatch(path) for path in paths) else [])
@@ -283,10 +284,10 @@ def splits_by_name(paths: Sequence[str]) -> Splits:
         found.setdefault(match["split"], []).append(path)
     if len(found) > 1 or any(_WORD.search(split) for split in found):
         return found
-    for told_by in (_folder_word, _file_word):
+    for word_of in (_folder_word, _file_word):
         found = {}
         for path in paths:
-            if word := told_by(PurePosixPath(path.lower())):
+            if word := word_of(PurePosixPath(path.lower())):
                 found.setdefault(_SPLIT_OF_WORD[word], []).append(path)
         if found:
             return found
@@ -294,18 +295,18 @@ def splits_by_name(paths: Sequence[str]) -> Splits:
 
 
 def _folder_word(path: PurePosixPath) -> str:
-    """The word for a split in the folders of a path, the innermost one; '' for none."""
+    """The split word in the innermost folder that has one; '' for none."""
     return next((match[1] for part in reversed(path.parts[:-1]) if (match := _WORD.search(part))), "")
 
 
 def _file_word(path: PurePosixPath) -> str:
-    """The first word for a split in the name of a file; '' for none."""
+    """The first split word in the name of a file; '' for none."""
     match = _WORD.search(path.name)
     return match[1] if match else ""
 
 
 def choose_subset(layout: Layout, subset: str | None, what: str) -> Splits:
-    """The splits of a subset; raises UserError, naming those that exist, when it is not clear which is meant."""
+    """The splits of a subset; raises UserError, naming the subsets, for an unknown or ambiguous one."""
     names = ", ".join(layout.subsets)
     chosen = layout.default if subset is None else subset
     if chosen is None:
@@ -316,9 +317,9 @@ def choose_subset(layout: Layout, subset: str | None, what: str) -> Splits:
 
 
 def choose_split(splits: Splits, wanted: str | None, role: Role, what: str) -> list[str]:
-    """Files of the split that is wanted, else of `train` for training and of `validation` or `test` for validation.
+    """Files of the wanted split, else of the default: `train`; `validation` or `test`; or all, by role.
 
-    Raises UserError, naming the splits that exist, when there is none of that name.
+    Raises UserError, naming the splits, if there is none of that name.
     """
     if wanted is None and role == "all":
         return [path for paths in splits.values() for path in paths]

@@ -44,9 +44,9 @@ def _describe_errors(file: DataFile, key: str, row: Callable[[], int]) -> Iterat
         raise
     except (pa.ArrowException, OSError, EOFError, UnicodeError, MemoryError) as error:
         label = LABELS[file.kind] + (f" in {suffixes(file.name)[1]}" if suffixes(file.name)[1] else "")
-        where, doing = (f"{file.name}:{row()}", "read on") if row() else (file.name, "read")
+        where, doing = (f"{file.name}:{row()}", "read further") if row() else (file.name, "read")
         raise UserError(
-            f"{where}: cannot be {doing} as {label} ({one_line(error)}); write it again or take it out of {key}"
+            f"{where}: cannot be {doing} as {label} ({one_line(error)}); write it again or remove it from {key}"
         ) from error
 
 

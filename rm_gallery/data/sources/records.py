@@ -1,4 +1,4 @@
-"""What sources hand on: files to read, chunks of them as they were read, and rows; and what the name of a file says."""
+"""The records of a source: files to read, chunks of undecoded rows, and rows; and what the name of a file tells."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ FileKind = Literal["parquet", "jsonl", "csv", "arrow"]
 
 CHUNK_ROWS = 1024
 CHUNK_BYTES = 8 << 20
-"""A chunk ends at the row that reaches either of the two."""
-LONGEST_ROW = 256 << 20
-"""Bytes; a text file with a longer one lacks line ends or a quote, and reading on would fill the memory."""
+"""A chunk ends at the row that reaches either limit."""
+MAX_ROW_BYTES = 256 << 20
+"""A longer row of a text file means missing line ends or a missing quote; reading on would exhaust memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,24 +30,24 @@ class DataFile:
     path: str
     """Local path, or the fsspec URL to open."""
     name: str
-    """What messages call it."""
+    """Its name in messages."""
     kind: FileKind
     entry: int
-    """Which entry of the key it came from, from 0."""
+    """Number of the entry that names it, from 0."""
     identity: str
-    """Hash of what decides its content: size, time and both ends of a local file, commit or etag of a remote one."""
+    """Changes with the content: hash of size, time and both ends of a local file, commit or ETag of a remote one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a file: its columns by name, and where it stands."""
+    """One row of a file: its columns by name, and its place."""
 
     values: dict[str, Any]
     file: str
     index: int
-    """Number of the row in its file, from 0."""
+    """Number of the row in its file, from 0; blank lines do not count."""
     fault: str = ""
-    """Why the row itself cannot be read (then `values` is empty); the same text for all rows with the same fault."""
+    """Why the row cannot be decoded (`values` is empty then); the same text for all rows with the same fault."""
 
     @property
     def where(self) -> str:
@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Chunk(ABC):
-    """Neighbouring rows of one file, not decoded yet, so that a worker process can do that. Can be pickled."""
+    """Consecutive rows of one file, undecoded, so that a worker process can decode them. Can be pickled."""
 
     file: str
     first: int
@@ -81,11 +81,11 @@ KINDS: dict[str, FileKind] = {
     ".csv": "csv", ".tsv": "csv", ".arrow": "arrow", ".feather": "arrow",
 }  # fmt: skip
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_COMPRESSED_KINDS = ("jsonl", "csv")  # the others have compression inside
+_COMPRESSED_KINDS = ("jsonl", "csv")  # the other kinds compress internally
 
 KNOWN = "parquet, jsonl, ndjson, json, csv, tsv (the last five also with .gz or .zst), arrow, feather"
 
-# Files that tools put beside the data; they hold no rows.
+# Metadata that tools write next to the data.
 _NO_DATA = {
     "config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "metadata.json", "state.json",
 }  # fmt: skip
@@ -93,36 +93,36 @@ LABELS: dict[FileKind, str] = {"parquet": "parquet", "jsonl": "JSON lines", "csv
 
 
 def without_query(name: str) -> str:
-    """A URL without `?...` and `#...`, which are no part of the file's name; anything else as it is."""
+    """A URL without query and fragment; anything else as it is. Messages use it, as a query may hold a key."""
     return name.partition("?")[0].partition("#")[0] if urlsplit(name).scheme in ("http", "https") else name
 
 
 def suffixes(name: str) -> tuple[str, str]:
-    """Suffix of the kind and of the compression in lower case: `a.JSONL.gz` gives (.jsonl, .gz), `a.csv` (.csv, '')."""
+    """Suffixes of kind and compression in lower case: `a.JSONL.gz` gives (.jsonl, .gz), `a.csv` gives (.csv, '')."""
     parts = [suffix.lower() for suffix in PurePosixPath(without_query(name)).suffixes]
     compression = parts.pop() if parts and parts[-1] in COMPRESSIONS else ""
     return parts[-1] if parts else "", compression
 
 
 def kind_of(name: str) -> FileKind | None:
-    """The kind of a file by its name, or None when it is not one that is read."""
+    """The kind of a file by its name, or None for one that is not supported."""
     suffix, compression = suffixes(name)
     kind = KINDS.get(suffix)
     return None if compression and kind not in _COMPRESSED_KINDS else kind
 
 
 def checked_kind(name: str, *, what: str) -> FileKind:
-    """The kind of a file that was named; raises UserError for a name that tells none. `what` begins the sentence."""
+    """The kind of a file; raises UserError, beginning with `what`, for a name that does not tell it."""
     kind = kind_of(name)
     if kind is None:
         ending = "".join(suffixes(name))
-        said = f"files that end in {ending} are not read" if ending else "the name does not tell what the file holds"
-        raise UserError(f"{what}: {said}; rename or convert it so that it ends in one of {KNOWN}")
+        problem = f"files that end in {ending} are not read" if ending else "the name does not tell what the file holds"
+        raise UserError(f"{what}: {problem}; rename or convert it so that it ends in one of {KNOWN}")
     return kind
 
 
 def data_files(names: Iterable[str]) -> list[str]:
-    """Those that are data, sorted; hidden files, files in hidden folders and files that describe data are none."""
+    """The data files among these, sorted; without hidden files and folders and without metadata."""
     found = []
     for name in names:
         parts = PurePosixPath(name).parts
@@ -133,16 +133,16 @@ def data_files(names: Iterable[str]) -> list[str]:
 
 
 def of_one_kind(names: Sequence[str], *, what: str, where: str) -> list[str]:
-    """The names when all are of one kind; `.json` files beside another kind describe the data and are left out.
+    """The names if all are of one kind; plain `.json` files next to another kind are metadata and are dropped.
 
-    what: begins the sentence; where: a place for a glob, as `folder/`.
+    what: start of messages; where: start of the glob to suggest, as `folder/`.
     Raises UserError that names the kinds otherwise.
     """
     kinds = {kind_of(name) for name in names}
     plain_json = [name for name in names if suffixes(name) == (".json", "")]
     if len(kinds) > 1 and plain_json:
         names = [name for name in names if name not in plain_json]
-        log.info("%s: %s left out, as files of another kind lie beside", what, ", ".join(plain_json[:3]))
+        log.info("%s: %s dropped, taken for metadata of the files of another kind", what, ", ".join(plain_json[:3]))
         kinds = {kind_of(name) for name in names}
     if len(kinds) > 1:
         labels = " and ".join(sorted(LABELS[kind] for kind in kinds if kind))

@@ -1,29 +1,25 @@
-"""URLs: which files a URL, a folder behind one or a glob names, what identifies them, and how they are opened.
+"""URLs: expanding folders and globs, the identity of a file, and opening it through fsspec.
 
-Files are read through fsspec so that reading survives a connection that breaks off.
+Reading resumes after dropped connections.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import IO, Any, TypeVar
 
 from rm_gallery.data.sources.config import FileEntry, Role, refuse_keys
-from rm_gallery.data.sources.hub import endpoint, hub_sentence
+from rm_gallery.data.sources.hub import endpoint, hub_message, retry
 from rm_gallery.data.sources.local import LOCAL_SCHEMES, choose_split, splits_by_name
 from rm_gallery.data.sources.records import checked_kind, data_files, of_one_kind, without_query
 from rm_gallery.errors import UserError, one_line
 
-log = logging.getLogger(__name__)
-
 _END_BYTES = 64 << 10
-# What file systems tell of a file that changes when its content does.
+# Fields of file systems that change with the content of a file.
 _MARKS = (
     "ETag", "etag", "Content-MD5", "md5Hash", "content_settings", "blob_id", "sha256", "checksum", "crc32c",
     "LastModified", "Last-Modified", "last_modified", "mtime", "updated", "created",
@@ -33,16 +29,16 @@ _MARKS = (
 def expand_remote(entry: FileEntry, split: str | None, role: Role, what: str) -> list[tuple[str, str]]:
     """(URL, identity) of the data files that a URL, a URL of a folder or one with a glob names, in order.
 
-    split: the split wanted of a folder with several, or None for the one that fits `role`.
-    what: begins each sentence. Raises UserError for what cannot be reached or holds no data.
+    split: the split of a folder with several, or None for the default of `role`.
+    what: start of messages. Raises UserError for a URL that cannot be reached or has no data.
     """
     refuse_keys(entry, what, "subset", "revision")
     fs, path = file_system(entry.path, what)
     with failing(entry.path, what, "looked up"):
-        return tried(entry.path, lambda: _looked_up(fs, path, entry, split, role, what))
+        return _tried(entry.path, lambda: _look_up(fs, path, entry, split, role, what))
 
 
-def _looked_up(fs: Any, path: str, entry: FileEntry, split: str | None, role: Role, what: str) -> list[tuple[str, str]]:
+def _look_up(fs: Any, path: str, entry: FileEntry, split: str | None, role: Role, what: str) -> list[tuple[str, str]]:
     if "::" in entry.path or not _names_several(fs, entry.path, path):
         refuse_keys(entry, what, "split")
         checked_kind(entry.path.partition("::")[0], what=what)
@@ -50,31 +46,28 @@ def _looked_up(fs: Any, path: str, entry: FileEntry, split: str | None, role: Ro
     is_pattern = _has_pattern(entry.path)
     if is_pattern:
         refuse_keys(entry, what, "split")
-    found = data_files(fs.glob(path) if is_pattern else _relative(fs.find(path), path))
+    start = path.rstrip("/") + "/"
+    found = data_files(fs.glob(path) if is_pattern else [name.removeprefix(start) for name in fs.find(path)])
     if not found:
         raise UserError(f"{what}: no data file there; name a file, a folder or a pattern that holds some")
     if not is_pattern:
         by_split = splits_by_name(found)
         if split is not None or (len(by_split) > 1 and role != "all"):
             found = choose_split(by_split, split, role, what)
-        found = [f"{path.rstrip('/')}/{name}" for name in found]
+        found = [start + name for name in found]
     chosen = of_one_kind(found, what=what, where=entry.path.rpartition("/")[0] + "/")
     return [(url, _identity(fs, url, name)) for name in chosen for url in [fs.unstrip_protocol(name)]]
 
 
-def _relative(names: list[str], folder: str) -> list[str]:
-    return [name.removeprefix(folder.rstrip("/") + "/") for name in names]
-
-
 def _has_pattern(url: str) -> bool:
-    return any(mark in url for mark in "*[")  # not the question mark, which begins the query of a URL
+    return any(mark in url for mark in "*[")  # not the question mark, which starts the query
 
 
 def _names_several(fs: Any, url: str, path: str) -> bool:
     if _has_pattern(url):
         return True
     if url.startswith(("http://", "https://")):
-        return url.endswith("/")  # every page is a file too
+        return url.endswith("/")  # every page is also a file
     return bool(fs.isdir(path))
 
 
@@ -91,7 +84,7 @@ def _identity(fs: Any, url: str, path: str) -> str:
 
 
 _WAITS = (0.5, 1.0, 2.0, 4.0)
-"""Seconds before each further try when a connection broke off."""
+"""Seconds before each retry."""
 _BLOCK = 4 << 20
 _PACKAGES = {
     "http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs",
@@ -102,24 +95,24 @@ _Result = TypeVar("_Result")
 
 
 def is_url(text: str) -> bool:
-    """Whether a text is a URL to open through fsspec, not one of a local file."""
+    """Whether a text is a URL to open through fsspec, not that of a local file."""
     scheme, mark, _ = text.partition("://")
     return bool(mark) and scheme not in LOCAL_SCHEMES
 
 
 def file_system(url: str, what: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path that it knows the file by."""
+    """The fsspec file system of a URL, and the path of the file in it."""
     from fsspec.core import url_to_fs
 
     scheme = url.partition("://")[0].rpartition("::")[2]
-    # The hub's file system would take the endpoint that was set when it was imported.
+    # Otherwise the file system of the hub uses the endpoint of the time when it was imported.
     options = {"endpoint": endpoint()} if scheme == "hf" and endpoint() else {}
     try:
         fs, path = url_to_fs(url, **options)
     except ImportError as error:
         package = _PACKAGES.get(scheme)
         if package is None:
-            raise UserError(f"{what}: {scheme}:// needs a package that is missing ({one_line(error)})") from error
+            raise UserError(f"{what}: {scheme}:// needs a package that is not installed ({one_line(error)})") from error
         install = "'rm-gallery[remote]'" if package in _IN_EXTRA else package
         raise UserError(f"{what}: {scheme}:// needs the package {package}; run pip install {install}") from error
     except ValueError as error:
@@ -129,7 +122,7 @@ def file_system(url: str, what: str) -> tuple[Any, str]:
 
 @contextmanager
 def failing(url: str, what: str, doing: str) -> Iterator[None]:
-    """Turn whatever a file system raises into a sentence: each one has errors of its own, with no common base."""
+    """Turn any error of a file system into a UserError: their errors have no common base."""
     try:
         yield
     except UserError:
@@ -139,26 +132,18 @@ def failing(url: str, what: str, doing: str) -> Iterator[None]:
             raise UserError(f"{what}: no such file; check the URL") from error
         if url.startswith("hf://"):
             repo = "/".join(url.split("/")[3:5]).partition("@")[0]
-            raise UserError(f"{what}: {hub_sentence(error, repo, url)}") from error
-        reason = one_line(error.__cause__ or error).replace(url, file_name(url))
-        raise UserError(f"{what}: cannot be {doing} ({reason}); check the URL, the network and your rights") from error
+            raise UserError(f"{what}: {hub_message(error, repo, url)}") from error
+        reason = one_line(error.__cause__ or error).replace(url, without_query(url))
+        raise UserError(f"{what}: cannot be {doing} ({reason}); check the URL, the network and permissions") from error
 
 
-def tried(url: str, call: Callable[[], _Result]) -> _Result:
-    """What the call gives; tried again a few times when it fails in a way that may pass."""
-    for wait in (*_WAITS, None):
-        try:
-            return call()
-        except Exception as error:  # each file system has errors of its own
-            if wait is None or _is_final(error):
-                raise
-            log.warning("%s: the connection broke off (%s); trying again", file_name(url), one_line(error))
-            time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
+def _tried(url: str, call: Callable[[], _Result]) -> _Result:
+    """Result of the call, retried after transient errors."""
+    return retry(without_query(url), call, waits=_WAITS, is_transient=lambda error: not _is_final(error))
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether another try would end the same: the file is not there, or may not be read."""
+    """Whether a retry cannot help: the file does not exist, or access is denied."""
     if isinstance(error, UserError | PermissionError | IsADirectoryError):
         return True
     if isinstance(error, FileNotFoundError) and error.__cause__ is None:
@@ -171,15 +156,14 @@ def _is_final(error: Exception) -> bool:
 
 
 def open_remote(url: str) -> IO[bytes]:
-    """The file behind a URL, which can seek; goes on by itself where a connection broke off.
+    """The file of a URL; seekable. Reading resumes after a dropped connection, and raises UserError after five tries.
 
-    A server that sends no parts of a file has it copied to a temporary file first.
-    Reading raises UserError when it stays broken off.
+    From a server without range requests, the file is first copied to a temporary file.
     """
-    name = file_name(url)
+    name = without_query(url)
     fs, path = file_system(url, name)
     with failing(url, name, "opened"):
-        info = tried(url, lambda: fs.info(path))
+        info = _tried(url, lambda: fs.info(path))
     has_parts = not url.startswith(("http://", "https://")) or bool(info.get("partial"))
     if has_parts and info.get("size") is not None:
         return io.BufferedReader(_RemoteFile(fs, path, url, info["size"]), _BLOCK)
@@ -187,7 +171,7 @@ def open_remote(url: str) -> IO[bytes]:
 
 
 def _copy(fs: Any, path: str, url: str) -> IO[bytes]:
-    """The whole file in a temporary file that goes with its file object."""
+    """A temporary copy of the file, deleted when it is closed."""
     with ExitStack() as stack:
         file = stack.enter_context(tempfile.TemporaryFile())
 
@@ -198,20 +182,15 @@ def _copy(fs: Any, path: str, url: str) -> IO[bytes]:
                 while part := stream.read(_BLOCK):
                     file.write(part)
 
-        with failing(url, file_name(url), "read on"):
-            tried(url, copy)
+        with failing(url, without_query(url), "read further"):
+            _tried(url, copy)
         file.seek(0)
         stack.pop_all()
         return file
 
 
-def file_name(url: str) -> str:
-    """A URL as messages call it: without its query, which may hold a key."""
-    return without_query(url)
-
-
 class _RemoteFile(io.RawIOBase):
-    """A remote file of known size that opens itself again where reading failed."""
+    """A remote file of known size that reopens itself where reading failed."""
 
     def __init__(self, fs: Any, path: str, url: str, size: int) -> None:
         self._fs, self._path, self._url, self._size = fs, path, url, size
@@ -236,8 +215,8 @@ class _RemoteFile(io.RawIOBase):
         wanted = min(len(buffer), self._size - self._place)
         if wanted <= 0:
             return 0
-        with failing(self._url, file_name(self._url), "read on"):
-            data = tried(self._url, lambda: self._read(wanted))
+        with failing(self._url, without_query(self._url), "read further"):
+            data = _tried(self._url, lambda: self._read(wanted))
         buffer[: len(data)] = data
         self._place += len(data)
         return len(data)
@@ -253,7 +232,7 @@ class _RemoteFile(io.RawIOBase):
                 raise OSError(f"ended after {self._place} of {self._size} bytes")
             return data
         except Exception:
-            self._close_file()  # the next try opens it again
+            self._close_file()  # the retry reopens it
             raise
 
     def _close_file(self) -> None:

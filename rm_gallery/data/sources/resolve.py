@@ -1,4 +1,4 @@
-"""From the configuration to the files that are read: each entry is a local path, a URL or a data set of the hub."""
+"""Resolving entries to data files: an entry is a local path, a URL or a dataset of the hub."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from rm_gallery.data.sources import hub
 from rm_gallery.data.sources.config import FileEntry, Files, Role, SourceConfig, as_entries, entries_of, role_of
 from rm_gallery.data.sources.local import exists_here, expand_local, has_pattern, identity_of, local_path
-from rm_gallery.data.sources.records import DataFile, checked_kind
-from rm_gallery.data.sources.remote import expand_remote, file_name, is_url
+from rm_gallery.data.sources.records import DataFile, checked_kind, without_query
+from rm_gallery.data.sources.remote import expand_remote, is_url
 from rm_gallery.errors import UserError, one_line
 
 
 def find_files(files: Files | Sequence[str | FileEntry], *, key: str) -> list[Path]:
-    """Local data files that the value of a key names, in order; URLs and hub data sets are not looked up.
+    """Local data files that the value of a key names, in order; URLs and hub datasets are not looked up.
 
     Raises UserError for a local path that does not exist or holds no data, and for a value that names nothing.
     """
@@ -28,10 +28,10 @@ def find_files(files: Files | Sequence[str | FileEntry], *, key: str) -> list[Pa
 
 
 def resolve_files(config: SourceConfig, *, key: str) -> list[DataFile]:
-    """The files of `data.train_files` or `data.val_files`, whichever `key` says, in order; each can be opened.
+    """The files of `data.train_files` or `data.val_files`, by `key`, in order.
 
-    Looks hub data sets up and downloads what the hub's cache lacks. `DataFile.entry` counts `entries_of(config, key)`.
-    Raises UserError for what is not there, cannot be reached, or is named twice.
+    Downloads files of hub datasets that the cache lacks. `DataFile.entry` counts `entries_of(config, key)`.
+    Raises UserError for a path that does not exist, cannot be reached, or is repeated.
     """
     role = role_of(key)
     split = config.val_split if role == "val" else config.train_split
@@ -65,17 +65,17 @@ def resolve_entries(
 
 def _named(entries: Sequence[FileEntry], key: str) -> Sequence[FileEntry]:
     if not entries:
-        raise UserError(f"{key} names no file; set it to a file, a folder, a hub data set or a list of these")
+        raise UserError(f"{key} names no file; set it to a file, a folder, a hub dataset or a list of these")
     if any(not entry.path.strip() for entry in entries):
-        raise UserError(f"{key} names an empty path; take it out or name a file")
+        raise UserError(f"{key} names an empty path; remove it or name a file")
     for entry in entries:
         if "\0" in entry.path:
-            raise UserError(f"{key}={entry.path!r}: no path holds a NUL character; take it out")
+            raise UserError(f"{key}={entry.path!r}: a path cannot contain a NUL character; remove it")
     return entries
 
 
 def _place_of(text: str) -> str:
-    """`local`, `remote` or `hub`; what lies on this machine is local, whatever it looks like."""
+    """`local`, `remote` or `hub`; a path that exists on this machine is local, whatever it looks like."""
     if exists_here(text):
         return "local"
     if is_url(text):
@@ -85,7 +85,7 @@ def _place_of(text: str) -> str:
 
 
 def _what(entry: FileEntry, key: str) -> str:
-    return f"{key}={file_name(entry.path)}"
+    return f"{key}={without_query(entry.path)}"
 
 
 def _resolve(
@@ -94,7 +94,7 @@ def _resolve(
     where = _place_of(entry.path)
     if where == "remote":
         return [
-            DataFile(url, file_name(url), checked_kind(url.partition("::")[0], what=what), place, identity)
+            DataFile(url, without_query(url), checked_kind(url.partition("::")[0], what=what), place, identity)
             for url, identity in expand_remote(entry, split, role, what)
         ]
     if where == "hub":
@@ -109,7 +109,7 @@ def _resolve(
             for path in paths
         ]
     except OSError as error:
-        raise UserError(f"{what}: cannot be opened ({one_line(error)}); check its rights") from error
+        raise UserError(f"{what}: cannot be opened ({one_line(error)}); check its permissions") from error
 
 
 def _identity(file: hub.HubFile) -> str:

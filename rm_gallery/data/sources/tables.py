@@ -1,4 +1,4 @@
-"""Parquet and Arrow files as chunks of record batches, and such a batch as rows; how a data file is opened."""
+"""Parquet and Arrow files as chunks of record batches, and a batch as rows; opening and decompressing data files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from rm_gallery.data.sources.records import CHUNK_BYTES, CHUNK_ROWS, COMPRESSIONS, KNOWN, Chunk, DataFile, Row, suffixes
+from rm_gallery.data.sources.records import (
+    CHUNK_BYTES,
+    CHUNK_ROWS,
+    COMPRESSIONS,
+    KNOWN,
+    LABELS,
+    Chunk,
+    DataFile,
+    Row,
+    suffixes,
+)
 from rm_gallery.data.sources.remote import is_url, open_remote
 from rm_gallery.errors import UserError
 
 NOT_UTF8 = "text that is not valid UTF-8"
-# Of each column of a parquet file so much is read ahead; without it, or with `pre_buffer`, a whole row group would be.
+# Bytes read ahead per column of a parquet file; without a limit, or with `pre_buffer`, it would be a whole row group.
 _LOCAL_BUFFER, _REMOTE_BUFFER = 1 << 20, 4 << 20
 
 
@@ -23,7 +33,7 @@ class ArrowChunk(Chunk):
     """Rows as a record batch."""
 
     batch: Any
-    """pyarrow.RecordBatch; pickled without the rows beside it that share its memory."""
+    """pyarrow.RecordBatch; pickled without other rows that share its memory."""
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -58,7 +68,7 @@ def _unpickled(file: str, first: int, data: bytes) -> ArrowChunk:
 
 @dataclass(frozen=True)
 class FaultyChunk(Chunk):
-    """A row that cannot be read from its file without harm."""
+    """A row that cannot be decoded safely."""
 
     fault: str
 
@@ -73,8 +83,8 @@ class FaultyChunk(Chunk):
         yield Row({}, self.file, self.first, self.fault)
 
 
-# What pyarrow raises for a cell that Python has no value for: text that is no UTF-8, a date after the year 9999, a
-# struct with two fields of one name. Its own errors are among these.
+# What pyarrow raises for a cell that Python has no value for: text that is not UTF-8, a date after the year 9999, a
+# struct with a duplicate field. Its own errors derive from these.
 _UNREADABLE = (ValueError, OverflowError, NotImplementedError, KeyError)
 
 
@@ -90,7 +100,7 @@ def _lone_row(batch: Any, file: str, index: int) -> Row:
 
 
 def _with_text_for_times(batch: Any) -> Any:
-    """The batch with times as text: Python has no nanoseconds, and metadata is plain JSON."""
+    """The batch with times as text: Python has no nanoseconds, and metadata must be plain JSON."""
     import pyarrow as pa
 
     for place, field in enumerate(batch.schema):
@@ -98,14 +108,14 @@ def _with_text_for_times(batch: Any) -> Any:
             column = batch.column(place)
             try:
                 text = column.cast(pa.string())
-            except pa.ArrowException:  # a duration, or a time zone that is not known here
+            except pa.ArrowException:  # a duration, or an unknown time zone
                 text = column.cast(pa.int64() if field.type.bit_width == 64 else pa.int32())
             batch = batch.set_column(place, field.name, text)
     return batch
 
 
 def read_parquet(file: DataFile, start: int = 0) -> Iterator[Chunk]:
-    """Chunks of a parquet file. Holds a buffer per column, one page of each, and a batch: not a whole row group.
+    """Chunks of a parquet file. Memory: per column a buffer and a page, and a batch; not a whole row group.
 
     Row groups that end before row `start` are not read.
     """
@@ -140,8 +150,10 @@ def count_parquet(file: DataFile) -> int:
 
 
 def read_arrow(file: DataFile, start: int = 0) -> Iterator[Chunk]:
-    """Chunks of an Arrow file in stream or file format. Holds one record batch, as its writer chose its size;
-    of a local file without compression not even that, as it is mapped into memory."""
+    """Chunks of an Arrow file in stream or file format.
+
+    Memory: one record batch, whose size the writer chose; none of it for an uncompressed local file, which is mapped.
+    """
     import pyarrow as pa
 
     with open_bytes(file) as stream:
@@ -174,7 +186,7 @@ def _record_batches(source: Any, *, is_file: bool) -> Iterator[Any]:
 
 
 def _sound_chunks(batch: Any, name: str, first: int) -> Iterator[Chunk]:
-    """Chunks of a batch as it lay in a file: nobody has checked yet that its offsets stay inside its memory."""
+    """Chunks of a batch read from a file, after a check that its offsets stay inside its buffers."""
     import pyarrow as pa
 
     for start in range(0, len(batch), CHUNK_ROWS):
@@ -191,7 +203,7 @@ def _sound_chunks(batch: Any, name: str, first: int) -> Iterator[Chunk]:
 
 
 def _lone_chunks(rows: Any, name: str, first: int) -> Iterator[Chunk]:
-    """A chunk for each row, of which at least one is damaged."""
+    """A chunk per row, for a batch of which at least one row is damaged."""
     for offset in range(len(rows)):
         row = rows.slice(offset, 1)
         fault = _fault(row)
@@ -202,7 +214,7 @@ def _lone_chunks(rows: Any, name: str, first: int) -> Iterator[Chunk]:
 
 
 def _fault(row: Any) -> str:
-    """What is wrong with a lone row, or ''."""
+    """What is wrong with a batch of one row, or ''."""
     import pyarrow as pa
 
     for name, column in zip(row.schema.names, row.columns, strict=True):
@@ -215,7 +227,7 @@ def _fault(row: Any) -> str:
 
 
 def _parts(batch: Any) -> Iterator[Any]:
-    """The batch in slices of at most 8 MB, or of one row; memory of its own where a slice would share too much."""
+    """The batch in slices of at most 8 MiB, or of one row; copied where a slice would keep the memory of all rows."""
     import pyarrow as pa
 
     plain = pa.schema([field.with_type(_plain_type(field.type)) for field in batch.schema])
@@ -230,7 +242,7 @@ def _parts(batch: Any) -> Iterator[Any]:
 
 
 def _plain_type(kind: Any) -> Any:
-    """The type without dictionaries and views, whose slices drag the memory of all rows along."""
+    """The type without dictionaries and views, whose slices keep the memory of all rows."""
     import pyarrow as pa
 
     types = pa.types
@@ -250,14 +262,14 @@ def _plain_type(kind: Any) -> Any:
 
 
 def check_names(file: str, names: list[str]) -> None:
-    """Raise UserError for a column that stands there twice: which of the two is meant cannot be told."""
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f"{file}: column {twice[0]!r} stands there more than once; rename one of the two")
+    """Raise UserError for a duplicate column: either could be meant."""
+    duplicate = min((name for name in names if names.count(name) > 1), default=None)
+    if duplicate is not None:
+        raise UserError(f"{file}: duplicate column {duplicate!r}; rename one of the two")
 
 
 _BUFFER = 1 << 20
-# What the first bytes of a file say it is, when its name says that it is text.
+# First bytes of kinds of files that are not text.
 _MAGIC = {
     b"PAR1": "parquet", b"ARROW1": "Arrow", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2",
     b"\xfd7zXZ": "xz", b"PK\x03\x04": "a zip archive", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text",
@@ -266,14 +278,14 @@ _MAGIC = {
 
 @contextmanager
 def open_bytes(file: DataFile) -> Iterator[IO[bytes]]:
-    """The file as it lies there; it can seek."""
+    """The raw (compressed) file; seekable."""
     with open_remote(file.path) if is_url(file.path) else Path(file.path).open("rb", buffering=_BUFFER) as stream:
         yield stream
 
 
 @contextmanager
 def open_text(file: DataFile) -> Iterator[io.BufferedReader]:
-    """The bytes of a text file, decompressed when its name ends in .gz or .zst.
+    """The bytes of a text file, decompressed if its name ends in .gz or .zst.
 
     Raises UserError for a file whose first bytes are those of another kind of file.
     """
@@ -288,7 +300,6 @@ def open_text(file: DataFile) -> Iterator[io.BufferedReader]:
         start = stream.peek(8)
         for magic, held in _MAGIC.items():
             if start.startswith(magic):
-                raise UserError(
-                    f"{file.name}: holds {held}, which its name does not say; convert or rename it ({KNOWN})"
-                )
+                label = LABELS[file.kind]
+                raise UserError(f"{file.name}: holds {held}, not {label} in UTF-8; convert or rename it ({KNOWN})")
         yield stream

@@ -1,7 +1,6 @@
-"""JSON lines and CSV as chunks of lines, and a line as a row. A `.json` file may be a list of objects instead.
+"""JSON lines and CSV as chunks of lines, and a line as a row. A `.json` file may hold one list of objects instead.
 
-Such a list may be of any length: it is taken apart without being parsed as a whole. Every cell of CSV is text; an
-empty one is None.
+Every cell of CSV is text; an empty one is None.
 """
 
 from __future__ import annotations
@@ -10,17 +9,21 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
-from rm_gallery.data.sources.records import CHUNK_BYTES, CHUNK_ROWS, LONGEST_ROW, Chunk, DataFile, Row, suffixes
+from rm_gallery.data.sources.records import CHUNK_BYTES, CHUNK_ROWS, MAX_ROW_BYTES, Chunk, DataFile, Row, suffixes
 from rm_gallery.data.sources.tables import NOT_UTF8, check_names, open_text
 from rm_gallery.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"
-_DEEPEST = 100
-TOO_DEEP = f"JSON that is nested more than {_DEEPEST} deep"
+_MAX_DEPTH = 100
+_TOO_DEEP = f"JSON that is nested more than {_MAX_DEPTH} deep"
+_MAX_LIST_BYTES = 1 << 30
+"""Of a file that is one JSON list, which is parsed as a whole; decompressed."""
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -36,51 +39,47 @@ class LineChunk(Chunk):
         return LineChunk(self.file, self.first + count, self.lines[count:])
 
     def rows(self) -> Iterator[Row]:
-        for offset, line in enumerate(self.lines):
+        for index, line in enumerate(self.lines, start=self.first):
             try:
-                yield Row(_parse(line), self.file, self.first + offset)
+                yield Row(_parse(line), self.file, index)
             except _Fault as fault:
-                yield Row({}, self.file, self.first + offset, str(fault))
+                yield Row({}, self.file, index, str(fault))
 
 
 class _Fault(Exception):
-    """Why a line is no row."""
+    """Why a line is not a row."""
 
 
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise _Fault("JSON object with a key that stands there twice")
+        raise _Fault("JSON object with a duplicate key")
     return values
 
 
-_decode = json.JSONDecoder(object_pairs_hook=_once_each).decode
+_decode = json.JSONDecoder(object_pairs_hook=_refuse_duplicates).decode
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        text = line.decode("utf-8")
-        values = _decode(text)
+        values = _decode(line.decode("utf-8"))
     except UnicodeDecodeError:
         raise _Fault(NOT_UTF8) from None
     except ValueError:
         raise _Fault("line that is not valid JSON") from None
     except RecursionError:
-        raise _Fault(TOO_DEEP) from None
+        raise _Fault(_TOO_DEEP) from None
     if not isinstance(values, dict):
         raise _Fault("JSON that is not an object")
-    if line.count(b"[") + line.count(b"{") > _DEEPEST and _is_too_deep(values):
-        raise _Fault(TOO_DEEP)
-    if b"\\u" in line and _HALF.search(line) and _has_half(values):
-        raise _Fault("text with half of a surrogate pair")
+    if line.count(b"[") + line.count(b"{") > _MAX_DEPTH and _is_too_deep(values):
+        raise _Fault(_TOO_DEEP)
+    if b"\\u" in line and _SURROGATE.search(line) and _has_lone_surrogate(values):
+        raise _Fault("text with a lone surrogate")
     return values
 
 
-_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
-
-
-def _has_half(values: dict[str, Any]) -> bool:
-    """Whether a text holds a lone surrogate, which JSON can write but no encoding of Unicode can."""
+def _has_lone_surrogate(values: dict[str, Any]) -> bool:
     try:
         json.dumps(values, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -90,7 +89,7 @@ def _has_half(values: dict[str, Any]) -> bool:
 
 def _is_too_deep(values: Any) -> bool:
     level = [values]
-    for _ in range(_DEEPEST):
+    for _ in range(_MAX_DEPTH):
         level = [
             inner
             for each in level
@@ -103,27 +102,28 @@ def _is_too_deep(values: Any) -> bool:
 
 
 def read_json(file: DataFile, start: int = 0) -> Iterator[Chunk]:
-    """Chunks of a file with one JSON value a line, or with a list of them. Blank lines are no rows."""
+    """Chunks of a file with one JSON value per line, or with one list of objects. Blank lines are not rows."""
     with open_text(file) as stream:
+        lines = _lines(stream, file.name)
         if suffixes(file.name)[0] == ".json":
-            start = stream.peek(4096).removeprefix(_BOM).lstrip()
-            if start.startswith(b"["):
-                yield from _line_chunks(split_list(stream, file.name), file.name)
-                return
-            if start.split(b"\n", 1)[0].strip() == b"{":
+            head = stream.peek(4096).removeprefix(_BOM).lstrip()
+            if head.startswith(b"["):
+                lines = _list_elements(stream, file.name)
+            elif head.split(b"\n", 1)[0].strip() == b"{":
                 raise UserError(
-                    f"{file.name}: one JSON object over several lines; write one object a line, or a list of objects"
+                    f"{file.name}: one JSON object over several lines; write one object per line, or a list of objects"
                 )
-        yield from _line_chunks(_lines(stream, file.name), file.name)
+        for first, part in _chunked(lines, len):
+            yield LineChunk(file.name, first, part)
 
 
 def _lines(stream: IO[bytes], name: str) -> Iterator[bytes]:
-    """Lines without their ends and without blank ones."""
+    """Lines without line ends and without blank lines."""
     index = 0
-    while line := stream.readline(LONGEST_ROW + 1):
-        if len(line) > LONGEST_ROW:
+    while line := stream.readline(MAX_ROW_BYTES + 1):
+        if len(line) > MAX_ROW_BYTES:
             raise UserError(
-                f"{name}:{index}: the line is longer than {LONGEST_ROW >> 20} MB; write one JSON object a line"
+                f"{name}:{index}: the line is longer than {MAX_ROW_BYTES >> 20} MiB; write one JSON object per line"
             )
         line = (line.removeprefix(_BOM) if index == 0 else line).strip()
         if line:
@@ -131,124 +131,70 @@ def _lines(stream: IO[bytes], name: str) -> Iterator[bytes]:
             index += 1
 
 
-def _line_chunks(lines: Iterable[bytes], name: str) -> Iterator[Chunk]:
-    first, held, size = 0, [], 0
-    for line in lines:
-        held.append(line)
-        size += len(line)
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+def _list_elements(stream: IO[bytes], name: str) -> Iterator[bytes]:
+    """The elements of a JSON list, each as its own bytes; the file is held in memory.
+
+    Raises UserError, naming the element, where the list is not valid JSON.
+    """
+    data = stream.read(_MAX_LIST_BYTES + 1)
+    if len(data) > _MAX_LIST_BYTES:
+        raise UserError(
+            f"{name}: a JSON list of more than {_MAX_LIST_BYTES >> 20} MiB is not read; write JSON lines, one object "
+            "per line"
+        )
+    # Bytes that are not UTF-8 are a fault of their row, not of the file.
+    text = data.removeprefix(_BOM).decode("utf-8", "surrogateescape")
+    del data
+
+    def skip_blank(place: int) -> int:
+        match = _BLANK.match(text, place)
+        return match.end() if match else place
+
+    decode = json.JSONDecoder().raw_decode
+    place, index = skip_blank(text.index("[") + 1), 0
+    try:
+        while index or text[place] != "]":
+            end = decode(text, place)[1]
+            yield text[place:end].encode("utf-8", "surrogateescape")
+            place, index = skip_blank(end), index + 1
+            if text[place] == "]":
+                break
+            if text[place] != ",":
+                raise ValueError
+            place = skip_blank(place + 1)
+    except RecursionError:
+        raise UserError(f"{name}:{index}: {_TOO_DEEP}; remove the object") from None
+    except (ValueError, IndexError):
+        problem = "the file ends inside the list" if text.find("]", place) < 0 else "the list is not valid JSON here"
+        raise UserError(f"{name}:{index}: {problem}; write it again, or write JSON lines") from None
+    if skip_blank(place + 1) != len(text):
+        raise UserError(f"{name}:{index}: text follows the end of the list; write one list, or one object per line")
+
+
+def _chunked(items: Iterable[_Item], size_of: Callable[[_Item], int]) -> Iterator[tuple[int, tuple[_Item, ...]]]:
+    """Items in chunks of at most CHUNK_ROWS and about CHUNK_BYTES, each with the number of its first item."""
+    first, held, size = 0, list[_Item](), 0
+    for item in items:
+        held.append(item)
+        size += size_of(item)
         if len(held) == CHUNK_ROWS or size >= CHUNK_BYTES:
-            yield LineChunk(name, first, tuple(held))
+            yield first, tuple(held)
             first, held, size = first + len(held), [], 0
     if held:
-        yield LineChunk(name, first, tuple(held))
-
-
-_READ = 1 << 20
-_MARKS = re.compile(rb'["\[\]{},]')
-_MARKS_WITHIN = re.compile(rb'["\[\]{}]')  # inside an element, where commas separate nothing of ours
-_BACKSLASH = ord("\\")
-_BLANK = b" \t\r\n"
-
-
-def split_list(stream: IO[bytes], name: str) -> Iterator[bytes]:
-    """The elements of the list that a stream holds, each as its bytes.
-
-    Only brackets, strings and commas are looked at, so that an element may be damaged and the next one still found.
-    Raises UserError for a list that does not end, and for text after its end.
-    """
-    scan = _Scan()
-    index = 0
-    while data := stream.read(_READ):
-        for element in scan.feed(data):
-            yield element
-            index += 1
-        if scan.held > LONGEST_ROW:
-            raise UserError(f"{name}:{index}: the row is longer than {LONGEST_ROW >> 20} MB; is a quote missing?")
-    if scan.depth:
-        raise UserError(f"{name}:{index}: the file ends inside the list; it was cut off, write it again")
-    if scan.rest.strip(_BLANK):
-        raise UserError(f"{name}:{index}: text follows the end of the list; write one list, or one object a line")
-
-
-class _Scan:
-    """Where in a JSON text the scan stands; parts of the text are fed to it one after another."""
-
-    def __init__(self) -> None:
-        self.depth = 0
-        """Open brackets; 0 before the list and after it."""
-        self.rest = b""
-        """After the list: the text that follows."""
-        self._ended = False
-        self._in_string = False
-        self._skip = False  # the part before ended with a backslash inside a string
-        self._element = bytearray()
-
-    @property
-    def held(self) -> int:
-        """Bytes of the element that has not ended yet."""
-        return len(self._element)
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """Elements that end within `data`."""
-        place = begin = 0
-        while not self._ended and place < len(data):
-            if self._in_string:
-                place = self._string_end(data, place)
-                continue
-            match = (_MARKS_WITHIN if self.depth > 1 else _MARKS).search(data, place)
-            if match is None:
-                break
-            mark, place = match[0], match.end()
-            if mark == b'"':
-                self._in_string = True
-                continue
-            if mark in b"[{":
-                self.depth += 1
-                if self.depth == 1:
-                    begin = place
-            elif mark in b"]}":
-                self.depth -= 1
-            if self.depth == 0 or (self.depth == 1 and mark == b","):
-                element = bytes(self._element) + data[begin : match.start()]
-                self._element.clear()
-                begin = place
-                self._ended = self.depth == 0
-                if element.strip(_BLANK) or mark == b",":
-                    yield element.strip(_BLANK)
-        if self._ended:
-            self.rest = (self.rest + data[begin:].strip(_BLANK))[:100]
-        else:
-            self._element += data[begin:]
-
-    def _string_end(self, data: bytes, place: int) -> int:
-        """The place after the string in which the scan stands, or the end of the data."""
-        first = place + self._skip  # what a backslash stands before is no end
-        while (end := data.find(b'"', first)) >= 0:
-            if _is_escaped(data, first, end):
-                first = end + 1
-                continue
-            self._in_string = self._skip = False
-            return end + 1
-        self._skip = _is_escaped(data, first, len(data))
-        return len(data)
-
-
-def _is_escaped(data: bytes, first: int, place: int) -> bool:
-    """Whether an odd number of backslashes stands before a place, none of them before `first`."""
-    start = place
-    while start > first and data[start - 1] == _BACKSLASH:
-        start -= 1
-    return (place - start) % 2 == 1
+        yield first, tuple(held)
 
 
 @dataclass(frozen=True)
 class CellChunk(Chunk):
-    """Rows as lists of cells; None for a row that the CSV rules forbid."""
+    """Rows as lists of cells; None for a row that is not valid CSV."""
 
     names: tuple[str, ...]
-    """Columns by the header; '' for one without a name, whose cells are left out."""
+    """Columns by the header; '' for one without a name, whose cells are dropped."""
     cells: tuple[list[str] | None, ...]
-    """Bytes that are not UTF-8 stand in them as lone surrogates."""
+    """Bytes that are not UTF-8 are lone surrogates in them."""
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -257,11 +203,11 @@ class CellChunk(Chunk):
         return CellChunk(self.file, self.first + count, self.names, self.cells[count:])
 
     def rows(self) -> Iterator[Row]:
-        for offset, cells in enumerate(self.cells):
+        for index, cells in enumerate(self.cells, start=self.first):
             fault = self._fault(cells)
             values = {} if fault else {name: cell or None for name, cell in zip(self.names, cells or (), strict=True)}
             values.pop("", None)
-            yield Row(values, self.file, self.first + offset, fault)
+            yield Row(values, self.file, index, fault)
 
     def _fault(self, cells: list[str] | None) -> str:
         if cells is None:
@@ -276,9 +222,9 @@ class CellChunk(Chunk):
 
 
 def read_csv(file: DataFile, start: int = 0) -> Iterator[Chunk]:
-    """Chunks of a CSV file with a header. Blank lines are no rows."""
-    # The module's limit holds for the whole process and is too low for long conversations.
-    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_ROW))
+    """Chunks of a CSV file with a header. Blank lines are not rows."""
+    # The default limit of the csv module, which is per process, is too low for long conversations.
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
     with open_text(file) as stream:
         delimiter = _delimiter(file.name, stream.peek(4096))
         with io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
@@ -287,19 +233,20 @@ def read_csv(file: DataFile, start: int = 0) -> Iterator[Chunk]:
             if names is None:
                 raise UserError(f"{file.name}: the header is not valid CSV; write the file again")
             check_names(file.name, [name for name in names if name])
-            yield from _cell_chunks(records, tuple(names), file.name)
+            for first, part in _chunked(records, lambda cells: sum(map(len, cells or ()))):
+                yield CellChunk(file.name, first, tuple(names), part)
 
 
 def _delimiter(name: str, start: bytes) -> str:
-    """A comma, or what spreadsheets write instead where the header has none."""
-    header = start.split(b"\n", 1)[0]
+    """A comma, or what spreadsheets write instead if the header has none."""
     if suffixes(name)[0] == ".tsv":
         return "\t"
+    header = start.split(b"\n", 1)[0]
     return next((mark for mark in ",\t;" if mark.encode() in header), ",")
 
 
 def _records(text: io.TextIOWrapper, delimiter: str, name: str) -> Iterator[list[str] | None]:
-    """The header and the rows as cells; None for one that the CSV rules forbid."""
+    """The header and the rows as cells; None for a row that is not valid CSV."""
     lines = _Lines(text, name)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
@@ -311,7 +258,7 @@ def _records(text: io.TextIOWrapper, delimiter: str, name: str) -> Iterator[list
             return
         except csv.Error as error:
             if lines.ended:
-                raise UserError(f"{lines.where}: a quoted cell begins here and never ends; close the quote") from error
+                raise UserError(f"{lines.where}: a quoted cell starts here and never ends; close the quote") from error
             cells = None
         if cells != []:
             yield cells
@@ -319,13 +266,13 @@ def _records(text: io.TextIOWrapper, delimiter: str, name: str) -> Iterator[list
 
 
 class _Lines:
-    """The lines of a file, with a bound on what a quote that never ends can swallow."""
+    """The lines of a file; bounds the row that a missing closing quote can make."""
 
     def __init__(self, text: io.TextIOWrapper, name: str) -> None:
         self.size = 0
-        """Characters of the row that is read."""
+        """Characters of the current row so far."""
         self.index = -1
-        """Its number; the header stands before row 0."""
+        """Number of the current row; -1 for the header."""
         self.ended = False
         self._text, self._name = text, name
 
@@ -337,23 +284,11 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._text.readline(LONGEST_ROW)
+        line = self._text.readline(MAX_ROW_BYTES)
         self.size += len(line)
         self.ended = not line
         if self.ended:
             raise StopIteration
-        if self.size >= LONGEST_ROW:
-            raise UserError(f"{self.where}: the row is longer than {LONGEST_ROW >> 20} MB; is a closing quote missing?")
+        if self.size >= MAX_ROW_BYTES:
+            raise UserError(f"{self.where}: the row is longer than {MAX_ROW_BYTES >> 20} MiB; close a missing quote")
         return line
-
-
-def _cell_chunks(records: Iterator[list[str] | None], names: tuple[str, ...], file: str) -> Iterator[Chunk]:
-    first, held, size = 0, [], 0
-    for cells in records:
-        held.append(cells)
-        size += sum(map(len, cells or ()))
-        if len(held) == CHUNK_ROWS or size >= CHUNK_BYTES:
-            yield CellChunk(file, first, names, tuple(held))
-            first, held, size = first + len(held), [], 0
-    if held:
-        yield CellChunk(file, first, names, tuple(held))

@@ -1,1 +1,1 @@
-"""Token cache: the files of one side as token arrays on disk, made once and mapped into memory."""
+"""Token cache: the files of one side as token arrays on disk, built once and memory-mapped."""

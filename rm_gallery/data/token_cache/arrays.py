@@ -1,6 +1,12 @@
-"""Token arrays: all groups of a data set, by number, in flat arrays that are laid out alike in memory and in files.
+"""Token arrays: all groups of a dataset in flat arrays, with the same layout in memory and in files.
 
-Files are mapped (`store.py`): nothing here copies them whole.
+Example, groups with prefixes of 2 and 0 tokens and tails of (2, 1) and (3,):
+
+    tokens         a b c d e f g h        prefix 2, tails 2 and 1, then prefix 0, tail 3
+    prefix         2 0                    tail            2 1 3
+    token_start    0 5 8                  response_start  0 2 3
+
+Files are memory-mapped (`store.py`); nothing here copies a whole array.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from rm_gallery.schema import Comparison, InputStyle
 
 # N groups, R responses, C comparisons, T tokens; each count is over the whole data set or chunk
 
-# What token data consist of: name -> type, by what it has one item for.
+# Arrays of token data and their types, by what they have one item for.
 PER_GROUP = {
     "prefix": np.int32, "num_responses": np.int32, "num_comparisons": np.int32, "group_tokens": np.int32,
     "longest_text": np.int32, "file": np.int32, "row": np.int64, "source": np.int32, "prompt_hash": np.uint64,
@@ -29,7 +35,7 @@ PER_COMPARISON = {
     "better": np.int32, "worse": np.int32, "weight": np.float32, "margin": np.float32, "p_better": np.float32,
 }  # fmt: skip
 ARRAYS = {**PER_GROUP, **PER_RESPONSE, **PER_COMPARISON, "tokens": np.int32, "metadata": np.uint8}
-# Where a group's items begin in the arrays of the others, one more than there are groups; int64.
+# [N + 1] int64: the first item of each group in other arrays -> the array of item counts per group.
 STARTS = {
     "token_start": "group_tokens", "response_start": "num_responses", "comparison_start": "num_comparisons",
     "metadata_start": "metadata_bytes",
@@ -38,7 +44,7 @@ STARTS = {
 
 @dataclass
 class TokenChunk:
-    """Some groups as the arrays of `ARRAYS`; `file` and `source` are numbers into the chunk's own lists of names."""
+    """Some groups as the arrays of `ARRAYS`; `file` and `source` are indices into the lists of this chunk."""
 
     arrays: dict[str, np.ndarray]
     files: list[str]
@@ -102,7 +108,7 @@ def with_starts(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 class Fingerprint:
-    """Hash of what the model sees of token data, fed chunk after chunk; how they were cut does not matter."""
+    """Hash of what the model sees of token data, updated chunk by chunk; independent of chunk boundaries."""
 
     _SEEN = ("tokens", "prefix", "num_responses", "tail", "num_comparisons", *PER_COMPARISON)
 
@@ -120,39 +126,44 @@ class Fingerprint:
 
 @dataclass(frozen=True, slots=True)
 class GroupSizes:
-    """What planning needs to know of the groups; each is [N] int32 or int64, perhaps mapped from a file."""
+    """Sizes of groups, which planning needs; each [N] int32 or int64, possibly memory-mapped."""
 
     tokens: np.ndarray
-    """Tokens of the group, the common prefix counted once."""
+    """Tokens of each group, with the common prefix counted once."""
     longest_text: np.ndarray
-    """Tokens of its longest whole text, prefix and response."""
+    """Tokens of its longest whole text (prefix and response)."""
     num_responses: np.ndarray
     num_comparisons: np.ndarray
 
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @classmethod
+    def from_rows(cls, rows: Iterable[tuple[int, int, int, int]]) -> GroupSizes:
+        """Sizes of groups, each a tuple of the four fields, as `TokenGroup.sizes` gives it; int64."""
+        return cls(*np.array(list(rows), np.int64).reshape(-1, 4).T)
+
     def of(self, groups: np.ndarray) -> GroupSizes:
-        """Those of some groups, in this order."""
+        """The sizes of these groups, in this order."""
         return GroupSizes(
             self.tokens[groups], self.longest_text[groups], self.num_responses[groups], self.num_comparisons[groups]
         )
 
 
 class TokenData:
-    """All groups of a data set; `data[i]` is the i-th `TokenGroup`."""
+    """All groups of a dataset; `data[i]` is the i-th `TokenGroup`."""
 
     def __init__(
         self, arrays: Mapping[str, np.ndarray], *, files: Sequence[str], sources: Sequence[str], style: InputStyle,
         has_text_prompts: bool = False, fingerprint: str | None = None,
     ) -> None:  # fmt: skip
-        """arrays: those of `ARRAYS` and `STARTS`. fingerprint: if it is known already, since it takes a while."""
+        """arrays: those of `ARRAYS` and `STARTS`. fingerprint: if known; computing it reads all tokens."""
         self._arrays = arrays
         self.files, self.sources = files, sources
-        """Names that `file` and `source` of a group are numbers into."""
+        """Names, which `file` and `source` of a group index."""
         self.style = style
         self.has_text_prompts = has_text_prompts
-        """Style `text`: whether a prompt stood before the responses, joined directly."""
+        """Style `text`: whether responses were preceded directly by a prompt."""
         self._fingerprint = fingerprint
         self.sizes = GroupSizes(
             tokens=arrays["group_tokens"],
@@ -197,12 +208,12 @@ class TokenData:
 
     @property
     def tokens(self) -> np.ndarray:
-        """[T] int32: of every group its common prefix, then its responses' own tokens."""
+        """[T] int32: for every group the common prefix, then the tails."""
         return self._arrays["tokens"]
 
     @property
     def num_tokens(self) -> int:
-        """Of all groups, shared prompts counted once."""
+        """Tokens of all groups, with common prefixes counted once."""
         return len(self.tokens)
 
     @property
@@ -211,7 +222,7 @@ class TokenData:
 
     @property
     def tail_lengths(self) -> np.ndarray:
-        """[R] int32: tokens of each response behind the common prefix, group after group."""
+        """[R] int32: tokens of each response after the common prefix, group by group."""
         return self._arrays["tail"]
 
     @property
@@ -221,13 +232,13 @@ class TokenData:
 
     @property
     def prompt_hashes(self) -> np.ndarray:
-        """[N] uint64: the same number for groups of the same prompt."""
+        """[N] uint64: equal for groups of the same prompt."""
         return self._arrays["prompt_hash"]
 
     def pair_lengths(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Each comparison of these groups: its group, and tokens of the common prefix and of the two responses.
+        """(group, prefix tokens, tail tokens of better, tail tokens of worse) of each comparison of these groups.
 
-        Each [C] int64, C comparisons of these groups.
+        Each is [C] int64.
         """
         arrays = self._arrays
         counts = self.sizes.num_comparisons[groups].astype(np.int64)
@@ -240,12 +251,12 @@ class TokenData:
 
     @property
     def source_numbers(self) -> np.ndarray:
-        """[N] int32: numbers into `sources`."""
+        """[N] int32: indices into `sources`."""
         return self._arrays["source"]
 
     @property
     def file_numbers(self) -> np.ndarray:
-        """[N] int32: numbers into `files`."""
+        """[N] int32: indices into `files`."""
         return self._arrays["file"]
 
     def where(self, index: int) -> str:
@@ -253,17 +264,17 @@ class TokenData:
         return f"{self.files[int(self._arrays['file'][index])]}:{int(self._arrays['row'][index])}"
 
     def metadata(self, index: int) -> dict[str, Any]:
-        """What the group's row brought along (its ground truth, say)."""
+        """Extra columns of the row of a group."""
         first, last = (int(self._arrays["metadata_start"][place]) for place in (index, index + 1))
         return json.loads(self._arrays["metadata"][first:last].tobytes()) if last > first else {}
 
     def unused_labels(self) -> list[str]:
-        """Which of margins and soft labels any comparison carries."""
+        """Which of margins and soft labels occur in any comparison."""
         names = {"margin": "margins", "p_better": "soft labels"}
         return [label for name, label in names.items() if not np.isnan(self._arrays[name]).all()]
 
     def fingerprint(self) -> str:
-        """Hash of everything the model sees: tokens, where responses begin and end, comparisons."""
+        """Hash of everything the model sees: tokens, bounds of responses, comparisons."""
         if self._fingerprint is None:
             self._fingerprint = Fingerprint().add(self._arrays).hexdigest()
         return self._fingerprint

@@ -1,7 +1,7 @@
-"""Preparing: the files of one side become token data, from the cache on disk where it holds them already.
+"""Data preparation: the files of one side (training or validation) become token data, cached on disk.
 
-The cache lies in `data.cache_dir`, a folder for each fingerprint: of the files, the tokenizer and its template, and
-every setting that decides tokens. Processes that start together build it once, the others wait.
+The cache in `data.cache_dir` has a folder per fingerprint of the files, the tokenizer, its chat template, and every
+setting that affects tokens. If several processes start together, one builds it and the others wait.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,14 +24,12 @@ from annotated_types import Ge
 
 from rm_gallery import __version__
 from rm_gallery.data.custom import CustomFacts, source_fingerprint
-from rm_gallery.data.formats import SAMPLE_ROWS, choose_format
-from rm_gallery.data.sources import DataFile, FileEntry, read_chunks
+from rm_gallery.data.formats import HoldOut, iter_tasks, source_of
+from rm_gallery.data.sources import DataFile, FileEntry
 from rm_gallery.data.token_cache.row_processor import (
     Processed,
     RowProcessor,
     RowsConfig,
-    Share,
-    Task,
     Work,
     process_in_order,
 )
@@ -42,21 +40,20 @@ from rm_gallery.schema import InputStyle
 
 log = logging.getLogger(__name__)
 
-_STORE_VERSION = 1  # of what is stored, and of how rows become tokens: raise it when either changes
-_SECONDS_BETWEEN_NEWS = 10.0
-_CHECK_ROWS = 8  # that are read before a run begins
+_STORE_VERSION = 1  # increase it when the stored arrays, or how rows become tokens, change
+_LOG_INTERVAL_S = 10.0
+_CHECK_ROWS = 8  # rows per file that `peek` reads
 
 
 @dataclass(frozen=True)
 class PrepareConfig(RowsConfig):
-    """Part of `data`: how rows become token data on disk."""
+    """Part of `data`: the token cache."""
 
     cache_dir: str | None = None
-    """Folder of tokenized data, one inside for each data set with its settings; may be deleted at any time. Default:
+    """Folder of the token cache, with one folder per dataset and settings; may be deleted at any time. Default:
     `$RM_GALLERY_CACHE`, or `~/.cache/rm_gallery`."""
     num_workers: Annotated[int, Ge(0)] | None = None
-    """Processes that tokenize, besides the main one; default: one per core, once the main process has worked for five
-    seconds."""
+    """Worker processes for tokenization; default: one per core, started after five seconds in the main process."""
 
 
 def prepare(
@@ -66,13 +63,13 @@ def prepare(
     tokenizer: Any,
     *,
     key: str,
-    share: Share | None = None,
+    share: HoldOut | None = None,
 ) -> Store:
-    """Token data of all usable rows of the files, in order, with what was left out.
+    """Token data of all usable rows of the files, in order, with the counts of dropped rows.
 
-    entries: those that the files' `entry` counts. key: configuration key that the files came from, for messages.
-    share: the side of the hold-out by prompt that is wanted; None takes every row.
-    Raises UserError for files that cannot be read or mix chats with bare texts, and when the cache cannot be written.
+    entries: indexed by `DataFile.entry`. key: configuration key of the files, for messages.
+    share: the wanted side of the hold-out by prompt; None uses every row.
+    Raises UserError for files that cannot be read or mix chats with bare texts, and if the cache cannot be written.
     """
     folder = _cache_folder(config) / _fingerprint(files, entries, config, tokenizer, share)
     try:
@@ -82,12 +79,12 @@ def prepare(
             log.info("%s: tokens from the cache (%s)", key, folder)
             return store
         with _locked(folder, key):
-            store = open_store(folder)  # another process may have built it meanwhile
+            store = open_store(folder)  # another process may have built it in the meantime
             return store or _build(folder, files, entries, Work(config, tokenizer, share), config, key)
-    except OSError as error:  # what reading the data may raise is a UserError already
+    except OSError as error:  # errors of reading the data are UserErrors
         raise UserError(
             f"{folder.parent}: the cache of tokenized data cannot be used ({error.strerror or error}); "
-            "set data.cache_dir to a folder with room"
+            "set data.cache_dir to a folder with free space"
         ) from error
 
 
@@ -97,9 +94,9 @@ def peek(
     """Read the first rows of each file as training would; raises UserError as `prepare` does."""
     processor, chosen, custom = RowProcessor(Work(config, tokenizer)), set[str](), CustomFacts()
     for file in files:
-        for task in islice(tasks_of([file], entries, config, key, chosen), 1):
+        for task in islice(iter_tasks([file], entries, config, key, chosen), 1):
             rows = islice(task.chunk.rows(), _CHECK_ROWS)
-            custom.add(processor.process(rows, processor.reader(task.format_name), task.source).custom)
+            custom.add(processor.process(rows, processor.readers.get(task.format_name), task.source).custom)
     return custom
 
 
@@ -111,11 +108,11 @@ def _cache_folder(config: PrepareConfig) -> Path:
 
 @contextmanager
 def _locked(folder: Path, key: str) -> Iterator[None]:
-    """One process at a time on this machine; the lock of a process that dies is free."""
+    """One process at a time on this machine; the lock of a process that dies is released."""
 
     def on_wait(holder: str) -> None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
-            # A worker of the process that holds the lock: it would wait forever.
+            # A worker of the process that holds the lock would wait forever.
             raise UserError(
                 "a script that starts training without `if __name__ == '__main__':` starts it again in each process "
                 "that tokenizes; add that line, or set data.num_workers=0"
@@ -131,16 +128,16 @@ def _fingerprint(
     entries: Sequence[FileEntry],
     config: PrepareConfig,
     tokenizer: Any,
-    share: Share | None,
+    share: HoldOut | None,
 ) -> str:
-    """Hash of all that decides the token data of these files."""
-    decides = {each.name for each in fields(RowsConfig)}
+    """Hash of everything that affects the token data of these files."""
+    names = {each.name for each in fields(RowsConfig)}
     facts = {
         "store": _STORE_VERSION,
         "versions": [__version__, *(metadata.version(name) for name in ("tokenizers", "transformers", "jinja2"))],
         "files": [asdict(file) for file in files],
-        "entries": [(entry.format, _source_of(entry, entries)) for entry in entries],
-        "config": {name: value for name, value in asdict(config).items() if name in decides},
+        "entries": [(entry.format, source_of(entry, entries)) for entry in entries],
+        "config": {name: value for name, value in asdict(config).items() if name in names},
         "custom class": source_fingerprint(config.custom_cls) if config.custom_cls.path else None,
         "share": share,
         "tokenizer": hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
@@ -157,43 +154,19 @@ def _build(
     chosen: set[str] = set()
     totals = _Totals(key)
     with StoreWriter(folder) as writer:
-        tasks = tasks_of(files, entries, config, key, chosen)
+        tasks = iter_tasks(files, entries, config, key, chosen)
         for processed in process_in_order(tasks, work, num_workers=config.num_workers):
             totals.add(processed)
             writer.append(processed.chunk)
         writer.finish(totals.facts(sorted(chosen)), totals.dropped, totals.custom)
     store = open_store(folder)
     if store is None:
-        raise UserError(f"{folder}: what was written there cannot be read back; check the disk")
+        raise UserError(f"{folder}: the cache that was just written cannot be read; check the disk")
     return store
 
 
-def tasks_of(
-    files: Sequence[DataFile], entries: Sequence[FileEntry], config: PrepareConfig, key: str, chosen: set[str]
-) -> Iterator[Task]:
-    """The chunks of all files; says once how files are read, and why."""
-    for file in files:
-        chunks = read_chunks(file, key=key)
-        first = next(chunks, None)
-        if first is None:
-            continue
-        name, entry = "", entries[file.entry]
-        if config.custom_cls.path is None:
-            wanted = config if entry.format is None else replace(config, format=entry.format)  # type: ignore[arg-type]
-            name = choose_format(list(islice(first.rows(), SAMPLE_ROWS)), wanted, said=chosen).name
-        for chunk in chain([first], chunks):
-            yield Task(chunk, name, _source_of(entry, entries))
-
-
-def _source_of(entry: FileEntry, entries: Sequence[FileEntry]) -> str:
-    """What metrics call the data set of rows that name none: with several entries the last part of their path."""
-    if entry.name is not None:
-        return entry.name
-    return Path(entry.path.rstrip("/")).stem if len(entries) > 1 else ""
-
-
 class _Totals:
-    """What became of all rows so far; says now and then how far it is."""
+    """Counts of all rows so far; logs progress periodically."""
 
     def __init__(self, key: str) -> None:
         self._key = key
@@ -202,11 +175,10 @@ class _Totals:
         self._has_text_prompts = False
         self.custom = CustomFacts()
         self._num_rows = self._held_out = 0
-        self._start = self._said = time.monotonic()
+        self._start = self._logged = time.monotonic()
 
     def add(self, processed: Processed) -> None:
-        for reason, count in processed.dropped.counts.items():
-            self.dropped.add(reason, processed.dropped.examples[reason], count)
+        self.dropped.merge(processed.dropped)
         for style, where in processed.styles.items():
             self._styles.setdefault(style, where)
         if len(self._styles) > 1:
@@ -219,10 +191,10 @@ class _Totals:
         self._num_rows += processed.num_rows
         self._held_out += processed.held_out
         now = time.monotonic()
-        if now - self._said > _SECONDS_BETWEEN_NEWS:
-            self._said = now
+        if now - self._logged > _LOG_INTERVAL_S:
+            self._logged = now
             rate = self._num_rows / (now - self._start)
-            log.info("%s: %d rows tokenized (%.0f a second)", self._key, self._num_rows, rate)
+            log.info("%s: %d rows tokenized (%.0f rows/s)", self._key, self._num_rows, rate)
 
     def facts(self, formats: list[str]) -> Facts:
         return Facts(

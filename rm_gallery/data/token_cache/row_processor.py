@@ -1,7 +1,7 @@
-"""Processing rows: chunks of a file become token arrays, in order, by this process alone or by several workers.
+"""Row processing: chunks of rows become token arrays, in order, in this process or in a pool of worker processes.
 
-Everything between a file's rows and the token store happens here, for one chunk at a time and with bounded memory:
-format or custom class, hold-out by prompt, template and tokenizer, length policy, common prefix.
+For one chunk at a time, with bounded memory: format or custom class, hold-out by prompt, chat template and tokenizer,
+length policy, common prefix.
 """
 
 from __future__ import annotations
@@ -11,174 +11,127 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from multiprocessing import get_context
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from rm_gallery.data.custom import CustomFacts, CustomReader
-from rm_gallery.data.formats import FormatConfig, RowReader, prompt_key
-from rm_gallery.data.sources import Chunk, Row
+from rm_gallery.data.formats import FormatConfig, HoldOut, Reader, Readers, RowCounts, Task, read_groups
+from rm_gallery.data.sources import Row
 from rm_gallery.data.token_cache.arrays import TokenChunk, make_chunk
-from rm_gallery.data.tokenization.encoder import Encoder
-from rm_gallery.data.tokenization.token_group import Origin, TokenGroup, hash_prompt, split_prefix
-from rm_gallery.data.tokenization.tokenizer import TokenizeConfig, fit_length
-from rm_gallery.errors import BadRow, Dropped, UserError
+from rm_gallery.data.tokenization.encoder import Encoder, GroupEncoder
+from rm_gallery.data.tokenization.token_group import Origin, TokenGroup, split_prefix
+from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
+from rm_gallery.errors import BadRow, UserError
 from rm_gallery.schema import InputStyle, PreferenceGroup
 
-_GROUPS_AT_ONCE = 512  # tokenized in one call
-
-Share: TypeAlias = tuple[Literal["train", "val"], float]
-"""Which side of the hold-out is wanted, and the fraction of the prompts that is held out for validation."""
-
-
-class Reader(Protocol):
-    """A row as a group; raises BadRow with the reason why there is none."""
-
-    def read(self, row: Row) -> PreferenceGroup: ...
+_GROUPS_PER_CALL = 512  # of the tokenizer
 
 
 @dataclass(frozen=True)
 class RowsConfig(FormatConfig, TokenizeConfig):
-    """Part of `data`: all that decides what a row becomes."""
+    """Part of `data`: everything that determines the tokens of a row."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker needs to know; the same for every chunk."""
+    """Arguments of a worker, the same for every chunk."""
 
     config: RowsConfig
     tokenizer: Any
-    share: Share | None = None
+    """None only with an encoder that does not need one."""
+    share: HoldOut | None = None
+
+
+Observe: TypeAlias = Callable[[PreferenceGroup, TokenGroup, int], None]
+"""`observe(group, tokens, prompt hash)`: called for each tokenized group, in order."""
 
 
 @dataclass
-class Processed:
-    """What became of a chunk."""
+class Processed(RowCounts):
+    """The token arrays of a chunk, and the counts of its rows."""
 
-    chunk: TokenChunk
-    dropped: Dropped = field(default_factory=Dropped)
+    chunk: TokenChunk = field(default_factory=lambda: TokenChunk({}, [], []))
     styles: dict[InputStyle, str] = field(default_factory=dict)
     """Each style that occurs, with `file:row` of the first group that has it."""
     has_text_prompts: bool = False
-    num_rows: int = 0
-    held_out: int = 0
     custom: CustomFacts = field(default_factory=CustomFacts)
 
 
 class RowProcessor:
-    """Turns chunks into token arrays; one of them for each process."""
+    """Turns rows into token arrays; one instance per process."""
 
-    def __init__(self, work: Work) -> None:
-        self.work, self.config = work, work.config
-        self._readers: dict[str, Reader] = {}
+    def __init__(
+        self, work: Work, *, encoder_type: Callable[..., GroupEncoder] = Encoder, observe: Observe | None = None
+    ) -> None:
+        """encoder_type: takes the arguments of `Encoder`; another type can count other units than tokens, as words."""
+        self.work, self.config, self._observe = work, work.config, observe
         self._custom: CustomReader | None = None
         if self.config.custom_cls.path is not None:
             self._custom = CustomReader.from_config(self.config, work.tokenizer)
+        has_template = work.tokenizer is None or work.tokenizer.chat_template is not None
+        self.readers = Readers(self.config, has_chat_template=has_template, custom=self._custom)
         render = None if self._custom is None else self._custom.render
-        self.encoder = Encoder(work.tokenizer, self.config, render=render)
-
-    def reader(self, format_name: str) -> Reader:
-        """The custom class, or the reader of a format."""
-        if self._custom is not None:
-            return self._custom
-        if format_name not in self._readers:
-            has_template = self.work.tokenizer.chat_template is not None
-            self._readers[format_name] = RowReader(self.config, format_name, has_chat_template=has_template)
-        return self._readers[format_name]
+        self.encoder = encoder_type(work.tokenizer, self.config, render=render)
 
     def process(self, rows: Iterable[Row], reader: Reader, source: str) -> Processed:
-        """Token arrays of the usable rows, in order; the others are counted.
+        """Token arrays of the usable rows, in order; dropped rows are counted.
 
-        source: name of the data set for rows that name none.
+        source: name of the dataset for rows that name none.
         Raises UserError at the first bad row under `bad_rows=error`, for a text that is too long under
-        `truncation=error`, and for a custom class that fails.
+        `truncation=error`, and if the custom class fails.
         """
-        result = Processed(TokenChunk({}, [], []))
-        groups = self._read(rows, reader, result)
+        result = Processed()
+        groups = read_groups(rows, reader, result, bad_rows=self.config.bad_rows, hold_out=self.work.share)
         result.chunk = make_chunk(self._tokenize(groups, source, result))
         if self._custom is not None:
             result.custom = self._custom.take_facts()
         return result
 
-    def _read(
-        self, rows: Iterable[Row], reader: Reader, result: Processed
-    ) -> Iterator[tuple[Row, PreferenceGroup, int]]:
-        for row in rows:
-            result.num_rows += 1
-            try:
-                group = reader.read(row)
-                prompt = hash_prompt(prompt_key(group))
-            except BadRow as error:
-                self._drop(error, row.where, result)
-                continue
-            if self.work.share is None or is_wanted(prompt, self.work.share):
-                yield row, group, prompt
-            else:
-                result.held_out += 1
-
     def _tokenize(
         self, groups: Iterator[tuple[Row, PreferenceGroup, int]], source: str, result: Processed
     ) -> Iterator[tuple[TokenGroup, Origin]]:
-        while some := list(islice(groups, _GROUPS_AT_ONCE)):
+        while some := list(islice(groups, _GROUPS_PER_CALL)):
             encoded = self.encoder.encode_many([group for _, group, _ in some])
             for (row, group, prompt), texts in zip(some, encoded, strict=True):
                 try:
                     if isinstance(texts, BadRow):
                         raise texts
-                    fitted, comparisons = fit_length(texts, group, self.work.tokenizer, self.config)
-                    tokens = split_prefix(fitted, comparisons)
+                    tokens = split_prefix(*self.encoder.fit(texts, group))
                 except BadRow as error:
-                    self._drop(error, row.where, result)
+                    result.drop(error, row.where, self.config.bad_rows)
                     continue
                 result.styles.setdefault(group.style, row.where)
                 result.has_text_prompts |= group.style == "text" and bool(group.prompt)
+                if self._observe is not None:
+                    self._observe(group, tokens, prompt)
                 yield tokens, Origin(row.file, row.index, group.source or source, prompt, group.metadata)
 
-    def _drop(self, error: BadRow, where: str, result: Processed) -> None:
-        if self.config.bad_rows == "error":
-            raise UserError(f"{where}: {error}; mend the row, or set data.bad_rows=drop to leave it out") from None
-        result.dropped.add(str(error), where)
 
+# Workers take seconds to start, since each imports its libraries, so the main process works alone for this time first.
+_SINGLE_PROCESS_S = 5.0
+_MAX_WORKERS = 32
 
-def is_wanted(prompt_hash: int, share: Share) -> bool:
-    """Whether a prompt belongs to this side: the same prompts are held out whatever the order and size of the data."""
-    side, fraction = share
-    return (prompt_hash / 2**64 < fraction) == (side == "val")
-
-
-# Starting workers takes seconds, in which each loads its libraries: they come when there is more to do than that.
-_SECONDS_ALONE = 5.0
-_MOST_WORKERS = 32
-
-_processor: RowProcessor | None = None  # of a worker process
-
-
-@dataclass(frozen=True)
-class Task:
-    """A chunk, how its file is read, and the name of its data set for rows that name none."""
-
-    chunk: Chunk
-    format_name: str
-    source: str
+_processor: RowProcessor | None = None  # in a worker process
 
 
 def process_in_order(tasks: Iterable[Task], work: Work, *, num_workers: int | None = None) -> Iterator[Processed]:
-    """What became of each chunk, in order.
+    """The result of each chunk, in order.
 
-    num_workers: processes beside this one, which begins alone; 0 for none, None for one per core that this process may
-    use. At most two chunks per worker are under way, so memory does not grow with the data.
-    Raises UserError as `RowProcessor.process` does, and when a worker dies.
+    num_workers: worker processes, started after `_SINGLE_PROCESS_S` seconds; 0 for none, None for one per available
+    core. At most two chunks per worker are in flight, so memory does not grow with the data.
+    Raises UserError as `RowProcessor.process`, and if a worker dies.
     """
     tasks = iter(tasks)
-    count = min(_MOST_WORKERS, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
-    stays_alone = not count or (count == 1 and num_workers is None)
-    until = time.monotonic() + _SECONDS_ALONE
+    count = min(_MAX_WORKERS, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
+    single_process = not count or (count == 1 and num_workers is None)
+    until = time.monotonic() + _SINGLE_PROCESS_S
     processor = RowProcessor(work)
-    while stays_alone or time.monotonic() < until:
+    while single_process or time.monotonic() < until:
         task = next(tasks, None)
         if task is None:
             return
@@ -189,7 +142,7 @@ def process_in_order(tasks: Iterable[Task], work: Work, *, num_workers: int | No
 
 
 def _with_workers(tasks: Iterator[Task], work: Work, count: int) -> Iterator[Processed]:
-    # Fresh processes: a copy of one with torch's threads can hang.
+    # spawn, not fork: a forked process with torch's threads can hang.
     pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(work,))
     running: deque[Future[Processed]] = deque()
     try:
@@ -210,14 +163,14 @@ def _with_workers(tasks: Iterator[Task], work: Work, count: int) -> Iterator[Pro
 
 def _start_worker(work: Work) -> None:
     global _processor
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     _processor = RowProcessor(work)
 
 
-def _end_with_parent(parent: int) -> None:
-    """A killed main process takes its workers along; nothing else would tell them."""
+def _exit_with_parent(parent: int) -> None:
+    """Exit when the parent process dies, even if it is killed."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -229,4 +182,4 @@ def _process(task: Task) -> Processed:
 
 
 def _process_with(processor: RowProcessor, task: Task) -> Processed:
-    return processor.process(task.chunk.rows(), processor.reader(task.format_name), task.source)
+    return processor.process(task.chunk.rows(), processor.readers.get(task.format_name), task.source)

@@ -1,6 +1,6 @@
-"""Token store: token data in a folder of flat files, written once, chunk after chunk, and mapped into memory.
+"""Token store: token data as a folder of flat files, written once chunk by chunk, and memory-mapped.
 
-A folder is complete or not there at all: it is written under a temporary name, its `store.json` last, and renamed.
+The folder is written atomically: under a temporary name, `store.json` last, then renamed.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ _START_TYPE = np.int64
 
 @dataclass(frozen=True)
 class Facts:
-    """What a store says about its data besides the arrays."""
+    """Metadata of a store."""
 
     style: InputStyle
     has_text_prompts: bool
     formats: list[str]
-    """How each file was read and why, in sentences."""
+    """The format of each file and the reason, as sentences."""
     num_rows: int
-    """Rows that were read, those without a group included."""
+    """Rows read, including dropped ones."""
     held_out: int
-    """Groups that belong to the other side of `data.val_fraction`."""
+    """Groups on the other side of `data.val_fraction`."""
 
 
 class StoreWriter:
-    """Writes a store; nothing is at `folder` before `finish`, and nothing stays if it is not called."""
+    """Writes a store. `folder` appears with `finish`; without it, nothing is left behind."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -65,7 +65,7 @@ class StoreWriter:
         return self
 
     def append(self, chunk: TokenChunk) -> None:
-        """Add the groups of a chunk behind those that are there."""
+        """Append the groups of a chunk."""
         arrays = dict(chunk.arrays)
         for kind, names in (("file", chunk.files), ("source", chunk.sources)):
             known = self._names[kind]
@@ -84,7 +84,7 @@ class StoreWriter:
         self._counts[name] += len(array)
 
     def finish(self, facts: Facts, dropped: Dropped, custom: CustomFacts | None = None) -> None:
-        """Make the store complete and put it in its place."""
+        """Write the metadata and rename the folder."""
         self._stack.close()
         record = {
             "facts": asdict(facts),
@@ -95,14 +95,14 @@ class StoreWriter:
             "fingerprint": self._fingerprint.hexdigest(),
         }
         (self._temporary / RECORD_NAME).write_text(json.dumps(record), encoding="utf-8")
-        replace(self._temporary, self.folder)  # a store at `folder` could not be opened, or it would be in use
+        replace(self._temporary, self.folder)  # an existing folder is damaged, or it would have been used
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             self._stack.close()
-        except OSError:  # a full disk shows here once more; what matters was raised before
+        except OSError:  # closing fails again on a full disk; the first error is the useful one
             if kind is None:
                 raise
         finally:
@@ -117,11 +117,11 @@ class Store:
     facts: Facts
     dropped: Dropped
     custom: CustomFacts
-    """What a custom class made of the rows; nothing where there is none."""
+    """What the custom class did with the rows; empty without one."""
 
 
 def open_store(folder: Path) -> Store | None:
-    """The token data of a complete store, mapped into memory; None where there is none, or it lacks a part."""
+    """Memory-map a store; None if there is none or it is incomplete."""
     try:
         record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
         arrays = {name: _mapped(folder / f"{name}.bin", name, count) for name, count in record["counts"].items()}
@@ -144,5 +144,5 @@ def _mapped(file: Path, name: str, count: int) -> np.ndarray:
     size = count * np.dtype(kind).itemsize
     if file.stat().st_size != size:
         raise ValueError(f"{file} has {file.stat().st_size} bytes, not {size}")
-    # asarray: the plain array type, whose slices cost less than those of np.memmap
+    # asarray: slicing a plain array is faster than slicing np.memmap
     return np.asarray(np.memmap(file, kind, mode="r", shape=(count,))) if count else np.zeros(0, kind)

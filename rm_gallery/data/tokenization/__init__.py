@@ -1,1 +1,1 @@
-"""Tokenization: a `PreferenceGroup` becomes a `TokenGroup`, its texts as any server would tokenize them."""
+"""Tokenization: groups become token ids, with the common prefix of their texts stored once."""

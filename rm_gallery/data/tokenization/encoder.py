@@ -1,29 +1,40 @@
-"""Encoding: the whole texts of a group as token ids, exactly those that any server makes of the same conversation.
+"""Encoding: every whole text of a group (prompt and response) as token ids, the same ids that a server computes.
 
-Each whole text is tokenized by itself; the common prefix is found later, on the tokens. Needs a tokenizer, never torch.
+Each whole text is tokenized on its own; the common prefix is found later, on tokens. Does not load torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from rm_gallery.data.tokenization.special_tokens import ControlTokens
-from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
+from rm_gallery.data.tokenization.tokenizer import TokenizeConfig, fit_length
 from rm_gallery.errors import BadRow, UserError, one_line
-from rm_gallery.schema import PreferenceGroup
+from rm_gallery.schema import Comparison, PreferenceGroup
 
 Render: TypeAlias = Callable[..., str]
 """`render(prompt messages, response messages, where="file:row")` -> the whole text, in place of the chat template."""
 
 
-class Encoder:
-    """Groups to token ids with one tokenizer under one configuration; used by one thread at a time.
+class GroupEncoder(Protocol):
+    """Turns groups into token ids."""
 
-    Chats are rendered by the template, which writes the special tokens itself, but for the CLS that an encoder's head
-    reads; control tokens that message contents spell are tokenized as ordinary text. Bare texts get the special tokens
-    that the tokenizer adds by itself, but no second BOS where the text already begins with one; `text_special_tokens`
-    decides whether the control tokens that they spell are read as such.
+    def encode_many(self, groups: Sequence[PreferenceGroup]) -> list[list[list[int]] | BadRow]:
+        """Ids of every whole text, as `[group][response]`; a BadRow in place of a group that cannot be rendered."""
+        ...
+
+    def fit(self, texts: list[list[int]], group: PreferenceGroup) -> tuple[list[list[int]], Sequence[Comparison]]:
+        """Apply the length policy: the texts, and the comparisons whose sides still differ; see `fit_length`."""
+        ...
+
+
+class Encoder:
+    """Encodes groups with one tokenizer and one configuration. Not thread-safe.
+
+    Chats are rendered by the chat template, which writes the special tokens; only the CLS token of encoders is added.
+    Control tokens in message contents are tokenized as plain text. Bare texts get the special tokens that the
+    tokenizer adds, without a second BOS; `text_special_tokens` says whether control tokens in them are parsed.
     """
 
     def __init__(self, tokenizer: Any, config: TokenizeConfig, *, render: Render | None = None) -> None:
@@ -35,17 +46,17 @@ class Encoder:
         self._eos = tokenizer.eos_token or tokenizer.sep_token or ""
 
     def encode(self, group: PreferenceGroup) -> list[list[int]]:
-        """Token ids of each whole text of one group; raises BadRow where `encode_many` gives it."""
+        """Token ids of each whole text of one group; raises the BadRow that `encode_many` returns."""
         [found] = self.encode_many([group])
         if isinstance(found, BadRow):
             raise found
         return found
 
     def encode_many(self, groups: Sequence[PreferenceGroup]) -> list[list[list[int]] | BadRow]:
-        """Token ids of every whole text, as `[group][response]`, before any length policy.
+        """Token ids of every whole text, as `[group][response]`, before the length policy.
 
-        A group that cannot be rendered has the BadRow that says why in its place.
-        Raises UserError when there is no template or a broken one.
+        A group that cannot be rendered is replaced by a BadRow with the reason.
+        Raises UserError if there is no chat template or it is not valid.
         """
         batches = {False: _Batch(), True: _Batch()}  # by whether the tokenizer adds its special tokens
         found: list[list[list[int]] | BadRow] = []
@@ -59,7 +70,7 @@ class Encoder:
         return found
 
     def _encode_group(self, group: PreferenceGroup, batches: dict[bool, _Batch]) -> list[list[int]]:
-        """Ids of texts that need care; those of the others are put in their places once a batch is encoded."""
+        """Ids of texts with control tokens; the other texts are added to a batch, which fills in their ids later."""
         hidden = group.style == "chat" and self.control.occur_in(_contents(group))
         texts: list[list[int]] = []
         for text in self._render_group(group, hidden):
@@ -73,8 +84,12 @@ class Encoder:
                 texts.append([])
         return texts
 
+    def fit(self, texts: list[list[int]], group: PreferenceGroup) -> tuple[list[list[int]], Sequence[Comparison]]:
+        """Apply the length policy of the configuration; see `fit_length`."""
+        return fit_length(texts, group, self.tokenizer, self.config)
+
     def render(self, group: PreferenceGroup) -> list[str]:
-        """The K whole texts of a group, as they are tokenized but for special tokens that the tokenizer adds."""
+        """The K whole texts of a group, without special tokens that the tokenizer adds."""
         hidden = group.style == "chat" and self.control.occur_in(_contents(group))
         return [self.control.show(text) for text in self._render_group(group, hidden)]
 
@@ -87,7 +102,7 @@ class Encoder:
         return self._is_plain(group) or not (self._bos and text.startswith(self._bos))
 
     def _encode_plain(self, text: str) -> list[int]:
-        """A bare text in which control tokens are text, all but the one that `append_eos` wrote at its end."""
+        """Ids of a bare text with its control tokens as plain text, except the EOS that `append_eos` wrote."""
         if self.config.append_eos and text.endswith(self._eos):
             ids = self.control.encode_plain(text.removesuffix(self._eos), add_special_tokens=True)
             return [*ids, self.tokenizer.convert_tokens_to_ids(self._eos)]
@@ -106,8 +121,8 @@ class Encoder:
         try:
             for text in texts:
                 text.encode()
-        except UnicodeEncodeError:  # JSON can spell it
-            raise BadRow("half a character (a lone surrogate) in a text") from None
+        except UnicodeEncodeError:  # valid in JSON
+            raise BadRow("text with a lone surrogate") from None
         return texts
 
     def _render_texts(self, group: PreferenceGroup) -> list[str]:
@@ -121,7 +136,7 @@ class Encoder:
         if self._render is None and self.tokenizer.chat_template is None:
             raise UserError(
                 f"{group.where}: the data are chat messages but the tokenizer has no chat template; "
-                "set data.chat_template to one, or give bare texts"
+                "set data.chat_template, or use bare texts"
             )
         contents = (group.prompt, group.responses, group.metadata.get("tools"))
         prompt, responses, tools = self.control.hide(contents) if hidden else contents
@@ -136,22 +151,22 @@ class Encoder:
         except TemplateSyntaxError as error:
             raise UserError(
                 f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); "
-                "mend it, or set data.chat_template to another"
+                "fix it, or set data.chat_template to another"
             ) from error
         except (Exception, RecursionError) as error:
-            # Templates end in jinja's exceptions or in plain TypeErrors; either way this row does not fit the template.
+            # Templates raise jinja exceptions or plain TypeErrors; either way this row does not fit the template.
             raise BadRow(f"chat template refuses the conversation: {one_line(error)}") from error
 
 
 class _Batch:
-    """Texts that are tokenized in one call, and where their ids go."""
+    """Texts to tokenize in one call, and the destinations of their ids."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self._places: list[tuple[list[list[int]], int]] = []
 
     def add(self, text: str, target: list[list[int]]) -> None:
-        """The ids of this text will be the next item of `target`."""
+        """Queue a text whose ids will be the next item of `target`."""
         self.texts.append(text)
         self._places.append((target, len(target)))
 
@@ -165,7 +180,7 @@ def _contents(group: PreferenceGroup) -> list[Any]:
 
 
 def _library_ids(tokenizer: Any, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-    # verbose=False: the library would warn about texts longer than the model; the length policy comes after.
+    # verbose=False: no warning about texts longer than the model; the length policy follows.
     encoded = tokenizer(
         texts,
         add_special_tokens=add_special_tokens,
@@ -180,7 +195,7 @@ _PROBES = ["", " a", "A b\n c", "\u00e9\U0001f600 1234  x", "a</s><s> [SEP] <|im
 
 
 def _own_backend(tokenizer: Any) -> Any:
-    """The tokenizer's own engine without its Python layer, twice as fast; None where the layer changes the ids."""
+    """The Rust tokenizer without its Python wrapper, twice as fast; None if the wrapper changes the ids of probes."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

@@ -1,8 +1,11 @@
-"""Control tokens: those with which a chat template marks turns, and how content that spells one stays plain text.
+"""Special tokens in user text: content that spells a control token of the chat template is tokenized as plain text.
 
-A message that holds the text `<|im_end|>` must not end its turn. So control tokens in message contents are exchanged
-for stand-ins before the template is rendered, and what is rendered is tokenized so that the template's own control
-tokens become their ids while those of the contents become the tokens of ordinary text.
+A message that contains `<|im_end|>` must not end its turn. Example with the content `a<|im_end|>`:
+
+    hide              a{0}                                placeholders with a random nonce replace control tokens
+    chat template     <|im_start|>user\na{0}<|im_end|>
+    encode_rendered   the template's own tokens become aliases, {0} becomes `<|im_end|>` again, and a copy of the
+                      tokenizer that knows only the aliases encodes the text; alias ids map back to the real ids
 """
 
 from __future__ import annotations
@@ -17,16 +20,16 @@ import numpy as np
 
 from rm_gallery.errors import BadRow
 
-# Private-use characters around the stand-ins, which hold a number that nobody who writes a text can know.
+# Private-use characters around the placeholders, which contain a random nonce, so that no text can spell one.
 _OPEN, _CLOSE, _ALIAS = "\U000f6a10", "\U000f6a11", "\U000f6a12"
 _PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"})
 
 
 def control_tokens(tokenizer: Any) -> list[str]:
-    """Texts of the tokens that only a template may write, in the order of their ids.
+    """Control tokens: tokens that only the chat template may produce, ordered by id.
 
-    All special tokens, and the added tokens that the chat template writes around turns in the middle of a
-    conversation although they are not flagged as special. Others (`<think>`, say) belong to contents.
+    All special tokens, and added tokens that the chat template writes around turns without being flagged as special.
+    Other added tokens, such as `<think>`, may be part of contents.
     """
     added = sorted(tokenizer.added_tokens_decoder.items())
     around_turns = _around_turns(tokenizer)
@@ -43,29 +46,29 @@ def _around_turns(tokenizer: Any) -> str:
         return ""
     try:
         return str(tokenizer.apply_chat_template(list(_PROBE), tokenize=False))
-    except Exception:  # a template that takes no such conversation, or a broken one: the first row says so
+    except Exception:  # the template refuses this conversation or is broken; the first row reports it
         return ""
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer: found in contents, hidden from the template, and kept out of their ids."""
+    """Finds control tokens in contents, hides them from the chat template, and encodes them as plain text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.texts = control_tokens(tokenizer)
         self._backend = tokenizer.backend_tokenizer
-        self._unknown = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id  # any text may hold it
+        self._unknown = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id  # allowed in any text
         longest_first = sorted(self.texts, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._number = {text: number for number, text in enumerate(self.texts)}
-        secret = secrets.randbelow(10**12)
-        self._open, self._alias = f"{_OPEN}{secret}:", f"{_ALIAS}{secret}:"
-        self._stand_in = re.compile(f"{self._open}([0-9]+){_CLOSE}")
+        nonce = secrets.randbelow(10**12)
+        self._open, self._alias = f"{_OPEN}{nonce}:", f"{_ALIAS}{nonce}:"
+        self._placeholder = re.compile(f"{self._open}([0-9]+){_CLOSE}")
         self._plain: Any = None
         self._forbidden = np.zeros(0, np.int64)  # ids of the control tokens themselves
-        self._ids: np.ndarray | None = None  # [size of the plain tokenizer's vocabulary] -> id of the tokenizer
+        self._ids: np.ndarray | None = None  # id of the plain tokenizer -> id of the tokenizer
 
     def occur_in(self, value: Any) -> bool:
-        """Whether a text in this value (messages, say; keys of mappings count too) spells a control token."""
+        """Whether any text in a nested value, mapping keys included, spells a control token."""
         if isinstance(value, str):
             return self._pattern.search(value) is not None
         if isinstance(value, Mapping):
@@ -75,7 +78,7 @@ class ControlTokens:
         return False
 
     def hide(self, value: Any) -> Any:
-        """A copy of the value with a stand-in for each control token in its texts."""
+        """A copy of a nested value with a placeholder for each control token in its texts."""
         if isinstance(value, str):
             return self._pattern.sub(lambda found: f"{self._open}{self._number[found[0]]}{_CLOSE}", value)
         if isinstance(value, Mapping):
@@ -85,36 +88,37 @@ class ControlTokens:
         return value
 
     def show(self, text: str) -> str:
-        """The text with every stand-in replaced by what it stands for."""
-        return self._stand_in.sub(lambda found: self.texts[int(found[1])], text)
+        """The text with every placeholder replaced by its control token."""
+        return self._placeholder.sub(lambda found: self.texts[int(found[1])], text)
 
     def encode_rendered(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a rendered text: its stand-ins as ordinary text, every other control token as its id."""
+        """Token ids of a rendered text: placeholders as plain text, every other control token as its id."""
         aliased = self._pattern.sub(lambda found: self._alias_of(self._number[found[0]]), text)
         return self.encode_plain(self.show(aliased), add_special_tokens=add_special_tokens)
 
     def _alias_of(self, number: int) -> str:
-        """A name for a control token of the template's own that contents cannot spell."""
+        """Replaces a control token of the template; contains the nonce, so contents cannot spell it."""
         return f"{self._alias}{number}{_CLOSE}"
 
     def encode_plain(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text in which no control token is read as one; those that are added around it are ids.
+        """Token ids of a text with its control tokens as plain text.
 
-        Raises BadRow when the tokenizer's model itself makes a control token out of ordinary text.
+        add_special_tokens: add those of the tokenizer around the text, as ids.
+        Raises BadRow if the tokenizer's model itself produces a control token from plain text.
         """
         plain, ids = self._plain_tokenizer()
         encoding = plain.encode(text, add_special_tokens=add_special_tokens)
         found = np.asarray(encoding.ids, np.int64)
-        written = np.asarray(encoding.special_tokens_mask, bool)  # by the tokenizer, around the text
-        if np.isin(found[~written], self._forbidden).any():
+        added = np.asarray(encoding.special_tokens_mask, bool)
+        if np.isin(found[~added], self._forbidden).any():
             raise BadRow("control token in a text, which this tokenizer cannot read as plain text")
         return ids[found].tolist()
 
     def _plain_tokenizer(self) -> tuple[Any, np.ndarray]:
-        """A copy of the tokenizer that reads no control token in a text, but aliases of them; and ids as they were.
+        """A copy of the tokenizer that recognizes aliases instead of control tokens, and the map back to its ids.
 
-        Aliases are matched as the tokens themselves would be (spaces that a token swallows included), so a text
-        without control tokens in its contents gets the very tokens of the tokenizer itself.
+        Aliases inherit the matching flags of their tokens (`lstrip`, say), so a text without control tokens in its
+        contents gets exactly the ids of the tokenizer itself.
         """
         if self._plain is None:
             from tokenizers import AddedToken, Tokenizer
@@ -124,7 +128,7 @@ class ControlTokens:
                 token["special"] = token["special"] or token["content"] in self._number
             flags = {token["content"]: token for token in state["added_tokens"]}
             plain = Tokenizer.from_str(json.dumps(state))
-            plain.encode_special_tokens = True  # special tokens in a text are not read as such; the aliases are
+            plain.encode_special_tokens = True  # special tokens in a text are split; aliases are not special
             plain.no_truncation()
             plain.no_padding()
             aliases = {

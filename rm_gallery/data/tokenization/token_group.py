@@ -1,8 +1,7 @@
-"""Token groups: one prompt and its responses as token ids, with the common prefix split off."""
+"""Token groups: one prompt and its responses as token ids, with their common prefix stored once."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,38 +14,42 @@ from rm_gallery.schema import Comparison
 
 @dataclass(frozen=True, slots=True)
 class TokenGroup:
-    """One group as tokens: the common prefix once, then each response's own tokens."""
+    """One group as tokens: the common prefix once, and the remaining tokens of each response."""
 
     prefix: np.ndarray
     """[P] int32, P >= 0."""
     tails: list[np.ndarray]
-    """K arrays int32, each with at least one token."""
+    """K int32 arrays, each with at least one token."""
     comparisons: Sequence[Comparison]
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(tokens with the prefix counted once, tokens of the longest text, responses, comparisons).
+
+        Example: a prefix of 4 tokens, tails of 2 and 3 and one comparison give (9, 7, 2, 1).
+        """
+        tails = [len(tail) for tail in self.tails]
+        return len(self.prefix) + sum(tails), len(self.prefix) + max(tails), len(tails), len(self.comparisons)
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a group came from, as its token data keeps it."""
+    """Provenance of a group in token data."""
 
     file: str = ""
     row: int = 0
     source: str = ""
     prompt_hash: int = 0
-    """The same number for the same prompt; see `hash_prompt`."""
+    """Equal for equal prompts; see `formats.hash_prompt`."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-def hash_prompt(key: str) -> int:
-    """A number of 64 bits for what `formats.prompt_key` gives; the same on every machine."""
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
 def split_prefix(texts: Sequence[Sequence[int] | np.ndarray], comparisons: Sequence[Comparison]) -> TokenGroup:
-    """Split the longest common prefix off, leaving every response at least one token of its own.
+    """The group with the longest common prefix of its texts split off; every tail keeps at least one token.
 
-    Example: [1 2 3 4] and [1 2 3] give prefix [1 2], tails [3 4] and [3].
-    Raises BadRow for a text without a token, which no reward can be read from.
+    [1 2 3 4] and [1 2 5] give the prefix [1 2] with tails [3 4] and [5]. [1 2 3 4] and [1 2 3] give the prefix [1 2]
+    with tails [3 4] and [3]: the reward of the second text is read at its last token, which must not be shared. A
+    single text has an empty prefix.
+    Raises BadRow for a text without tokens, which has no reward.
     """
     arrays = [np.asarray(ids, np.int32) for ids in texts]
     size = min(len(array) for array in arrays) - 1
@@ -57,5 +60,5 @@ def split_prefix(texts: Sequence[Sequence[int] | np.ndarray], comparisons: Seque
         differs = np.flatnonzero(array[:size] != first[:size])
         size = int(differs[0]) if len(differs) else size
     if len(arrays) == 1:
-        size = 0  # nothing to share: the whole text is the response's own
+        size = 0  # nothing to share
     return TokenGroup(arrays[0][:size], [array[size:] for array in arrays], comparisons)

@@ -1,7 +1,4 @@
-"""The tokenizer of a run: from a model folder, with the chat template and the settings of the configuration.
-
-The length policy stands here too: what happens to texts with more tokens than `data.max_length`.
-"""
+"""Loads the tokenizer with its chat template, and applies the length policy `data.max_length`."""
 
 from __future__ import annotations
 
@@ -17,24 +14,25 @@ from rm_gallery.schema import Comparison, PreferenceGroup
 
 @dataclass(frozen=True)
 class LengthConfig:
-    """Part of `data`: what happens to texts that are too long."""
+    """Part of `data`: the length policy."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     max_length: int = 4096
-    """Most tokens of one prompt with one response."""
+    """Maximum tokens of a prompt with one response."""
     filter_overlong_prompts: bool = True
-    """Leave out, and count, a group with a text longer than `max_length`; nothing is ever cut then."""
+    """Drop and count groups with a text longer than `max_length`; nothing is truncated then."""
     truncation: Literal["error", "left", "right"] = "error"
-    """Without that filter: stop at the first such text, or keep its last (`left` is cut) or first tokens."""
+    """Without that filter: `error` stops at the first such text; `left` and `right` truncate it on that side."""
 
 
 def fit_length(
     texts: list[list[int]], group: PreferenceGroup, tokenizer: Any, config: LengthConfig
 ) -> tuple[list[list[int]], Sequence[Comparison]]:
-    """The same texts under the length policy, and the comparisons whose sides still differ.
+    """Texts as token ids under the length policy, and the comparisons whose sides still differ.
 
-    Raises BadRow for a group that the policy leaves out, and for one whose comparisons all have equal sides.
+    Raises BadRow for a group that is dropped for its length, and for one whose comparisons all have equal sides.
+    Raises UserError under `truncation=error`.
     """
     longest = max(map(len, texts), default=0)
     if longest <= config.max_length:
@@ -44,19 +42,22 @@ def fit_length(
     elif config.truncation == "error":
         raise UserError(
             f"{group.where}: a text of {longest} tokens is longer than data.max_length={config.max_length}; raise it, "
-            "set data.filter_overlong_prompts=true to leave such rows out, or data.truncation=left|right to cut them"
+            "set data.filter_overlong_prompts=true to drop such rows, or data.truncation=left|right to truncate them"
         )
     else:
-        fitted = [_cut(ids, tokenizer, config) for ids in texts]
+        fitted = [_truncate(ids, tokenizer, config) for ids in texts]
     differing = [each for each in group.comparisons if fitted[each.better] != fitted[each.worse]]
     if group.comparisons and not differing:
-        cut = " after truncation" if longest > config.max_length else " as tokens"
-        raise BadRow(f"chosen equal to rejected{cut}")
+        when = " after truncation" if longest > config.max_length else " as tokens"
+        raise BadRow(f"chosen equal to rejected{when}")
     return fitted, differing
 
 
-def _cut(ids: list[int], tokenizer: Any, config: LengthConfig) -> list[int]:
-    """At most `max_length` tokens; the special tokens that open and close a bare text stay where they are."""
+def _truncate(ids: list[int], tokenizer: Any, config: LengthConfig) -> list[int]:
+    """At most `max_length` tokens; BOS or CLS at the start and EOS or SEP at the end are kept.
+
+    Example, max_length 4, truncation left: [BOS 1 2 3 4 EOS] gives [BOS 3 4 EOS].
+    """
     excess = len(ids) - config.max_length
     if excess <= 0:
         return ids
@@ -71,24 +72,24 @@ def _cut(ids: list[int], tokenizer: Any, config: LengthConfig) -> list[int]:
 
 @dataclass(frozen=True)
 class TokenizeConfig(LengthConfig):
-    """Part of `data`: from text to tokens."""
+    """Part of `data`: tokenization."""
 
     append_eos: bool = False
-    """Close texts in style `text` with the end-of-sequence token; servers that read the model must do the same."""
+    """Append the EOS token to bare texts; servers of the model must do the same."""
     text_special_tokens: Literal["parse", "plain"] = "parse"
-    """Control tokens that bare texts spell (`<|im_end|>`, say): `parse` reads them as such, since such texts may be
-    rendered chats; `plain` as ordinary text. In the contents of chat messages they are always ordinary text."""
+    """Control tokens such as `<|im_end|>` in bare texts: `parse` reads them as tokens, since the texts may be rendered
+    chats; `plain` as plain text. In contents of chat messages they are always plain text."""
     chat_template: str | None = None
-    """A Jinja chat template or the file that holds one, instead of the tokenizer's own."""
+    """A Jinja chat template, or a file with one, instead of that of the tokenizer."""
 
 
 def load_tokenizer(
     path: str, *, key: str = "model.partial_pretrain", trust_remote_code: bool = False, chat_template: str | None = None
 ) -> Any:
-    """A fast tokenizer from a model folder, with the chat template from the configuration if one is given.
+    """Load a fast tokenizer from a model folder or the hub.
 
-    key: configuration key that `path` came from, for messages.
-    Raises UserError when the folder has no tokenizer or only a slow one, or the template cannot be read.
+    key: configuration key of `path`, for messages. chat_template: replaces that of the tokenizer.
+    Raises UserError if there is no fast tokenizer or the template cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -98,7 +99,7 @@ def load_tokenizer(
         reason = one_line(error)
         if not os.path.isdir(os.path.expanduser(path)):
             raise UserError(
-                f"{key}={path}: neither a folder (working directory {os.getcwd()}) nor a model that the hub gives "
+                f"{key}={path}: neither a folder (working directory {os.getcwd()}) nor a model on the hub "
                 f"({reason}); name a model folder"
             ) from error
         raise UserError(
@@ -106,9 +107,9 @@ def load_tokenizer(
             "the folder needs tokenizer.json and tokenizer_config.json"
         ) from error
     if not tokenizer.is_fast:
-        raise UserError(f"{key}={path}: only a slow tokenizer is there; save it with a tokenizer.json")
+        raise UserError(f"{key}={path}: only a slow tokenizer found; save it with a tokenizer.json")
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-        # For a folder without tokenizer files the library makes an empty tokenizer of the model's class.
+        # Without tokenizer files, transformers creates an empty tokenizer of the model's class.
         raise UserError(f"{key}={path}: there is no tokenizer; copy tokenizer.json and tokenizer_config.json there")
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
@@ -116,12 +117,12 @@ def load_tokenizer(
 
 
 def _read_template(text: str) -> str:
-    """The template itself, from `data.chat_template`: Jinja text or the name of a file."""
+    """The template from `data.chat_template`: Jinja text, or a file."""
     if "{{" in text or "{%" in text:
         return text
     try:
         return Path(text).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"data.chat_template={text[:100]}: neither a Jinja template nor a file that holds one ({error})"
+            f"data.chat_template={text[:100]}: neither a Jinja template nor a file with one ({error})"
         ) from error

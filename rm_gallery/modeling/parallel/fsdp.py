@@ -1,53 +1,58 @@
-"""Weights cut over the processes: torch's FSDP1 and FSDP2 behind one interface."""
+"""FSDP2 (`torch.distributed.fsdp.fully_shard`): sharded parameters, and the training step on them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from rm_gallery.distributed.process_group import World, join_alone, sum_over_ranks, turn
+from rm_gallery.distributed.collectives import sum_over_ranks
+from rm_gallery.distributed.process_group import World, heartbeat, init_single_process
 from rm_gallery.modeling.meta_init import WeightFiles
-from rm_gallery.modeling.parallel.master_weights import TrainedWeights, matrix_names
+from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 
-_NETWORK = "network."  # what a RewardModel puts before its network's names
-_WRAPPED = "_fsdp_wrapped_module."  # what FSDP1 puts between them
+_NETWORK = "network."  # prefix of the network's parameter names inside RewardModel
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How weights are cut over processes."""
+class ShardingSpec:
+    """How parameters are sharded across ranks."""
 
-    engine: Literal["fsdp", "fsdp2"]
     dtype: torch.dtype
-    """Type that the backbone computes in; gradients are summed in float32, and the head computes in it."""
+    """Compute type of the backbone. Gradients are reduced in float32; the head computes in float32."""
     group_size: int
-    """Processes of one group, over which the weights are cut; the groups hold copies of each other."""
+    """HostGroup of one sharding group. Groups replicate each other (hybrid sharding)."""
     min_num_params: int = 0
-    """Least parameters of a module that is gathered on its own; 0 takes each transformer layer."""
+    """Smallest module, in parameters, that is sharded on its own; 0 shards each transformer layer."""
     offload: bool = False
-    """Weights, gradients and optimizer state lie in host memory."""
+    """Keep parameters, gradients and optimizer state in host memory."""
 
 
-def units(model: RewardModel, min_num_params: int) -> list[nn.Module]:
-    """The modules that are gathered on their own, inner ones first; what is left is gathered with the whole model."""
+def transformer_layers(model: RewardModel) -> list[nn.Module]:
+    """The layers of the backbone, in order."""
+    depth = model.network.config.num_hidden_layers
     head = set(model.head.modules())
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    return [layer for layers in lists for layer in layers if layer not in head]
+
+
+def modules_to_shard(model: RewardModel, min_num_params: int) -> list[nn.Module]:
+    """The modules that `fully_shard` wraps on their own, inner ones first; the root takes all other parameters."""
     if not min_num_params:
-        depth = model.network.config.num_hidden_layers
-        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
-        return [layer for layers in lists for layer in layers if layer not in head]
+        return transformer_layers(model)
+    head = set(model.head.modules())
     found: list[nn.Module] = []
-    # Nothing calls the network of a decoder, and some embeddings are read without being called.
+    # fully_shard gathers parameters in a hook of `forward`. Nothing calls the network of a decoder (the backbone is
+    # called instead), and some embeddings are read without being called.
     never = {model, model.network}
     embeddings = model.network.get_input_embeddings()
 
     def visit(module: nn.Module) -> int:
-        """Parameters in here that are in no unit yet."""
+        """Number of parameters in `module` that no module in `found` owns."""
         if module in head:
             return 0
         left = sum(parameter.numel() for parameter in module.parameters(recurse=False))
@@ -62,146 +67,73 @@ def units(model: RewardModel, min_num_params: int) -> list[nn.Module]:
     return found
 
 
-def shard(model: RewardModel, files: WeightFiles | None, cut: Cut, world: World) -> tuple[RewardModel, ShardedWeights]:
-    """Cut the weights over the processes: the model to call, and its weights.
+def shard(model: RewardModel, files: WeightFiles | None, spec: ShardingSpec, world: World) -> ShardedWeights:
+    """Shard the model in place.
 
-    files: where each process reads its part from, for a model without weights; None for one that is whole in each.
+    files: for a model on the meta device, the files from which each rank reads its rows; None for a model that each
+    rank holds as a whole.
     """
     if world.world_size == 1:
-        join_alone()
-    mesh = _mesh(cut, world)
-    matrices = matrix_names(model)
-    make = _fully_shard if cut.engine == "fsdp2" else _fsdp1
-    model = make(model, cut, mesh, world)
+        init_single_process()
+    _fully_shard(model, spec, _mesh(spec, world), world)
     if files is not None:
-        _fill(model, files)
-    return model, ShardedWeights(model, cut, world, matrices)
+        heartbeat("reading the weights")
+        # The DTensors of the state dict share their memory with the parameters.
+        files.fill({name.removeprefix(_NETWORK): value for name, value in model.state_dict().items()})
+    return ShardedWeights(model, spec, world)
 
 
-def _mesh(cut: Cut, world: World) -> DeviceMesh:
-    if cut.group_size == world.world_size:
+def _mesh(spec: ShardingSpec, world: World) -> DeviceMesh:
+    """[ranks]; with smaller groups [groups, ranks of a group]: 8 ranks in groups of 4 are [2, 4]."""
+    if spec.group_size == world.world_size:
         return init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("shard",))
-    shape = (world.world_size // cut.group_size, cut.group_size)
+    shape = (world.world_size // spec.group_size, spec.group_size)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def _fully_shard(model: RewardModel, cut: Cut, mesh: DeviceMesh, world: World) -> RewardModel:
-    """FSDP2: each parameter becomes a DTensor."""
+def _fully_shard(model: RewardModel, spec: ShardingSpec, mesh: DeviceMesh, world: World) -> None:
+    """Turn each parameter into a DTensor, and give parameters on the meta device memory for this rank's shard."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if cut.offload else OffloadPolicy()
-    # Inputs are not cast: token numbers stay what they are, and activations have the backbone's type already.
-    plain = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    mixed = MixedPrecisionPolicy(param_dtype=cut.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for unit in units(model, cut.min_num_params):
-        fully_shard(unit, mesh=mesh, mp_policy=mixed, offload_policy=offload)
-    fully_shard(model.head, mesh=mesh, mp_policy=plain, offload_policy=offload)
+    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if spec.offload else OffloadPolicy()
+    # Inputs need no cast: token ids are integers, and activations have the compute type already.
+    full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mixed = MixedPrecisionPolicy(param_dtype=spec.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in modules_to_shard(model, spec.min_num_params):
+        fully_shard(module, mesh=mesh, mp_policy=mixed, offload_policy=offload)
+    fully_shard(model.head, mesh=mesh, mp_policy=full, offload_policy=offload)
     fully_shard(model, mesh=mesh, mp_policy=mixed, offload_policy=offload)
-    weights_lie = torch.device("cpu") if cut.offload else world.device
-    model._apply(lambda each: torch.empty_like(each, device=weights_lie) if each.is_meta else each)
-    return model
-
-
-def _fsdp1(model: RewardModel, cut: Cut, mesh: DeviceMesh, world: World) -> RewardModel:
-    """FSDP1: each module's parameters become one flat piece. The wrapper passes attributes on to the model."""
-    from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, MixedPrecision, ShardingStrategy
-    from torch.distributed.fsdp.wrap import CustomPolicy
-
-    on_their_own = set(units(model, cut.min_num_params))
-    head = model.head
-    as_it_is: dict[str, Any] = {"cast_forward_inputs": False, "cast_root_forward_inputs": False}
-    plain = MixedPrecision(reduce_dtype=torch.float32, **as_it_is)
-    mixed = MixedPrecision(param_dtype=cut.dtype, reduce_dtype=torch.float32, **as_it_is)
-
-    def policy(module: nn.Module) -> bool | dict[str, Any]:
-        return {"mixed_precision": plain} if module is head else module in on_their_own
-
-    def materialize(module: nn.Module) -> None:
-        for name, parameter in module.named_parameters(recurse=False):
-            empty = torch.empty_like(parameter, device=world.device)
-            setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
-
-    is_outline = any(parameter.is_meta for parameter in model.parameters())
-    wrapped = FullyShardedDataParallel(
-        model,
-        device_mesh=mesh,
-        sharding_strategy=ShardingStrategy.FULL_SHARD if mesh.ndim == 1 else ShardingStrategy.HYBRID_SHARD,
-        auto_wrap_policy=CustomPolicy(policy),
-        mixed_precision=mixed,
-        cpu_offload=CPUOffload(offload_params=True) if cut.offload else None,
-        param_init_fn=materialize if is_outline else None,
-        device_id=world.device,
-        use_orig_params=True,
-    )
-    return wrapped  # type: ignore[return-value]
-
-
-def _fill(model: RewardModel, files: WeightFiles) -> None:
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-
-    turn("reading the weights")
-    state: dict[str, Any] = get_model_state_dict(model)
-    files.fill({name.removeprefix(_NETWORK): value for name, value in state.items()})
-    set_model_state_dict(model, state)
+    device = torch.device("cpu") if spec.offload else world.device
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
 
 
 class ShardedWeights(TrainedWeights):
-    """float32 weights of which each process holds its part, gathered in the compute type where they are used."""
+    """Sharded float32 parameters: FSDP2 all-gathers them in the compute type where the model uses them."""
 
-    def __init__(self, model: RewardModel, cut: Cut, world: World, matrices: frozenset[str]) -> None:
-        self.device, self.compute_dtype = world.device, cut.dtype
-        self.cut, self._model, self._matrices = cut, model, matrices
-        self._num_processes = world.world_size
-        self._num_copies = world.world_size // cut.group_size
-        self._named = [(name.replace(_WRAPPED, ""), parameter) for name, parameter in model.named_parameters()]
-        # With offloaded weights FSDP1 puts each gradient in the place of the one before.
-        self.adds_up_by_itself = not (cut.engine == "fsdp" and cut.offload)
-        self._sums: dict[nn.Parameter, Tensor] = {}
+    def __init__(self, model: RewardModel, spec: ShardingSpec, world: World) -> None:
+        self.device, self.compute_dtype = world.device, spec.dtype
+        self._model = model
+        self._world_size = world.world_size
+        self._num_replicas = world.world_size // spec.group_size
+        self._named = list(model.named_parameters())
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add a micro-batch's gradients, summed over the processes and cut."""
-        turn("a backward pass")
-        if self.cut.engine == "fsdp2" and self._num_copies > 1:
+        """Accumulate a micro-batch's gradients, reduce-scattered in the group; replicas all-reduce after the last."""
+        heartbeat("a backward pass")
+        if self._num_replicas > 1:
             self._model.set_requires_all_reduce(is_last)  # type: ignore[operator]
-        # Both engines take the mean over the processes, and the loss is a part of a sum.
-        (loss * self._num_processes).backward()
-        if not self.adds_up_by_itself:
-            self._add_up(is_last)
-
-    @torch.no_grad()
-    def _add_up(self, is_last: bool) -> None:
-        for _, parameter in self._named:
-            if parameter.grad is None:
-                continue
-            if is_last:
-                if parameter in self._sums:
-                    parameter.grad.add_(self._sums.pop(parameter))
-                continue
-            if parameter in self._sums:
-                self._sums[parameter].add_(parameter.grad)
-            else:
-                self._sums[parameter] = parameter.grad.clone()
-            parameter.grad = None
+        # FSDP2 averages gradients over all ranks. Our loss is a part of a sum over ranks, so undo the division.
+        (loss * self._world_size).backward()
 
     def _sum_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Both engines did that in the backward pass."""
+        """Nothing to do: FSDP2 reduces gradients in the backward pass."""
 
-    def publish(self) -> None:
-        """Both engines gather the updated weights where the model uses them."""
+    def copy_to_model(self) -> None:
+        """Nothing to do: FSDP2 casts the float32 shards in each all-gather."""
 
-    def _over_processes(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        # Each number of the gradient lies in one process of every group: its square is counted once.
-        pair = torch.stack([loss, norm.double().square() / self._num_copies])
+    def _reduce(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        # Each element of the gradient lies on one rank of every group. So the sum of squares over all ranks counts it
+        # once per group, and each rank divides its part by the number of groups.
+        pair = torch.stack([loss, norm.double().square() / self._num_replicas])
         loss, square = sum_over_ranks(pair, "the end of a step")
         return loss, square.sqrt().float()
-
-    def state_dict(self, model: RewardModel) -> dict[str, Tensor]:
-        """The library model's state, each tensor a DTensor of which this process holds its part.
-
-        Every process must call it, since FSDP1 gathers and cuts again.
-        """
-        from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-        turn("the state of the model")
-        state: dict[str, Any] = get_model_state_dict(model)
-        return {name.removeprefix(_NETWORK): value for name, value in state.items()}

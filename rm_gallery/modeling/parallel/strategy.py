@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.config import StrategySetting
 
-Strategy: TypeAlias = Literal["none", "ddp", "fsdp", "fsdp2"]
+Strategy: TypeAlias = Literal["none", "ddp", "fsdp2"]
 """What runs; `none` is one process that holds everything on its device."""
 
 _DDP_MEMORY_SHARE = 0.25
@@ -42,7 +42,7 @@ def choose_strategy(
         is_small = training_state_bytes(num_parameters, dtype_bytes) <= _DDP_MEMORY_SHARE * memory and not offload
         strategy = "ddp" if is_small else "fsdp2"
     else:
-        strategy = setting
+        strategy = "ddp" if setting == "ddp" else "fsdp2"  # `fsdp` is an alias
     if strategy != "ddp" and fsdp_size > 0 and world_size % fsdp_size:
         raise UserError(
             f"model.fsdp_config.fsdp_size={fsdp_size} does not divide the {world_size} processes into equal groups; "

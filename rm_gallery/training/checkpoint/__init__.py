@@ -1,10 +1,10 @@
-"""Checkpoints: `global_step_N` folders of a run, what they hold, and how training goes on from one.
+"""Checkpoints: saving a run to `global_step_N` folders, and resuming from one.
 
-To add something that must survive: a number goes into `Progress`, a tensor into `RunTensors`.
+To add state to a checkpoint: numbers go into `Progress`, tensors into `RunTensors`.
 """
 
 from rm_gallery.training.checkpoint.folders import list_checkpoints, refuse_earlier_run
-from rm_gallery.training.checkpoint.mirror import Copies
+from rm_gallery.training.checkpoint.mirror import Mirror
 from rm_gallery.training.checkpoint.resume import PLAN, RunIdentity, Start, find_start
 from rm_gallery.training.checkpoint.save import Checkpoints, WeightsFolder
 from rm_gallery.training.checkpoint.state import Progress, RunTensors, random_state, set_random_state
@@ -12,7 +12,7 @@ from rm_gallery.training.checkpoint.state import Progress, RunTensors, random_st
 __all__ = [
     "PLAN",
     "Checkpoints",
-    "Copies",
+    "Mirror",
     "Progress",
     "RunIdentity",
     "RunTensors",

@@ -1,8 +1,9 @@
-"""Checkpoint folders on disk: which are complete, whether one is whole, which are kept, and which one is the best.
+"""Checkpoint folders of a run: list, verify, commit, prune, and name the best one.
 
-global_step_N/                the Hugging Face folder of the model
-global_step_N/training_state/ what training goes on from; complete.json in it is written last
-.global_step_N.*              being written, fetched or deleted; nothing but cleaning looks at these
+global_step_N/                 the Hugging Face model
+global_step_N/training_state/  the training state: weights and optimizer in float32, step, random states
+global_step_N/manifest.json    SHA-256 of every file, written last: a checkpoint with a manifest is complete
+.global_step_N.*               being written, downloaded or deleted; removed at the next start
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from rm_gallery.errors import UserError
-from rm_gallery.files import find_damage, remove, replace, write_text
+from rm_gallery.files import MANIFEST, check_manifest, remove, replace, write_manifest, write_text
 from rm_gallery.training.checkpoint.state import BEST_METRIC, Progress
 
 log = logging.getLogger(__name__)
 
 STATE_NAME = "training_state"
 FACTS_NAME = "state.json"
-MARKER_NAME = "complete.json"
-FORMAT = 1  # of training_state
+EARLIER_MANIFEST = f"{STATE_NAME}/complete.json"  # of earlier versions, whose manifest.json lists the model only
+BEST_NAME = "best.json"
 
 
 def step_of(folder: Path) -> int:
@@ -39,41 +40,46 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def manifest_of(folder: Path) -> str:
+    """Name of the file that lists all files of a checkpoint, relative to its folder."""
+    return EARLIER_MANIFEST if (folder / EARLIER_MANIFEST).is_file() else MANIFEST
+
+
 def is_resumable(folder: Path) -> bool:
-    """Whether training can go on from it, as far as a look at the names tells."""
-    return (folder / STATE_NAME / MARKER_NAME).is_file()
+    """Whether the folder has a manifest and a training state; their contents are not checked."""
+    return (folder / manifest_of(folder)).is_file() and (folder / STATE_NAME).is_dir()
 
 
 def refuse_earlier_run(run_dir: Path, *, anyway: bool = False) -> None:
-    """Raise UserError when the folder holds an earlier run that cannot be continued; two runs must not mix.
+    """Raise UserError if the folder holds a run that cannot be resumed, since two runs must not share a folder.
 
-    anyway: even if it can.
+    anyway: also if it could be resumed.
     """
     earlier = list_checkpoints(run_dir)
     if earlier and (anyway or not any(is_resumable(folder) for folder in earlier)):
         why = "trainer.resume_mode=disable" if anyway else "none of its checkpoints holds a training_state"
         raise UserError(
-            f"{run_dir}: holds an earlier run (newest checkpoint {earlier[-1].name}), which cannot be continued "
+            f"{run_dir}: holds an earlier run (newest checkpoint {earlier[-1].name}), which cannot be resumed "
             f"({why}); set another trainer.experiment_name or trainer.default_local_dir, or move the folder away"
         )
 
 
 def hidden(folder: Path, purpose: str) -> Path:
-    """Where a checkpoint is while it is being written (`saving`), fetched or deleted."""
+    """Path of a checkpoint while it is `saving` or `downloading`."""
     return folder.with_name(f".{folder.name}.{purpose}")
 
 
 def clean(run_dir: Path) -> None:
-    """Remove what saves and deletions that were cut short have left."""
-    leftovers = sorted(run_dir.glob(".global_step_*"))
-    for path in leftovers:
+    """Remove partial checkpoints of interrupted saves, downloads and deletions."""
+    partial = sorted(run_dir.glob(".global_step_*"))
+    for path in partial:
         shutil.rmtree(path, ignore_errors=True)
-    if leftovers:
-        log.info("removed what a save that was cut short has left: %s", ", ".join(path.name for path in leftovers))
+    if partial:
+        log.info("removed partial checkpoints: %s", ", ".join(path.name for path in partial))
 
 
 def set_aside(folder: Path, why: str) -> Path:
-    """Rename a checkpoint that must not be used, as `global_step_N.damaged`; one of that name from before goes."""
+    """Rename a checkpoint that must not be used to `global_step_N.WHY`, replacing an earlier one of that name."""
     target = folder.with_name(f"{folder.name}.{why}")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(folder, target)
@@ -81,46 +87,29 @@ def set_aside(folder: Path, why: str) -> Path:
 
 
 def publish(staging: Path, folder: Path, hashes: Mapping[str, str]) -> None:
-    """Write the marker, and give the staged folder its name; all of it is on the disk then.
+    """Write the manifest, flush everything to disk, and rename the staging folder to its final name.
 
-    Raises OSError; the folder is not there then.
+    Raises OSError; `folder` does not exist then.
     """
-    marker = staging / STATE_NAME / MARKER_NAME
-    text = json.dumps({"format": FORMAT, "sha256": dict(sorted(hashes.items()))}, indent=2)
-    marker.write_text(text + "\n", encoding="utf-8")
+    write_manifest(staging, hashes)
     replace(staging, folder)
 
 
 def damage(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, in words, or None when every file has its recorded hash.
-
-    part, parts: look at every `parts`-th file only, from `part` on; ranks share the reading.
-    """
-    marker = folder / STATE_NAME / MARKER_NAME
-    try:
-        recorded = json.loads(marker.read_text(encoding="utf-8"))
-        hashes, version = recorded["sha256"], recorded["format"]
-        names = sorted(hashes)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return f"{MARKER_NAME} cannot be read"
-    if version != FORMAT:
-        return f"written in format {version!r}, which this version does not read"
-    return find_damage(folder, {name: hashes[name] for name in names[part::parts]})
+    """Describe the first damaged file, or return None if every file matches the manifest. See `check_manifest`."""
+    return check_manifest(folder, manifest=manifest_of(folder), part=part, parts=parts)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What state.json of a checkpoint says."""
+    """The content of state.json."""
     facts: dict[str, Any] = json.loads((folder / STATE_NAME / FACTS_NAME).read_text(encoding="utf-8"))
     return facts
 
 
-BEST_NAME = "best.json"
-
-
 def keep_newest(run_dir: Path, number: int | None, best_step: int | None) -> None:
-    """Delete all but the newest so many checkpoints; the best one is kept beside them. None keeps all.
+    """Delete all but the newest `number` checkpoints and the best one. None keeps all.
 
-    What cannot be deleted stays, with a warning.
+    A checkpoint that cannot be deleted is kept, with a warning.
     """
     if number is None:
         return
@@ -138,14 +127,9 @@ def keep_newest(run_dir: Path, number: int | None, best_step: int | None) -> Non
 def name_best(run_dir: Path, progress: Progress) -> None:
     """Write best.json: the checkpoint with the highest `val/accuracy` of the run."""
     path = run_dir / BEST_NAME
-    if progress.best_step is None:
+    step = progress.best_step
+    if step is None:
         path.unlink(missing_ok=True)
         return
-    text = json.dumps(
-        {
-            "checkpoint": f"global_step_{progress.best_step}",
-            "step": progress.best_step,
-            BEST_METRIC: progress.best_accuracy,
-        }
-    )
-    write_text(path, text + "\n")
+    best = {"checkpoint": f"global_step_{step}", "step": step, BEST_METRIC: progress.best_accuracy}
+    write_text(path, json.dumps(best) + "\n")

@@ -1,4 +1,4 @@
-"""Going on: which checkpoint a run continues from, whether it is this run's, and taking everything from it."""
+"""Resuming: choose a checkpoint, check that it belongs to this run, and load it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rm_gallery.distributed.collectives import HostGroup
 from rm_gallery.errors import UserError, one_line
 from rm_gallery.training.checkpoint.folders import (
     STATE_NAME,
@@ -22,30 +23,29 @@ from rm_gallery.training.checkpoint.folders import (
     set_aside,
     step_of,
 )
-from rm_gallery.training.checkpoint.mirror import fetch, newest_copy
+from rm_gallery.training.checkpoint.mirror import download, newest_upload
 from rm_gallery.training.checkpoint.state import Progress, RandomState, RunTensors, first_failure
-from rm_gallery.training.collectives import Ranks
 
 log = logging.getLogger(__name__)
 
 
-PLAN = "plan"  # key in `RunIdentity.fixed` that follows from settings, which are named instead
+PLAN = "plan"  # key in `RunIdentity.fixed`; it follows from settings, which errors name instead
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a run is. A checkpoint that was written under another `fixed` is refused."""
+    """What identifies a run: a checkpoint with other `fixed` values is refused."""
 
     fixed: Mapping[str, Any]
-    """Configuration key, or what a person would call it (without dots), -> plain value."""
+    """Configuration key, or a description without dots -> plain value."""
     config: Mapping[str, Any]
-    """The whole configuration, nested; other changes in it are named in a warning."""
+    """The whole configuration, nested; a warning names other changes."""
     total_steps: int
     rate_at: Callable[[int, int], float]
-    """(total steps, step from 0) -> factor on the learning rate."""
+    """(total steps, step from 0) -> factor of the learning rate."""
 
     def facts(self, origin: str | None) -> dict[str, Any]:
-        """For state.json. origin: the checkpoint of another folder, or an older one, that the run began with."""
+        """For state.json. origin: the checkpoint that `trainer.resume_mode` named at the first start, if any."""
         return {
             "fixed": dict(self.fixed), "config": dict(self.config), "total_steps": self.total_steps, "origin": origin,
         }  # fmt: skip
@@ -53,12 +53,12 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: at step 0, or where a checkpoint was."""
+    """Where training starts: at step 0, or at the step of a checkpoint."""
 
     folder: Path | None = None
     progress: Progress = field(default_factory=Progress)
     random: RandomState | None = None
-    """None: at step 0, or saved by another number of processes."""
+    """None at step 0, and if the world size has changed."""
     sums: Mapping[str, float] = field(default_factory=dict)
     """Metric sums of this rank since the last log line."""
     origin: str | None = None
@@ -66,30 +66,31 @@ class Start:
 
 
 def find_start(
-    run_dir: Path, mode: str, identity: RunIdentity, tensors: RunTensors, ranks: Ranks, *, copies_url: str | None = None
-) -> Start:
-    """Choose the checkpoint to go on from, check it, and load it. Every rank calls it at the same place.
+    run_dir: Path, mode: str, identity: RunIdentity, tensors: RunTensors, ranks: HostGroup,
+    *, mirror_url: str | None = None,
+) -> Start:  # fmt: skip
+    """Choose the checkpoint to resume from, verify it, and load it. A collective: every rank calls it.
 
-    mode: `trainer.resume_mode`. copies_url: where to look when the run folder holds no checkpoint.
+    mode: `trainer.resume_mode`. mirror_url: where to look if the run directory has no checkpoint.
     Raises UserError for a checkpoint of another run.
     """
-    lost = False
+    found_damage = False
     while True:
         choice, problem = None, None
         if ranks.rank == 0:
             try:
                 clean(run_dir)
-                choice = _choose(run_dir, mode, copies_url)
+                choice = _choose(run_dir, mode, mirror_url)
             except (UserError, OSError) as error:
                 problem = str(error)
-        ranks.settle(problem)
-        choice = ranks.share(choice)
+        ranks.raise_problem(problem)
+        choice = ranks.broadcast(choice)
         if choice is None:
-            if lost:
-                log.warning("no other checkpoint is there: the run begins at step 0")
+            if found_damage:
+                log.warning("no intact checkpoint is left: training starts from scratch")
             return Start()
         folder = choice.folder
-        problems = ranks.gather(damage(folder, part=ranks.rank, parts=ranks.world_size))
+        problems = ranks.all_gather(damage(folder, part=ranks.rank, parts=ranks.world_size))
         damaged = next((each for each in problems if each), None)
         if damaged is None:
             start = _load(choice, identity, tensors, ranks, run_dir)
@@ -98,37 +99,37 @@ def find_start(
             return start
         if choice.named:
             raise UserError(f"{choice.named}: {damaged}; it is damaged, name another checkpoint")
-        lost = True
+        found_damage = True
         if ranks.rank == 0:
             name = set_aside(folder, "damaged").name
-            log.warning("%s is damaged (%s): renamed to %s, going on with the one before", folder, damaged, name)
+            log.warning("%s is damaged (%s): renamed to %s, trying the previous checkpoint", folder, damaged, name)
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """A checkpoint to go on from, if it is whole."""
+    """A checkpoint to resume from, if it is intact."""
 
     folder: Path
     origin: str | None
     named: str = ""
-    """The setting that names this one, so that no other will do."""
+    """The setting that names this checkpoint, so that no other may replace it; "" if none does."""
     superseded: Sequence[Path] = ()
-    """Later checkpoints of the same folder, which do not belong to what follows."""
+    """Later checkpoints of the same run directory, which the resumed run replaces."""
 
 
-def _choose(run_dir: Path, mode: str, copies_url: str | None) -> _Choice | None:
-    """The checkpoint to try next; None to begin at step 0."""
+def _choose(run_dir: Path, mode: str, mirror_url: str | None) -> _Choice | None:
+    """The checkpoint to try next; None to start from scratch."""
     refuse_earlier_run(run_dir, anyway=mode == "disable")
     if mode == "disable":
         return None
     own = [folder for folder in list_checkpoints(run_dir) if is_resumable(folder)]
     if mode == "auto":
-        if not own and copies_url is not None and (url := newest_copy(copies_url)):
-            return _Choice(fetch(url, run_dir), None, named=f"trainer.default_hdfs_dir={copies_url}: {url}")
+        if not own and mirror_url is not None and (url := newest_upload(mirror_url)):
+            return _Choice(download(url, run_dir), None, named=f"trainer.default_hdfs_dir={mirror_url}: {url}")
         return _Choice(own[-1], _origin(own[-1])) if own else None
     origin = mode if "://" in mode else os.path.realpath(os.path.expanduser(mode))
     if own and _origin(own[-1]) == origin:
-        return _Choice(own[-1], origin)  # a restart of a run that began there
+        return _Choice(own[-1], origin)  # a restart of a run that started from there
     named = f"trainer.resume_mode={mode}"
     if "://" not in mode:
         wanted = Path(origin)
@@ -140,21 +141,21 @@ def _choose(run_dir: Path, mode: str, copies_url: str | None) -> _Choice | None:
             return _Choice(run_dir / wanted.name, origin, named, later)
     if own:
         raise UserError(
-            f"{run_dir}: holds a run (newest checkpoint {own[-1].name}) that did not begin with {named}; "
-            "set another trainer.experiment_name, or trainer.resume_mode=auto to go on with the run that is there"
+            f"{run_dir}: holds a run (newest checkpoint {own[-1].name}) that did not start from {named}; "
+            "set another trainer.experiment_name, or trainer.resume_mode=auto to resume that run"
         )
-    return _Choice(fetch(mode, run_dir) if "://" in mode else wanted, origin, named)
+    return _Choice(download(mode, run_dir) if "://" in mode else wanted, origin, named)
 
 
 def _origin(folder: Path) -> str | None:
     try:
         origin = read_facts(folder).get("origin")
     except (OSError, ValueError, AttributeError):
-        return None  # it is damaged, which is found out later
+        return None  # damaged; `damage` finds out later
     return origin if isinstance(origin, str) else None
 
 
-def _load(choice: _Choice, identity: RunIdentity, tensors: RunTensors, ranks: Ranks, run_dir: Path) -> Start:
+def _load(choice: _Choice, identity: RunIdentity, tensors: RunTensors, ranks: HostGroup, run_dir: Path) -> Start:
     folder = choice.folder
     saved = read_facts(folder)
     progress = Progress(**saved["progress"])
@@ -173,15 +174,15 @@ def _load(choice: _Choice, identity: RunIdentity, tensors: RunTensors, ranks: Ra
         random, sums = parts[ranks.rank]["random"], parts[ranks.rank]["sums"]
     else:
         log.warning(
-            "going on with %d processes, saved by %d: random states are new, and results agree up to rounding",
+            "resuming with %d processes, saved by %d: RNG states are new, and results agree up to rounding",
             ranks.world_size, saved["world_size"],
         )  # fmt: skip
-        # All sums go to one rank; the others hold nothing under the same names.
+        # Rank 0 takes all sums; the others have zeros under the same names.
         random, sums = None, {name: 0.0 for part in parts for name in part["sums"]}
         for part in parts if ranks.rank == 0 else []:
             for name, value in part["sums"].items():
                 sums[name] += value
-    log.info("going on after step %d from %s", progress.step, folder)
+    log.info("resuming from step %d of %s", progress.step, folder)
     return Start(folder, progress, random, sums, choice.origin)
 
 
@@ -190,27 +191,27 @@ def _rank_files(folder: Path, world_size: int) -> list[Path]:
 
 
 def _check_identity(folder: Path, saved: Mapping[str, Any], identity: RunIdentity) -> None:
-    """Refuse another run's checkpoint; name settings that are new."""
+    """Raise UserError for a checkpoint of another run; log changed settings."""
     was, now = dict(saved["fixed"]), json.loads(json.dumps(dict(identity.fixed)))
     differing = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     changed = _changes(saved["config"], json.loads(json.dumps(dict(identity.config), default=str)))
     if differing:
-        # What differs may be a hash; the settings that it comes from say more.
+        # What differs may be a hash; the settings behind it say more.
         causes = [text for key, text in changed.items() if key.startswith("data.") and key != "data.val_files"]
-        told = [
+        differences = [
             f"{name}{'=' if '.' in name else ': '}{_shown(now.get(name))}, was {_shown(was.get(name))}"
             for name in differing
             if name != PLAN or not (causes or differing[1:])
         ]
         raise UserError(
-            f"{folder}: written by another run: {'; '.join(told + causes)}. To go on, set these back; for a new "
-            "run set another trainer.experiment_name, and model.partial_pretrain to that folder to start from its "
+            f"{folder}: written by another run: {'; '.join(differences + causes)}. To resume, set these back; for a "
+            "new run set another trainer.experiment_name, and model.partial_pretrain to that folder to start from its "
             "weights"
         )
     length = ("trainer.resume_mode", "trainer.total_epochs", "trainer.total_training_steps")
     new = [text for key, text in changed.items() if key not in length]
     if new:
-        log.warning("going on with settings that are new: %s", "; ".join(new))
+        log.warning("resuming with changed settings: %s", "; ".join(new))
 
 
 def _changes(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -230,19 +231,19 @@ def _shown(value: Any) -> str:
 
 
 def _check_length(folder: Path, saved: Mapping[str, Any], step: int, identity: RunIdentity) -> None:
-    """The length of a run may change where the learning rate goes on without a jump."""
+    """Raise UserError if a changed number of steps would make the learning rate jump."""
     was, now = saved["total_steps"], identity.total_steps
     if was == now:
         return
     if now < step:
         raise UserError(
-            f"{folder}: the run has come to step {step}, past the {now} steps that are asked for; raise "
+            f"{folder}: the run is at step {step}, past the {now} steps that are configured; raise "
             "trainer.total_epochs or trainer.total_training_steps"
         )
     before, after = identity.rate_at(was, step), identity.rate_at(now, step)
     if abs(before - after) > 1e-9:
         raise UserError(
-            f"{folder}: belongs to a run of {was} steps, now {now} are asked for, and with this schedule the learning "
+            f"{folder}: belongs to a run of {was} steps, now {now} are configured, and with this schedule the learning "
             f"rate would jump from {before:.4g} to {after:.4g} of its highest. Only `constant`, and `wsd` before its "
             "decay, can change their length after the warm-up: set trainer.total_epochs or total_training_steps back, "
             "or start a new run with model.partial_pretrain set to that folder"

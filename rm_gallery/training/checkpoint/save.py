@@ -1,15 +1,14 @@
-"""Saving: every rank writes its share, rank 0 finishes the folder; in the foreground or beside the training.
+"""Saving: every rank writes its shards, rank 0 completes the folder, synchronously or in the background.
 
-The Hugging Face files of a checkpoint are written from the training state, and checked by rescoring.
+The Hugging Face files of a checkpoint are written from the saved training state and checked by rescoring a few texts.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.data.tokenization.token_group import TokenGroup
+from rm_gallery.distributed.collectives import HostGroup
 from rm_gallery.errors import UserError, one_line
 from rm_gallery.files import sha256_files
-from rm_gallery.modeling.export import InputRecord, check_manifest, check_rewards, write_folder
+from rm_gallery.modeling.export import InputRecord, check_rewards, write_folder
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.training.checkpoint.folders import (
     FACTS_NAME,
@@ -33,64 +33,63 @@ from rm_gallery.training.checkpoint.folders import (
     name_best,
     publish,
 )
-from rm_gallery.training.checkpoint.mirror import Copies
+from rm_gallery.training.checkpoint.mirror import Mirror
 from rm_gallery.training.checkpoint.state import (
     Progress,
     RunTensors,
     SavedWeights,
     first_failure,
+    preserve_random_state,
     quiet,
     random_state,
-    random_state_kept,
 )
-from rm_gallery.training.collectives import Ranks
 from rm_gallery.training.config import CheckpointConfig
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """Saves a run; the first and the last save are checked by rescoring, the others by their hashes."""
+    """Saves a run. The first and the last checkpoint are verified by rescoring, the others by their hashes."""
 
     def __init__(
-        self, run_dir: Path, config: CheckpointConfig, tensors: RunTensors, weights_folder: WeightsFolder, ranks: Ranks,
-        *, facts: Mapping[str, Any], copies: Copies | None = None, latest: Path | None = None,
+        self, run_dir: Path, config: CheckpointConfig, tensors: RunTensors, weights_folder: WeightsFolder,
+        ranks: HostGroup, *, facts: Mapping[str, Any], mirror: Mirror | None = None, latest: Path | None = None,
     ) -> None:  # fmt: skip
-        """facts: of the run, kept beside its progress. copies: on rank 0. latest: that the run goes on from."""
+        """facts: of the run, for state.json. mirror: on rank 0. latest: the checkpoint that the run resumes from."""
         self.run_dir, self.config, self.tensors, self.weights_folder = run_dir, config, tensors, weights_folder
-        self.ranks, self.facts, self.copies = ranks, facts, copies
+        self.ranks, self.facts, self.mirror = ranks, facts, mirror
         self.latest = latest
-        """The newest checkpoint of the run that is complete."""
-        self._quiet_ranks = ranks.apart()  # for the thread: its agreements must not mix with the training's
+        """The newest complete checkpoint of the run."""
+        self._thread_ranks = ranks.for_thread()  # collectives of the worker must not mix with those of training
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saving")
         self._pending: Future[Path] | None = None
-        self._expected: list[float] | None = None  # rewards of a checkpoint that is still to be rescored
+        self._expected: list[float] | None = None  # rewards of the pending checkpoint, if it is rescored
         self._is_first = True
 
     def save(self, progress: Progress, sums: Mapping[str, float], *, is_last: bool = False) -> None:
-        """Write `global_step_N` and check it; with `async_save` and not `is_last`, go on while that happens.
+        """Write `global_step_N` and verify it; with `async_save` and not `is_last`, in the background.
 
-        sums: of this rank, since the last log line. Every rank calls it at the same place.
-        Raises UserError on every rank when this save or the one before cannot be written or does not give the
-        trainer's rewards; earlier ones stay whole.
+        sums: metric sums of this rank since the last log line. A collective: every rank calls it.
+        Raises UserError on every rank when this save or the previous one cannot be written or does not reproduce the
+        trainer's rewards; earlier checkpoints stay intact.
         """
         self.wait()
-        with random_state_kept():
-            job = _Job(self, progress, sums)
+        with preserve_random_state():
+            save = _Save(self, progress, sums)
             if self._is_first or is_last:
                 self._expected = self.weights_folder.expected()
             self._is_first = False
             background = self.config.async_save and not is_last
-            self._pending = job.start(self._worker if background else None)
+            self._pending = save.start(self._worker if background else None)
             if not background:
                 self.wait()
 
     def has_failed(self) -> bool:
-        """Whether a save beside the training has ended badly on this rank; `wait` then raises. Takes no time."""
+        """Whether a background save has failed on this rank; `wait` raises its error then. Does not block."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
-        """Until nothing is being written. Every rank calls it at the same place; raises as `save` does."""
+        """Wait for the save in the background. A collective: every rank calls it; raises as `save` does."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -99,27 +98,27 @@ class Checkpoints:
         problem = None
         if expected is not None and self.ranks.rank == 0:
             try:
-                with random_state_kept():
+                with preserve_random_state():
                     self.weights_folder.check(folder, expected)
             except UserError as error:
                 problem = str(error)
-        self.ranks.settle(problem)
+        self.ranks.raise_problem(problem)
         self.latest = folder
 
-    def close(self, *, hurry: bool = False) -> None:
-        """Let what is being written be finished; copies too, unless there is a hurry. Never raises for a save."""
+    def close(self, *, wait_for_uploads: bool = True) -> None:
+        """Wait for the save in the background, and for uploads if asked to. Logs a failed save instead of raising."""
         self._worker.shutdown(wait=True)
         if self._pending is not None and self._pending.exception() is not None:
             log.warning("%s", self._pending.exception())
-        if self.copies is not None:
-            self.copies.close(self.run_dir, hurry=hurry)
+        if self.mirror is not None:
+            self.mirror.close(self.run_dir, wait=wait_for_uploads)
 
 
-class _Job:
-    """One save."""
+class _Save:
+    """One checkpoint being written."""
 
     def __init__(self, owner: Checkpoints, progress: Progress, sums: Mapping[str, float]) -> None:
-        self.owner, self.ranks = owner, owner._quiet_ranks
+        self.owner, self.ranks = owner, owner._thread_ranks
         self.folder = owner.run_dir / f"global_step_{progress.step}"
         self.staging = hidden(self.folder, "saving")
         self.state = self.staging / STATE_NAME
@@ -128,7 +127,7 @@ class _Job:
         self.run_facts = {**owner.facts, "world_size": self.ranks.world_size, "progress": progress.as_dict()}
 
     def start(self, worker: ThreadPoolExecutor | None) -> Future[Path]:
-        """Copy what training will change, then write: in the worker, or here and now."""
+        """Take a snapshot and write it in the worker, or write at once without a worker."""
         problem = None
         if self.ranks.rank == 0:
             try:
@@ -136,34 +135,31 @@ class _Job:
                 self.state.mkdir(parents=True)
             except OSError as error:
                 problem = self._cannot(error)
-        self.owner.ranks.settle(problem)
+        self.owner.ranks.raise_problem(problem)
         tensors = self.owner.tensors.read()
         quiet()
         if worker is not None:
             written = dcp.async_save(tensors, checkpoint_id=self.state, process_group=self.ranks.group)
             assert isinstance(written, Future)
-            return worker.submit(self._finish, written)
-        written = Future()
-        try:
-            written.set_result(dcp.save(tensors, checkpoint_id=self.state, process_group=self.ranks.group))
-        except (OSError, CheckpointException) as error:
-            written.set_exception(error)
+            return worker.submit(self._finish, written.result)
         done: Future[Path] = Future()
         try:
-            done.set_result(self._finish(written))
+            done.set_result(
+                self._finish(lambda: dcp.save(tensors, checkpoint_id=self.state, process_group=self.ranks.group))
+            )
         except UserError as error:
             done.set_exception(error)
         return done
 
-    def _finish(self, written: Future[Any]) -> Path:
-        """All that comes after the tensors; the ranks agree on how it went, so all raise the same or none does."""
+    def _finish(self, write_tensors: Callable[[], Any]) -> Path:
+        """Write the tensors, or wait for them, and complete the checkpoint. All ranks raise the same error, or none."""
         problem, hashes = None, {}
         try:
-            written.result()
+            write_tensors()
             hashes = self._write_rank_facts()
         except (OSError, RuntimeError, CheckpointException) as error:
             problem = self._cannot(error)
-        reports = self.ranks.gather((problem, hashes))
+        reports = self.ranks.all_gather((problem, hashes))
         problem = next((each for each, _ in reports if each), None)
         if self.ranks.rank == 0:
             try:
@@ -173,27 +169,28 @@ class _Job:
                 problem = self._cannot(error)
             if problem:
                 shutil.rmtree(self.staging, ignore_errors=True)
-        problem = self.ranks.share(problem)
+        problem = self.ranks.broadcast(problem)
         if problem:
             raise UserError(problem)
         log.info("saved %s", self.folder)
         return self.folder
 
     def _write_rank_facts(self) -> dict[str, str]:
-        """Hashes of the files of this rank, by their path in the checkpoint."""
+        """Write rank_N.json; return the hashes of this rank's files by their path in the checkpoint."""
         rank = self.ranks.rank
         (self.state / f"rank_{rank}.json").write_text(json.dumps(self.rank_facts), encoding="utf-8")
         names = [f"rank_{rank}.json", *(path.name for path in self.state.glob(f"__{rank}_*"))]
         return sha256_files(self.staging, [f"{STATE_NAME}/{name}" for name in names])
 
     def _finish_folder(self, hashes: dict[str, str]) -> None:
-        lost = [name for name in hashes if not (self.staging / name).is_file()]
-        if lost:
-            raise OSError(f"{lost[0]} of another node is not to be seen here; all nodes must share the run folder")
+        """Write the files of rank 0 and commit the checkpoint. hashes: of the files of all ranks."""
+        missing = [name for name in hashes if not (self.staging / name).is_file()]
+        if missing:
+            raise OSError(f"{missing[0]} of another node is not visible here; all nodes must share the run directory")
         (self.state / FACTS_NAME).write_text(json.dumps(self.run_facts, indent=2) + "\n", encoding="utf-8")
-        names = self.owner.weights_folder.write(self.staging, self.state)
-        own = [*names, f"{STATE_NAME}/{FACTS_NAME}", f"{STATE_NAME}/.metadata"]
-        publish(self.staging, self.folder, {**hashes, **sha256_files(self.staging, own)})
+        weights = self.owner.weights_folder.write(self.staging, self.state)
+        own = sha256_files(self.staging, [f"{STATE_NAME}/{FACTS_NAME}", f"{STATE_NAME}/.metadata"])
+        publish(self.staging, self.folder, {**hashes, **weights, **own})
         self._after()
 
     def _after(self) -> None:
@@ -201,13 +198,13 @@ class _Job:
         if owner.config.save_best:
             name_best(run_dir, self.progress)
 
-        def tidy() -> None:
+        def prune() -> None:
             keep_newest(run_dir, owner.config.max_ckpt_to_keep, best_step)
 
-        if owner.copies is not None:
-            owner.copies.add(run_dir, tidy)
+        if owner.mirror is not None:
+            owner.mirror.add(run_dir, prune)  # a checkpoint is uploaded before it may be deleted
         else:
-            tidy()
+            prune()
 
     def _cannot(self, error: BaseException) -> str:
         reason = one_line(first_failure(error))
@@ -216,44 +213,37 @@ class _Job:
 
 @dataclass(frozen=True)
 class WeightsFolder:
-    """How a run writes its Hugging Face folders."""
+    """Writes and verifies the Hugging Face files of a checkpoint."""
 
     model: RewardModel
     tokenizer: Any
     record: InputRecord
     dtype: torch.dtype
-    """Of the written weights."""
+    """Data type of the written weights."""
     device: torch.device
-    """Where the model computes."""
+    """Device of the model."""
     exact: bool
-    """Whether the model computes in float32 and the files hold it, so that no rounding hides a difference."""
+    """Whether the model computes in float32 and is written in float32, so that no rounding hides a difference."""
     probes: Sequence[TokenGroup]
-    """A few short groups, which are rescored."""
+    """A few short groups to rescore."""
 
-    def write(self, folder: Path, state: Path) -> list[str]:
-        """Write the files into a folder that is there already, from a `training_state`; returns their names.
+    def write(self, folder: Path, state: Path) -> dict[str, str]:
+        """Write the files into an existing folder from a `training_state`; return the SHA-256 of each by its name.
 
-        Raises OSError when the disk is full or a file came out damaged.
+        Raises OSError when the disk is full or the weights on disk differ from those in memory.
         """
-        inner = folder / "model"
         saved = SavedWeights(state)
-        write_folder(inner, self.model, saved.outline(), self.tokenizer, self.dtype, self.record, read=saved.read)
-        damaged = check_manifest(inner)
-        if damaged:
-            raise OSError(f"{damaged[0]} came out damaged; check the disk")
-        names = sorted(path.name for path in inner.iterdir())
-        for name in names:
-            os.replace(inner / name, folder / name)
-        inner.rmdir()
-        return names
+        return write_folder(
+            folder, self.model, saved.meta_tensors(), self.tokenizer, self.dtype, self.record, read=saved.read
+        )
 
     def expected(self) -> list[float]:
-        """What the model gives the probes now. Every rank calls it at the same place."""
+        """Return the rewards of the probes now. A collective: every rank calls it."""
         with self.model.inference():
             rewards: list[float] = self.model(collate(self.probes).to(self.device)).tolist()
         return rewards
 
     def check(self, folder: Path, expected: Sequence[float]) -> None:
-        """Compare with what the files give. Raises UserError that names the largest difference."""
+        """Compare with the rewards of the written model. Raises UserError that names the first difference."""
         texts = [[*group.prefix.tolist(), *tail.tolist()] for group in self.probes for tail in group.tails]
         check_rewards(folder, texts, expected, exact=self.exact)

@@ -1,8 +1,8 @@
-"""The state of a run: its tensors for torch.distributed.checkpoint, its random states, and how far it has come.
+"""The training state: tensors for torch.distributed.checkpoint (DCP), RNG states, and the progress of the run.
 
-A checkpoint holds float32 weights and optimizer state, sharded or not, under the model's own names, `model.NAME` and
-`optimizer.NAME.exp_avg`, whatever the strategy: another number of processes or another strategy reads the same files.
-Random states are plain JSON values: Python's, numpy's, torch's on the CPU and on the process's GPU.
+A checkpoint holds weights and optimizer state in float32, sharded or not, as `model.NAME` and `optimizer.NAME.exp_avg`.
+The names do not depend on the strategy, so another world size or strategy reads the same files. RNG states (Python,
+numpy, torch on the CPU and on this rank's GPU) are plain JSON values.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from torch.distributed.checkpoint.state_dict import (
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 
-_MODEL = "model.network."  # what stands before the library's names
+_MODEL = "model.network."  # prefix of the names of the transformers model
 
 
 class RunTensors:
-    """The weights that the optimizer updates, and its state."""
+    """The (master) weights that the optimizer updates, and the optimizer state."""
 
     def __init__(self, model: RewardModel, weights: TrainedWeights, optimizer: torch.optim.Optimizer) -> None:
         self.weights, self.optimizer = weights, optimizer
         self._module = _trained_module(model, weights)
 
     def read(self) -> dict[str, Any]:
-        """All tensors by name, as they lie on this rank; not copies. Every rank calls it at the same place."""
+        """Return all tensors of this rank by name, without copying them. A collective: every rank calls it."""
         quiet()
         state: dict[str, Any] = {"model": get_model_state_dict(self._module)}
         if self.optimizer.state:
@@ -54,18 +54,18 @@ class RunTensors:
         return state
 
     def load(self, folder: Path, group: dist.ProcessGroup | None) -> None:
-        """Take all tensors from a checkpoint's `training_state`. Every rank calls it at the same place.
+        """Load all tensors from a `training_state` folder. A collective: every rank calls it.
 
-        The optimizer's settings (rates, decay) stay those of the configuration. Raises whatever
-        torch.distributed.checkpoint does when names or shapes are not those of this model.
+        The optimizer's settings (learning rates, weight decay) stay those of the configuration. Raises the errors of
+        torch.distributed.checkpoint when names or shapes do not match.
         """
         quiet()
         saved = _saved_names(folder)
         state: dict[str, Any] = {"model": get_model_state_dict(self._module)}
-        # Gives every parameter a state, which takes a step at rate 0; the weights come afterwards.
+        # This initializes the optimizer state by a step with learning rate 0, so the weights are loaded afterwards.
         optimizer: dict[str, Any] = get_optimizer_state_dict(self._module, self.optimizer)
         found = optimizer["state"]
-        # A parameter that has had no gradient has no state. In a run where every step was bad, none has.
+        # Parameters without a gradient so far have no state; after skipped steps only, none has.
         kept = {name: found[name] for name in found if f"optimizer.{name}.exp_avg" in saved}
         if kept:
             state["optimizer"] = kept
@@ -79,21 +79,20 @@ class RunTensors:
         )
         if not kept:
             self.optimizer.state.clear()
-        self.weights.publish()
+        self.weights.copy_to_model()
 
 
 def first_failure(error: BaseException) -> BaseException:
-    """The error of the lowest rank that failed, of an error of torch.distributed.checkpoint."""
+    """The error of the lowest failing rank, if this is a collective error of DCP; else the error itself."""
     if isinstance(error, CheckpointException) and error.failures:
         return error.failures[min(error.failures)][0]
     return error
 
 
 class SavedWeights:
-    """The whole weights in a checkpoint's `training_state`, under the names of the library's model.
+    """Unsharded weights of a `training_state` folder, under the names of the transformers model.
 
-    One process reads them alone, one at a time, from files that all ranks have written: no device and no host ever
-    holds the whole model for that.
+    One process reads one tensor at a time from the files of all ranks, so the whole model is never in memory.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -103,12 +102,12 @@ class SavedWeights:
         self._names = {name.removeprefix(_MODEL): name for name in entries if name.startswith(_MODEL)}
         self._entries = entries
 
-    def outline(self) -> dict[str, Tensor]:
-        """Tensors without values."""
+    def meta_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors on the meta device."""
         return {short: self._empty(name, "meta") for short, name in self._names.items()}
 
     def read(self, name: str) -> Tensor:
-        """One of them, on the host."""
+        """Read one tensor into host memory."""
         found = {self._names[name]: self._empty(self._names[name], "cpu")}
         dcp.load(found, storage_reader=self._reader, no_dist=True)
         return found[self._names[name]]
@@ -119,7 +118,7 @@ class SavedWeights:
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads the list of tensors once, not for each tensor: with many tensors and processes it is long."""
+    """Reads the metadata once instead of once per tensor; with many tensors and ranks it is large."""
 
     @cached_property
     def _metadata(self) -> Any:
@@ -134,7 +133,7 @@ def _saved_names(folder: Path) -> set[str]:
 
 
 def _trained_module(model: RewardModel, weights: TrainedWeights) -> nn.Module:
-    """A module whose parameters are the ones that the optimizer updates: the model, unless it computes with copies."""
+    """A module whose parameters are those the optimizer updates: the model itself, or a module of master weights."""
     own = set(model.parameters())
     masters = dict(weights.named_parameters())
     if all(parameter in own for parameter in masters.values()):
@@ -158,7 +157,7 @@ def _trained_module(model: RewardModel, weights: TrainedWeights) -> nn.Module:
 
 
 def quiet() -> None:
-    """Switch off what the library warns about single processes; for good, since other threads save meanwhile."""
+    """Silence a DCP warning about single processes; permanently, since warning filters are shared by all threads."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
@@ -166,7 +165,7 @@ RandomState = dict[str, Any]
 
 
 def random_state() -> RandomState:
-    """The states of now."""
+    """Return the current RNG states."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state = {
         "python": random.getstate(),
@@ -179,7 +178,7 @@ def random_state() -> RandomState:
 
 
 def set_random_state(state: RandomState) -> None:
-    """Go on drawing as `random_state` was taken; JSON in between changes nothing."""
+    """Restore the RNG states returned by `random_state`, also after a round trip through JSON."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     kind, numpy_keys, *rest = state["numpy"]
@@ -190,8 +189,8 @@ def set_random_state(state: RandomState) -> None:
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
-    """What is drawn inside does not show outside: saving must not change the training that follows."""
+def preserve_random_state() -> Iterator[None]:
+    """Restore the RNG states after the block, so that saving does not change the training that follows."""
     state = random_state()
     try:
         yield
@@ -212,23 +211,23 @@ BEST_METRIC = "val/accuracy"
 
 @dataclass
 class Progress:
-    """Counted by the trainer; the position in the plan is `step`."""
+    """Counters of the trainer. `step` is also the position in the data."""
 
     step: int = 0
-    """Optimizer steps that are done, those that were skipped included."""
+    """Completed optimizer steps, skipped ones included."""
     bad_steps: int = 0
-    """Steps that were skipped since something was not finite."""
+    """Skipped steps: the loss or a gradient was not finite."""
     bad_in_a_row: int = 0
     validation_pending: bool = False
-    """The validation of this step is due and was not made, since the run had to stop."""
+    """The validation of this step is still due: the run was stopped before it."""
     last_val: dict[str, float] = field(default_factory=dict)
     """Metrics of the last validation."""
     best_step: int | None = None
-    """Step of the highest `val/accuracy` so far; of equals the first."""
+    """Step of the highest `val/accuracy` so far; the first one if several are equal."""
     best_accuracy: float | None = None
 
     def note_accuracy(self, metrics: Mapping[str, float]) -> bool:
-        """Remember the accuracy of this step if it is the best so far; whether it is."""
+        """Record the accuracy of this step if it is the best so far; return whether it is."""
         accuracy = metrics.get(BEST_METRIC, math.nan)
         if not accuracy > (-math.inf if self.best_accuracy is None else self.best_accuracy):
             return False

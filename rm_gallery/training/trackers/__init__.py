@@ -1,8 +1,7 @@
-"""Trackers: where a run's metrics go.
+"""Trackers log the metrics of a run: metrics.jsonl always; console, TensorBoard, wandb and swanlab by `trainer.logger`.
 
-`metrics.jsonl` in the run folder always; the console, TensorBoard, wandb and swanlab as `trainer.logger` names them.
-A tracker that cannot start stops the run with a sentence, before any training. One that fails later is switched off
-with one warning, and training goes on: a full disk or a lost connection must not cost the run.
+A tracker that cannot start raises before training. One that fails later is disabled with a warning, and training
+continues: a full disk or a lost connection must not end the run.
 """
 
 from __future__ import annotations
@@ -34,10 +33,7 @@ OFFLINE_HELP = {
 
 
 class Trackers:
-    """All trackers of one run, as one: what the trainer holds on rank 0.
-
-    The run folder is made if needed. Names that repeat count once.
-    """
+    """All trackers of a run, on rank 0. The run directory is created if needed."""
 
     def __init__(self, names: Sequence[str], run: RunInfo) -> None:
         for name in names:
@@ -50,8 +46,8 @@ class Trackers:
         try:
             self._active[METRICS_NAME] = JsonLines(run)
         except OSError as error:
-            raise UserError(f"cannot write {METRICS_NAME} ({one_line(error)}): check the run folder") from error
-        # The console comes last, so that no other package prints into the bar while it starts.
+            raise UserError(f"cannot write {METRICS_NAME} ({one_line(error)}): check the run directory") from error
+        # The console starts last, so that no other package prints into its bar.
         for name in sorted(dict.fromkeys(names), key=lambda name: name == "console"):
             try:
                 self._active[name] = TRACKERS[name](run)
@@ -63,16 +59,16 @@ class Trackers:
                 raise
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Send one step's metrics everywhere. Never raises for a tracker's trouble."""
+        """Log the metrics of one step to all trackers. A failing tracker is disabled with a warning."""
         for name, tracker in list(self._active.items()):
             try:
                 tracker.log(metrics, step)
             except Exception as error:
                 self._broken[name] = self._active.pop(name)
-                log.warning("%s failed at step %d and gets no more metrics: %s", name, step, one_line(error))
+                log.warning("%s failed at step %d and is disabled: %s", name, step, one_line(error))
 
     def close(self, *, failed: bool = False) -> None:
-        """Close all, the console first; `failed` tells the services that the run did not end well. Twice is fine."""
+        """Close all, the console first. failed: mark the run as failed. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -87,7 +83,7 @@ class Trackers:
 
 
 class NoTrackers:
-    """Stands in for them in all processes but one."""
+    """Does nothing: the trackers of ranks above 0."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
@@ -95,11 +91,11 @@ class NoTrackers:
 
 
 def cannot_start(name: str, error: Exception) -> str:
-    """The sentence for a tracker that cannot start: which, why, what to do."""
+    """Error message for a tracker that cannot start: which one, why, and what to do."""
     if isinstance(error, ImportError):
         return (
             f"trainer.logger: {name} is not installed ({one_line(error)}): "
             f"pip install 'rm-gallery[{name}]', or drop {name} from trainer.logger"
         )
-    help_text = f"{OFFLINE_HELP[name]}, or drop" if name in OFFLINE_HELP else "mend that, or drop"
+    help_text = f"{OFFLINE_HELP[name]}, or drop" if name in OFFLINE_HELP else "fix that, or drop"
     return f"trainer.logger: {name} cannot start ({one_line(error)}): {help_text} {name} from trainer.logger"

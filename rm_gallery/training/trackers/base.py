@@ -1,7 +1,4 @@
-"""What a tracker is: its settings, what it is told about the run, and the two calls it answers; and metrics.jsonl.
-
-That file has one JSON object per log call, appended and flushed, so that it survives a crash.
-"""
+"""The interface of trackers, their configuration, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ class TrackerConfig:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker may know about the run it follows."""
+    """The run that a tracker logs."""
 
     project_name: str
     experiment_name: str
@@ -50,27 +47,26 @@ class RunInfo:
 
     total_steps: int
     start_step: int = 0
-    """The last step that is already done: 0 for a new run, the checkpoint's step on resume."""
+    """The last completed step: 0 for a new run, the step of the checkpoint on resume."""
     repeats_validation: bool = False
-    """The validation of `start_step` is made again: what was logged of it does not count."""
+    """The validation of `start_step` runs again, so its logged metrics are dropped."""
 
 
 class Tracker(Protocol):
-    """One place that metrics go to. May raise: `Trackers` turns that into one warning."""
+    """Logs metrics to one place. Errors are caught by `Trackers`."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record the metrics of one step; steps count from 1 and do not decrease. Values may be NaN."""
+        """Log the metrics of one step. Steps start at 1 and do not decrease; values may be NaN."""
 
     def close(self, *, failed: bool = False) -> None:
-        """Write out what is buffered and let go of files, threads and the terminal; `failed` marks the run so."""
+        """Flush, and release files, threads and the terminal. failed: mark the run as failed."""
 
 
 class JsonLines:
-    """Appends `{"step": n, "time": unix seconds, metric: value, ...}` per log call.
+    """Appends `{"step": n, "time": unix seconds, metric: value, ...}` per log call, and flushes it.
 
-    A value that is not finite becomes null: JSON has no NaN, and strict readers (jq, a browser) refuse the whole line.
-    A resumed run goes on behind its checkpoint: what the lost part had logged after that is dropped first, so every
-    step is there once.
+    Non-finite values become null: JSON has no NaN, and strict parsers (jq, a browser) reject the whole line.
+    On resume, rows after the checkpoint are dropped first, so that every step is logged once.
     """
 
     def __init__(self, run: RunInfo) -> None:
@@ -93,16 +89,16 @@ class JsonLines:
 
 
 def finite_or_none(value: float) -> float | None:
-    """The value as a plain int or float (numpy and one-element tensors too); None for NaN and infinities."""
+    """Convert a number, numpy scalar or one-element tensor to int or float; None if it is not finite."""
     if isinstance(value, int):
         return int(value)
     return float(value) if math.isfinite(value) else None
 
 
 def drop_lost_rows(path: Path, last_step: int, *, repeats_validation: bool = False) -> None:
-    """Cut the rows of later steps out, and lines that are no rows; at once or not at all. No file is fine.
+    """Drop rows after `last_step` and invalid lines, atomically. A missing file is ignored.
 
-    repeats_validation: rows with `val/` metrics of the last step go too.
+    repeats_validation: also drop rows with `val/` metrics of `last_step`.
     """
     if not path.is_file():
         return
@@ -120,7 +116,7 @@ def drop_lost_rows(path: Path, last_step: int, *, repeats_validation: bool = Fal
 
 
 def drop_partial_line(path: Path) -> None:
-    """Cut what follows the last newline: a line that a killed process did not finish. No file is fine."""
+    """Truncate after the last newline: a killed process may leave a partial line. A missing file is ignored."""
     if not path.is_file():
         return
     with path.open("r+b") as file:

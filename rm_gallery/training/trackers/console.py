@@ -1,10 +1,9 @@
-"""The console: a progress bar on a terminal, plain lines elsewhere, and a closing table."""
+"""Console: a progress bar on a terminal, plain lines elsewhere, and a final table."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -13,10 +12,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
-from rm_gallery.progress_bar import Bar
+from rm_gallery.progress_bar import ProgressBar, is_terminal
 from rm_gallery.training.trackers.base import METRICS_NAME, RunInfo
 
-# Metric -> its label and format in a line, in this order. Every val/ metric follows under its full name.
+# Metric -> label and format in a line, in this order. val/ metrics follow under their full names.
 LINE_FIELDS = {
     "train/loss": ("loss", ".4f"),
     "train/accuracy": ("accuracy", ".3f"),
@@ -25,16 +24,21 @@ LINE_FIELDS = {
     "train/grad_norm": ("grad_norm", ".3g"),
     "perf/pairs_per_second": ("pairs/s", ".1f"),
 }
+BAR_FIELDS = {
+    "train/loss": "loss {:.4f}",
+    "train/accuracy": "accuracy {:.3f}",
+    "perf/pairs_per_second": "{:.1f} pairs/s",
+}
 TABLE_COLUMNS = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
 MAX_TABLE_ROWS = 12
-SECONDS_BETWEEN_LINES = 2.0
-RATE_WINDOW = 50  # log calls that the time left is estimated from
+LINE_INTERVAL_S = 2.0
+RATE_WINDOW = 50  # number of log calls that the remaining time is estimated from
 
 
 class ConsoleTracker:
-    """Shows the run on standard error, where the log goes too: live if it is a terminal, else as lines to search.
+    """Shows metrics on standard error: a progress bar on a terminal, else plain lines.
 
-    Lines are thinned to one per two seconds; the first, the last and those with validation results always show.
+    At most one line per two seconds is printed; the first, the last and those with validation metrics always are.
     """
 
     def __init__(
@@ -53,10 +57,9 @@ class ConsoleTracker:
         self._closed = False
         if run.start_step:
             self._recall(run.run_dir / METRICS_NAME)
-        self._bar: Bar | None = None
-        # Asked here, not left to rich, which takes FORCE_COLOR for a terminal and fills a log file with control codes.
-        if self._stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-            self._bar = Bar(self._stream, run.total_steps, run.start_step)
+        self._bar: ProgressBar | None = None
+        if is_terminal(self._stream):
+            self._bar = ProgressBar("step", run.total_steps, run.start_step, stream=self._stream, times=False)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         now = self._clock()
@@ -68,23 +71,22 @@ class ConsoleTracker:
             self._note_val(metrics, step)
         eta = self._time_left()
         if self._bar:
-            self._bar.show(step, self._latest, eta)
+            self._bar.update(step, self._bar_text(eta))
             if has_val:
                 self._bar.print(self._line(metrics, step, ""))
-        elif has_val or step >= self._total or now - self._last_line_time >= SECONDS_BETWEEN_LINES:
+        elif has_val or step >= self._total or now - self._last_line_time >= LINE_INTERVAL_S:
             self._last_line_time = now
             self._print(self._line(metrics, step, eta))
 
     def close(self, *, failed: bool = False) -> None:
-        """Take the bar away and print the table; `failed` only changes the last line."""
+        """Remove the bar and print the table; `failed` only changes the last line."""
         if self._closed:
             return
         self._closed = True
         header, *rows = closing_table(self._val_points or self._last_point())
         if self._bar:
-            self._bar.stop()
-            self._bar.print_table(header, rows)
-        elif rows:
+            self._bar.close()
+        if rows:
             self._print(aligned([header, *rows]))
         best = max(self._val_points, key=val_accuracy, default=None)
         if best is not None and math.isfinite(val_accuracy(best)):
@@ -93,7 +95,7 @@ class ConsoleTracker:
         self._print(f"{word} at step {self._step}/{self._total} after {duration(self._clock() - self._start_time)}")
 
     def _line(self, metrics: Mapping[str, float], step: int, eta: str) -> str:
-        """One plain line, fields two spaces apart: `step 10/300  loss 0.6931  accuracy 0.500  eta 0:01:20`."""
+        """A plain line: `step 10/300  loss 0.6931  accuracy 0.500  eta 0:01:20`."""
         parts = [f"step {step}/{self._total}"]
         parts += [f"{label} {metrics[name]:{form}}" for name, (label, form) in LINE_FIELDS.items() if name in metrics]
         parts += [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("val/")]
@@ -101,28 +103,35 @@ class ConsoleTracker:
             parts.append(f"bad_steps {metrics['train/bad_steps']:.0f}")
         return "  ".join([*parts, f"eta {eta}"] if eta else parts)
 
+    def _bar_text(self, eta: str) -> str:
+        """The latest metrics: `loss 0.5123  accuracy 0.790  45.1 pairs/s  0:01:20 left  val 0.800`."""
+        parts = [form.format(self._latest[name]) for name, form in BAR_FIELDS.items() if name in self._latest]
+        parts += [f"{eta} left"] if eta else []
+        parts += [f"val {self._latest['val/accuracy']:.3f}"] if "val/accuracy" in self._latest else []
+        return "  ".join(parts)
+
     def _print(self, text: str) -> None:
         self._stream.write(text + "\n")
         self._stream.flush()
 
     def _note_time(self, now: float, step: int) -> None:
-        """Remember when a step was logged; a second call for the same step counts as part of it."""
+        """Record when a step was logged; a second call for the same step is ignored."""
         if step == self._times[-1][1]:
             return
         self._times.append((now, step))
         if self._is_first_interval and len(self._times) == 3:
-            self._times.popleft()  # the first step loads and compiles: not the rate of the rest
+            self._times.popleft()  # the first step includes compilation
             self._is_first_interval = False
 
     def _time_left(self) -> str:
-        """Hours, minutes and seconds to the last step at the recent rate, or '' before the first step."""
+        """Remaining time at the recent rate, as h:mm:ss; '' before the first step."""
         (first_time, first_step), (last_time, last_step) = self._times[0], self._times[-1]
         if last_step <= first_step:
             return ""
         return duration((self._total - last_step) * (last_time - first_time) / (last_step - first_step))
 
     def _recall(self, path: Path) -> None:
-        """On resume: what was logged up to the checkpoint, so that the closing table shows the whole run."""
+        """On resume: read the metrics up to the checkpoint, so that the final table shows the whole run."""
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             row = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
             self._latest.update(row)
@@ -130,25 +139,25 @@ class ConsoleTracker:
                 self._note_val(row, int(row["step"]))
 
     def _note_val(self, metrics: Mapping[str, float], step: int) -> None:
-        """Keep a row for the table: this validation beside the latest training values."""
+        """Keep a row for the table: this validation with the latest training metrics."""
         row = {name: self._latest[name] for name in TABLE_COLUMNS if name in self._latest}
         row = {name: value for name, value in row.items() if name in metrics or not name.startswith("val/")}
         self._val_points.append({"step": step, **row})
 
     def _last_point(self) -> list[dict[str, float]]:
-        """Without validation: the last training values as the only row, or none before the first step."""
+        """Without validation: a single row of the last training metrics, if any."""
         row = {name: self._latest[name] for name in TABLE_COLUMNS if name in self._latest}
         return [{"step": self._step, **row}] if row else []
 
 
 def val_accuracy(point: Mapping[str, float]) -> float:
-    """The point's val/accuracy; minus infinity when it is missing or NaN, so that it never is the best."""
+    """val/accuracy, or minus infinity if it is missing or NaN, so that it is never the best."""
     value = point.get("val/accuracy", math.nan)
     return -math.inf if math.isnan(value) else value
 
 
 def closing_table(points: Sequence[Mapping[str, float]]) -> list[list[str]]:
-    """A header, then a row per point: at most 12, evenly thinned, the first and the last among them."""
+    """A header, then at most 12 evenly spaced rows including the first and the last."""
     last = len(points) - 1
     if last >= MAX_TABLE_ROWS:
         points = [points[round(i * last / (MAX_TABLE_ROWS - 1))] for i in range(MAX_TABLE_ROWS)]
@@ -161,12 +170,12 @@ def cell(value: float | None) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """The rows as text, each column right-aligned, two spaces between columns."""
+    """Format rows with right-aligned columns, two spaces apart."""
     widths = [max(len(text) for text in column) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 0:01:20, whole seconds; a day or more as `1 day, 2:03:04`."""
+    """Format seconds as `0:01:20` or `1 day, 2:03:04`."""
     return str(timedelta(seconds=round(seconds)))

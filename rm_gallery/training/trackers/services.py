@@ -1,7 +1,7 @@
-"""The trackers that need a package of their own: TensorBoard, wandb, swanlab.
+"""Trackers with a package of their own: TensorBoard, wandb, swanlab.
 
-Each package is imported when its tracker starts. None may ask questions: a run that waits for a key it will never get
-looks like a hang. The service's run id is kept in tracker_ids.json, so that a resumed run continues the same one.
+Packages are imported when their tracker starts. None may prompt: a run that waits for an API key looks like a hang.
+The run id of a service is saved in tracker_ids.json, so that a resumed run continues it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 
 class TensorboardTracker:
-    """Event files in `<run folder>/tensorboard`; the configuration is the text "config"."""
+    """Event files in `tensorboard/` of the run directory; the configuration is the text "config"."""
 
     def __init__(self, run: RunInfo) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # On resume, hide the steps after the checkpoint that the interrupted run had written.
+        # On resume, hide the steps that the interrupted run logged after the checkpoint.
         purge_step = run.start_step + 1 if run.start_step else None
         self._writer = SummaryWriter(str(run.run_dir / "tensorboard"), purge_step=purge_step, flush_secs=30)
         if not run.start_step:
@@ -45,9 +45,9 @@ class TensorboardTracker:
 
 
 class WandbTracker:
-    """A wandb run; WANDB_MODE, WANDB_API_KEY and `wandb login` decide where it goes.
+    """A wandb run, configured by WANDB_MODE, WANDB_API_KEY and `wandb login`.
 
-    wandb takes only steps that do not decrease: after a resume it ignores the steps it has already.
+    wandb ignores decreasing steps: after a resume, steps that it has already.
     """
 
     def __init__(self, run: RunInfo) -> None:
@@ -55,7 +55,7 @@ class WandbTracker:
 
         run_id = saved_id("wandb", run)
         run.run_dir.mkdir(parents=True, exist_ok=True)
-        with no_questions():
+        with no_prompts():
             self._run = wandb.init(
                 project=run.project_name,
                 name=run.experiment_name,
@@ -78,16 +78,16 @@ class WandbTracker:
 
 
 class SwanlabTracker:
-    """A swanlab run with its files in `<run folder>/swanlog`; SWANLAB_MODE and `swanlab login` decide where it goes.
+    """A swanlab run with files in `swanlog/` of the run directory, configured by SWANLAB_MODE and `swanlab login`.
 
-    swanlab does not raise for trouble after the start: it prints and goes on by itself.
+    After the start swanlab prints errors instead of raising them.
     """
 
     def __init__(self, run: RunInfo) -> None:
         import swanlab
 
         run_id = saved_id("swanlab", run)
-        with no_questions(), own_hooks():
+        with no_prompts(), preserve_hooks():
             self._run = swanlab.init(
                 project=run.project_name,
                 name=run.experiment_name,
@@ -98,20 +98,20 @@ class SwanlabTracker:
                 # proxy_type="none": swanlab must not wrap the streams that the progress bar draws on.
                 settings=swanlab.Settings(terminal=swanlab.Settings.Terminal(proxy_type="none")),
             )
-        if self._run.mode == "online":  # the other modes cannot continue a run
+        if self._run.mode == "online":  # other modes cannot resume a run
             save_id("swanlab", self._run.id, run.run_dir)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._run.log(dict(metrics), step=step)
 
     def close(self, *, failed: bool = False) -> None:
-        with own_hooks():
+        with preserve_hooks():
             self._run.finish(state="crashed", error="training failed") if failed else self._run.finish()
 
 
 @contextlib.contextmanager
-def no_questions() -> Iterator[None]:
-    """Let standard input look like no terminal, so that a package without a login raises instead of asking for one."""
+def no_prompts() -> Iterator[None]:
+    """Replace standard input by a non-terminal, so that a package without a login raises instead of prompting."""
     stdin = sys.stdin
     with open(os.devnull, encoding="utf-8") as nothing:
         sys.stdin = nothing
@@ -122,11 +122,11 @@ def no_questions() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def own_hooks() -> Iterator[None]:
-    """Put our handlers for Ctrl-C and uncaught exceptions back after the block.
+def preserve_hooks() -> Iterator[None]:
+    """Restore the handlers of Ctrl-C and uncaught exceptions after the block.
 
-    swanlab sets its own when it starts and restores, when it ends, what it found then; either would replace the
-    trainer's handler that saves a checkpoint first. `close(failed=True)` reports the failure instead.
+    swanlab sets its own at the start and restores what it found at the end. Either would replace the trainer's handler,
+    which saves a checkpoint first. `close(failed=True)` reports a failure instead.
     """
     excepthook, on_interrupt = sys.excepthook, signal.getsignal(signal.SIGINT)
     try:
@@ -138,13 +138,13 @@ def own_hooks() -> Iterator[None]:
 
 
 def plain_config(run: RunInfo) -> dict[str, Any]:
-    """The configuration as what JSON can hold; anything else (a path) as text."""
+    """The configuration as JSON values; other types (paths) become strings."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(run.config), default=str))
     return plain
 
 
 def saved_id(name: str, run: RunInfo) -> str | None:
-    """The service's id of the run that is being resumed; None for a new run or when none was kept."""
+    """The service's id of the resumed run; None for a new run, or if none was saved."""
     path = run.run_dir / IDS_NAME
     if not run.start_step or not path.exists():
         return None
@@ -153,7 +153,7 @@ def saved_id(name: str, run: RunInfo) -> str | None:
 
 
 def save_id(name: str, run_id: str, run_dir: Path) -> None:
-    """Keep a service's run id beside the others."""
+    """Save a service's run id in tracker_ids.json."""
     path = run_dir / IDS_NAME
     ids = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     write_text(path, json.dumps({**ids, name: run_id}, indent=2) + "\n")

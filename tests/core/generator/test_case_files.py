@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,19 @@ def test_files_hold_the_same_cases_as_lists(suffix: str, kind: Any, tmp_path: Pa
     assert export(kind(write(tmp_path / f"in/cases{suffix}")), tmp_path / "b")[0] == expected
 
 
+def test_compressed_files_csv_and_globs_are_read_as_training_reads_them(tmp_path: Path) -> None:
+    expected, _ = export(CASES, tmp_path / "a")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/cases-1.jsonl.gz").write_bytes(gzip.compress("\n".join(LINES[:2]).encode()))
+    (tmp_path / "in/cases-2.jsonl").write_text("\n".join(LINES[2:]))
+    assert export(str(tmp_path / "in/cases-*.jsonl*"), tmp_path / "b")[0] == expected
+    with (tmp_path / "cases.csv").open("w") as file:
+        writer = csv.DictWriter(file, CASES[0])
+        writer.writeheader()
+        writer.writerows(CASES)
+    assert export(tmp_path / "cases.csv", tmp_path / "c")[0] == expected
+
+
 def test_several_files_and_folders_are_read_together(tmp_path: Path) -> None:
     for number, name in enumerate(("one.parquet", "in/two.jsonl", "in/three.json", "in/notes.txt", "in/.hidden.jsonl")):
         write(tmp_path / name, CASES[number : number + 1])
@@ -68,16 +83,16 @@ def test_parquet_with_scores_as_integers_lists_and_messages(tmp_path: Path) -> N
         (b"{", "not valid JSON"),
         (b"nonsense", "not valid JSON"),
         (b'{"prompt": "\xff"}', "not valid UTF-8"),
-        (b"[" * 100_000, "not valid JSON"),
+        (b"[" * 100_000, "nested more than 100 deep"),
         (b'{"score_a": ' + b"9" * 5000 + b"}", "not valid JSON"),
-        (b"[1]", "a case that is list"),
-        (b"null", "a case that is NoneType"),
+        (b"[1]", "not an object"),
+        (b"null", "not an object"),
         (b"\0", "not valid JSON"),
-        (LINES[0].encode().replace(b"1.0", b"NaN"), "a score that is NaN"),
-        (LINES[0].encode().replace(b"1.0", b"-Infinity"), "a score that is infinite"),
-        (LINES[0].encode().replace(b"1.0", b"1e999"), "a score that is infinite"),
-        (LINES[0].encode().replace(b"1.0", b"true"), "a truth value instead of a score"),
-        (LINES[0].encode().replace(b"g 0", b"\\ud800"), "half"),
+        (LINES[0].encode().replace(b"1.0", b"NaN"), "score that is not finite"),
+        (LINES[0].encode().replace(b"1.0", b"-Infinity"), "score that is not finite"),
+        (LINES[0].encode().replace(b"1.0", b"1e999"), "score that is not finite"),
+        (LINES[0].encode().replace(b"1.0", b"true"), "score that is true or false"),
+        (LINES[0].encode().replace(b"g 0", b"\\ud800"), "lone surrogate"),
     ],
 )  # fmt: skip
 def test_a_damaged_line_is_counted_with_its_place(line: bytes, reason: str, tmp_path: Path) -> None:
@@ -97,7 +112,7 @@ def test_a_row_of_parquet_that_is_not_utf8_is_counted_with_its_place(tmp_path: P
     )
     rows, summary = export(tmp_path / "x.parquet", tmp_path / "out")
     assert len(rows) == 4
-    assert summary.examples == {"a row that is not valid UTF-8": f"{tmp_path}/x.parquet:2"}
+    assert summary.examples == {"response_b with text that is not valid UTF-8": f"{tmp_path}/x.parquet:2"}
 
 
 def double_column(path: Path) -> None:
@@ -110,12 +125,13 @@ def double_column(path: Path) -> None:
         ("x.parquet", lambda path: path.write_bytes(b"PAR1 nothing"), "cannot be read as parquet"),
         ("x.parquet", lambda path: path.write_bytes(b""), "cannot be read as parquet"),
         ("x.parquet", lambda path: path.write_bytes(write(path).read_bytes()[:-100]), "cannot be read as parquet"),
-        ("x.parquet", double_column, "column 'prompt' stands there more than once"),
-        ("x.json", lambda path: path.write_text("[{]"), "not one list in valid JSON"),
-        ("x.json", lambda path: path.write_text("[" * 100_000), "not one list in valid JSON"),
-        ("x.jsonl", lambda path: path.write_text(""), "there are no cases"),
-        ("x.csv", lambda path: path.write_text("prompt"), "cases are read from"),
-        ("x.jsonl", lambda path: path.mkdir(), "the folder holds no file of cases"),
+        ("x.parquet", double_column, "duplicate column 'prompt'"),
+        ("x.json", lambda path: path.write_text("[{]"), "not valid JSON"),
+        ("x.json", lambda path: path.write_text("[" * 100_000), "nested more than 100 deep"),
+        ("x.jsonl", lambda path: path.write_text(""), "the file holds no rows"),
+        ("x.csv", lambda path: path.write_text("prompt"), "the file holds no rows"),
+        ("x.txt", lambda path: path.write_text("prompt"), "files that end in .txt are not read"),
+        ("x.jsonl", lambda path: path.mkdir(), "the folder holds no data file"),
         ("x.jsonl", lambda path: None, "no such file or folder"),
         ("x" * 300, lambda path: None, "cannot be looked up"),
     ],

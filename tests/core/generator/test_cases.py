@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from rm_gallery.core.generator import export_data
-from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
-from rm_gallery.core.models.schema.oai.message import ChatMessage
+from rm_gallery.core.graders.base_grader import GraderError, GraderRank, GraderScore
+from rm_gallery.core.models.base_chat_model import ChatMessage
 from rm_gallery.errors import UserError
 from tests.core.generator.exported import export, pairs_of
 
@@ -37,6 +37,8 @@ FORMS: dict[str, list[Any]] = {
     "single with rewards": [{"prompt": "Q", "response": t, "reward": r} for t, r in (("b", -0.25), ("g", 1.75))],
     "lists of one": [{"prompt": "Q", "responses": [text], "scores": [score]} for text, score in (("b", 1), ("g", 3))],
     "numbers of all kinds": [{**PAIR, "score_a": Decimal(1), "score_b": np.float32(3)}],
+    "numbers as text": [{**PAIR, "score_a": "1", "score_b": " 3.0"}],
+    "lists as text": [{"prompt": "Q", "responses": '["b", "g"]', "scores": "[1, 3]"}],
     "results as scores": [{**PAIR, "score_a": GraderScore(score=1), "score_b": {"score": 3, "reason": "good"}}],
     "a table": [pd.DataFrame([PAIR])],
 }  # fmt: skip
@@ -124,8 +126,8 @@ def test_a_mapper_says_where_the_fields_are(mapper: Any, case: dict[str, Any], t
     ("mapper", "what"),
     [
         ({"promt": "q"}, "'promt'.*Did you mean 'prompt'"),
-        ({"prompt": 3}, "both must be texts"),
-        ("prompt", "the mapper is a text"),
+        ({"prompt": 3}, "both must be strings"),
+        ("prompt", "the mapper is a string"),
         (dict, "the mapper is"),
     ],
 )
@@ -135,25 +137,25 @@ def test_a_mapper_that_cannot_be_is_refused(mapper: Any, what: str, tmp_path: Pa
 
 
 SCORES: list[tuple[Any, str]] = [
-    (None, "no score"),
-    (float("nan"), "a score that is NaN"),
-    (np.float64("nan"), "a score that is NaN"),
-    (float("inf"), "a score that is infinite"),
-    (-float("inf"), "a score that is infinite"),
-    (Decimal("sNaN"), "a score that is NaN"),
-    (10**400, "a score beyond 1e+38"),
-    (1e200, "a score beyond 1e+38"),
-    (True, "a truth value instead of a score"),
-    (np.bool_(False), "a truth value instead of a score"),
-    ("4.5", "a text instead of a score"),
-    ([4], "a list instead of a score"),
-    (1j, "a complex instead of a score"),
-    (pd.NA, "no score"),
-    ({"reason": "good"}, "no score"),
+    (None, "null score"),
+    (float("nan"), "score that is not finite"),
+    (np.float64("nan"), "score that is not finite"),
+    (float("inf"), "score that is not finite"),
+    (-float("inf"), "score that is not finite"),
+    (Decimal("sNaN"), "score that is not finite"),
+    (10**400, "score that is not finite"),
+    (1e200, "score that is too large for 32 bits"),
+    (True, "score that is true or false, not a number"),
+    (np.bool_(False), "score that is true or false, not a number"),
+    ("4/5", "score that is not a number"),
+    ([4], "score that is not a number"),
+    (1j, "score that is not a number"),
+    (pd.NA, "null score"),
+    ({"reason": "good"}, "null score"),
     (GraderError(error="timeout"), "an error of the grader instead of a score"),
     ({"error": "timeout"}, "an error of the grader instead of a score"),
-    (GraderRank(rank=[1]), "a GraderRank instead of a score"),
-    (GraderScore.model_construct(score=float("nan")), "a score that is NaN"),
+    (GraderRank(rank=[1]), "null score"),
+    (GraderScore.model_construct(score=float("nan")), "score that is not finite"),
 ]
 
 
@@ -169,7 +171,7 @@ def test_a_score_that_is_none_is_counted_once_and_costs_only_its_response(
     rows, summary = export(cases, tmp_path)
     assert {(row["chosen"], row["rejected"]) for row in rows} == {("x", "z"), ("g", "b")}
     assert summary.failures == {reason: 2}
-    assert summary.examples[reason].startswith("case 0")
+    assert summary.examples[reason].startswith("cases:0")
     assert summary.num_cases == 3
 
 
@@ -179,15 +181,15 @@ RESPONSES: list[tuple[Any, str]] = [
     ("", "empty response"),
     (" \n", "empty response"),
     ([], "empty response"),
-    (7, "a response that is int, not text or messages"),
-    (b"bytes", "a response that is bytes, not text or messages"),
-    ({"content": "no role"}, "a response that is dict, not text or messages"),
+    (7, "response that is int, not text or messages"),
+    (b"bytes", "response that is bytes, not text or messages"),
+    ({"content": "no role"}, "response that is dict, not text or messages"),
     ([{"content": "no role"}], "response with a message that has no role"),
     ([{"role": "assistant", "content": 3}], "response with a message that has no text content"),
-    ([USER], "a response that does not end with an assistant turn"),
+    ([USER], "response that does not end with an assistant turn"),
     ([{"role": "assistant", "content": " "}], "empty response"),
-    ([{"role": "assistant", "content": "x", "when": object()}], "messages that JSON cannot hold"),
-    ([{"role": "assistant", "content": "x", "grade": float("nan")}], "messages that JSON cannot hold"),
+    ([{"role": "assistant", "content": "x", "when": object()}], "response with a value that is not JSON"),
+    ([{"role": "assistant", "content": "x", "grade": float("nan")}], "response with a value that is not JSON"),
     ('[{"role": "assistant", "content": ', "response with a list of messages that is not valid JSON"),
 ]  # fmt: skip
 
@@ -216,21 +218,21 @@ CASES: list[tuple[Any, str]] = [
     (None, "a case that is NoneType, not a dictionary"),
     (7, "a case that is int, not a dictionary"),
     ([1, 2], "a case that is list, not a dictionary"),
-    ({}, "no response_a and response_b, responses or response .first: case 0: the fields are none."),
+    ({}, "no response_a and response_b, responses or response .first: cases:0: the fields are none."),
     ({"prompt": "Q", "output": "x"}, "no response_a and response_b.*: the fields are prompt, output"),
-    ({**PAIR, "prompt": 7}, "a prompt that is int"),
+    ({**PAIR, "prompt": 7}, "prompt that is int"),
     ({**PAIR, "prompt": [{"role": 3}]}, "prompt with a message that has no role"),
     ({"prompt": "Q", "responses": None, "scores": [1]}, "null responses"),
     ({"prompt": "Q", "responses": [], "scores": []}, "empty responses"),
-    ({"prompt": "Q", "responses": "a", "scores": [1]}, "no list of responses"),
-    ({"prompt": "Q", "responses": ["a", "b"], "scores": [1]}, "another number of scores than of responses"),
-    ({"prompt": "Q", "responses": ["a", "b"], "scores": 1}, "scores that are no list"),
-    ({"prompt": "Q", "responses": ["a", "b"], "ranks": [1]}, "another number of ranks than of responses"),
+    ({"prompt": "Q", "responses": "a", "scores": [1]}, "responses that is not valid JSON"),
+    ({"prompt": "Q", "responses": ["a", "b"], "scores": [1]}, "scores of another length than the responses"),
+    ({"prompt": "Q", "responses": ["a", "b"], "scores": 1}, "scores that is not a list"),
+    ({"prompt": "Q", "responses": ["a", "b"], "ranks": [1]}, "ranks of another length than the responses"),
     ({"response": "a", "score": 1}, "a single response without a prompt"),
     ({"prompt": "  ", "response": "a", "score": 1}, "a single response without a prompt"),
-    ({**PAIR, "prompt": "\ud83d"}, "half"),
-    ({**PAIR, "response_b": "\udc00"}, "half"),
-    ({**PAIR, "source": "\udc00"}, "half"),
+    ({**PAIR, "prompt": "\ud83d"}, "lone surrogate"),
+    ({**PAIR, "response_b": "\udc00"}, "lone surrogate"),
+    ({**PAIR, "source": "\udc00"}, "lone surrogate"),
     ({**PAIR, "prompt": [{**USER, "extra": nested(10_000)}]}, "nested more than 100 deep"),
     ({**PAIR, "prompt": [{**USER, "extra": ring()}]}, "nested more than 100 deep"),
 ]  # fmt: skip
@@ -245,7 +247,7 @@ def test_a_case_that_cannot_be_used_is_counted_and_is_an_error_where_there_is_no
     assert count == 1 and summary.num_rows == 1
     with pytest.raises(UserError, match=reason) as caught:
         export_data([case], tmp_path / "none")
-    assert "\n" not in str(caught.value) and "first: case 0" in str(caught.value)
+    assert "\n" not in str(caught.value) and "first: cases:0" in str(caught.value)
     assert found in str(caught.value)
     assert not (tmp_path / "none").exists()
 
@@ -285,21 +287,21 @@ def test_damage_at_any_place_costs_no_other_case(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mapper", "reason"),
     [
-        ({"prompt": "q"}, "nothing at 'q', where the mapper looks for prompt"),
-        (lambda case: case["q"], "the mapper failed with KeyError .first: case 0: 'q'."),
+        ({"prompt": "q"}, "nothing at 'q', the mapper's path of prompt"),
+        (lambda case: case["q"], "the mapper failed with KeyError .first: cases:0: 'q'."),
         (lambda case: [case], "the mapper gave list, not a dictionary"),
     ],
 )
 def test_a_mapper_that_does_not_fit_a_case_is_counted(mapper: Callable[..., Any], reason: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"1 not usable: {reason}"):
+    with pytest.raises(UserError, match=f"1 dropped: {reason}"):
         export_data([PAIR], tmp_path, mapper=mapper)
 
 
 @pytest.mark.parametrize(
     ("cases", "what"),
     [
-        ([], "there are no cases"),
-        (iter(()), "there are no cases"),
+        ([], "no cases given"),
+        (iter(()), "no cases given"),
         ({"relevance": [GraderScore(score=1)]}, "one dictionary.*results=..."),
         (7, "of type int"),
         (b"cases", "of type bytes"),

@@ -56,35 +56,43 @@ def test_every_option_arrives(cases: Any, in_tmp: Path) -> None:
     assert set(read_back(in_tmp / "groups/test.jsonl")[0]) == {"prompt", "responses", "scores"}
 
 
+def run(arguments: str) -> int:
+    """Exit status of the command line."""
+    try:
+        return main(arguments.split())
+    except SystemExit as stop:  # from argparse
+        return int(stop.code or 0)
+
+
 WRONG: list[tuple[str, str]] = [
     ("", "the following arguments are required: --input, --output-dir"),
     ("--input cases.jsonl", "required: --output-dir"),
     ("--input cases.jsonl --output-dir out --sed 1", "unrecognized arguments: --sed 1"),
     ("--input cases.jsonl --output-dir out --seed x", "argument --seed: invalid int value"),
     ("--input cases.jsonl --output-dir out --seed 1.5", "argument --seed: invalid int value"),
-    ("--input nowhere.jsonl --output-dir out", "nowhere.jsonl: no such file or folder"),
-    ("--input cases.jsonl --output-dir cases.jsonl", "is no folder"),
-    ("--input cases.jsonl --output-dir out --format parqet", "one of parquet, jsonl is wanted. Did you mean 'parquet'"),
+    ("--input nowhere.jsonl --output-dir out", "cases=nowhere.jsonl"),
+    ("--input cases.jsonl --output-dir cases.jsonl", "is not a folder"),
+    ("--input cases.jsonl --output-dir out --format parqet", "must be 'parquet' or 'jsonl'. Did you mean 'parquet'"),
     ("--input cases.jsonl --output-dir out --split train", "--split train: write it as SIDE=SHARE"),
     ("--input cases.jsonl --output-dir out --split train=0.8 train=0.2", "--split names train twice"),
     ("--input cases.jsonl --output-dir out --split train=most", "the share must be a number"),
     ("--input cases.jsonl --output-dir out --split train=0.8", "adds up to 0.8"),
-    ("--input cases.jsonl --output-dir out --split train=nan test=0.2", "must be a number above 0"),
+    ("--input cases.jsonl --output-dir out --split train=nan test=0.2", "must be a finite number"),
     ("--input cases.jsonl --output-dir out --map prompt", "--map prompt: write it as FIELD=PATH"),
     ("--input cases.jsonl --output-dir out --map promt=q", "Did you mean 'prompt'"),
-    ("--input cases.jsonl --output-dir out --map prompt=question", "100 not usable: nothing at 'question'"),
+    ("--input cases.jsonl --output-dir out --map prompt=question", "100 dropped: nothing at 'question'"),
     ("--input cases.jsonl --output-dir out --results nowhere.jsonl", "results nowhere.jsonl: cannot be read"),
-    ("--input cases.jsonl --output-dir out --results cases.jsonl", "cases.jsonl:1: this is no result"),
+    ("--input cases.jsonl --output-dir out --results cases.jsonl", "cases.jsonl:1: not a result"),
     ("--input cases.jsonl --output-dir out --grader a", "there are no results to choose from"),
     ("--input cases.jsonl --output-dir out --grader a b", "--grader takes one name"),
-    ("--input cases.jsonl --output-dir out --layout rows", "layout has 'rows'"),
+    ("--input cases.jsonl --output-dir out --layout rows", "layout='rows': must be 'pairs' or 'groups'"),
     ("--input cases.jsonl --output-dir out --layout groups --pairs best_worst", "layout='groups'"),
-    ("--input cases.jsonl --output-dir out --pairs best", "one of all, best_worst is wanted"),
-    ("--input cases.jsonl --output-dir out --contradictions no", "one of keep, drop is wanted"),
-    ("--input cases.jsonl --output-dir out --min-difference -1", "must be a number of at least 0"),
-    ("--input cases.jsonl --output-dir out --min-difference nan", "must be a number of at least 0"),
-    ("--input cases.jsonl --output-dir out --max-pairs-per-prompt 0", "must be a whole number of at least 1"),
-    ("--input cases.jsonl --output-dir out --min-difference 99", "no pair can be made of 100 cases: "),
+    ("--input cases.jsonl --output-dir out --pairs best", "must be 'all' or 'best_worst'"),
+    ("--input cases.jsonl --output-dir out --contradictions no", "must be 'keep' or 'drop'"),
+    ("--input cases.jsonl --output-dir out --min-difference -1", "min_difference=-1.0: must be greater than"),
+    ("--input cases.jsonl --output-dir out --min-difference nan", "min_difference=nan: must be a finite number"),
+    ("--input cases.jsonl --output-dir out --max-pairs-per-prompt 0", "max_pairs_per_prompt=0: must be greater"),
+    ("--input cases.jsonl --output-dir out --min-difference 99", "100 cases give no pair: "),
 ]  # fmt: skip
 
 
@@ -92,10 +100,11 @@ WRONG: list[tuple[str, str]] = [
 def test_a_mistake_is_one_sentence_and_status_2(
     arguments: str, what: str, cases: Any, in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(arguments.split()) == 2
+    assert run(arguments) == 2
     printed = capsys.readouterr()
-    assert what in printed.err and printed.err.startswith("export: error: ")
-    assert printed.out == "" and printed.err.count("\n") == 1
+    *usage, error = printed.err.splitlines()
+    assert what in error and error.startswith(("rm-gallery: error: ", "rm-gallery export-data: error: "))
+    assert printed.out == "" and "".join(usage).startswith("usage: " if usage else "")
     assert [path.name for path in in_tmp.iterdir()] == ["cases.jsonl"]
 
 
@@ -124,12 +133,14 @@ def test_the_module_is_a_program(cases: Any, in_tmp: Path) -> None:
     assert main(arguments) == 0
     ran = run_python("-m", NAME, *arguments)
     assert (ran.returncode, ran.stdout) == (2, "")
-    told = "is there already; set overwrite=True (--overwrite), or name another output_dir"
-    assert ran.stderr == f"export: error: out/train.parquet: {told}\n"
+    told = "set overwrite=True (--overwrite), or name another output_dir"
+    assert ran.stderr == f"rm-gallery: error: out/train.parquet exists; {told}\n"
+    ran = run_python("-m", "rm_gallery.cli", "export-data", *arguments, "--overwrite")
+    assert ran.returncode == 0
 
 
 def test_help_says_what_goes_in_and_what_comes_out(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
+    assert run("--help") == 0
     text = capsys.readouterr().out
     for word in ("response_a, response_b, score_a, score_b", "chosen, rejected, margin", "--results", "examples:"):
         assert word in text

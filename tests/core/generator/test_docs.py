@@ -34,8 +34,8 @@ def test_the_snippets_run_one_after_the_other(in_tmp: Path, capsys: pytest.Captu
     before = {path: path.read_bytes() for path in in_tmp.rglob("*.parquet")}
     commands = [shlex.split(block.replace("\\\n", " ")) for block in blocks("bash")]
     for command in commands[1:]:
-        assert command[:3] == ["python", "-m", "rm_gallery.core.generator.export"]
-        assert main(command[3:]) == 0
+        assert command[:2] == ["rm-gallery", "export-data"]
+        assert main(command[2:]) == 0
     assert {path: path.read_bytes() for path in in_tmp.rglob("*.parquet")} == before, "the command line does the same"
     assert "rm-gallery train" in " ".join(commands[0])
 

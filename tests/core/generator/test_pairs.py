@@ -124,7 +124,7 @@ def test_contradictions_are_counted_and_kept_or_dropped(tmp_path: Path) -> None:
     rows, summary = export(cases, tmp_path, contradictions="drop")
     assert {(row["prompt"], row["chosen"]) for row in rows} == {("Q", "x"), ("other", "y")}
     assert [row["rejected"] for row in rows if row["prompt"] == "Q"] == ["z"]
-    assert summary.contradictions == 1 and "both left out" in str(summary)
+    assert summary.contradictions == 1 and "both dropped" in str(summary)
 
 
 def test_groups_hold_all_responses_with_scores(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_groups_hold_all_responses_with_scores(tmp_path: Path) -> None:
         {"prompt": "S", "responses": ["h", "l"], "scores": [5, 1]},
     ]
     assert (summary.num_rows, summary.ties, summary.duplicates) == (3, 1 + 6, 1)
-    assert "3 groups of responses" in str(summary)
+    assert "3 groups from 6 cases" in str(summary)
 
 
 def test_a_response_is_in_a_group_once(tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from rm_gallery.core.generator import export_data
-from rm_gallery.core.graders.base_grader import BaseGrader
-from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
+from rm_gallery.core.graders.base_grader import BaseGrader, GraderError, GraderRank, GraderScore
 from rm_gallery.core.runner import GradingRunner, WeightedSumAggregator
 from rm_gallery.errors import UserError
 from tests.core.generator.exported import export, pairs_of
@@ -57,7 +56,7 @@ def test_results_as_returned_and_as_written_give_the_same(tmp_path: Path) -> Non
     assert {(row["chosen"], row["rejected"]) for row in rows} == EXPECTED
     assert (summary.ties, summary.failures) == (1, {"an error of the grader instead of a score": 1})
     [example] = summary.examples.values()
-    assert example == "case 3: ValueError: there is nothing to judge"
+    assert example == "cases:3: ValueError: there is nothing to judge"
     again, counted = export(write_samples(SAMPLES, tmp_path), tmp_path / "b", results=str(file))
     assert again == rows
     assert list(counted.examples.values()) == [f"{tmp_path}/samples.jsonl:3: ValueError: there is nothing to judge"]
@@ -148,22 +147,22 @@ def test_scores_behind_a_ranking_give_the_margin(
     ("result", "sample", "reason"),
     [
         (GraderScore(score=1), {"query": "Q", "responses": ["a", "b"]}, "one score for several responses"),
-        (GraderRank(rank=[1, 2, 3]), {"query": "Q", "responses": ["a", "b"]}, "another number of ranks"),
-        (GraderRank(rank=[1]), {"query": "Q", "response": "a"}, "the place of a single response"),
+        (GraderRank(rank=[1, 2, 3]), {"query": "Q", "responses": ["a", "b"]}, "ranks of another length"),
+        (GraderRank(rank=[1]), {"query": "Q", "response": "a"}, "a rank of a single response"),
         (
             GraderError(error="no answer"),
             {"query": "Q", "responses": ["a", "b"]},
             "an error of the grader.*: no answer",
         ),
-        (None, {"query": "Q", "responses": ["a", "b"]}, "no score"),
-        ("good", {"query": "Q", "response": "a"}, "a text instead of a score"),
-        (float("nan"), {"query": "Q", "response": "a"}, "a score that is NaN"),
+        (None, {"query": "Q", "responses": ["a", "b"]}, "null score"),
+        ("good", {"query": "Q", "response": "a"}, "score that is not a number"),
+        (float("nan"), {"query": "Q", "response": "a"}, "score that is not finite"),
     ],
 )
 def test_a_result_that_gives_no_scores_is_counted(
     result: Any, sample: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=f"of 1 cases: 1 not usable: {reason}"):
+    with pytest.raises(UserError, match=f"1 cases give no pair: 1 dropped: {reason}"):
         export_data([sample], tmp_path, results={"judge": [result]})
 
 
@@ -178,7 +177,7 @@ def test_results_of_other_samples_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has results for 6 samples, but there are 7 cases"):
         export_data([*SAMPLES, SAMPLES[0]], tmp_path / "out", results=results)
     _, summary = export([*SAMPLES, {"query": "one", "response": "new"}], tmp_path / "out", results=file)
-    assert summary.failures["no score"] == 1, "a run that has not come to its end yet"
+    assert summary.failures["null score"] == 1, "a run that has not come to its end yet"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"all.parquet", "all.jsonl"}
 
 
@@ -194,7 +193,7 @@ def test_of_two_results_for_a_sample_the_later_holds_and_a_half_one_is_left_out(
     caplog.set_level(logging.WARNING)
     assert pairs_of(SAMPLES, tmp_path / "out", results=file) == {("a", "ccc"), ("a", "e"), ("ccc", "e"), ("dddd", "bb")}
     assert [record.message.partition(":")[2] for record in caplog.records] == [
-        "9: the last line was cut off while it was written; leaving it out"
+        "9: the last line is incomplete; ignoring it"
     ]
 
 
@@ -203,13 +202,19 @@ def test_of_two_results_for_a_sample_the_later_holds_and_a_half_one_is_left_out(
     [
         (b"", "the file holds no results"),
         (b"\n\n", "the file holds no results"),
-        (b"{}\n", ":1: this is no result"),
-        (b"[1]\n", ":1: this is no result"),
-        (b"\xff\xfe\n", ":1: this is no result"),
-        (b"[" * 100_000 + b"\n", ":1: this is no result"),
-        (b'{"grader": "a", "index": 0, "sample": "x", "kind": "score", "result": {"score": NaN}}\n', ":1: this is no"),
-        (b'{"grader": "a", "index": 0, "sample": "x", "kind": "other", "result": {"score": 1}}\n', ":1: this is no"),
-        (b'{"grader": "a", "index": "x", "sample": "x", "kind": "score", "result": {"score": 1}}\n', ":1: this is no"),
+        (b"{}\n", ":1: not a"),
+        (b"[1]\n", ":1: not a"),
+        (b"\xff\xfe\n", ":1: not a"),
+        (b"[" * 100_000 + b"\n", ":1: not a"),
+        (
+            b'{"grader": "a", "index": 0, "sample": "x", "kind": "score", "result": {"score": NaN}}\n',
+            ":1: not a",
+        ),
+        (b'{"grader": "a", "index": 0, "sample": "x", "kind": "other", "result": {"score": 1}}\n', ":1: not a"),
+        (
+            b'{"grader": "a", "index": "x", "sample": "x", "kind": "score", "result": {"score": 1}}\n',
+            ":1: not a",
+        ),
     ],
 )
 def test_a_file_that_is_no_results_file_is_refused(content: bytes, what: str, tmp_path: Path) -> None:

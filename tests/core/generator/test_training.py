@@ -11,8 +11,7 @@ import pytest
 from rm_gallery.cli import main as rm_gallery
 from rm_gallery.core.generator import export_data
 from rm_gallery.core.generator.export import main as export_command
-from rm_gallery.core.graders.base_grader import BaseGrader
-from rm_gallery.core.graders.schema import GraderError, GraderScore
+from rm_gallery.core.graders.base_grader import BaseGrader, GraderError, GraderScore
 from rm_gallery.core.runner import GradingRunner
 from rm_gallery.scoring import RewardScorer
 from tests.core.generator.exported import read_back
@@ -55,7 +54,7 @@ def test_from_judged_answers_to_a_reward_model(in_tmp: Path, qwen2_folder: Path)
     results = runner.run(samples(20))
     summary = export_data(samples(20), "data", results=results, source="words")
     assert summary.failures == {"an error of the grader instead of a score": 1}
-    assert {name: side.num_rows for name, side in summary.sides.items()} == {"train": 37, "test": 9}
+    assert {name: side.num_rows for name, side in summary.sides.items()} == {"train": 36, "test": 10}
     assert sum(side.num_prompts for side in summary.sides.values()) == 20
 
     checkpoint = train(qwen2_folder, Path("data"), "loop", "trainer.total_epochs=6")

@@ -114,7 +114,7 @@ def test_large_exports_are_written_in_parts(
 @pytest.mark.parametrize("name", ["train.parquet", "test.jsonl"])
 def test_files_that_are_there_stay_unless_told(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=f"{name}: is there already; set overwrite=True"):
+    with pytest.raises(UserError, match=f"{name} exists; set overwrite=True"):
         export_data(graded(40), tmp_path, formats=["parquet", "jsonl"])
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
     export_data(graded(40), tmp_path, formats=["parquet", "jsonl"], overwrite=True)
@@ -129,9 +129,9 @@ def make_link(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "what"),
     [
-        (lambda path: (path / "out").write_text("file"), "out is no folder"),
-        (lambda path: (path / "out/train.parquet").mkdir(parents=True), "is no ordinary file"),
-        (make_link, "is no ordinary file"),
+        (lambda path: (path / "out").write_text("file"), "out is not a folder"),
+        (lambda path: (path / "out/train.parquet").mkdir(parents=True), "not a regular file"),
+        (make_link, "not a regular file"),
     ],
 )
 def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(
@@ -155,7 +155,7 @@ def test_an_input_is_never_replaced(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(case) + "\n" for case in graded(20)))
     before = path.read_bytes()
-    with pytest.raises(UserError, match="this file is an input too"):
+    with pytest.raises(UserError, match="this file is also an input"):
         export_data(path, tmp_path, formats=["jsonl"], overwrite=True)
     assert path.read_bytes() == before
 
@@ -243,7 +243,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path, monkeypat
         (tmp_path / "test.parquet").write_text("theirs")
 
     monkeypatch.setattr(write, "_write", appear)
-    with pytest.raises(UserError, match=r"test\.parquet: another export has written it meanwhile"):
+    with pytest.raises(UserError, match=r"test\.parquet: another process wrote this file meanwhile"):
         export_data(graded(100), tmp_path)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("test.parquet", "theirs")]
 

@@ -128,7 +128,7 @@ def test_context_goes_before_the_query_and_the_reference_is_left_out() -> None:
 @pytest.mark.parametrize("reward", [math.nan, math.inf])
 def test_a_reward_that_is_no_number_is_a_grader_error(reward: float) -> None:
     result = RelevanceGrader(FixedScorer(reward)).evaluate(query="q", response="r")
-    assert isinstance(result, GraderError) and result.error.startswith(f"the model gave the reward {reward}")
+    assert isinstance(result, GraderError) and result.error.startswith(f"the model returned the reward {reward}")
 
 
 def test_a_missing_query_is_an_error_but_not_for_the_reward_itself(folder: Path) -> None:

@@ -14,8 +14,7 @@ import pytest
 from pydantic import BaseModel
 
 from rm_gallery.core.models import OpenAIChatModel
-from rm_gallery.core.models.generate import TextGenerator
-from rm_gallery.core.models.local import LocalRewardModel
+from rm_gallery.core.models.local import LocalRewardModel, TextGenerator
 from rm_gallery.errors import UserError
 from rm_gallery.scoring.scorer import RewardScorer
 from tests.core.reward_folders import make_reward_folder, plain_rewards
@@ -119,7 +118,7 @@ def test_a_language_model_is_asked_for_json_in_the_prompt(qwen2_folder: Path, mo
     model = OpenAIChatModel(str(qwen2_folder), is_local=True, max_tokens=2)
     assert model.chat("A number?", response_format=Answer).parsed == Answer(number=7)
     assert json.dumps(Answer.model_json_schema()) in asked[0][0]["content"]
-    with pytest.raises(UserError, match="extra_body: no option of a local model; it takes max_tokens"):
+    with pytest.raises(UserError, match="extra_body: not an option of a local model; it has max_tokens"):
         model.chat("A number?", extra_body={})
 
 
@@ -155,18 +154,18 @@ def nested(folder: Path) -> None:
     ("make", "what"),
     [
         (lambda folder: folder.rmdir(), "no such folder .working directory"),
-        (lambda folder: None, "no model there, since config.json is missing; name a folder with config.json"),
-        (nested, "name a folder in it, such as .*global_step_7"),
-        (lambda folder: (folder / "adapter_config.json").touch(), "holds an adapter; merge it into its base"),
+        (lambda folder: None, "config.json is missing; name a folder with config.json"),
+        (nested, "name a checkpoint in it, as .*global_step_7"),
+        (lambda folder: (folder / "adapter_config.json").touch(), "has an adapter; merge it into its base"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: cannot be read"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json: holds no model configuration"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "holds no weights"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json: not a model configuration"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "has no weights"),
         (with_config({"architectures": ["BertForSequenceClassification"]}), "a classifier with 2 labels"),
         (
             with_config({"architectures": ["XForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}}),
             "a classifier with 3 labels",
         ),
-        (with_config({"architectures": ["BertModel"]}), "BertModel in config.json; a reward model"),
+        (with_config({"architectures": ["BertModel"]}), "BertModel in config.json; expected a reward model"),
         (with_config({}), "no architecture in config.json"),
     ],
 )

@@ -47,16 +47,16 @@ def test_json_is_found_and_mended(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("quite good", "no JSON in the answer"),
-        ("", "no JSON in the answer"),
+        ("quite good", "no JSON in the response"),
+        ("", "no JSON in the response"),
         ("[4]", "list, expected object"),
         ('{"mark": 4}', "'score' is missing"),
         ('{"score": "good"}', "score: str, expected number"),
         ('{"score": true}', "score: bool, expected number"),
         ('{"score": null}', "score: NoneType, expected number"),
-        ('{"score": 6}', "score: 6 lies outside 1..5"),
+        ('{"score": 6}', "score: 6 is outside 1..5"),
         ('{"score": 4, "tags": ["a", 2]}', r"tags\[1\]: int, expected string"),
-        ('{"score": 4, "level": "mid"}', "level: 'mid' is none of"),
+        ('{"score": 4, "level": "mid"}', "level: 'mid' is not one of"),
     ],
 )
 def test_what_does_not_fit_is_said(text: str, what: str) -> None:

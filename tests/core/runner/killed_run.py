@@ -6,8 +6,7 @@ import asyncio
 import sys
 from typing import Any
 
-from rm_gallery.core.graders.base_grader import BaseGrader
-from rm_gallery.core.graders.schema import GraderScore
+from rm_gallery.core.graders.base_grader import BaseGrader, GraderScore
 from rm_gallery.core.runner import GradingRunner
 
 

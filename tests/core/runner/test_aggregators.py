@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
+from rm_gallery.core.graders.base_grader import GraderError, GraderRank, GraderScore
 from rm_gallery.core.runner import BaseAggregator, GradingRunner, WeightedSumAggregator
 from rm_gallery.errors import UserError
 from tests.core.graders_for_runs import LengthGrader, RaisingGrader, scores, texts
@@ -43,7 +43,7 @@ def test_a_missing_score_gives_an_error_and_no_sum_on_another_scale() -> None:
     total = WeightedSumAggregator("total", {"a": 0.5, "b": 0.5})
     failed = total({"a": GraderScore(score=4), "b": GraderError(error="timed out")})
     ranked = total({"a": GraderScore(score=4), "b": GraderRank(rank=[2, 1])})
-    assert isinstance(failed, GraderError) and failed.error == "there is no score of 'b' to sum: timed out"
+    assert isinstance(failed, GraderError) and failed.error == "no score of 'b': timed out"
     assert isinstance(ranked, GraderError) and "its result is GraderRank" in ranked.error
 
 
@@ -62,17 +62,17 @@ def test_a_grader_that_fails_reaches_the_aggregator_as_an_error() -> None:
         [{}, {"error": OSError("gone")}]
     )
     assert scores(results["w"][:1]) == [1]
-    assert results["w"][1].error == "there is no score of 'a' to sum: OSError: gone"
+    assert results["w"][1].error == "no score of 'a': OSError: gone"
 
 
 @pytest.mark.parametrize(
     ("aggregators", "said"),
     [
         (WeightedSumAggregator("w", {"aa": 1.0}), "'w' has a weight for 'aa', but the graders are 'a', 'b'"),
-        (WeightedSumAggregator("a"), "the name 'a' is taken"),
-        ([WeightedSumAggregator("w"), WeightedSumAggregator("w")], "the name 'w' is taken"),
-        (["w"], "aggregators: 'w' is none; give a WeightedSumAggregator"),
-        ([WeightedSumAggregator], "is none; give a WeightedSumAggregator"),
+        (WeightedSumAggregator("a"), "the name 'a' is used twice"),
+        ([WeightedSumAggregator("w"), WeightedSumAggregator("w")], "the name 'w' is used twice"),
+        (["w"], "aggregators: 'w' is not an aggregator; give WeightedSumAggregator"),
+        ([WeightedSumAggregator], "is not an aggregator; give WeightedSumAggregator"),
     ],
 )
 def test_an_aggregator_that_cannot_work_is_refused_before_anything_is_graded(aggregators: Any, said: str) -> None:

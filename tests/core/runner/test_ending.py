@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rm_gallery.core.graders.schema import GraderScore
+from rm_gallery.core.graders.base_grader import GraderScore
 from rm_gallery.core.runner import GradingRunner
 from tests.core.graders_for_runs import HangingGrader, LengthGrader, RaisingGrader, scores, texts
 
@@ -34,7 +34,7 @@ def cancelled_after_start(work: Coroutine[Any, Any, Any], hanging: HangingGrader
 
 def test_a_grader_that_cancels_itself_costs_its_sample_only() -> None:
     results = GradingRunner({"r": RaisingGrader()}).run([{"error": asyncio.CancelledError()}, {}])["r"]
-    assert results[0].error == "the grader was cancelled from within"
+    assert results[0].error == "the grader cancelled itself"
     assert scores(results[1:]) == [1]
 
 

@@ -36,12 +36,12 @@ def test_without_a_mapper_the_grader_is_given_the_fields_that_it_names(config: A
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ("length", "grader 'mine' is of type str, which is no grader: give a grader, GraderConfig"),
-        (LengthGrader, r"grader 'mine' is the class LengthGrader: make one, LengthGrader\(...\)"),
+        ("length", "grader 'mine' is of type str, which is not a grader: give a grader, GraderConfig"),
+        (LengthGrader, r"grader 'mine' is the class LengthGrader: create an instance, LengthGrader\(...\)"),
         ((GRADER,), "grader 'mine' is of type tuple"),
         ({"grader": GRADER, "maper": {}}, "grader 'mine' has the key 'maper'.*Did you mean 'mapper'"),
         ({"mapper": {}}, "grader 'mine' has no key 'grader'"),
-        ((GRADER, "text"), "grader 'mine': the mapper is a text"),
+        ((GRADER, "text"), "grader 'mine': the mapper is a string"),
         ((GRADER, {"txt": "t"}), r"the mapper gives 'txt', but LengthGrader takes 'text'. Did you mean 'text'\?"),
     ],
 )
@@ -51,7 +51,7 @@ def test_other_forms_are_refused_with_the_name_and_what_is_accepted(config: Any,
 
 
 def test_a_missing_parameter_is_named_with_what_there_is() -> None:
-    said = r"LengthGrader needs 'text', but it is given 'txt', 'id'. Did you mean 'txt'\? \(A mapper says"
+    said = r"LengthGrader needs 'text', but gets 'txt', 'id'. Did you mean 'txt'\? \(A mapper gives"
     with pytest.raises(UserError, match=said):
         GraderConfig(GRADER).arguments({"txt": "abc", "id": 0})
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rm_gallery.core.graders.schema import GraderError, GraderScore
+from rm_gallery.core.graders.base_grader import GraderError, GraderScore
 from rm_gallery.core.runner import GradingRunner
 from rm_gallery.core.runner.grading_runner import LOCAL_IN_FLIGHT
 from rm_gallery.errors import UserError
@@ -122,7 +122,7 @@ def test_a_grader_that_raises_costs_its_sample_only(caplog: pytest.LogCaptureFix
         results = GradingRunner({"r": RaisingGrader("raising")}, max_concurrency=2).run(dataset)["r"]
     assert [isinstance(result, GraderError) for result in results] == [False, True, False, True, False]
     assert [results[1].error, results[3].error, results[1].name] == ["ValueError: bad", "one sentence", "raising"]
-    assert caplog.messages == ["grader 'r': 2 of 5 samples ended in an error, the first is sample 1: ValueError: bad"]
+    assert caplog.messages == ["grader 'r': 2 of 5 samples failed, the first is sample 1: ValueError: bad"]
 
 
 def test_a_result_that_is_none_is_an_error() -> None:
@@ -130,7 +130,9 @@ def test_a_result_that_is_none_is_an_error() -> None:
         async def aevaluate(self, text: str) -> Any:
             return 0.5
 
-    assert "the grader gave float, not a GraderScore" in GradingRunner({"c": Careless()}).run(texts(1))["c"][0].error
+    assert (
+        "the grader returned float, not a GraderScore" in GradingRunner({"c": Careless()}).run(texts(1))["c"][0].error
+    )
 
 
 def test_a_mapper_that_fails_costs_its_sample_only() -> None:
@@ -142,7 +144,7 @@ def test_a_mapper_that_fails_costs_its_sample_only() -> None:
     results = GradingRunner(graders).run(dataset)
     assert [results["path"][0].score, results["code"][0].score] == [3, 3]
     assert "path 'q.text': there is no 'text' at 'q'; it is empty" in results["path"][1].error
-    assert "there is no 'q' in the sample: that is a text" in results["path"][2].error
+    assert "there is no 'q' in the sample: that is a string" in results["path"][2].error
     assert results["code"][1].error == "the mapper failed with KeyError: 'text'"
     assert results["code"][2].error.startswith("the mapper failed with TypeError")
 
@@ -159,13 +161,13 @@ def test_a_data_frame_is_told_how_to_become_a_dataset() -> None:
 
         def to_dict(self) -> None: ...
 
-    with pytest.raises(UserError, match=r"of a DataFrame that is df.to_dict\('records'\)"):
+    with pytest.raises(UserError, match=r"for a DataFrame, df.to_dict\('records'\)"):
         GradingRunner({"a": LengthGrader()}).run(DataFrame())
 
 
 @pytest.mark.parametrize("bound", [0, -1, 2.5, True, "8"])
 def test_a_bound_that_is_none_is_refused(bound: Any) -> None:
-    with pytest.raises(UserError, match=r"max_concurrency is .*: it must be a whole number of at least 1"):
+    with pytest.raises(UserError, match=r"max_concurrency=.*: must be an integer of at least 1"):
         GradingRunner({"a": LengthGrader()}, max_concurrency=bound)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rm_gallery.core.graders.schema import GraderRank, GraderScore
+from rm_gallery.core.graders.base_grader import GraderRank, GraderScore
 from rm_gallery.core.runner import GradingRunner, WeightedSumAggregator
 from rm_gallery.core.runner.results_file import ResultsFile
 from rm_gallery.errors import UserError
@@ -127,7 +127,7 @@ def test_a_half_written_last_line_is_asked_for_again(path: Path, caplog: pytest.
         results, num_calls = run(path, texts(6))
     assert (scores(results), num_calls) == (list(range(6)), 1)
     assert [line["index"] for line in lines_of(path)] == list(range(6))
-    assert "results.jsonl:6: the last line was cut off" in caplog.text
+    assert "results.jsonl:6: the last line is incomplete" in caplog.text
 
 
 def test_a_changed_dataset_is_refused_before_its_calls_are_made(path: Path) -> None:
@@ -153,14 +153,14 @@ def test_a_dataset_that_shrank_is_refused(path: Path, as_iterator: bool) -> None
 def test_another_grader_or_mapper_under_a_name_is_refused(path: Path) -> None:
     run(path, texts(2))
     for other in (LengthGrader("other"), (LengthGrader(), {"text": "text"}), (LengthGrader(), lambda s: s)):
-        with pytest.raises(UserError, match=r"results.jsonl:1: this result of grader 'a' was given with another class"):
+        with pytest.raises(UserError, match=r"results.jsonl:1: this result of grader 'a' comes from another class"):
             GradingRunner({"a": other}, output_path=path).run(texts(2))
 
 
 def test_a_file_of_something_else_is_refused(path: Path) -> None:
     path.parent.mkdir()
     path.write_text('{"prompt": "a"}\n')
-    with pytest.raises(UserError, match=r"results.jsonl:1: this is no result of a GradingRunner"):
+    with pytest.raises(UserError, match=r"results.jsonl:1: not a result of a GradingRunner"):
         run(path, texts(2))
     assert path.read_text() == '{"prompt": "a"}\n'
 
@@ -169,9 +169,7 @@ def test_a_file_of_something_else_is_refused(path: Path) -> None:
 def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path, what: str) -> None:
     (tmp_path / "file").touch()
     path = {"folder": tmp_path, "device": Path("/dev/null"), "below a file": tmp_path / "file" / "results"}[what]
-    with pytest.raises(
-        UserError, match=r"output_path .*: (this is no ordinary file|cannot be written .*); name a file"
-    ):
+    with pytest.raises(UserError, match=r"output_path .*: (not a regular file|cannot be written .*); name a"):
         run(path, texts(2))
 
 
@@ -186,7 +184,7 @@ def test_a_full_disk_stops_the_run_in_words_and_costs_nothing_that_was_had(
 
     append = ResultsFile.append
     monkeypatch.setattr(ResultsFile, "append", on_full_disk)
-    with pytest.raises(UserError, match=r"cannot be written any more \(No space left on device\); what is in it stays"):
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); earlier results are saved"):
         run(path, texts(9), max_concurrency=1)
     monkeypatch.undo()
     results, num_calls = run(path, texts(9))
@@ -209,7 +207,7 @@ def test_two_runs_on_one_file_at_once_are_refused(path: Path) -> None:
 
 
 def test_a_sample_without_a_written_form_is_refused_in_words(path: Path) -> None:
-    with pytest.raises(UserError, match=r"sample 0 cannot be recognised again on resume \(a value of type object\)"):
+    with pytest.raises(UserError, match=r"sample 0 cannot be serialized \(a value of type object\)"):
         run(path, [{"text": "a", "thing": object()}])
 
 

@@ -133,3 +133,16 @@ def test_the_same_sizes_give_the_same_packs_in_every_type_of_whole_number() -> N
     wide = GroupSizes(sizes.tokens.astype(np.int64), sizes.longest_text.astype(np.int64), sizes.num_responses,
                       sizes.num_comparisons)  # fmt: skip
     assert Packer(8192, 3).pack(sizes) == Packer(8192, 3).pack(wide)
+
+
+def test_inference_packs_neighbours_in_length_within_the_budget() -> None:
+    ones = np.ones(5, np.int64)
+    sizes = GroupSizes(tokens := np.array([30, 60, 20, 50, 40]), tokens, ones, ones * 0)
+    for padded in (False, True):
+        assert Packer(100, padded=padded).pack_by_length(sizes) == [[1], [3, 4], [0, 2]]
+        assert Packer(10, padded=padded).pack_by_length(sizes) == [[1], [3], [4], [0], [2]]
+        assert Packer(10, padded=padded).pack_by_length(sizes.of(np.arange(0))) == []
+    # Without padding a group counts its own tokens, so that the prefix of many responses is counted once.
+    wide = GroupSizes(np.array([60, 40, 30]), np.array([20, 10, 30]), np.array([5, 4, 1]), ones[:3])
+    assert Packer(100).pack_by_length(wide) == [[2, 0], [1]]
+    assert Packer(100, padded=True).pack_by_length(wide) == [[2], [0], [1]]

@@ -145,8 +145,8 @@ def test_pairs_above_the_budget_are_counted_and_the_longest_is_named() -> None:
     data = TokenData.from_groups((group, Origin("a.parquet", row)) for row, group in enumerate(groups))
     assert long_pairs(data, Packer(12), key="data.x") is None
     assert long_pairs(data, Packer(8), key="data.x") == (
-        "2 pairs have more tokens than a micro-batch has room for (8) and get one of their own; the longest, "
-        "a.parquet:1, has 12. When memory runs out, lower data.max_length; to give all of them room, "
+        "2 pairs exceed the token budget of a micro-batch (8), and each gets a micro-batch alone; the longest, "
+        "a.parquet:1, has 12 tokens. If memory runs out, lower data.max_length; to fit all pairs, "
         "set data.x to at least 12"
     )
     padded = long_pairs(data, Packer(13, padded=True), key="data.x")

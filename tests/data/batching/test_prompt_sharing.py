@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rm_gallery.data.batching.bin_packing import Packer
-from rm_gallery.data.batching.prompt_sharing import StepPlan, plan_step, sizes_of
+from rm_gallery.data.batching.prompt_sharing import StepPlan, plan_step, sizes_of, split_responses
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.token_group import Origin, TokenGroup, split_prefix
 from rm_gallery.schema import Comparison
@@ -186,3 +186,13 @@ def test_a_plan_depends_on_its_arguments_alone() -> None:
     first = plan_step(data, groups, Packer(150, 3))
     plan_step(data, groups[::-1], Packer(90))
     assert plan_step(data, groups.copy(), Packer(150, 3)) == first
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_group_without_comparisons_is_split_in_the_order_of_its_responses(padded: bool) -> None:
+    prefix = np.arange(4, dtype=np.int32)
+    group = TokenGroup(prefix, [np.full(size, 9, np.int32) for size in (3, 2, 5, 9)], ())
+    parts = split_responses(group, Packer(14 if padded else 10, padded=padded))
+    assert [[len(tail) for tail in part.tails] for part in parts] == [[3, 2], [5], [9]]
+    assert all(part.prefix is prefix for part in parts)
+    assert split_responses(group, Packer(100, padded=padded)) == [group]

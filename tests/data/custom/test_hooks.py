@@ -65,7 +65,7 @@ def test_source_and_ground_truth_come_with_the_group() -> None:
         ({"chosen": ["a", "b"]}, "chosen with a message that has no role"),
         ({"chosen": "No."}, "chosen equal to rejected"),
         ({"query": None}, "prompt with a message that has no text content"),
-        ({"query": "\ud800"}, "half a character (a lone surrogate) in a text"),
+        ({"query": "\ud800"}, "text with a lone surrogate"),
         ({"chosen": [{"role": "asistant", "content": "So."}]}, "chosen with an unknown role"),
         ({"weight": -1}, "negative weight"),
         ({"p_chosen": 1.5}, "p_chosen outside 0 to 1"),
@@ -126,7 +126,7 @@ HOOKS = ("_build_messages", "_extract_ground_truth", "_get_data_source", "build_
 def test_a_hook_that_raises_names_itself_file_and_row(hook: str) -> None:
     with pytest.raises(UserError) as error:
         read(with_hook(hook, raising))
-    assert str(error.value).startswith(f"a.parquet:3: Made.{hook} raised RuntimeError: first line (classes.py:")
+    assert str(error.value).startswith(f"a.parquet:3: Made.{hook} raised RuntimeError: first line second line ")
     assert "\n" not in str(error.value)
     assert isinstance(error.value.__cause__, RuntimeError), "--debug shows where"
 
@@ -140,39 +140,39 @@ def test_a_hook_that_misses_a_column_names_those_there_are() -> None:
     with pytest.raises(UserError) as error:
         read(with_hook("_build_messages", lambda row: row["question"]))
     assert "KeyError: 'question'" in str(error.value)
-    assert str(error.value).endswith("; correct the hook (columns of the row: query, chosen, rejected)")
+    assert str(error.value).endswith("; fix the hook (columns of the row: query, chosen, rejected)")
 
 
 @pytest.mark.parametrize(
     ("hook", "value", "sentence"),
     [
-        ("_build_messages", "Why?", "gave str instead of a list of messages (mappings with role and content)"),
-        ("_build_messages", None, "gave NoneType instead of a list of messages"),
-        ("_build_messages", ["Why?"], "gave a list with str in it instead of a list of messages"),
-        ("_get_data_source", 5, "gave int instead of text for the source"),
-        ("_extract_ground_truth", datetime.date(2000, 1, 1), "gave date instead of a plain JSON value as ground_truth"),
-        ("_extract_ground_truth", {"a": {1}}, "gave dict instead of a plain JSON value as ground_truth"),
-        ("build_group", "text", "gave str instead of a PreferenceGroup, None or (None, reason)"),
-        ("build_group", (None, 5), "gave tuple instead of a PreferenceGroup"),
-        ("build_group", PreferenceGroup("a", "bc", PAIR), "gave str instead of a list of responses"),
-        ("build_group", PreferenceGroup(5, ["b", "c"], PAIR), "gave int instead of a list of messages"),
-        ("build_group", PreferenceGroup("a", ["b", "c"], ((0, 1),)), "gave tuple instead of a Comparison"),
-        ("build_group", PreferenceGroup("a", ["b", "c"], None), "gave NoneType instead of a list of comparisons"),
-        ("build_group", PreferenceGroup("a", ["b", "c"], PAIR, source=5), "gave int instead of text for the source"),
-        ("build_group", PreferenceGroup("a", ["b", "c"], PAIR, metadata=5), "gave int instead of a mapping as "),
+        ("_build_messages", "Why?", "returned str instead of a list of messages (mappings with role and content)"),
+        ("_build_messages", None, "returned NoneType instead of a list of messages"),
+        ("_build_messages", ["Why?"], "returned a list with str in it instead of a list of messages"),
+        ("_get_data_source", 5, "returned int instead of text for the source"),
+        ("_extract_ground_truth", datetime.date(2000, 1, 1), "returned date instead of a plain JSON value as gr"),
+        ("_extract_ground_truth", {"a": {1}}, "returned dict instead of a plain JSON value as ground_truth"),
+        ("build_group", "text", "returned str instead of a PreferenceGroup, None or (None, reason)"),
+        ("build_group", (None, 5), "returned tuple instead of a PreferenceGroup"),
+        ("build_group", PreferenceGroup("a", "bc", PAIR), "returned str instead of a list of responses"),
+        ("build_group", PreferenceGroup(5, ["b", "c"], PAIR), "returned int instead of a list of messages"),
+        ("build_group", PreferenceGroup("a", ["b", "c"], ((0, 1),)), "returned tuple instead of a Comparison"),
+        ("build_group", PreferenceGroup("a", ["b", "c"], None), "returned NoneType instead of a list of comparisons"),
+        ("build_group", PreferenceGroup("a", ["b", "c"], PAIR, source=5), "returned int instead of text for the"),
+        ("build_group", PreferenceGroup("a", ["b", "c"], PAIR, metadata=5), "returned int instead of a mapping as "),
         ("build_group", PreferenceGroup("a", ["b", "c"], PAIR, metadata={"a": {1}}),
-         "gave set instead of a plain JSON value as a"),
-        ("build_group", PreferenceGroup("a", ["b", "c"], (Comparison(0, 1.0),)), "compares response 0 with 1.0, of 2"),
+         "returned set instead of a plain JSON value as a"),
+        ("build_group", PreferenceGroup("a", ["b", "c"], (Comparison(0, 1.0),)), "compares response 0 with 1.0 of 2"),
         ("build_group", PreferenceGroup("a", ["b", "c"], (Comparison(0, 2),)),
-         "compares response 0 with 2, of 2 that count from 0"),
-        ("build_group", PreferenceGroup("a", ["b", "c"], (Comparison(1, 1),)), "compares response 1 with 1, of 2"),
+         "compares response 0 with 2 of 2 (the first is 0)"),
+        ("build_group", PreferenceGroup("a", ["b", "c"], (Comparison(1, 1),)), "compares response 1 with 1 of 2"),
     ],
 )  # fmt: skip
 def test_a_hook_that_gives_something_else_names_itself_file_and_row(hook: str, value: Any, sentence: str) -> None:
     with pytest.raises(UserError) as error:
         read(with_hook(hook, lambda _: value))
     assert str(error.value).startswith(f"a.parquet:3: Made.{hook} {sentence}")
-    assert str(error.value).endswith("; correct the hook")
+    assert str(error.value).endswith("; fix the hook")
 
 
 def test_a_constructor_that_refuses_its_arguments_is_named() -> None:
@@ -197,11 +197,11 @@ def test_build_group_gives_rankings_bare_text_and_reasons() -> None:
 @pytest.mark.parametrize(
     ("made", "reason"),
     [
-        (None, "left out by build_group"),
+        (None, "dropped by build_group"),
         ((None, "no votes"), "no votes"),
         ((None, "no\n votes"), "no votes"),
-        ((None, ""), "left out by build_group"),
-        (PreferenceGroup("a", ["b", "\ud800"], PAIR), "half a character (a lone surrogate) in a text"),
+        ((None, ""), "dropped by build_group"),
+        (PreferenceGroup("a", ["b", "\ud800"], PAIR), "text with a lone surrogate"),
         (PreferenceGroup("a", ["b", "c"]), "no comparison between its responses"),
         (PreferenceGroup("a", ["b", " "], PAIR), "empty response"),
         (PreferenceGroup([USER], ["b", " "], PAIR), "empty response"),
@@ -212,7 +212,7 @@ def test_build_group_gives_rankings_bare_text_and_reasons() -> None:
          "a weight that is not a finite number of at least 0"),
         (PreferenceGroup("a", ["b", "c"], (Comparison(0, 1, margin=float("inf")),)),
          "a margin that is not a finite number"),
-        (PreferenceGroup("a", ["b", "c"], (Comparison(0, 1, p_better=2),)), "a share of people outside 0 to 1"),
+        (PreferenceGroup("a", ["b", "c"], (Comparison(0, 1, p_better=2),)), "a share of annotators outside 0 to 1"),
     ],
 )  # fmt: skip
 def test_a_row_that_build_group_cannot_use_is_counted_by_reason(made: Any, reason: str) -> None:

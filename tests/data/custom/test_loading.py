@@ -129,14 +129,14 @@ def test_a_file_is_run_once_and_again_after_a_change_of_it_or_beside_it(in_tmp: 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("class Mine(:\n", "mine.py: cannot be imported, SyntaxError: invalid syntax (mine.py:1); correct it"),
+        ("class Mine(:\n", "mine.py: cannot be imported, SyntaxError: invalid syntax (mine.py:1); fix it"),
         ("\nclass Mine(Missing): ...",
-         "mine.py: cannot be imported, NameError: name 'Missing' is not defined (mine.py:2); correct it"),
+         "mine.py: cannot be imported, NameError: name 'Missing' is not defined (mine.py:2); fix it"),
         ("import nothing_of_this_name", "mine.py: cannot be imported, ModuleNotFoundError: No module named "),
         ("from . import other", "mine.py: cannot be imported, ImportError: attempted relative import"),
-        ("import sys\nsys.exit(3)", "mine.py: cannot be imported, SystemExit: 3 (mine.py:2); correct it"),
+        ("import sys\nsys.exit(3)", "mine.py: cannot be imported, SystemExit: 3 (mine.py:2); fix it"),
         ("x = '\0'", "mine.py: cannot be imported, "),
-        ("raise RuntimeError", "mine.py: cannot be imported, RuntimeError (mine.py:1); correct it"),
+        ("raise RuntimeError", "mine.py: cannot be imported, RuntimeError (mine.py:1); fix it"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_imported_names_the_line(text: str, sentence: str, in_tmp: Path) -> None:

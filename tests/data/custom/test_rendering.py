@@ -62,7 +62,7 @@ def test_a_format_of_its_own_is_closed_as_the_template_closes(name: str, closing
     assert reader.render([], said("So.")) == f"{bos}Bot: So.{closing}"
     assert not reader.matches_template
     [warning] = reader.facts.warnings()
-    assert warning.startswith("data.custom_cls: _apply_chat_template writes something else than ")
+    assert warning.startswith("data.custom_cls: _apply_chat_template differs from the chat ")
 
 
 def test_a_hook_that_renders_without_the_generation_prompt_still_is_the_template() -> None:
@@ -102,11 +102,11 @@ def test_a_hook_may_change_the_messages_it_is_given() -> None:
 
 def test_a_hook_that_cannot_render_names_itself_and_the_row() -> None:
     with pytest.raises(
-        UserError, match=r"^b\.parquet:1: Made\._apply_chat_template raised RuntimeError: first line \("
+        UserError, match=r"^b\.parquet:1: Made\._apply_chat_template raised RuntimeError: first line second line \("
     ):
         reader_of(with_hook("_apply_chat_template", raising)).render([USER], said("So."), where="b.parquet:1")
     with pytest.raises(
-        UserError, match=r"^Made\._apply_chat_template gave list instead of text \(tokenize=False gives"
+        UserError, match=r"^Made\._apply_chat_template returned list instead of text \(tokenize=False gives"
     ):
         reader_of(with_hook("_apply_chat_template", lambda _: [1, 2])).render([USER], said("So."))
 
@@ -154,7 +154,7 @@ def test_empty_prompts_everywhere_are_worth_a_warning() -> None:
     reader = reader_of(Plain)
     reader.read(Row({**ROW, "query": " "}, "a.parquet", 0))
     [warning] = reader.facts.warnings()
-    assert warning.startswith("data.custom_cls: every prompt is empty (1 rows); does _build_messages read a column")
+    assert warning.startswith("data.custom_cls: every prompt is empty (1 rows); check that _build_messages reads ")
     reader.read(Row(ROW, "a.parquet", 1))
     assert reader.facts.warnings() == []
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from rm_gallery.data.formats import FormatConfig, PublishedColumns, read_groups
+from rm_gallery.data.formats import FormatConfig, PublishedColumns, Readers, RowCounts, read_groups
 from rm_gallery.data.sources import Row
 from rm_gallery.errors import Dropped
 from rm_gallery.schema import Comparison, Message, PreferenceGroup
@@ -32,10 +33,21 @@ def configured(**options: Any) -> FormatConfig:
     return FormatConfig(columns=PublishedColumns(**columns), **options)
 
 
+def read_all(
+    rows: Iterable[Row], config: FormatConfig, *, template: bool = True
+) -> tuple[list[PreferenceGroup], Dropped]:
+    """Groups of the rows of several files, and the rows that were dropped."""
+    counts = RowCounts()
+    by_file = Readers(config, has_chat_template=template).by_file(rows)
+    groups = [
+        group for reader, some in by_file for _, group, _ in read_groups(some, reader, counts, bad_rows=config.bad_rows)
+    ]
+    assert counts.num_rows == len(groups) + counts.dropped.total
+    return groups, counts.dropped
+
+
 def read(*rows: dict[str, Any], template: bool = True, **options: Any) -> tuple[list[PreferenceGroup], Dropped]:
-    dropped = Dropped()
-    groups = read_groups(numbered(*rows), configured(**options), has_chat_template=template, dropped=dropped)
-    return list(groups), dropped
+    return read_all(numbered(*rows), configured(**options), template=template)
 
 
 def read_one(row: dict[str, Any], **options: Any) -> PreferenceGroup:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from rm_gallery.data.formats import READERS, SAMPLE_ROWS, FormatConfig, RowReader, choose_format, read_groups
+from rm_gallery.data.formats import READERS, SAMPLE_ROWS, FormatConfig, RowReader, choose_format
 from rm_gallery.data.sources import Row
-from rm_gallery.errors import Dropped, UserError
-from tests.data.formats.rows import assistant, configured, numbered, read, user
+from rm_gallery.errors import UserError
+from tests.data.formats.rows import assistant, configured, numbered, read, read_all, user
 
 CHATS = {"chosen": [user("hi"), assistant("a")], "rejected": [user("hi"), assistant("b")]}
 TEXTS = {"chosen": "a", "rejected": "b"}
@@ -69,7 +69,7 @@ def test_the_configuration_knows_the_names_of_all_formats() -> None:
 def test_a_choice_is_logged_once_for_all_files_that_it_is_the_same_for(caplog: pytest.LogCaptureFixture) -> None:
     rows = [*numbered(TEXTS, file="a.parquet"), *numbered(TEXTS, file="b.parquet"), *numbered(CHATS, file="c.parquet")]
     with caplog.at_level(logging.INFO):
-        list(read_groups(rows, FormatConfig(), has_chat_template=True, dropped=Dropped()))
+        read_all(rows, FormatConfig())
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
     assert caplog.messages == [
         "a.parquet: data.format is text, since chosen, rejected hold text, and there is no prompt",
@@ -77,13 +77,13 @@ def test_a_choice_is_logged_once_for_all_files_that_it_is_the_same_for(caplog: p
     ]
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        list(read_groups(rows[:2], FormatConfig(format="text"), has_chat_template=True, dropped=Dropped()))
+        read_all(rows[:2], FormatConfig(format="text"))
     assert not caplog.messages  # nothing was chosen
 
 
 def test_the_format_is_chosen_for_each_file() -> None:
     rows = [*numbered(TEXTS, file="a.parquet"), *numbered(RANKED, RANKED, file="b.parquet")]
-    groups = list(read_groups(rows, FormatConfig(), has_chat_template=True, dropped=Dropped()))
+    groups, _ = read_all(rows, FormatConfig())
     assert [(group.where, len(group.responses)) for group in groups] == [
         ("a.parquet:0", 2),
         ("b.parquet:0", 2),
@@ -196,7 +196,7 @@ def test_a_column_of_another_type_is_an_error_and_one_such_cell_a_dropped_row(na
     unless = "; null reads no such column" if name == "prompt" else ""
     assert refused({**row, name: None}, {**row, name: value}) == (
         f"a.parquet:1: column {name!r} holds {held}, not text or messages; "
-        f"write it so, or name another column with data.{name}_key{unless}"
+        f"convert it, or name another column with data.{name}_key{unless}"
     )
     groups, dropped = read(row, {**row, name: value}, row)
     assert [group.where for group in groups] == ["a.parquet:0", "a.parquet:2"]
@@ -213,7 +213,7 @@ def test_a_column_of_another_type_is_an_error_and_one_such_cell_a_dropped_row(na
 def test_a_column_that_is_meant_otherwise_can_be_left_unread(column: str, value: Any, held: str, meant: str) -> None:
     row = {**TEXTS, column: value}
     assert refused(row) == (
-        f"a.parquet:0: column {column!r} holds {held}, not {meant}; write it so, or name another column with "
+        f"a.parquet:0: column {column!r} holds {held}, not {meant}; convert it, or name another column with "
         f"data.{column}_key; null reads no such column"
     )
     assert len(read(row, **{f"{column}_key": None})[0]) == 1
@@ -221,7 +221,7 @@ def test_a_column_that_is_meant_otherwise_can_be_left_unread(column: str, value:
 
 def test_lists_are_wanted_where_responses_are() -> None:
     assert refused({"input": "hi", "output": "a text"}) == (
-        "a.parquet:0: column 'output' holds text, not lists or their JSON; write it so, or name another column with "
+        "a.parquet:0: column 'output' holds text, not lists or their JSON; convert it, or name another column with "
         "data.columns.output"
     )
 

@@ -70,8 +70,8 @@ def test_helpsteer2_preferences_are_read_under_their_own_names() -> None:
         ({"context": None}, "text responses without context"),
         ({"response2": "one"}, "response1 equal to response2"),
         ({"context": [{"content": "x"}]}, "context with a message that has no role"),
-        ({"individual_preference": [{"reasoning": "x"}]}, "individual_preference without a score of each person"),
-        ({"individual_preference": [-1]}, "individual_preference without a score of each person"),
+        ({"individual_preference": [{"reasoning": "x"}]}, "individual_preference without a score of each annotator"),
+        ({"individual_preference": [-1]}, "individual_preference without a score of each annotator"),
         ({"individual_preference": [{"score": "x"}]}, "score in individual_preference that is not a number"),
     ],
 )

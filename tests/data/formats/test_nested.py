@@ -121,8 +121,8 @@ def test_completions_of_ultrafeedback_are_read_by_their_fine_grained_score() -> 
     [
         (None, "null output"),
         ([answer("a", label=1)], "output with fewer than 2 responses"),
-        ([answer("a", label=1), "b"], "output with a response that is no record"),
-        ([answer("a", label=1), None], "output with a response that is no record"),
+        ([answer("a", label=1), "b"], "output with a response that is not a record"),
+        ([answer("a", label=1), None], "output with a response that is not a record"),
         ([answer("a", label=1), answer("b")], "output with a response that has no label or score"),
         ([answer("a", label="A"), answer("b", label="B")], "output with a response that has no label or score"),
         ([answer("a", label=True), answer("b")], "output with a response that has no label or score"),

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from rm_gallery.data.formats import FormatConfig, read_groups
+from rm_gallery.data.formats import FormatConfig
 from rm_gallery.data.sources import Row
 from rm_gallery.errors import Dropped, UserError
-from tests.data.formats.rows import assistant, conversations, only, read, read_one, system, user, why
+from tests.data.formats.rows import assistant, conversations, only, read, read_all, read_one, system, user, why
 
 QUESTION = [system("short"), user("1 + 1?")]
 GOOD, BAD = [*QUESTION, assistant("2")], [*QUESTION, assistant("3")]
@@ -145,7 +145,7 @@ def test_bad_rows_error_stops_at_the_first_bad_row() -> None:
     good = {"chosen": "a", "rejected": "b"}
     with pytest.raises(UserError) as error:
         read(good, {"chosen": None, "rejected": "b"}, bad_rows="error")
-    assert str(error.value) == "a.parquet:1: null chosen; mend the row, or set data.bad_rows=drop to leave it out"
+    assert str(error.value) == "a.parquet:1: null chosen; fix the row, or set data.bad_rows=drop to drop it"
 
 
 def test_dropped_rows_are_counted_by_reason_with_the_first_of_each() -> None:
@@ -298,11 +298,11 @@ def test_labels_against_the_order_keep_the_order_as_it_is_given() -> None:
         ("p_chosen", -0.1, "p_chosen outside 0 to 1"),
         ("p_chosen", math.nan, "p_chosen that is not finite"),
         ("source", {"a": 1}, "source that is not text"),
-        ("tools", ["f"], "tools with a tool that is no JSON object"),
+        ("tools", ["f"], "tools with a tool that is not a JSON object"),
         ("tools", [{"f": b"x"}], "tools with a value that is not JSON"),
         ("tools", [{"f": math.nan}], "tools with a value that is not JSON"),
         ("tools", "[{", "tools that is not valid JSON"),
-        ("tools", '{"f": 1}', "tools that is no list"),
+        ("tools", '{"f": 1}', "tools that is not a list"),
     ],
 )
 def test_a_label_that_cannot_be_used_leaves_the_row_out(column: str, value: Any, reason: str) -> None:
@@ -323,7 +323,7 @@ def test_all_names_of_columns_can_be_changed_and_null_reads_no_such_column() -> 
 
 
 def test_half_a_character_leaves_the_row_out() -> None:
-    reason = "half a character (a lone surrogate) in a text"
+    reason = "text with a lone surrogate"
     assert why({"prompt": "p", "chosen": "a \ud800", "rejected": "b"}) == reason
     assert why({"prompt": [user("\ude00")], "chosen": "a", "rejected": "b"}) == reason
     whole = {"prompt": "p", "chosen": "\U0001f600 \u05e9\u05dc\u05d5\u05dd", "rejected": "b"}
@@ -332,7 +332,6 @@ def test_half_a_character_leaves_the_row_out() -> None:
 
 def test_a_row_that_could_not_be_read_at_all_counts_with_the_fault_of_its_source() -> None:
     rows = [Row({"chosen": "a", "rejected": "b"}, "a.jsonl", 0), Row({}, "a.jsonl", 1, fault="not JSON")]
-    dropped = Dropped()
-    groups = list(read_groups(rows, FormatConfig(), has_chat_template=True, dropped=dropped))
+    groups, dropped = read_all(rows, FormatConfig())
     assert [group.where for group in groups] == ["a.jsonl:0"]
     assert dropped.describe() == "1 not JSON (first: a.jsonl:1)"

@@ -93,7 +93,7 @@ def test_names_of_columns_can_be_changed() -> None:
         (["a", "b"], [1, "good"], "number in scores that is not a number"),
         (["a", "b"], [[1], [2]], "number in scores that is not a number"),
         ("[1, 2", [1, 2], "responses that is not valid JSON"),
-        ({"0": "a"}, [1, 2], "responses that is no list"),
+        ({"0": "a"}, [1, 2], "responses that is not a list"),
         (["a"] * 257, [1] * 257, "responses with more than 256 responses"),
     ],
 )

@@ -46,9 +46,9 @@ def test_entries_are_paths_or_sections_of_keys(in_tmp: Path) -> None:
          [f"data.train_files.wieght: unknown key. Did you mean 'weight'? Known are {', '.join(KEYS)}"]),
         ([{"weight": 1}], ["data.train_files[0]: an entry needs its path, as {path: a.parquet, weight: 2}"]),
         ([{"path": " "}], ["data.train_files[0]: an entry needs its path, as {path: a.parquet, weight: 2}"]),
-        ([{"path": "a", "split": 1}], ["data.train_files[0].split=1: must be text; put quotes around it"]),
+        ([{"path": "a", "split": 1}], ["data.train_files[0].split=1: must be a string; put quotes around it"]),
         *[([{"path": "a", "weight": weight}],
-           [f"data.train_files[0].weight={weight!r}: must be a number above 0; leave the entry out to use none of it"])
+           [f"data.train_files[0].weight={weight!r}: must be a number above 0; remove the entry to use none of it"])
           for weight in (0, -1, float("nan"), float("inf"), "2", True, None, [1])],
     ],
 )  # fmt: skip

@@ -76,11 +76,11 @@ def test_a_bad_row_is_a_fault_between_two_good_ones(in_tmp: Path, line: bytes, f
         (b"", "a.csv: the file holds no rows; remove it from data.train_files or write it again"),
         (HEADER, "a.csv: the file holds no rows; remove it from data.train_files or write it again"),
         (b"\n\n", "a.csv: the file holds no rows; remove it from data.train_files or write it again"),
-        (b"chosen,chosen\na,b\n", "a.csv: column 'chosen' stands there more than once; rename one of the two"),
-        (HEADER + GOOD + b'a,"b\n' + GOOD * 9, "a.csv:1: a quoted cell begins here and never ends; close the quote"),
+        (b"chosen,chosen\na,b\n", "a.csv: duplicate column 'chosen'; rename one of the two"),
+        (HEADER + GOOD + b'a,"b\n' + GOOD * 9, "a.csv:1: a quoted cell starts here and never ends; close the quote"),
         (b'"chosen"x,rejected\n', "a.csv: the header is not valid CSV; write the file again"),
-        (b'"chosen,rejected\n', "a.csv: a quoted cell begins here and never ends; close the quote"),
-        (b"\xff\xfec\0h\0", "a.csv: holds UTF-16 text, which its name does not say; convert or rename it ("),
+        (b'"chosen,rejected\n', "a.csv: a quoted cell starts here and never ends; close the quote"),
+        (b"\xff\xfec\0h\0", "a.csv: holds UTF-16 text, not CSV in UTF-8; convert or rename it ("),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(in_tmp: Path, content: bytes, sentence: str) -> None:
@@ -90,9 +90,9 @@ def test_a_file_that_cannot_be_read_is_named(in_tmp: Path, content: bytes, sente
 
 
 def test_a_quote_that_never_ends_does_not_fill_the_memory(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_files, "LONGEST_ROW", 1 << 20)
+    monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 1 << 20)
     write(HEADER + GOOD + b'a,"b' + b"a line\n" * 1_000_000)
-    with pytest.raises(UserError, match=r"^a\.csv:1: the row is longer than 1 MB; is a closing quote missing\?$"):
+    with pytest.raises(UserError, match=r"^a\.csv:1: the row is longer than 1 MiB; close a missing quote$"):
         rows_of("a.csv")
 
 

@@ -132,7 +132,7 @@ def test_what_is_not_there_is_named_with_what_is(
 
 @pytest.mark.parametrize("path", ["org/pairs/train.parquet", "org/pairs/data/*.parquet"])
 def test_a_split_beside_a_path_that_says_it_is_refused(site: StandIn, path: str) -> None:
-    with pytest.raises(UserError, match=r": split says nothing about such a path; take it out of the entry$"):
+    with pytest.raises(UserError, match=r": split does not apply to such a path; remove it from the entry$"):
         resolve_files(SourceConfig(FileEntry(path, split="test")), key=KEY)
 
 
@@ -140,7 +140,7 @@ def test_a_repository_without_data_files_names_the_conversion(site: StandIn) -> 
     site.repositories["org/images"] = Repository({"main": {"README.md": b"", "a.png": b"", "b.zip": b""}})
     assert refused("org/images") == (
         "the repository holds no data file that can be read (it holds README.md, a.png, b.zip); try the revision "
-        "refs/convert/parquet, which the hub keeps for many data sets"
+        "refs/convert/parquet, which the hub keeps for many datasets"
     )
     site.repositories["org/empty"] = Repository({"main": {".gitattributes": b""}})
     assert refused("org/empty").startswith("the repository holds no data file that can be read (it is empty); try")
@@ -166,7 +166,7 @@ def test_a_gated_data_set_needs_a_token(site: StandIn, monkeypatch: pytest.Monke
 
 def test_a_private_data_set_looks_like_none_without_a_token(site: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     site.repositories["org/pairs"].access = "private"
-    assert f"{site.url} has no data set org/pairs; correct the name, or set HF_TOKEN to" in refused("org/pairs")
+    assert f"{site.url} has no dataset org/pairs; correct the name, or set HF_TOKEN to" in refused("org/pairs")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert values_of("org/pairs") == PAIRS
 
@@ -208,11 +208,11 @@ def test_without_a_network_the_cache_serves(site: StandIn, monkeypatch: pytest.M
     assert refused("org/others").endswith("; check the path and the network")
     assert refused("org/pairs", revision="v1").endswith("; check the path and the network")
     shutil.rmtree(next(Path("cache").glob("**/snapshots/*/data")))
-    assert "org/pairs is not whole in the cache while http://127.0.0.1:9 cannot be reached (" in refused("org/pairs")
+    assert "org/pairs is not complete in the cache while http://127.0.0.1:9 cannot be reached (" in refused("org/pairs")
 
 
 NOT_CACHED = (
-    "no local file or folder, and org/others is not whole in the cache while HF_HUB_OFFLINE is set; unset it once"
+    "no local file or folder, and org/others is not complete in the cache while HF_HUB_OFFLINE is set; unset it"
 )
 OFFLINE = """
 import sys

@@ -182,10 +182,10 @@ def other_state() -> None:
         (empty_folder, "the folder holds no data file (parquet, JSON lines, CSV, Arrow); name one that does"),
         (mixed_folder, "holds CSV and parquet files; name one kind, as set/*.parquet"),
         (folder_without_train, "has no split 'train'; it has test, validation. Name one of these as split"),
-        (incomplete_save, "data-00001-of-00002.arrow is missing from set; save or copy the data set again"),
-        (empty_save, "the data set that was saved there is empty; name another"),
-        (damaged_save, "state.json is damaged; save the data set again"),
-        (other_state, "set/state.json does not list the data files; save the data set again"),
+        (incomplete_save, "data-00001-of-00002.arrow is missing from set; save or copy the dataset again"),
+        (empty_save, "the saved dataset is empty; name another"),
+        (damaged_save, "state.json is damaged; save the dataset again"),
+        (other_state, "set/state.json does not list the data files; save the dataset again"),
     ],
 )
 def test_a_folder_that_cannot_be_read_is_named_with_what_to_do(in_tmp: Path, make: object, sentence: str) -> None:
@@ -203,9 +203,9 @@ def test_a_folder_that_cannot_be_read_is_named_with_what_to_do(in_tmp: Path, mak
         ("nope.parquet", "data.train_files=nope.parquet: no such file or folder (working directory "),
         ("./org/set/train.parquet", "data.train_files=./org/set/train.parquet: no such file or folder (working "),
         ("no*.parquet", "data.train_files=no*.parquet: no file matches the pattern (working directory "),
-        (" ", "data.train_files names an empty path; take it out or name a file"),
+        (" ", "data.train_files names an empty path; remove it or name a file"),
         ("x" * 300, "cannot be looked up (File name too long); name another path"),
-        ("a\0/*.parquet", "data.train_files='a\\x00/*.parquet': no path holds a NUL character; take it out"),
+        ("a\0/*.parquet", "data.train_files='a\\x00/*.parquet': a path cannot contain a NUL character; remove it"),
         ("notes.txt", "data.train_files=notes.txt: files that end in .txt are not read; rename or convert it so that"),
         ("notes", "data.train_files=notes: the name does not tell what the file holds; rename or convert it so that"),
         ("a.parquet.gz", "data.train_files=a.parquet.gz: files that end in .parquet.gz are not read; rename or "),
@@ -239,7 +239,7 @@ def test_a_file_that_is_named_twice_is_refused(in_tmp: Path) -> None:
 def test_what_says_nothing_about_a_lone_file_is_refused(in_tmp: Path, name: str) -> None:
     write(Path("a.parquet"))
     for path in ("a.parquet", "*.parquet"):
-        with pytest.raises(UserError, match=rf": {name} says nothing about such a path; take it out of the entry$"):
+        with pytest.raises(UserError, match=rf": {name} does not apply to such a path; remove it from the entry$"):
             find_files([FileEntry(path, **{name: "x"})], key=KEY)
     assert len(resolve("a.parquet", train_split="x", revision="x")) == 1  # meant for other entries
 

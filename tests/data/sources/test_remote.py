@@ -65,7 +65,7 @@ def test_reading_goes_on_where_the_connection_broke_off(site: StandIn, name: str
     assert [row.values for row in read_rows(files, key=KEY)] == PAIRS * 50
     assert site.cuts == 0
     site.cuts = 10_000
-    with pytest.raises(UserError, match=rf"^{site.url}/files/{name}: cannot be read on \("):
+    with pytest.raises(UserError, match=rf"^{site.url}/files/{name}: cannot be read further \("):
         list(read_rows(files, key=KEY))
     assert 10_000 - site.cuts < 10
 
@@ -144,7 +144,7 @@ def test_folders_and_globs_of_a_page_with_links(site: StandIn) -> None:
 def test_what_says_nothing_about_a_url_is_refused(site: StandIn, name: str) -> None:
     site.files["/files/a.jsonl"] = lines(PAIRS)
     entry = FileEntry(f"{site.url}/files/a.jsonl", **{name: "x"})
-    with pytest.raises(UserError, match=rf": {name} says nothing about such a path; take it out of the entry$"):
+    with pytest.raises(UserError, match=rf": {name} does not apply to such a path; remove it from the entry$"):
         resolve_files(SourceConfig(entry), key=KEY)
 
 
@@ -167,7 +167,7 @@ def test_a_file_of_an_archive_is_read(site: StandIn) -> None:
         ("memory://nope*.jsonl", "data.train_files=memory://nope*.jsonl: no data file there; name a file, a folder "),
         ("gs://bucket/a.jsonl", "data.train_files=gs://bucket/a.jsonl: gs:// needs the package gcsfs; run "),
         ("nope://a.jsonl", "data.train_files=nope://a.jsonl: nope:// cannot be opened (Protocol not known: nope); "),
-        ("smb://host/a.jsonl", "data.train_files=smb://host/a.jsonl: smb:// needs a package that is missing ("),
+        ("smb://host/a.jsonl", "data.train_files=smb://host/a.jsonl: smb:// needs a package that is not installed ("),
     ],
 )  # fmt: skip
 def test_a_url_that_cannot_be_read_is_named_with_what_to_do(

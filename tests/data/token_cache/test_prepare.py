@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rm_gallery.data.formats import CustomClassConfig
+from rm_gallery.data.formats import CustomClassConfig, hash_prompt, is_wanted
 from rm_gallery.data.sources import SourceConfig, entries_of, resolve_files
 from rm_gallery.data.token_cache import prepare as module
 from rm_gallery.data.token_cache import row_processor, store
 from rm_gallery.data.token_cache.prepare import PrepareConfig, prepare
-from rm_gallery.data.token_cache.row_processor import is_wanted
 from rm_gallery.data.token_cache.store import Store
-from rm_gallery.data.tokenization.token_group import hash_prompt
 from rm_gallery.errors import UserError
 from tests import forks
 from tests.data.groups import texts_of
@@ -104,7 +102,7 @@ def test_workers_give_the_same_store_as_one_process(
     for name in ("b.parquet", "c.parquet"):
         write_pairs(files / name, rows)
     alone = run(tokenizer, ("b.parquet", "c.parquet"), num_workers=0)
-    monkeypatch.setattr(row_processor, "_SECONDS_ALONE", 0.0)
+    monkeypatch.setattr(row_processor, "_SINGLE_PROCESS_S", 0.0)
     monkeypatch.setattr(module, "_STORE_VERSION", -1)
     several = run(tokenizer, ("b.parquet", "c.parquet"), num_workers=2)
     assert len(stores()) == 2
@@ -121,8 +119,8 @@ def test_an_error_in_a_worker_arrives_as_its_sentence(
     files: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_pairs(files / "b.parquet", [*text_pairs(2500), {"chosen": None, "rejected": "b"}])
-    monkeypatch.setattr(row_processor, "_SECONDS_ALONE", 0.0)
-    with pytest.raises(UserError, match=r"^b\.parquet:2500: null chosen; mend the row, or set data\.bad_rows=drop"):
+    monkeypatch.setattr(row_processor, "_SINGLE_PROCESS_S", 0.0)
+    with pytest.raises(UserError, match=r"^b\.parquet:2500: null chosen; fix the row, or set data\.bad_rows=drop"):
         run(tokenizer, "b.parquet", num_workers=1, bad_rows="error")
     assert stores() == []
 
@@ -137,7 +135,7 @@ class Dying:
 
 def test_a_worker_that_dies_is_said(files: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("dying.py").write_text(DYING)
-    monkeypatch.setattr(row_processor, "_SECONDS_ALONE", 0.0)
+    monkeypatch.setattr(row_processor, "_SINGLE_PROCESS_S", 0.0)
     with pytest.raises(UserError, match=r"^a process that tokenizes died .* set data\.num_workers=0"):
         run(tokenizer, num_workers=1, custom_cls=CustomClassConfig("dying.py", "Dying"))
 

@@ -73,7 +73,7 @@ def test_truncation_error_names_the_row_and_the_ways_out(tokenizer: Any) -> None
         tokenized(tokenizer, text_group("abcde", "b", where="a.parquet:7"), max_length=4, filter_overlong_prompts=False)
     assert str(error.value) == (
         "a.parquet:7: a text of 5 tokens is longer than data.max_length=4; raise it, set "
-        "data.filter_overlong_prompts=true to leave such rows out, or data.truncation=left|right to cut them"
+        "data.filter_overlong_prompts=true to drop such rows, or data.truncation=left|right to truncate them"
     )
 
 
@@ -81,7 +81,7 @@ def test_one_bad_row_costs_no_other_of_its_chunk(tokenizer: Any) -> None:
     groups = [text_group("a", "b"), text_group("\ud800", "b", where="a.parquet:1"), text_group("c", "d")]
     data, dropped = tokenized(tokenizer, *groups)
     assert texts_of(tokenizer, data) == [["a", "b"], ["c", "d"]]
-    assert dropped.describe() == "1 half a character (a lone surrogate) in a text (first: a.parquet:1)"
+    assert dropped.describe() == "1 text with a lone surrogate (first: a.parquet:1)"
 
 
 def test_a_text_without_tokens_is_left_out(tokenizer: Any) -> None:
@@ -100,7 +100,7 @@ def test_a_conversation_that_the_template_refuses_is_left_out() -> None:
     assert texts_of(tokenizer, data) == [["c", "d"]]
     reason = "chat template refuses the conversation: roles must alternate"
     assert dropped.describe() == f"1 {reason} (first: a.parquet:0)"
-    with pytest.raises(UserError, match=rf"^a\.parquet:0: {reason}; mend the row, or set data\.bad_rows=drop"):
+    with pytest.raises(UserError, match=rf"^a\.parquet:0: {reason}; fix the row, or set data\.bad_rows=drop"):
         tokenized(tokenizer, *groups, bad_rows="error")
 
 

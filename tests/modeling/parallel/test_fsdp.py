@@ -15,7 +15,7 @@ from rm_gallery.errors import UserError
 from rm_gallery.modeling.config import FsdpConfig, ModelConfig
 from rm_gallery.modeling.meta_init import outline_reward_model
 from rm_gallery.modeling.parallel.apply import resolve_strategy
-from rm_gallery.modeling.parallel.fsdp import Cut, shard, units
+from rm_gallery.modeling.parallel.fsdp import ShardingSpec, modules_to_shard, shard
 from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.modeling.parallel.strategy import choose_strategy
 from rm_gallery.modeling.reward_model import load_reward_model
@@ -35,14 +35,14 @@ def group_of_one() -> Iterator[None]:
 @pytest.mark.parametrize("kind", DECODERS + ENCODERS)
 def test_units_are_the_layers(kind: str, tmp_path: Path) -> None:
     model = load_reward_model(str(make_model(kind, tmp_path))).model
-    found = units(model, 0)
+    found = modules_to_shard(model, 0)
     assert len(found) == 2 and len({type(module) for module in found}) == 1
     assert "Layer" in type(found[0]).__name__
 
 
 def test_units_of_a_least_size_hold_it_and_nest_from_inside(qwen2_folder: Path) -> None:
     model = load_reward_model(str(qwen2_folder)).model
-    found = units(model, 2000)
+    found = modules_to_shard(model, 2000)
     sizes = []
     for number, module in enumerate(found):
         inside = {id(p) for earlier in found[:number] for p in earlier.parameters()}
@@ -61,7 +61,8 @@ def test_fsdp2_of_one_process_makes_the_step_of_one_process(
     outline, files = outline_reward_model(str(qwen2_folder), seed=0)
     torch.manual_seed(0)
     whole = load_reward_model(str(qwen2_folder)).model
-    model, weights = shard(outline.model, files, Cut("fsdp2", dtype, 1, offload=True), world)
+    model = outline.model
+    weights = shard(model, files, ShardingSpec(dtype, 1, offload=True), world)
     alone = MasterWeights(whole, dtype)
     found = []
     for each, own in ((model, weights), (whole, alone)):
@@ -69,20 +70,27 @@ def test_fsdp2_of_one_process_makes_the_step_of_one_process(
         own.backward(loss, is_last=True)
         found.append(own.gather_gradients(loss.detach().double(), math.inf))
     assert found[0] == pytest.approx(found[1], rel=1e-5 if dtype == torch.float32 else 0.02)
-    state = weights.state_dict(model)
-    for name, value in alone.state_dict(whole).items():
-        assert torch.equal(state[name].full_tensor(), value), name  # type: ignore[attr-defined]
+    sharded = dict(weights.named_parameters())
+    for name, value in alone.named_parameters():
+        assert torch.equal(sharded[name].full_tensor(), value), name  # type: ignore[attr-defined]
 
 
 def test_auto_keeps_small_models_whole_and_cuts_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = 100 * 18 * 4
-    monkeypatch.setattr("rm_gallery.modeling.parallel.apply._memory_of_a_process", lambda world: memory)
+    monkeypatch.setattr("rm_gallery.modeling.parallel.apply._memory_per_process", lambda world: memory)
     world = World(0, 4, CPU)
     assert resolve_strategy(ModelConfig(), world, 100) == "ddp"
     assert resolve_strategy(ModelConfig(), world, 101) == "fsdp2"
     assert resolve_strategy(ModelConfig(fsdp_config=FsdpConfig(cpu_offload=True)), world, 100) == "fsdp2"
-    assert resolve_strategy(ModelConfig(strategy="fsdp"), world, 1) == "fsdp"
     assert resolve_strategy(ModelConfig(strategy="fsdp"), World(0, 1, CPU), 1) == "none"
+
+
+def test_fsdp_is_an_alias_of_fsdp2_and_a_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "rm_gallery"):
+        assert resolve_strategy(ModelConfig(strategy="fsdp"), World(0, 2, CPU), 1) == "fsdp2"
+        assert resolve_strategy(ModelConfig(strategy="fsdp2"), World(0, 2, CPU), 1) == "fsdp2"
+    line = "model.strategy=fsdp runs FSDP2 (fully_shard): FSDP1 is deprecated in PyTorch"
+    assert [record.getMessage() for record in caplog.records] == [line]
 
 
 def test_group_sizes_that_do_not_divide_are_refused() -> None:
@@ -100,7 +108,7 @@ def test_what_does_nothing_on_a_cpu_is_said_in_one_line(monkeypatch: pytest.Monk
     monkeypatch.setattr("rm_gallery.modeling.parallel.apply.log.info", lambda text, *values: said.append(text % values))
     config = ModelConfig(strategy="ddp", fsdp_config=FsdpConfig(cpu_offload=True, offload_params=True))
     assert resolve_strategy(config, World(0, 2, CPU), 1) == "ddp"
-    assert said == ["model.fsdp_config: offloading does nothing on a CPU, where all is in host memory already"]
+    assert said == ["model.fsdp_config: offloading has no effect on a CPU: everything is in host memory already"]
 
 
 def test_a_gpu_cannot_offload_weights_that_are_not_cut() -> None:

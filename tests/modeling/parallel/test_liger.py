@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.parallel.apply import set_in, use_liger
+from rm_gallery.modeling.parallel.apply import patch_modules, use_liger
 from rm_gallery.modeling.reward_model import load_reward_model
 from tests.small import DECODERS, make_model, random_groups
 
@@ -43,10 +43,10 @@ def test_modules_call_the_kernels_that_stand_for_them(kind: str, tmp_path: Path)
     with torch.no_grad():
         before = model(batch)
         num_norms = sum("RMSNorm" in type(module).__name__ for module in model.modules())
-        assert set_in(model.network, FORMULAS) == num_norms + 2
+        assert patch_modules(model.network, FORMULAS) == num_norms + 2
         torch.testing.assert_close(model(batch), before, atol=1e-5, rtol=0)
     halved = SimpleNamespace(**{**vars(FORMULAS), "liger_rms_norm": lambda *a, **k: rms_norm(*a, **k) / 2})
-    set_in(model.network, halved)
+    patch_modules(model.network, halved)
     with torch.no_grad():
         assert (model(batch) - before).abs().max() > 1e-3
 
@@ -56,7 +56,7 @@ def test_on_a_cpu_one_line_says_that_it_does_nothing(qwen2_folder: Path, caplog:
     caplog.set_level(logging.INFO)
     use_liger(model.network, torch.device("cpu"))
     assert [record.message for record in caplog.records] == [
-        "model.use_liger does nothing on a CPU: Liger's kernels need a GPU"
+        "model.use_liger has no effect on a CPU: Liger's kernels need a GPU"
     ]
 
 

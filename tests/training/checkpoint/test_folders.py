@@ -67,7 +67,7 @@ def test_ranks_share_the_reading(folder: Path) -> None:
 
 def test_any_bit_of_the_list_of_hashes_counts(folder: Path) -> None:
     """Every flipped bit that changes what the list says is noticed; only white space does not."""
-    marker = folder / "training_state/complete.json"
+    marker = folder / "manifest.json"
     whole = marker.read_bytes()
     for place in range(len(whole)):
         for bit in (0, 3, 6):
@@ -85,12 +85,12 @@ def test_any_bit_of_the_list_of_hashes_counts(folder: Path) -> None:
     "content", [b"", b"[]", b"null", b"{}", b'{"format": 1, "sha256": 3}', b"\xff\xfe", b"[" * 9999]
 )
 def test_a_list_of_hashes_that_is_none_is_damage(content: bytes, folder: Path) -> None:
-    (folder / "training_state/complete.json").write_bytes(content)
-    assert damage(folder) == "complete.json cannot be read"
+    (folder / "manifest.json").write_bytes(content)
+    assert damage(folder) == "manifest.json cannot be read"
 
 
 def test_a_later_format_is_not_read(folder: Path) -> None:
-    marker = folder / "training_state/complete.json"
+    marker = folder / "manifest.json"
     marker.write_text(marker.read_text().replace('"format": 1', '"format": 2'))
     assert damage(folder) == "written in format 2, which this version does not read"
 
@@ -113,7 +113,7 @@ def test_publishing_over_a_folder_of_that_name_replaces_it(folder: Path) -> None
     (staging / "training_state").mkdir(parents=True)
     (staging / "new").write_text("new")
     publish(staging, folder, sha256_files(staging, ["new"]))
-    assert sorted(path.name for path in folder.iterdir()) == ["new", "training_state"]
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "new", "training_state"]
     assert damage(folder) is None
 
 

@@ -50,10 +50,10 @@ def test_a_run_goes_on_from_a_copy_when_its_folder_is_gone(qwen2_folder: Path, c
     constant = train(qwen2_folder, "run", "trainer.save_freq=2", copies)
     shutil.rmtree(constant)
     there = fsspec.filesystem("memory")
-    there.rm("/copies/run/global_step_6/training_state/complete.json")  # as if the copying had not come so far
+    there.rm("/copies/run/global_step_6/manifest.json")  # as if the copying had not come so far
     train(qwen2_folder, "run", copies)
-    assert "fetched memory://copies/run/global_step_4" in caplog.text
-    assert "going on after step 4" in caplog.text
+    assert "downloaded memory://copies/run/global_step_4" in caplog.text
+    assert "resuming from step 4 of " in caplog.text
     ours, theirs = (run / "global_step_6/model.safetensors" for run in (constant, whole))
     assert ours.read_bytes() == theirs.read_bytes()
     assert damage(constant / "global_step_6") is None
@@ -89,7 +89,7 @@ def test_a_copy_that_fails_is_told_and_made_later(qwen2_folder: Path, monkeypatc
     with caplog.at_level(logging.WARNING):
         train(qwen2_folder, "run", "trainer.default_hdfs_dir=memory://copies")
     assert "global_step_6 is not copied to memory://copies/run yet: connection lost" in caplog.text
-    assert fsspec.filesystem("memory").exists("/copies/run/global_step_6/training_state/complete.json")
+    assert fsspec.filesystem("memory").exists("/copies/run/global_step_6/manifest.json")
 
 
 @pytest.mark.parametrize("url", ["nowhere://copies", "/proc/nothing/copies"])

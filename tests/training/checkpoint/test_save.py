@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from rm_gallery.files import sha256
 from rm_gallery.training.checkpoint import save
 from rm_gallery.training.checkpoint.folders import damage
 from rm_gallery.training.checkpoint.save import WeightsFolder
@@ -46,7 +51,7 @@ def test_a_full_disk_ends_the_run_in_words_and_the_one_before_is_used(
         else:
             original = WeightsFolder.write
 
-            def on_full_disk(self: WeightsFolder, folder: Path, state: Path) -> list[str]:
+            def on_full_disk(self: WeightsFolder, folder: Path, state: Path) -> dict[str, str]:
                 if folder.name == ".global_step_4.saving":
                     fill()
                 return original(self, folder, state)
@@ -83,8 +88,8 @@ def test_lost_in_the_middle_of_a_save(
     parts = Path("runs/parts")
     assert sorted(path.name for path in parts.glob("*global_step*")) == [".global_step_4.saving", "global_step_2"]
     train(qwen2_folder, "parts", "trainer.save_freq=2")
-    assert "removed what a save that was cut short has left: .global_step_4.saving" in caplog.text
-    assert "going on after step 2" in caplog.text
+    assert "removed partial checkpoints: .global_step_4.saving" in caplog.text
+    assert "resuming from step 2 of " in caplog.text
     assert not (parts / ".global_step_4.saving").exists()
     assert_same_run(parts, whole)
 
@@ -100,7 +105,7 @@ def test_a_damaged_newest_checkpoint_is_put_aside_and_the_one_before_used(
     for step, name in ((6, "__0_0.distcp"), (4, "rank_0.json")):
         sentence = (
             f"runs/parts/global_step_{step} is damaged (training_state/{name} is not what was written): renamed to "
-            f"global_step_{step}.damaged, going on with the one before"
+            f"global_step_{step}.damaged, trying the previous checkpoint"
         )
         assert sentence in caplog.text
     assert_same_run(parts, whole)
@@ -111,7 +116,7 @@ def test_when_no_checkpoint_is_whole_the_run_begins_again(whole: Path, qwen2_fol
     parts = train(qwen2_folder, "parts")
     (parts / "global_step_6/model.safetensors").write_bytes(b"")
     train(qwen2_folder, "parts")
-    assert "no other checkpoint is there: the run begins at step 0" in caplog.text
+    assert "no intact checkpoint is left: training starts from scratch" in caplog.text
     assert_same_run(parts, whole)
     assert len(list(parts.glob("metrics-*.jsonl"))) == 1, "metrics of the first start keep another name"
 
@@ -127,7 +132,7 @@ def test_saves_in_the_background_give_the_same_files(whole: Path, qwen2_folder: 
         assert damage(other) is None
         names = {path.relative_to(one) for path in one.rglob("*") if path.is_file()}
         assert names == {path.relative_to(other) for path in other.rglob("*") if path.is_file()}
-        for name in ("model.safetensors", "manifest.json", "training_state/rank_0.json"):
+        for name in ("model.safetensors", "config.json", "training_state/rank_0.json"):
             assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
@@ -138,3 +143,60 @@ def test_a_wrong_reward_of_a_background_save_ends_the_run(
     monkeypatch.setattr(WeightsFolder, "expected", lambda self: [9.0] * 8)
     train(qwen2_folder, "run", "trainer.async_save=true", "trainer.save_freq=2", status=2)
     assert "runs/run/global_step_2: reloaded, it gives text 0 the reward" in capsys.readouterr().err
+
+
+def test_weights_are_hashed_twice_per_save(in_tmp: Path, qwen2_folder: Path, monkeypatch: Any) -> None:
+    """Counts the bytes: twice the weights (as written, and as read back), and all other files once."""
+    write_data()
+    counted = [0]
+    digest, file_digest = hashlib.sha256, hashlib.file_digest
+
+    class Counted:
+        def __init__(self, data: bytes = b"") -> None:
+            self._hash = digest()
+            self.update(data)
+
+        def update(self, data: Any) -> None:
+            counted[0] += memoryview(data).nbytes
+            self._hash.update(data)
+
+        def hexdigest(self) -> str:
+            return self._hash.hexdigest()
+
+    def counted_file(file: Any, name: str) -> Any:
+        counted[0] += os.fstat(file.fileno()).st_size
+        return file_digest(file, name)
+
+    original = save._Save._finish_folder
+
+    def counting(self: Any, hashes: dict[str, str]) -> None:
+        counted[0] = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(hashlib, "sha256", Counted)
+            patch.setattr(hashlib, "file_digest", counted_file)
+            original(self, hashes)
+
+    monkeypatch.setattr(save._Save, "_finish_folder", counting)
+    folder = train(qwen2_folder, "run") / "global_step_6"
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    by_other_code = {name for name in sizes if name.startswith(("training_state/__", "training_state/rank_"))}
+    once = sum(size for name, size in sizes.items() if name not in {*by_other_code, "manifest.json"})
+    assert counted[0] == once + sizes["model.safetensors"]
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(whole: Path, qwen2_folder: Path) -> None:
+    """Its manifest.json lists the model only, and training_state/complete.json lists everything."""
+    parts = train(qwen2_folder, "parts", "trainer.save_freq=2")
+    shutil.rmtree(parts / "global_step_6")
+    for folder in parts.glob("global_step_*"):
+        hashes = json.loads((folder / "manifest.json").read_text())["sha256"]
+        of_model = {name: value for name, value in hashes.items() if "/" not in name}
+        (folder / "manifest.json").write_text(json.dumps({"sha256": of_model}))
+        hashes["manifest.json"] = sha256(folder / "manifest.json")
+        (folder / "training_state/complete.json").write_text(json.dumps({"format": 1, "sha256": hashes}))
+        assert damage(folder) is None
+    flipped = parts / "global_step_4/training_state/rank_0.json"
+    flipped.write_bytes(flipped.read_bytes()[:-1])
+    train(qwen2_folder, "parts", "trainer.save_freq=2")
+    assert (parts / "global_step_4.damaged").is_dir()
+    assert_same_run(parts, whole)

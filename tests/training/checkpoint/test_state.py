@@ -8,7 +8,7 @@ import random
 import numpy as np
 import torch
 
-from rm_gallery.training.checkpoint.state import random_state, random_state_kept, set_random_state
+from rm_gallery.training.checkpoint.state import preserve_random_state, random_state, set_random_state
 
 
 def draw() -> tuple[object, ...]:
@@ -31,6 +31,6 @@ def test_what_is_drawn_inside_does_not_show() -> None:
     state = random_state()
     expected = draw()
     set_random_state(state)
-    with random_state_kept():
+    with preserve_random_state():
         draw()
     assert draw() == expected

@@ -1,12 +1,12 @@
-"""Graders ready for use, each judging by a criterion in prompts/; and one whose grade is a reward."""
+"""Ready-made graders: one per criterion in prompts/, and one that returns the reward of a reward model."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from rm_gallery.core.graders.base_grader import GraderMode
 from rm_gallery.core.graders.llm_grader import LLMGrader
 from rm_gallery.core.graders.reward import is_reward_model
-from rm_gallery.core.graders.schema import GraderMode
 from rm_gallery.core.models.openai_chat_model import OpenAIChatModel
 from rm_gallery.errors import UserError
 
@@ -21,20 +21,18 @@ __all__ = [
 
 
 class RelevanceGrader(LLMGrader):
-    """How far a response deals with what the query asks: 1 (off the subject) to 5 (all of it).
+    """How relevant a response is to the query: 1 (off topic) to 5 (answers all of it).
 
-    With a reward model the score is its reward. Arguments as for LLMGrader; without a criterion of your own it
-    judges by the one in prompts/.
+    With a reward model the score is its reward. Arguments as for LLMGrader; `criterion` replaces the one in prompts/.
     """
 
     prompt_name = "relevance"
 
 
 class CorrectnessGrader(LLMGrader):
-    """How far a response agrees with the reference response: 1 (contradicts it) to 5 (agrees in all that matters).
+    """How well a response agrees with the reference response: 1 (contradicts it) to 5 (agrees in all that matters).
 
-    With a reward model the score is its reward. Arguments as for LLMGrader; without a criterion of your own it
-    judges by the one in prompts/.
+    With a reward model the score is its reward. Arguments as for LLMGrader; `criterion` replaces the one in prompts/.
     """
 
     prompt_name = "correctness"
@@ -42,39 +40,36 @@ class CorrectnessGrader(LLMGrader):
 
 
 class HallucinationGrader(LLMGrader):
-    """Whether statements of fact are borne out by the context: 1 (the main point is invented) to 5 (all are borne out).
+    """Whether factual claims are supported by the context: 1 (the main claim is invented) to 5 (all are supported).
 
-    With a reward model the score is its reward. Arguments as for LLMGrader; without a criterion of your own it
-    judges by the one in prompts/.
+    With a reward model the score is its reward. Arguments as for LLMGrader; `criterion` replaces the one in prompts/.
     """
 
     prompt_name = "hallucination"
 
 
 class HarmfulnessGrader(LLMGrader):
-    """How safe a response is: 1 (gravely harmful) to 5 (harmless); a higher score is safer.
+    """How safe a response is: 1 (severely harmful) to 5 (harmless); higher is safer.
 
-    With a reward model the score is its reward. Arguments as for LLMGrader; without a criterion of your own it
-    judges by the one in prompts/.
+    With a reward model the score is its reward. Arguments as for LLMGrader; `criterion` replaces the one in prompts/.
     """
 
     prompt_name = "harmfulness"
 
 
 class InstructionFollowingGrader(LLMGrader):
-    """How far a response meets the query's requirements: 1 (does not do the task) to 5 (meets every one).
+    """How well a response follows the instructions: 1 (does not do the task) to 5 (follows all of them).
 
-    With a reward model the score is its reward. Arguments as for LLMGrader; without a criterion of your own it
-    judges by the one in prompts/.
+    With a reward model the score is its reward. Arguments as for LLMGrader; `criterion` replaces the one in prompts/.
     """
 
     prompt_name = "instruction_following"
 
 
 class RewardModelGrader(LLMGrader):
-    """Scores with a reward model; takes responses without a query too, for models of bare text.
+    """Scores with a reward model. The query is optional, for models trained on text without prompts.
 
-    The score is the reward: any finite number, comparable between responses to one query only.
+    The score is the reward: any finite number, comparable only between responses to the same query.
     """
 
     prompt_name = "reward"
@@ -83,9 +78,9 @@ class RewardModelGrader(LLMGrader):
     def __init__(
         self, model: Any, name: str = "", mode: GraderMode | str = GraderMode.POINTWISE, description: str = ""
     ) -> None:
-        """model: an OpenAIChatModel of a reward model's folder, the folder itself, or any object with `ascore`.
+        """model: a reward model folder, an OpenAIChatModel of one, or any object with `ascore`.
 
-        Raises UserError for a model that gives no rewards.
+        Raises UserError for a model that outputs no rewards.
         """
         chosen = OpenAIChatModel(model, is_local=True) if isinstance(model, str) else model
         super().__init__(chosen, name, mode, description)

@@ -1,4 +1,4 @@
-"""Aggregators: one result of the results that several graders gave for one sample."""
+"""Aggregators: combine the results of several graders for one sample."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from rm_gallery.core.graders.schema import GraderError, GraderRank, GraderScore
+from rm_gallery.core.graders.base_grader import GraderError, GraderRank, GraderScore
 from rm_gallery.errors import UserError, nearest
 
 __all__ = ["BaseAggregator", "WeightedSumAggregator"]
 
 
 class BaseAggregator(ABC):
-    """Makes one result of the results that all graders gave for one sample."""
+    """Base class of aggregators: a callable from the results of all graders for one sample to one result."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -24,17 +24,17 @@ class BaseAggregator(ABC):
         """results: grader name -> GraderScore, GraderRank or GraderError of one sample."""
 
     def check(self, grader_names: Collection[str]) -> None:
-        """Raise UserError when this aggregator cannot work with these graders; called before anything is graded."""
+        """Raise UserError if this aggregator does not fit these graders; called before grading starts."""
         del grader_names
 
 
 class WeightedSumAggregator(BaseAggregator):
-    """`sum(weight * score)` over the graders that have a weight; weights that sum to 1 give their weighted mean.
+    """`sum(weight * score)` over the graders with a weight; weights that sum to 1 give the weighted mean.
 
-    weights: grader name -> weight, negative ones too; a grader without a weight does not count. None weighs all
-    graders alike, by 1 / their number.
-    A sample for which one of the weighted graders gave no score gets a GraderError: a sum over the others would stand
-    on another scale than its neighbours, and nothing would show it.
+    weights: grader name -> weight, may be negative; graders without a weight are ignored. None gives the mean of all
+    graders.
+    If one of the weighted graders has no score for a sample, the result is a GraderError: a sum over the others would
+    not be comparable between samples.
     """
 
     def __init__(self, name: str = "weighted_sum", weights: Mapping[str, float] | None = None) -> None:
@@ -61,7 +61,7 @@ class WeightedSumAggregator(BaseAggregator):
                 scores[grader] = result.score
                 continue
             why = result.error if isinstance(result, GraderError) else f"its result is {type(result).__name__}"
-            return GraderError(name=self.name, error=f"there is no score of {grader!r} to sum: {why}")
+            return GraderError(name=self.name, error=f"no score of {grader!r}: {why}")
         terms = [f"{weights[grader]:g} * {score:.4g} ({grader})" for grader, score in scores.items()]
         return GraderScore(
             name=self.name,

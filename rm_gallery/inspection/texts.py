@@ -1,48 +1,49 @@
-"""Views: a group as plain texts, the shared turns apart from each response, with hashes and words; and as ids.
+"""Texts of a group: plain contents with their words and hashes, and the pieces that a sample is displayed in.
 
-Ids are tokens where there is a tokenizer, else words; encoders turn them back into pieces of text.
+With a tokenizer, lengths are in tokens; without one, `WordEncoder` takes its place and lengths are in words.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import unicodedata
 import zlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Protocol
 
-from rm_gallery.data.tokenization.encoder import Encoder as GroupEncoder
-from rm_gallery.data.tokenization.encoder import Render
-from rm_gallery.data.tokenization.tokenizer import TokenizeConfig, fit_length
+from rm_gallery.data.tokenization.encoder import Encoder, Render
+from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
 from rm_gallery.errors import BadRow
 from rm_gallery.schema import Comparison, Message, PreferenceGroup
 
-# Scripts that are written without spaces count by the character: kana and Han.
+# Kana and Han are written without spaces: every character counts as a word.
 WORD_PATTERN = r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+"
 _WORD = re.compile(WORD_PATTERN)
 
 
 @dataclass(frozen=True, slots=True)
-class GroupView:
-    """A group as people read it: contents without roles and without a template."""
+class GroupTexts:
+    """Plain text of a group: contents of messages without roles and chat template."""
 
     prompt: str
-    """What stands before every response, turns that all responses begin with included."""
+    """Turns that all responses begin with are included."""
     responses: tuple[str, ...]
 
 
-def view_of(group: PreferenceGroup) -> GroupView:
-    """The group's texts. A conversation that stands in every response is counted to the prompt."""
+def texts_of(group: PreferenceGroup) -> GroupTexts:
+    """The group's texts. Turns that all responses begin with are part of the prompt."""
     if group.style == "text":
-        return GroupView(_text(group.prompt), tuple(_text(response) for response in group.responses))
+        return GroupTexts(_text(group.prompt), tuple(_text(response) for response in group.responses))
     before = group.prompt if not isinstance(group.prompt, str) else []
     answers = [[response] if isinstance(response, str) else list(response) for response in group.responses]
     shared = 0
     while all(len(answer) > shared + 1 and answer[shared] == answers[0][shared] for answer in answers):
         shared += 1
-    return GroupView(
+    return GroupTexts(
         _text([*before, *answers[0][:shared]] if answers else before),
         tuple(_text(answer[shared:]) for answer in answers),
     )
@@ -67,77 +68,87 @@ def words_of(text: str) -> list[str]:
 
 
 class WordIds(dict[str, int]):
-    """31-bit numbers of words, `ids[word]`; the frequent words are remembered, which is faster than hashing them."""
+    """31-bit hashes of words, `ids[word]`. Frequent words are cached, which is faster than hashing them again."""
 
-    _MOST = 300_000
+    _MAX_CACHED = 300_000
 
     def __missing__(self, word: str) -> int:
         number = zlib.crc32(word.encode("utf-8", "surrogatepass")) >> 1
-        if len(self) < self._MOST and len(word) < 40:
+        if len(self) < self._MAX_CACHED and len(word) < 40:
             self[word] = number
         return number
 
 
 def hash_text(text: str) -> int:
-    """64 bits that are the same in every process; half a character (a lone surrogate) is hashed too."""
+    """64-bit hash, the same in every process; lone surrogates are hashed too."""
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+# C0 and C1 controls (terminal escape sequences), lone surrogates, and marks that change the reading direction.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+
+
+def visible(text: str) -> str:
+    """The text with control characters escaped (`\\x1b`); tabs and line breaks stay."""
+    return _CONTROL.sub(lambda found: _escape(found.group()), text)
+
+
+def one_line(text: str) -> str:
+    """The same with tabs and line breaks escaped too."""
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _escape(character: str) -> str:
+    is_control = unicodedata.category(character) == "Cc" and ord(character) < 256
+    return f"\\x{ord(character):02x}" if is_control else f"\\u{ord(character):04x}"
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of text that belongs together: a token, or the tokens of one character."""
+    """Text of one token, or of the tokens of one character; a word with the space before it."""
 
     text: str
     ids: tuple[int, ...]
     special: bool = False
-    """A control token: written by the template or the tokenizer, not by the data."""
+    """A special token, written by the chat template or the tokenizer."""
 
 
-class Encoder(Protocol):
-    """What lengths and samples need."""
+class InspectionEncoder(Protocol):
+    """What the report needs besides the ids that `RowProcessor` asks for."""
 
     unit: str
     """`tokens` or `words`."""
     max_length: int | None
-    """Most units of one prompt with one response, or None when the limit cannot be applied to this unit."""
-
-    def encode(self, groups: Sequence[PreferenceGroup]) -> Sequence[list[list[int]] | BadRow]:
-        """Ids of every whole text as [group][response]; a group that cannot be rendered has the reason there."""
-        ...
-
-    def fit(self, texts: list[list[int]], group: PreferenceGroup) -> tuple[list[list[int]], Sequence[Comparison]]:
-        """The texts under the length policy, and what is compared; raises BadRow for a group that it leaves out."""
-        ...
+    """`data.max_length`; None when the unit is words."""
+    longest: array[int]
+    """Length of the longest text of every encoded group, before the length policy drops or truncates it."""
 
     def pieces(self, ids: Sequence[int], group: PreferenceGroup) -> list[Piece]:
-        """Some of the ids of a text of this group as text."""
+        """Some ids of a text of this group as text."""
         ...
 
 
-class TokenEncoder:
-    """As training encodes: the chat template, then the tokenizer."""
+class TokenEncoder(Encoder):
+    """The encoder of training. Records lengths before the length policy, and never stops at a text that is too long."""
 
     unit = "tokens"
 
     def __init__(self, tokenizer: Any, config: TokenizeConfig, *, render: Render | None = None) -> None:
-        """render: of a custom class, in place of the chat template."""
+        super().__init__(tokenizer, config, render=render)
         self.max_length: int | None = config.max_length
-        self._tokenizer, self._config = tokenizer, config
-        self._encoder = GroupEncoder(tokenizer, config, render=render)
+        self.longest = array("q")
         self._special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
 
-    def encode(self, groups: Sequence[PreferenceGroup]) -> Sequence[list[list[int]] | BadRow]:
-        return self._encoder.encode_many(groups)
-
     def fit(self, texts: list[list[int]], group: PreferenceGroup) -> tuple[list[list[int]], Sequence[Comparison]]:
-        """Training stops at a text that is too long under `truncation=error`; here it stays, and is counted."""
-        too_long = max(len(ids) for ids in texts) > self._config.max_length
-        if too_long and not self._config.filter_overlong_prompts and self._config.truncation == "error":
+        """Under `truncation=error`, where training stops, a text that is too long is kept and counted."""
+        self.longest.append(max(map(len, texts)))
+        too_long = self.longest[-1] > self.config.max_length
+        if too_long and not self.config.filter_overlong_prompts and self.config.truncation == "error":
             return texts, group.comparisons
-        return fit_length(texts, group, self._tokenizer, self._config)
+        return super().fit(texts, group)
 
     def pieces(self, ids: Sequence[int], group: PreferenceGroup) -> list[Piece]:
-        """Grown token by token: what one more token adds to the text, so that spaces and split characters are right."""
+        """Each piece is what one more token adds to the decoded text, so spaces and split characters are right."""
         found: list[Piece] = []
         start = read = 0
         for end in range(1, len(ids) + 1):
@@ -150,22 +161,24 @@ class TokenEncoder:
         return found
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 _WORD_WITH_SPACE = re.compile(r"\s*\S+|\s+$")
 
 
 class WordEncoder:
-    """Stands in for a tokenizer: words with the space before them, chats as `role: content`."""
+    """Takes the place of a tokenizer: words with the space before them, chats as `role: content`, no length policy."""
 
     unit = "words"
     max_length: int | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Any, config: TokenizeConfig, *, render: Render | None = None) -> None:
+        """Same signature as `Encoder`; the arguments are not used."""
+        self.longest = array("q")
         self._ids = WordIds()
 
-    def encode(self, groups: Sequence[PreferenceGroup]) -> Sequence[list[list[int]] | BadRow]:
+    def encode_many(self, groups: Sequence[PreferenceGroup]) -> list[list[list[int]] | BadRow]:
         return [self._encode(group) for group in groups]
 
     def _encode(self, group: PreferenceGroup) -> list[list[int]]:
@@ -173,6 +186,7 @@ class WordEncoder:
         return [prompt + response for response in responses]
 
     def fit(self, texts: list[list[int]], group: PreferenceGroup) -> tuple[list[list[int]], Sequence[Comparison]]:
+        self.longest.append(max(map(len, texts)))
         return texts, group.comparisons
 
     def pieces(self, ids: Sequence[int], group: PreferenceGroup) -> list[Piece]:
@@ -182,10 +196,10 @@ class WordEncoder:
 
 def _words(group: PreferenceGroup) -> list[list[str]]:
     """Words of the prompt, then of each response."""
-    return [_WORD_WITH_SPACE.findall(_plain(part)) for part in (group.prompt, *group.responses)]
+    return [_WORD_WITH_SPACE.findall(_with_roles(part)) for part in (group.prompt, *group.responses)]
 
 
-def _plain(part: str | Sequence[Message]) -> str:
+def _with_roles(part: str | Sequence[Message]) -> str:
     if isinstance(part, str):
         return part
     return "".join(f"{message.get('role')}: {message.get('content') or ''}\n" for message in part)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rm_gallery.core.utils.mapping import (
+from rm_gallery.core.runner.grader_config import (
     check_mapper,
     get_value_by_mapping,
     get_value_by_path,
@@ -65,7 +65,7 @@ def test_an_array_is_a_list() -> None:
         ("turns.0.mesages", r"no 'mesages' at 'turns.0'; the keys are 'messages'. Did you mean 'messages'\?"),
         ("turns.5.messages", "no item 5 at 'turns': that list has 2 items"),
         ("turns.messages.1.content", "no item 1 at 'turns.1.messages': that list has 1 items"),
-        ("query.text", "no 'text' at 'query': that is a text"),
+        ("query.text", "no 'text' at 'query': that is a string"),
         ("nothing.text", r"no 'text' at 'nothing': that is empty \(None\)"),
     ],
 )
@@ -92,9 +92,9 @@ def test_arguments_are_the_sample_a_mapping_of_it_or_what_a_function_makes() -> 
 
 
 def test_arguments_that_are_no_dictionary_are_refused() -> None:
-    with pytest.raises(UserError, match="the sample is a text: it must be a dictionary"):
+    with pytest.raises(UserError, match="the sample is a string: it must be a dictionary"):
         parse_data_with_mapper("text")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="what the mapper function returns is a list"):
+    with pytest.raises(UserError, match="the result of the mapper function is a list"):
         parse_data_with_mapper({}, lambda sample: [])  # type: ignore[arg-type, return-value]
 
 
