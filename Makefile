@@ -37,7 +37,7 @@ quickstart: $(PLOT_STAMP)  ## train a small reward model on this machine and sho
 test: $(DEV_STAMP)  ## run the tests (some of them: make test ARGS="tests/data -k packing")
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
-test-all: $(DEV_STAMP)  ## run the long tests, which make test does not run; pytest alone runs both
+test-all: $(DEV_STAMP)  ## run the long tests, which make test leaves to CI
 	$(PY) -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 test-gpu: $(DEV_STAMP)  ## run the tests that need a GPU and print each name
