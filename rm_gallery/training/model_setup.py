@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rm_gallery.distributed.process_group import World
-from rm_gallery.modeling.export import lacking_rows, settle_pad_token
+from rm_gallery.modeling.export import missing_embedding_rows, set_pad_token
 from rm_gallery.modeling.meta_init import NoOutline, WeightFiles, outline_reward_model
 from rm_gallery.modeling.parallel.apply import resolve_strategy
 from rm_gallery.modeling.parallel.strategy import Strategy
@@ -70,7 +70,7 @@ def _load(config: TrainConfig, tokenizer: Any) -> LoadedModel:
         trust_remote_code=config.model.trust_remote_code,
         dropout=config.model.dropout,
     )
-    settle_pad_token(loaded.model, tokenizer)
+    set_pad_token(loaded.model, tokenizer)
     return loaded
 
 
@@ -83,7 +83,7 @@ def _load_on_meta(config: TrainConfig, tokenizer: Any) -> tuple[LoadedModel, Wei
             trust_remote_code=config.model.trust_remote_code,
             dropout=config.model.dropout,
         )
-    if lacking_rows(loaded.model, tokenizer):
+    if missing_embedding_rows(loaded.model, tokenizer):
         raise NoOutline("its embeddings are resized for the tokenizer")
-    settle_pad_token(loaded.model, tokenizer)
+    set_pad_token(loaded.model, tokenizer)
     return loaded, files

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.export import InputRecord, export_folder, settle_pad_token
+from rm_gallery.modeling.export import InputRecord, set_pad_token
 from rm_gallery.modeling.meta_init import NoOutline, outline_reward_model
 from rm_gallery.modeling.reward_model import load_reward_model
-from tests.small import DECODERS, ENCODERS, make_model, make_tokenizer
+from tests.small import DECODERS, ENCODERS, export_model, make_model, make_tokenizer
 
 
 @pytest.mark.parametrize("kind", DECODERS + ENCODERS)
@@ -44,9 +44,8 @@ def test_a_seed_of_its_own_and_the_generator_left_alone(qwen2_folder: Path) -> N
 def test_the_head_of_a_reward_model_is_kept(qwen2_folder: Path, tmp_path: Path) -> None:
     model = load_reward_model(str(qwen2_folder)).model
     tokenizer = make_tokenizer()
-    settle_pad_token(model, tokenizer)
-    folder = tmp_path / "reward"
-    export_folder(folder, model, model.network.state_dict(), tokenizer, torch.float32, InputRecord("text"))
+    set_pad_token(model, tokenizer)
+    folder = export_model(tmp_path / "reward", model, tokenizer, InputRecord("text"))
     outline, files = outline_reward_model(str(folder), seed=0)
     assert outline.has_own_head and not files.new
     state = {"score.weight": torch.zeros(1, 32)}
