@@ -151,7 +151,7 @@ def measure_rates(folder: Path, model: Path, words: int, repeats: int = 5) -> di
 
 
 def measure(folder: Path, model: Path, count: int, words: int) -> dict[str, Any]:
-    """First and second start of a training run on so many pairs."""
+    """First and second start of a training run on `count` pairs."""
     file, cache = folder / f"{count}.parquet", folder / "cache"
     write_pairs(file, count, words)
     row: dict[str, Any] = {"pairs": count, "parquet_mb": file.stat().st_size / 1e6}

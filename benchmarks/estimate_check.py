@@ -6,9 +6,9 @@ Each row trains two steps of a random model on made-up pairs in processes of the
 `rm-gallery train`. On CPUs the measure is the highest resident memory before the first checkpoint, less what the
 process held when it had trained a tiny model of the same kind, so that memory of libraries is on neither side, and
 less pages of mapped files, which the system takes back when it needs them: the model's file stays mapped. Where there
-is a GPU, `torch.cuda.max_memory_allocated`. Of several processes the fullest counts. glibc is told to hand back
-freed blocks of 64 KiB and more at once (MALLOC_MMAP_THRESHOLD_): by its own rule, what stays resident depends on the
-order of all that was freed before. Needs Linux and 6 GiB of free memory.
+is a GPU, `torch.cuda.max_memory_allocated`. Of several processes the largest value counts. glibc returns freed
+blocks of 64 KiB and more at once (MALLOC_MMAP_THRESHOLD_): with its default, resident memory depends on the order in
+which blocks were freed. Needs Linux and 6 GiB of free memory.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Kill a run again and again, at random, and compare what comes out with a run that nobody disturbed.
+"""Kill a run again and again, at random, and compare the result with an uninterrupted run.
 
     python -m benchmarks.faults [--kills 50] [--steps 400] [--save-freq 5] [--processes 2] [--strategy fsdp2]
                                 [--seed 0] [--background] [--output FILE.json]
 
 `torchrun --max-restarts` trains a tiny Qwen2 model on made-up pairs (CPU, gloo). Once the processes train, one of them,
 drawn at random, is ended with SIGKILL: after a random time within its steps, or while a checkpoint is being written.
-torchrun starts all again, and they go on from the newest checkpoint. In the end the metrics (times and rates apart)
+torchrun starts all again, and they resume from the newest checkpoint. In the end the metrics (times and rates apart)
 and the weights must be those of the undisturbed run bit for bit, every step must be there once, and a step that was
 run again must have given the same figures each time.
 """

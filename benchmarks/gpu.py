@@ -4,8 +4,8 @@
     python -m benchmarks.gpu --device cpu --shapes tiny        # the same code without a GPU
 
 Packages: torch >= 2.11, transformers >= 5.17, numpy, annotated-types, safetensors; triton for FlexAttention, flash-attn
-or a torch with variable-length attention for `varlen`, liger-kernel for `liger`, trl and datasets for `trl`: what is
-missing is left out, and a line says so. Needs no network and no files: weights and texts are random, from a seed.
+or a torch with variable-length attention for `varlen`, liger-kernel for `liger`, trl and datasets for `trl`: cases
+of missing packages are skipped with a message. Needs no network and no files: weights and texts are random.
 
 Chats have log-normal lengths: prompts around 200 tokens, responses around 300 (95% below 900 and 1,000), at most 4,096
 in all. A step is 64 pairs; ours packs 16,384 tokens a micro-batch. `padded` is the library's model with its fused

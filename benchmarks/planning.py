@@ -28,7 +28,7 @@ from rm_gallery.data.token_cache.arrays import GroupSizes
 
 @dataclass(frozen=True)
 class Result:
-    """One epoch on so many ranks."""
+    """One epoch on `ranks` ranks."""
 
     ranks: int
     pairs: int

@@ -6,8 +6,8 @@ A random model of the shape of Qwen2.5-0.5B (494M parameters) is trained for a f
 under torchrun on the CPU. Counted is a process's own memory (RssAnon of /proc, sampled every 10 ms): pages of files
 that are read through the page cache belong to all. Start-up ends when the weights are in place, before the optimizer
 exists; steady state is from the second step on. A checkpoint loads the folder again in rank 0, to compare rewards.
-glibc is told to give freed blocks of 1 MiB or more back to the system: left alone it kept 0.7 GiB of holes in a run
-that used 1.6 GiB.
+glibc returns freed blocks of 1 MiB or more to the system (MALLOC_MMAP_THRESHOLD_): with its default it kept 0.7 GiB
+of free blocks in a run that used 1.6 GiB.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from tests import forks  # noqa: E402
 
 @dataclass(frozen=True)
 class Case:
-    """A way to run: processes on each of so many nodes, and what the configuration says."""
+    """A way to run: number of processes per node, number of nodes, and settings."""
 
     name: str
     processes: int
@@ -57,7 +57,7 @@ class Difference:
     loss: float
     grad_norm: float
     validation: float
-    """Of loss, accuracy and margin. Mean rewards are left out: a constant added to all rewards changes no loss, so
+    """Of loss, accuracy and margin. Mean rewards are not compared: a constant added to all rewards changes no loss, so
     rounding alone moves it."""
     weights: float
 

@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("SWANLAB_MODE", "disabled")
 
+import gc
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import pytest
 
 # A shell's background jobs ignore Ctrl-C, and so would the tests of it: they would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+gc.disable()  # until all tests are collected: it took half of the time to load libraries and tests
 
 NUM_DESELECTED = pytest.StashKey[int]()
 
@@ -38,6 +40,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.stash[NUM_DESELECTED] = len(gpu_tests)
         if hasattr(config, "workeroutput"):  # in a worker of pytest-xdist
             config.workeroutput["deselected_gpu_tests"] = len(gpu_tests)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -89,8 +96,6 @@ def free_gpu_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """Workers share the GPU: what a test's allocator keeps would be missing in the others."""
     yield
     if request.node.get_closest_marker("gpu"):
-        import gc
-
         import torch
 
         gc.collect()

@@ -3,7 +3,7 @@
 The modules stay the library's: `forward` methods are replaced on the objects, inside the calls that sharding,
 checkpointing and compilation hang their hooks on, and nothing that is saved changes.
 
-Nobody reads the last layer's output but at the R reward tokens, so its queries, output projection and MLP are computed
+Only the R reward tokens of the last layer's output are read, so its queries, output projection and MLP are computed
 there only; its keys and values are those of all tokens.
 
 RMS norm and rotary embedding have their backward passes written out: fewer passes over memory than autograd's. On two

@@ -1,7 +1,7 @@
-"""A model without its weights, and the files that each process later reads its own part from.
+"""Initializes a model on the meta device, and names the files that each rank reads its shard from.
 
-Parameters have no memory here (torch's meta device); buffers, which no file holds, are real. Used where weights are cut
-over processes, so that none of them ever holds the whole model.
+Parameters have no memory on torch's meta device; buffers, which no file holds, are real. Used for sharded weights, so
+that no rank ever holds the whole model.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class RewardModel(nn.Module):
 
 
 def _one_token(batch: PackedBatch) -> PackedBatch:
-    """The empty batch with one token, whose reward nobody gets.
+    """The empty batch with one dummy token, whose reward is discarded.
 
     A rank that ran out of data computes it for nothing, so that collectives still meet: every parameter gets its
     (zero) gradient, those of keys and values too.

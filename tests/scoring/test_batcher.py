@@ -185,6 +185,7 @@ def test_a_scorer_that_nobody_holds_ends_its_thread(text_folder: Path) -> None:
     assert workers() == before
 
 
+@pytest.mark.slow
 def test_a_process_ends_without_close(text_folder: Path) -> None:
     program = (
         "import asyncio, sys; from rm_gallery.scoring import RewardScorer\n"

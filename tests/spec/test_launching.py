@@ -80,6 +80,7 @@ def facts(run: Path) -> dict[str, Any]:
     return {name: found[name] for name in ("world_size", "strategy")}
 
 
+@pytest.mark.slow
 def test_launch_training_script(spec: str, variables: dict[str, str], in_tmp: Path) -> None:
     """One machine with two processes, and two machines with one each: the same run."""
     [one] = tab_blocks(spec, "Single-node, multi-GPU", "bash")

@@ -75,6 +75,7 @@ def run_script(script: Path, folder: Path, **variables: str) -> subprocess.Compl
     )
 
 
+@pytest.mark.slow
 def test_script_configuration(spec: str, folder: Path, qwen2_folder: Path) -> None:
     """The specification's own script, with names and sizes exchanged, beside our trainer.py and trainer.yaml."""
     [script] = code_blocks(spec, "Training Script (run_bt.sh)", "bash")

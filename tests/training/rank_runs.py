@@ -60,8 +60,11 @@ def _run(run: Run, own: Path) -> Ended:
 
 def be_rank(run: Run, acted: Path) -> int:
     """What a forked process does."""
+    from rm_gallery import config
     from rm_gallery.cli import main
+    from tests.training.short_runs import compose_plainly
 
+    config.compose = compose_plainly
     rank = int(os.environ["RANK"])
     if run.act and run.act.rank == rank:
         what = run.act.what

@@ -53,6 +53,11 @@ NEEDED = ["model.partial_pretrain=Qwen/Qwen2.5-7B-Instruct", "data.train_files=d
 
 
 @pytest.fixture(autouse=True)
+def without_hydra() -> None:
+    """Replaces the fixture of conftest.py: here Hydra reads the overrides."""
+
+
+@pytest.fixture(autouse=True)
 def files(in_tmp: Path) -> Path:
     """The specification's data files and its YAML as spec.yaml."""
     for name in ("train", "test"):

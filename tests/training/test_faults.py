@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.faults import Course, run_course
 from tests import forks
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_twice_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
     """Under torchrun --max-restarts, any rank, in steps and in a save."""
     outcome = run_course(

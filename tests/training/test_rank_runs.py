@@ -31,50 +31,58 @@ def run(model: Path, name: str, *overrides: str, **more: Any) -> Run:
     return Run(settings(model, name, *overrides), **more)
 
 
-def test_a_run_of_two_processes_that_was_stopped_is_the_one_that_was_not(in_tmp: Path, qwen2_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("qwen2", (*FSDP2, "trainer.async_save=true", "trainer.save_freq=2")),
+        pytest.param("qwen2", (*FSDP2, "model.fsdp_config.model_dtype=bf16"), marks=pytest.mark.slow),
+        pytest.param("bert", (*DDP, "model.dropout=0.3", "trainer.log_freq=4"), marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_of_two_processes_that_was_stopped_is_the_one_that_was_not(
+    kind: str, options: tuple[str, ...], in_tmp: Path
+) -> None:
     """The signal comes to one rank alone. Dropout draws apart in each, and a log line spans both starts."""
-    bert = make_model("bert", in_tmp / "bert")
-    cases = {
-        "fsdp2": (qwen2_folder, (*FSDP2, "trainer.async_save=true", "trainer.save_freq=2")),
-        "fsdp": (qwen2_folder, ("model.strategy=fsdp", "model.fsdp_config.model_dtype=bf16")),
-        "ddp": (bert, (*DDP, "model.dropout=0.3", "trainer.log_freq=4")),
-    }
-    runs = []
-    for name, (model, options) in cases.items():
-        runs += [
-            run(model, f"{name}-whole", *options),
-            run(model, f"{name}-parts", *options, act=Act(rank=1, step=3, what="SIGTERM")),
-            run(model, f"{name}-parts", *options),
-        ]
-    done = run_all(runs, in_tmp)
-    assert [each.status for each in done] == [[0, 0], [143, 143], [0, 0]] * 3, "\n".join(each.log for each in done)
-    for name in cases:
-        assert_same_run(Path(f"runs/{name}-parts"), Path(f"runs/{name}-whole"))
+    model = make_model(kind, in_tmp / kind)
+    done = run_all(
+        [
+            run(model, "whole", *options),
+            run(model, "parts", *options, act=Act(rank=1, step=3, what="SIGTERM")),
+            run(model, "parts", *options),
+        ],
+        in_tmp,
+    )
+    assert [each.status for each in done] == [[0, 0], [143, 143], [0, 0]], "\n".join(each.log for each in done)
+    assert_same_run(Path("runs/parts"), Path("runs/whole"))
 
 
+@pytest.mark.parametrize("others", [("one",), pytest.param(("one", "ddp", "four"), marks=pytest.mark.slow)])
 def test_another_number_of_processes_goes_on_from_the_same_weights_gradients_and_losses(
-    in_tmp: Path, qwen2_folder: Path
+    others: tuple[str, ...], in_tmp: Path, qwen2_folder: Path
 ) -> None:
     """30 steps at 1e-4: all of them on two processes, or 12 there and the rest on one or four, or another strategy."""
     runs = [
         run(qwen2_folder, "whole", *LONG, *FSDP2),
         run(qwen2_folder, "stopped", *LONG, *FSDP2, act=Act(rank=0, step=12, what="SIGTERM")),
     ]
-    for name, ranks, options in (("same", 2, FSDP2), ("one", 1, ()), ("ddp", 2, DDP), ("four", 4, FSDP2)):
+    settings_of = {"same": (2, FSDP2), "one": (1, ()), "ddp": (2, DDP), "four": (4, FSDP2)}
+    for name in ("same", *others):
+        ranks, options = settings_of[name]
         more = {"gradients": in_tmp / f"gradients-{name}.pt", "copy": ("runs/stopped", f"runs/{name}")}
         runs.append(run(qwen2_folder, name, *LONG, *options, ranks=ranks, **more))
     done = run_all(runs, in_tmp)
-    assert [set(each.status) for each in done] == [{0}, {143}, {0}, {0}, {0}, {0}], "\n".join(each.log for each in done)
+    status = [{0}, {143}, *[{0}] * (1 + len(others))]
+    assert [set(each.status) for each in done] == status, "\n".join(each.log for each in done)
     expected = torch.load(in_tmp / "gradients-same.pt")
     losses = {row["step"]: row["train/loss"] for row in rows(Path("runs/whole")) if "train/loss" in row}
     assert len(losses) == 30
-    for name in ("one", "four", "ddp"):
+    for name in others:
         found = torch.load(in_tmp / f"gradients-{name}.pt")
         assert found.keys() == expected.keys()
         assert max(float((found[each] - expected[each]).abs().max()) for each in found) < 1e-5, name
         other = {row["step"]: row["train/loss"] for row in rows(Path("runs") / name) if "train/loss" in row}
         assert other == pytest.approx(losses, abs=1e-4), name
-    assert "resuming with 4 processes, saved by 2: RNG states are new" in done[-1].log
+    assert f"resuming with {settings_of[others[-1]][0]} processes, saved by 2: RNG states are new" in done[-1].log
 
 
 def test_a_killed_and_a_hung_process_end_the_others_in_words(in_tmp: Path, qwen2_folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ def data(in_tmp: Path) -> None:
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])
 def test_stopped_after_any_step_and_started_again(
-    stop_after: int, qwen2_folder: Path, monkeypatch: Any, capsys: Any
+    stop_after: int, qwen2_folder: Path, trained: Callable[..., Path], monkeypatch: Any, capsys: Any
 ) -> None:
     """Steps 2 and 4 are validated: the signal comes before that, so the run that goes on does it."""
     same = ("trainer.test_freq=2", "optim.warmup_steps_ratio=0.3")
-    whole = train(qwen2_folder, "whole", *same)
+    whole = trained("whole", *same)
     when_logged(monkeypatch, stop_after, send(signal.SIGTERM))
     parts = train(qwen2_folder, "parts", *same, status=143)
     sentence = f"stopped by SIGTERM after step {stop_after} of 6; global_step_{stop_after} is saved; rerun the command"
@@ -44,8 +45,10 @@ def test_stopped_after_any_step_and_started_again(
         ("qwen2", ["model.enable_gradient_checkpointing=true", "model.fsdp_config.model_dtype=bf16"]),
         ("llama", ["model.dropout=0.3", "trainer.async_save=true"]),
         ("bert", ["model.dropout=0.3", "model.enable_gradient_checkpointing=true"]),
-        ("deberta-v2", ["model.dropout=0.3", "data.max_tokens_per_micro_batch=600"]),
-        ("modernbert", []),
+        pytest.param(
+            "deberta-v2", ["model.dropout=0.3", "data.max_tokens_per_micro_batch=600"], marks=pytest.mark.slow
+        ),
+        pytest.param("modernbert", [], marks=pytest.mark.slow),
     ],
 )
 def test_random_states_and_all_kinds_of_models(

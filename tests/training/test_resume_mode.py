@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from tests.training.short_runs import Lost, assert_same_run, lose, rows, train, 
 
 
 @pytest.fixture
-def first(in_tmp: Path, qwen2_folder: Path) -> Path:
+def first(in_tmp: Path, trained: Callable[..., Path]) -> Path:
     """A run of six steps with checkpoints after 2, 4 and 6."""
     write_data()
-    return train(qwen2_folder, "first", "trainer.save_freq=2")
+    return trained("first", "trainer.save_freq=2")
 
 
 def checkpoints(run: Path) -> list[str]:

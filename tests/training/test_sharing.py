@@ -106,7 +106,7 @@ def write_data() -> None:
     write_pairs(Path("val.parquet"), text_pairs(8))
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "bert"])
+@pytest.mark.parametrize("kind", ["qwen2", pytest.param("bert", marks=pytest.mark.slow)])
 def test_the_loss_curve_is_the_same_with_the_switch_on_and_off(kind: str, in_tmp: Path, tmp_path: Path) -> None:
     write_data()
     model = make_model(kind, tmp_path / kind)

@@ -38,6 +38,7 @@ def accuracy(scorer: RewardScorer, rows: list[dict[str, object]], prompts: list[
     return sum(chosen > rejected for chosen, rejected in scorer.score(groups)) / len(rows)
 
 
+@pytest.mark.slow
 def test_it_learns_what_depends_on_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run_steps(tmp_path, monkeypatch)
     scorer = RewardScorer.from_folder(folder / "run/global_step_625", device="cpu")

@@ -155,7 +155,7 @@ def _compare_records(values: Mapping[str, Any], name: str, score_field: str | No
 
 
 def _verdict(fields: Mapping[str, Any], name: str, score_field: str | None) -> tuple[bool | None, float | None]:
-    """Whether a response is preferred, and its score, as far as its record says so.
+    """Whether a response is preferred, and its score; None for what its record lacks.
 
     score_field: the only field to read, from `data.columns.score`; None reads all known fields.
     """

@@ -41,7 +41,7 @@ class Facts:
 
 
 class StoreWriter:
-    """Writes a store. `folder` appears with `finish`; without it, nothing is left behind."""
+    """Writes a store atomically: `folder` exists after `finish`, and without it no file remains."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -111,13 +111,13 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor, scaling: float) -> Tensor:
 
 # T tokens, Q queries, L keys, H heads, G key heads, D head dimension
 
-_LEAST_TOKENS = 32  # for each call: with shorter texts, masks over whole groups cost less than so many calls
+_MIN_TOKENS = 32  # for each call: with shorter texts, masks over whole groups cost less than so many calls
 
 
 def suits(layout: PackLayout, window: int | None) -> bool:
     """Whether the texts are long enough, and no sliding window ends within one."""
     num_calls = len(layout.tails) + 2 * len(layout.lengths)
-    is_worth_it = int(layout.lengths.sum()) >= _LEAST_TOKENS * num_calls
+    is_worth_it = int(layout.lengths.sum()) >= _MIN_TOKENS * num_calls
     return is_worth_it and (window is None or window >= layout.longest_text)
 
 

@@ -1,4 +1,4 @@
-"""What attention needs to know of one packed batch: the mask rule, and the groups sorted into buckets of like length.
+"""Attention's view of one packed batch: the mask rule, and the groups sorted into buckets of similar length.
 
 Everything is worked out on the host from lengths the host knows, and copied to the device without waiting for it.
 """
@@ -19,7 +19,7 @@ Part = TypeVar("Part")
 # T tokens, R responses, B groups of a bucket, Q queries and L keys of its longest group
 
 _WORTH_CUTTING = 0.5  # of the cells of whole groups: then responses by themselves are less work, gathered keys included
-_LEAST_FILL = 0.75  # a bucket's shortest group has at least this share of its longest one's tokens
+_MIN_FILL = 0.75  # a bucket's shortest group has at least this share of its longest one's tokens
 
 
 def visible(q: Tensor, k: Tensor, window: int | None = None) -> Tensor:
@@ -37,7 +37,7 @@ def visible(q: Tensor, k: Tensor, window: int | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Groups of like length, side by side."""
+    """Groups of similar length, padded to the longest."""
 
     queries: Tensor
     """[B, Q] int64 rows of the query matrix; places past a group's end repeat its first one."""
@@ -131,7 +131,7 @@ class PackLayout:
         found = []
         while len(longest_first):
             lengths = self.lengths[longest_first]
-            count = int((lengths >= _LEAST_FILL * lengths[0]).sum())
+            count = int((lengths >= _MIN_FILL * lengths[0]).sum())
             found.append(longest_first[:count])
             longest_first = longest_first[count:]
         return found
@@ -222,8 +222,8 @@ def _like_shapes(num_queries: np.ndarray, num_keys: np.ndarray) -> list[np.ndarr
     left = np.flatnonzero(num_queries > 0)
     left = left[np.lexsort((-num_keys[left], -num_queries[left]))]
     while len(left):
-        alike = num_queries[left] >= _LEAST_FILL * num_queries[left[0]]
-        alike[alike] &= num_keys[left[alike]] >= _LEAST_FILL * num_keys[left[alike]].max()
+        alike = num_queries[left] >= _MIN_FILL * num_queries[left[0]]
+        alike[alike] &= num_keys[left[alike]] >= _MIN_FILL * num_keys[left[alike]].max()
         found.append(left[alike])
         left = left[~alike]
     return found
@@ -238,6 +238,6 @@ def _rows(groups: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The numbers start, start + 1, ... of each start, so many each, one after the other."""
+    """Concatenated `arange(start, start + length)` of all pairs: [3, 10] and [2, 3] give [3, 4, 10, 11, 12]."""
     before = np.cumsum(lengths) - lengths
     return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)

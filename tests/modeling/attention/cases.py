@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -27,6 +28,12 @@ LONG_SHAPES: dict[str, list[tuple[int, list[int]]]] = {
 """Too long for a CPU."""
 HEADS = [(4, 4, 64), (4, 2, 64), (8, 1, 128)]
 """(heads, key heads, head dimension)"""
+SHAPES_AND_HEADS = [
+    pytest.param(shape, heads, id=f"{shape}-{heads}", marks=() if (row + column) % 3 == 0 else pytest.mark.slow)
+    for row, shape in enumerate(SHAPES)
+    for column, heads in enumerate(HEADS)
+]
+"""The product, of which `make test` runs every shape and every heads at least once."""
 
 
 def layout_of(shape: Sequence[tuple[int, list[int]]], device: torch.device, kernel: str = "auto") -> PackLayout:

@@ -17,11 +17,21 @@ from rm_gallery.modeling.attention.cpu import split_attention
 from rm_gallery.modeling.attention.dispatch import attend, check, visible
 from rm_gallery.modeling.attention.flex import BLOCK, block_map, block_mask, flex_attention
 from rm_gallery.modeling.attention.varlen import Sequences, cut, find_flash, varlen_attention
-from tests.modeling.attention.cases import HEADS, LONG_SHAPES, SHAPES, draw_inputs, layout_of, worst_difference
+from tests.modeling.attention.cases import (
+    HEADS,
+    LONG_SHAPES,
+    SHAPES,
+    SHAPES_AND_HEADS,
+    draw_inputs,
+    layout_of,
+    worst_difference,
+)
 
 CPU = torch.device("cpu")
 EXACT = 2e-5
 ROUNDED = 3e-2  # bfloat16 has 8 bits
+FLEX_CASES = [("many responses", HEADS[1], None), ("one of each length", HEADS[1], 6)]
+"""Cases of FlexAttention that `make test` runs: a CPU takes long for them."""
 
 
 def plain_flash(q: Tensor, k: Tensor, v: Tensor, cut: Sequences, scaling: float, window: int | None) -> Tensor:
@@ -44,8 +54,7 @@ def plain_flash(q: Tensor, k: Tensor, v: Tensor, cut: Sequences, scaling: float,
 
 
 @pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "heads"), SHAPES_AND_HEADS)
 @pytest.mark.parametrize("kernel", ["plain", "sdpa"])
 def test_kernels_of_a_cpu(kernel: str, shape: str, heads: tuple[int, int, int], window: int | None) -> None:
     layout = layout_of(SHAPES[shape], CPU, kernel)
@@ -57,8 +66,7 @@ def test_kernels_of_a_cpu(kernel: str, shape: str, heads: tuple[int, int, int], 
         assert difference < tolerance
 
 
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "heads"), SHAPES_AND_HEADS)
 def test_prompt_and_responses_apart_are_the_whole(shape: str, heads: tuple[int, int, int]) -> None:
     """What scores many responses on a CPU: without gradients, in float32."""
     layout = layout_of(SHAPES[shape], CPU)
@@ -91,8 +99,7 @@ def test_prompt_and_responses_are_apart_in_long_texts_unless_a_window_ends_withi
 
 
 @pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "heads"), SHAPES_AND_HEADS)
 def test_varlen_cuts_and_gathers_by_the_rule(shape: str, heads: tuple[int, int, int], window: int | None) -> None:
     layout = layout_of(SHAPES[shape], CPU)
     difference = worst_difference(
@@ -115,9 +122,15 @@ def test_varlen_by_hand() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "heads", "window"),
+    [
+        pytest.param(shape, heads, window, marks=() if (shape, heads, window) in FLEX_CASES else pytest.mark.slow)
+        for shape in SHAPES
+        for heads in HEADS
+        for window in (None, 6)
+    ],
+)
 def test_flex_follows_the_rule(shape: str, heads: tuple[int, int, int], window: int | None) -> None:
     layout = layout_of(SHAPES[shape], CPU)
     mask = block_mask(layout, window)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,11 @@ def test_every_checkpoint_is_copied(protocol: str, qwen2_folder: Path) -> None:
     assert copied == files(run / "global_step_6")
 
 
-def test_a_run_goes_on_from_a_copy_when_its_folder_is_gone(qwen2_folder: Path, caplog: Any) -> None:
+def test_a_run_goes_on_from_a_copy_when_its_folder_is_gone(
+    qwen2_folder: Path, trained: Callable[..., Path], caplog: Any
+) -> None:
     copies = "trainer.default_hdfs_dir=memory://copies"
-    whole = train(qwen2_folder, "whole")
+    whole = trained("whole")
     constant = train(qwen2_folder, "run", "trainer.save_freq=2", copies)
     shutil.rmtree(constant)
     there = fsspec.filesystem("memory")

@@ -22,10 +22,10 @@ from tests.training.short_runs import Lost, assert_same_run, train, when_logged,
 
 
 @pytest.fixture
-def whole(in_tmp: Path, qwen2_folder: Path) -> Path:
+def whole(in_tmp: Path, trained: Callable[..., Path]) -> Path:
     """A run that nothing happens to."""
     write_data()
-    return train(qwen2_folder, "whole")
+    return trained("whole")
 
 
 @contextmanager
@@ -38,8 +38,15 @@ def small_files(size: int) -> Iterator[Callable[[], None]]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("where", ["tensors", "weights"])
-@pytest.mark.parametrize("background", ["false", "true"])
+@pytest.mark.parametrize(
+    ("where", "background"),
+    [
+        ("weights", "false"),
+        ("tensors", "true"),
+        pytest.param("tensors", "false", marks=pytest.mark.slow),
+        pytest.param("weights", "true", marks=pytest.mark.slow),
+    ],
+)
 def test_a_full_disk_ends_the_run_in_words_and_the_one_before_is_used(
     where: str, background: str, whole: Path, qwen2_folder: Path, monkeypatch: Any, capsys: Any
 ) -> None:
@@ -95,9 +102,9 @@ def test_lost_in_the_middle_of_a_save(
 
 
 def test_a_damaged_newest_checkpoint_is_put_aside_and_the_one_before_used(
-    whole: Path, qwen2_folder: Path, caplog: Any
+    whole: Path, trained: Callable[..., Path], qwen2_folder: Path, caplog: Any
 ) -> None:
-    parts = train(qwen2_folder, "parts", "trainer.save_freq=2")
+    parts = trained("parts", "trainer.save_freq=2")
     for step, name in ((6, "training_state/__0_0.distcp"), (4, "training_state/rank_0.json")):
         path = parts / f"global_step_{step}" / name
         path.write_bytes(path.read_bytes()[:-2])
@@ -112,8 +119,10 @@ def test_a_damaged_newest_checkpoint_is_put_aside_and_the_one_before_used(
     assert damage(parts / "global_step_6") is None
 
 
-def test_when_no_checkpoint_is_whole_the_run_begins_again(whole: Path, qwen2_folder: Path, caplog: Any) -> None:
-    parts = train(qwen2_folder, "parts")
+def test_when_no_checkpoint_is_whole_the_run_begins_again(
+    whole: Path, trained: Callable[..., Path], qwen2_folder: Path, caplog: Any
+) -> None:
+    parts = trained("parts")
     (parts / "global_step_6/model.safetensors").write_bytes(b"")
     train(qwen2_folder, "parts")
     assert "no intact checkpoint is left: training starts from scratch" in caplog.text

@@ -58,7 +58,7 @@ def write_data(folder: Path, *, seed: int = 0) -> dict[str, Path]:
 def draw_twins(skill: str, part: str, num_twins: int, used: set[str], rng: np.random.Generator) -> list[list[Row]]:
     """The rows of `num_twins` twins of one skill, from the cells of one part.
 
-    used: prompts drawn so far, as JSON text; the new ones are added. A twin with a prompt among them is drawn anew.
+    used: prompts drawn so far, as JSON text; the new ones are added. A twin with a prompt among them is drawn again.
     """
     twins: list[list[Row]] = []
     while len(twins) < num_twins:

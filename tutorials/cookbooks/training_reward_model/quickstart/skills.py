@@ -136,7 +136,7 @@ def tact(rng: np.random.Generator) -> Twin:
 
 
 def memory(rng: np.random.Generator) -> Twin:
-    """What the user told some turns ago, against something never told."""
+    """What the user mentioned some turns ago, against something never mentioned."""
     tellings, replies, questions, answers, values = dialogues.MEMORIES[pick(rng, list(dialogues.MEMORIES))]
     sentence = pick(rng, answers)
 
