@@ -147,3 +147,15 @@ def same_prompt_groups(seed: int, *, vocab: int = 264) -> list[list[Any]]:
 def whole_texts(groups: Sequence[Any]) -> list[list[int]]:
     """Every response with its prefix in front, in the order of a packed batch."""
     return [[*group.prefix.tolist(), *tail.tolist()] for group in groups for tail in group.tails]
+
+
+def export_model(folder: Path, model: Any, tokenizer: Any, record: Any, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a checkpoint folder as a save does, but without the training state."""
+    from rm_gallery.modeling.export import write_folder
+    from rm_gallery.training.checkpoint.folders import hidden, publish
+
+    state = model.network.state_dict()
+    meta = {name: value.to("meta") for name, value in state.items()}
+    staging = hidden(folder, "saving")
+    publish(staging, folder, write_folder(staging, model, meta, tokenizer, dtype, record, read=state.__getitem__))
+    return folder

@@ -1,11 +1,11 @@
-"""Export: a reward model as a Hugging Face sequence-classification folder that every server loads.
+"""Export: writes a reward model as a Hugging Face sequence-classification folder that transformers and vLLM load.
 
-What such a folder must hold, and why: transformers' pipeline and vLLM apply a sigmoid unless `problem_type` is
-`regression`; the padded forward pass reads the reward one token early when the pad token is the EOS token.
+Two settings in `config.json` decide about correct rewards elsewhere. `problem_type` is `regression`: for any other
+value transformers' pipeline and vLLM apply a sigmoid. The pad token is not EOS: the padded forward pass reads the
+reward at the last token that is not a pad token, so with EOS as pad token it would read one token early.
 
-Safetensors files are written and checked one tensor at a time. Weights that are cut over processes are gathered one
-tensor after the other, and rank 0 writes them: no device and no host ever holds more than a file's worth beside its own
-part.
+Safetensors files are written and verified one shard at a time, so host memory holds at most one shard (5 GB, or one
+larger tensor).
 """
 
 from __future__ import annotations
@@ -15,23 +15,20 @@ import json
 import logging
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rm_gallery.distributed.collectives import broadcast
-from rm_gallery.distributed.process_group import heartbeat, rank
 from rm_gallery.errors import UserError
-from rm_gallery.files import replace, sha256, sha256_files, write_manifest
+from rm_gallery.files import sha256, sha256_files
 from rm_gallery.modeling.reward_model import RewardModel, quiet_transformers
 from rm_gallery.schema import InputStyle
 
@@ -43,115 +40,78 @@ _PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|
 
 @dataclass(frozen=True)
 class InputRecord:
-    """How the model was given its texts in training, kept in `config.json`, so that scoring builds the same input."""
+    """How training built the model's input; saved in `config.json`, so that scoring builds the same input."""
 
     input_style: InputStyle
     append_eos: bool = False
     max_length: int = 4096
+    """In tokens."""
     separator: str = "\n\n"
-    """Style `text`: what stands between a prompt and its response. Training joins a prompt column directly, which is
-    "" here; without one the model knows no prompts, and a blank line is put between."""
+    """Style `text`: string between prompt and response. "" if training had a prompt column, which is concatenated
+    directly; a blank line if training had no prompts."""
     text_special_tokens: Literal["parse", "plain"] = "parse"
-    """Style `text`: whether control tokens that a text spells are read as such."""
+    """Style `text`: whether special tokens written out in a text are parsed or tokenized as plain text."""
     own_rendering: bool = False
-    """A class of the user's own rendered conversations otherwise than the chat template of the folder does, so texts
-    that it rendered score as in training, and messages do not."""
+    """A custom dataset class rendered the conversations, not the folder's chat template: texts that it rendered get the
+    rewards of training, message lists do not."""
 
 
-def settle_pad_token(model: RewardModel, tokenizer: Any) -> None:
-    """Give tokenizer and model a pad token that is not EOS; an embedding row is added only if there is no room.
+def set_pad_token(model: RewardModel, tokenizer: Any) -> None:
+    """Give tokenizer and model a pad token that is not EOS; resizes the embeddings only if they are too small.
 
-    Called before training, since the padded forward pass of every consumer looks for the last token that is not
-    a pad token.
+    Call it before training, because the padded forward pass reads the reward at the last token that is not a pad token.
     """
     num_rows = model.network.get_input_embeddings().num_embeddings
-    missing = lacking_rows(model, tokenizer)
+    missing = missing_embedding_rows(model, tokenizer)
     if missing:
         model.network.resize_token_embeddings(len(tokenizer))
-        log.info("embeddings: %d rows, %d more, for tokens of the tokenizer", num_rows + missing, missing)
+        log.info("embeddings: resized from %d to %d rows for the tokenizer", num_rows, num_rows + missing)
     model.network.config.pad_token_id = tokenizer.pad_token_id
 
 
-def lacking_rows(model: RewardModel, tokenizer: Any) -> int:
-    """Rows that the embeddings lack for the tokenizer, once it has a pad token that is not EOS."""
+def missing_embedding_rows(model: RewardModel, tokenizer: Any) -> int:
+    """Number of tokens without an embedding row, after giving the tokenizer a pad token that is not EOS."""
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         vocabulary = tokenizer.get_vocab()
         known = [token for token in _PAD_CANDIDATES if token in vocabulary and token != tokenizer.eos_token]
         tokenizer.add_special_tokens({"pad_token": known[0] if known else "<|pad|>"})
-        log.info("pad token: %s (id %d), since it must differ from EOS", tokenizer.pad_token, tokenizer.pad_token_id)
+        log.info(
+            "pad token: set to %s (id %d), since it must differ from EOS", tokenizer.pad_token, tokenizer.pad_token_id
+        )
     return max(0, len(tokenizer) - model.network.get_input_embeddings().num_embeddings)
-
-
-def export_folder(
-    folder: Path,
-    model: RewardModel,
-    state: Mapping[str, Tensor],
-    tokenizer: Any,
-    dtype: torch.dtype,
-    record: InputRecord,
-) -> None:
-    """Write the folder under a temporary name, check every tensor by its hash, and rename it.
-
-    state: the library model's state dict; floating tensors are written as `dtype`, and those that are cut over
-    processes are gathered one at a time. Every process must call it; rank 0 writes.
-    Raises OSError, on every process, when the disk is full or a file came out damaged; `folder` does not exist then.
-    """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    if rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-    problem: OSError | None = None
-    try:
-        hashes = write_weights(temporary, state, dtype)
-        if rank() == 0:
-            write_manifest(temporary, {**hashes, **_write_rest(temporary, model, tokenizer, dtype, record)})
-            replace(temporary, folder)
-    except OSError as error:
-        problem = error
-    finally:
-        if rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-    said = broadcast(str(problem) if problem else "")
-    if said:
-        raise problem or OSError(said)
 
 
 def write_folder(
     folder: Path,
     model: RewardModel,
-    state: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     tokenizer: Any,
     dtype: torch.dtype,
     record: InputRecord,
     *,
     read: Callable[[str], Tensor],
 ) -> dict[str, str]:
-    """Write the folder from one process, without a manifest; return the SHA-256 of each file by its name.
+    """Write weights, config and tokenizer from one process, without a manifest; return each file's SHA-256 by its name.
 
-    state: tensors without values (on the meta device); `read` returns the values of one.
+    tensors, dtype, read: see `write_weights`. Raises OSError as it does.
     """
-    hashes = write_weights(folder, state, dtype, read=read)
-    return {**hashes, **_write_rest(folder, model, tokenizer, dtype, record)}
-
-
-def _write_rest(
-    folder: Path, model: RewardModel, tokenizer: Any, dtype: torch.dtype, record: InputRecord
-) -> dict[str, str]:
-    """Write all files but the weights; return their hashes."""
     from transformers.dynamic_module_utils import custom_object_save
 
+    hashes = write_weights(folder, tensors, dtype, read=read)
     network = model.network
     with quiet_transformers():
-        if getattr(network, "_auto_class", None) is not None:  # the folder brings its code along, as it came
+        if getattr(network, "_auto_class", None) is not None:  # custom code of the folder (trust_remote_code)
             custom_object_save(network, folder, config=network.config)
         network.config.save_pretrained(folder)
     _finish_config(folder / "config.json", model, dtype, record)
     _save_tokenizer(folder, tokenizer, record)
-    _make_readable(folder)
+    _apply_umask(folder)
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".safetensors"]
-    return sha256_files(folder, names)
+    return {**hashes, **sha256_files(folder, names)}
 
 
 def _finish_config(path: Path, model: RewardModel, dtype: torch.dtype, record: InputRecord) -> None:
+    """Add what servers need for one raw reward per text, and the input record."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config.update(
         architectures=[type(model.network).__name__],
@@ -166,17 +126,17 @@ def _finish_config(path: Path, model: RewardModel, dtype: torch.dtype, record: I
 
 
 def text_template(separator: str) -> str:
-    """A chat template that joins the contents of the turns, without names of roles."""
+    """A chat template that concatenates the contents of the messages, without roles."""
     between = f"{{% if not loop.last %}}{{{{ {separator!r} }}}}{{% endif %}}"
     return f"{{% for message in messages %}}{{{{ message['content'] }}}}{between}{{% endfor %}}"
 
 
 def _save_tokenizer(folder: Path, tokenizer: Any, record: InputRecord) -> None:
-    """The tokenizer with its chat template inside tokenizer_config.json, where every server looks for one."""
+    """Save the tokenizer with its chat template in tokenizer_config.json, which older servers need."""
     own = tokenizer.chat_template
     try:
         if own is None and record.input_style == "text":
-            # A conversation becomes bare text, as the model was trained.
+            # The model was trained on bare text, so a conversation is rendered as bare text.
             tokenizer.chat_template = text_template(record.separator)
         tokenizer.save_pretrained(folder, save_jinja_files=False)
     finally:
@@ -184,12 +144,12 @@ def _save_tokenizer(folder: Path, tokenizer: Any, record: InputRecord) -> None:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the same class, by the name that older servers know
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # older servers know the class by this name
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _make_readable(folder: Path) -> None:
-    """Give the files the rights that the user's umask says; safetensors writes them for the owner alone."""
+def _apply_umask(folder: Path) -> None:
+    """Set file permissions by the umask: safetensors creates files that only the owner can read."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.iterdir():
@@ -198,7 +158,7 @@ def _make_readable(folder: Path) -> None:
 
 
 def read_record(folder: str | Path) -> InputRecord | None:
-    """How the model in this folder was trained, or None for a folder that is not ours."""
+    """The input record of a folder that we exported; None for any other folder."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         return None
@@ -208,7 +168,7 @@ def read_record(folder: str | Path) -> InputRecord | None:
 
 @torch.no_grad()
 def rescore(folder: Path, texts: Sequence[Sequence[int]]) -> list[float]:
-    """Rewards of token sequences as any consumer gets them: plain transformers, float32, one padded batch."""
+    """Rewards of token sequences by transformers alone, in float32 and one padded batch."""
     from transformers import AutoModelForSequenceClassification
 
     with quiet_transformers():
@@ -220,16 +180,15 @@ def rescore(folder: Path, texts: Sequence[Sequence[int]]) -> list[float]:
 
 
 def check_rewards(folder: Path, texts: Sequence[Sequence[int]], expected: Sequence[float], *, exact: bool) -> None:
-    """Compare the folder's rewards with the trainer's.
+    """Compare the folder's rewards with the trainer's; raises UserError for the first difference.
 
-    exact: float32 throughout, so 1e-4 of difference is too much; with bfloat16 on either side rounding is larger.
-    Left out, with a warning, where the host has no room for the float32 model beside all else.
-    Raises UserError that names the first difference.
+    exact: model and folder are float32, so the tolerance is 1e-4 (absolute plus relative); otherwise bfloat16 rounding
+    allows 0.1 absolute plus 5%. Skipped with a warning if the float32 model takes more than half of the free memory.
     """
     needed, free = _float32_bytes(folder), _free_memory()
     if needed > free / 2:
         log.warning(
-            "%s: not rescored, since its %.0f GiB in float32 do not fit easily into %.0f GiB of free memory",
+            "%s: not rescored: the model takes %.0f GiB in float32, more than half of the %.0f GiB of free memory",
             folder, needed / 2**30, free / 2**30,
         )  # fmt: skip
         return
@@ -237,13 +196,13 @@ def check_rewards(folder: Path, texts: Sequence[Sequence[int]], expected: Sequen
     for number, (found, wanted) in enumerate(zip(rescore(folder, texts), expected, strict=True)):
         if abs(found - wanted) > absolute + relative * abs(wanted):
             raise UserError(
-                f"{folder}: reloaded, it gives text {number} the reward {found:.6f}, the trainer gave {wanted:.6f}; "
-                "the folder cannot be trusted (please report the architecture)"
+                f"{folder}: the reloaded model gives text {number} the reward {found:.6f}, the trainer gave "
+                f"{wanted:.6f}; do not use this checkpoint, and please report the architecture"
             )
 
 
 def _float32_bytes(folder: Path) -> int:
-    """Of all weights of the folder."""
+    """Bytes of all weights of the folder in float32."""
     total = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
@@ -253,7 +212,7 @@ def _float32_bytes(folder: Path) -> int:
 
 
 def _free_memory() -> float:
-    """Bytes that new memory can take without swapping; no limit where the system does not say."""
+    """Bytes of host memory available without swapping; infinite where /proc/meminfo does not exist."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -261,101 +220,41 @@ def _free_memory() -> float:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), math.inf)
 
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_FILE_BYTES = 5_000_000_000  # of one file; a larger tensor is alone
+_INDEX = "model.safetensors.index.json"
+_MAX_SHARD_BYTES = 5_000_000_000
 
 
 def write_weights(
-    folder: Path, state: Mapping[str, Tensor], dtype: torch.dtype, *, file_bytes: int = _FILE_BYTES,
-    read: Callable[[str], Tensor] | None = None,
+    folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, *, read: Callable[[str], Tensor],
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
 ) -> dict[str, str]:  # fmt: skip
-    """Make the folder and write `model.safetensors`, or several files and an index; floating tensors as `dtype`.
+    """Write `model.safetensors`, or several shards and an index; return the SHA-256 of each shard by its file name.
 
-    read: gives the values of tensors on the meta device, each when its turn comes.
-    Every process must call it with the same names, unless no tensor is cut over processes; rank 0 writes. Each file
-    is read again and compared with the tensors. Returns the SHA-256 of each file by its name; nothing on other ranks.
-    Raises OSError on rank 0, once all tensors were gathered, when they cannot be written or came out damaged.
+    tensors: on the meta device, under the names of the transformers model. read: returns the values of one, called once
+    per tensor. Floating-point tensors are cast to `dtype`. Each shard is read back and compared with the tensors.
+    Raises OSError when a shard cannot be written or is damaged.
     """
-    files = _plan_files(state, dtype, file_bytes)
-    hashes: dict[str, str] = {}
-    waiting: dict[str, Tensor] = {}
-    problem: Exception | None = None
-    for name, tensor in _whole_tensors(state, dtype, read):
-        if problem:
-            continue  # the others still need this process to gather
-        waiting[name] = tensor
-        file = files.of[name]
-        if len(waiting) == len(files.names[file]):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                hashes[file] = _save_and_compare(folder / file, waiting)
-            except (OSError, SafetensorError) as error:  # the second is how the library reports a disk that is full
-                problem = error
-            waiting = {}
-    if problem:
-        raise OSError(str(problem)) from problem
-    if rank() == 0 and len(files.names) > 1:
-        index = {"metadata": {"total_size": files.total_bytes}, "weight_map": files.of}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    converted = {name: each.to(dtype) if each.is_floating_point() else each for name, each in tensors.items()}
+    split = split_torch_state_dict_into_shards(converted, max_shard_size=max_shard_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    hashes = {}
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: read(name).detach().to("cpu", converted[name].dtype).contiguous() for name in names}
+        try:
+            hashes[file] = _save_and_compare(folder / file, shard)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(str(error)) from error
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return hashes
-
-
-class _Files:
-    """Which tensor goes into which file, in the order of the state."""
-
-    def __init__(self, groups: list[list[str]], total_bytes: int) -> None:
-        count = len(groups)
-        numbered = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-        self.names = dict(zip(numbered if count > 1 else [WEIGHTS], groups, strict=True))
-        self.of = {name: file for file, names in self.names.items() for name in names}
-        self.total_bytes = total_bytes
-
-
-def _plan_files(state: Mapping[str, Tensor], dtype: torch.dtype, file_bytes: int) -> _Files:
-    groups: list[list[str]] = [[]]
-    size = total = 0
-    for name, tensor in state.items():
-        item = dtype.itemsize if tensor.is_floating_point() else tensor.dtype.itemsize
-        needed = math.prod(tensor.shape) * item
-        if groups[-1] and size + needed > file_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += needed
-        total += needed
-    return _Files(groups, total)
-
-
-def _whole_tensors(
-    state: Mapping[str, Tensor], dtype: torch.dtype, read: Callable[[str], Tensor] | None
-) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor whole, on the host of rank 0, in the type that is written; the other processes help to gather.
-
-    Gathered in that type too: bfloat16 is half of float32.
-    """
-    for name, tensor in state.items():
-        is_cut = isinstance(tensor, DTensor)
-        if rank() and not is_cut:
-            continue
-        if read is not None and tensor.is_meta:
-            tensor = read(name)
-        tensor = tensor.detach()
-        if tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        if is_cut:
-            heartbeat(f"gathering {name}")
-            assert isinstance(tensor, DTensor)
-            tensor = tensor.full_tensor()
-        if rank() == 0:
-            yield name, tensor.to("cpu").contiguous()
 
 
 def _save_and_compare(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a safetensors file, compare it with the tensors in memory, and return its SHA-256.
 
-    The weights are hashed twice in all: the file as it was read back, and the same bytes as they must be, with the
-    header of the file followed by the tensors in memory. Raises OSError when the two differ.
+    Two hashes must be equal: that of the file as read back, and that of the file's header followed by the tensors in
+    memory. Raises OSError when they differ.
     """
     save_file(dict(tensors), path, metadata={"format": "pt"})
     found = sha256(path)
@@ -365,9 +264,9 @@ def _save_and_compare(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _expected_sha256(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a file with the header of `path` and the contents of these tensors; "" if the header differs.
+    """SHA-256 of a file with the header of `path` and the data of these tensors; "" if the header does not match them.
 
-    A safetensors file is the length of the header (8 bytes), the header (JSON), and the tensors without gaps.
+    Layout of a safetensors file: length of the header (8 bytes, little-endian), header (JSON), tensors without gaps.
     """
     with path.open("rb") as file:
         length = file.read(8)

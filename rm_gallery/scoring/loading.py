@@ -16,7 +16,7 @@ from rm_gallery.data.batching.packed_batch import PackedBatch
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.distributed.cpu import keep_freed_memory
 from rm_gallery.errors import UserError, one_line
-from rm_gallery.modeling.export import InputRecord, read_record, settle_pad_token
+from rm_gallery.modeling.export import InputRecord, read_record, set_pad_token
 from rm_gallery.modeling.parallel.apply import DTYPES
 from rm_gallery.modeling.reward_model import (
     DECODERS,
@@ -97,7 +97,7 @@ def load_folder(
         _load_known(path, config) if is_known and not has_own_code else _load_other(path, config, has_own_code, kind)
     )
     with quiet_transformers():
-        settle_pad_token(model, tokenizer)  # type: ignore[arg-type]  # it needs the network alone
+        set_pad_token(model, tokenizer)  # type: ignore[arg-type]  # it needs the network alone
     try:
         model.to(where, kind).eval()
     except torch.OutOfMemoryError as error:

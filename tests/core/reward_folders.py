@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from rm_gallery.modeling.export import InputRecord, export_folder, settle_pad_token
+from rm_gallery.modeling.export import InputRecord, set_pad_token
 from rm_gallery.modeling.reward_model import load_reward_model
-from tests.small import make_model, make_tokenizer
+from tests.small import export_model, make_model, make_tokenizer
 
 
 def make_reward_folder(folder: Path, style: Any = "chat", kind: str = "qwen2") -> Path:
@@ -19,11 +19,8 @@ def make_reward_folder(folder: Path, style: Any = "chat", kind: str = "qwen2") -
     model = load_reward_model(str(base)).model
     torch.nn.init.normal_(model.head.weight)  # type: ignore[arg-type]
     tokenizer = make_tokenizer()
-    settle_pad_token(model, tokenizer)
-    step = folder / "global_step_1"
-    record = InputRecord(style, max_length=512)
-    export_folder(step, model, model.network.state_dict(), tokenizer, torch.float32, record)
-    return step
+    set_pad_token(model, tokenizer)
+    return export_model(folder / "global_step_1", model, tokenizer, InputRecord(style, max_length=512))
 
 
 def plain_rewards(folder: Path, conversations: list[list[dict[str, str]]]) -> list[float]:

@@ -9,10 +9,10 @@ import torch
 
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.data.tokenization.token_group import TokenGroup
-from rm_gallery.modeling.export import InputRecord, export_folder, rescore, settle_pad_token
+from rm_gallery.modeling.export import InputRecord, rescore, set_pad_token
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.objectives import OBJECTIVES
-from tests.small import DECODERS, ENCODERS, make_model, make_tokenizer, random_groups, whole_texts
+from tests.small import DECODERS, ENCODERS, export_model, make_model, make_tokenizer, random_groups, whole_texts
 
 TOLERANCE = 1e-5
 
@@ -116,9 +116,8 @@ def test_exported_folder_gives_the_trained_rewards_everywhere(folder: Path, mode
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
     tokenizer = make_tokenizer(encoder=model.padded)
-    settle_pad_token(model, tokenizer)
-    state = model.network.state_dict()
-    export_folder(tmp_path / "out", model, state, tokenizer, torch.float32, InputRecord("text"))
+    set_pad_token(model, tokenizer)
+    export_model(tmp_path / "out", model, tokenizer, InputRecord("text"))
     texts = [
         "Why is the sky blue?",
         "Because.",

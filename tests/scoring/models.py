@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from rm_gallery.modeling.export import InputRecord, export_folder, settle_pad_token
+from rm_gallery.modeling.export import InputRecord, set_pad_token
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.schema import InputStyle
-from tests.small import ENCODERS, make_model, make_tokenizer
+from tests.small import ENCODERS, export_model, make_model, make_tokenizer
 
 
 def make_checkpoint(
@@ -21,11 +21,8 @@ def make_checkpoint(
     torch.manual_seed(seed)
     model = load_reward_model(str(base)).model.eval()
     tokenizer = make_tokenizer(encoder=kind in ENCODERS)
-    settle_pad_token(model, tokenizer)
-    state = model.network.state_dict()
-    checkpoint = folder / "global_step_1"
-    export_folder(checkpoint, model, state, tokenizer, torch.float32, InputRecord(style, **record))
-    return checkpoint, model
+    set_pad_token(model, tokenizer)
+    return export_model(folder / "global_step_1", model, tokenizer, InputRecord(style, **record)), model
 
 
 def make_classifier(kind: str, folder: Path, *, num_labels: int = 1, chat: bool = False, **extra: Any) -> Path:

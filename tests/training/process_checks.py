@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 
 from rm_gallery.data.batching.loader import StepBatches
 from rm_gallery.data.batching.packed_batch import collate
@@ -30,8 +31,8 @@ from rm_gallery.distributed.collectives import HostGroup
 from rm_gallery.distributed.process_group import World, processes
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.config import FsdpConfig, ModelConfig
-from rm_gallery.modeling.export import InputRecord, export_folder, write_weights
-from rm_gallery.modeling.meta_init import outline_reward_model
+from rm_gallery.modeling.export import InputRecord, write_weights
+from rm_gallery.modeling.meta_init import init_on_meta
 from rm_gallery.modeling.parallel.apply import apply
 from rm_gallery.modeling.parallel.fsdp import ShardedWeights
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
@@ -39,7 +40,9 @@ from rm_gallery.modeling.parallel.strategy import Strategy
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.objectives import bradley_terry
 from rm_gallery.objectives.metrics import Sums
-from rm_gallery.training.config import OptimConfig, TrainConfig
+from rm_gallery.training.checkpoint.save import Checkpoints, WeightsFolder
+from rm_gallery.training.checkpoint.state import Progress, RunTensors, SavedWeights
+from rm_gallery.training.config import CheckpointConfig, OptimConfig, TrainConfig
 from rm_gallery.training.optim import build_optimizer, build_schedule
 from rm_gallery.training.setup import agree_on_run
 from rm_gallery.training.trainer import Intervals, Trainer
@@ -53,11 +56,11 @@ Check = Callable[[Path, World], Any]
 
 
 def build(folder: Path, world: World, strategy: Strategy, *, seed: int = 0, **config: Any) -> Built:
-    """A model as a run builds it: from an outline where its weights are cut."""
+    """A model as a run builds it: on the meta device if its parameters are sharded."""
     model_config = ModelConfig(**{"fsdp_config": FLOAT32, **config})
     files = None
     if strategy == "fsdp2":
-        loaded, files = outline_reward_model(str(folder), seed=seed)
+        loaded, files = init_on_meta(str(folder), seed=seed)
     else:
         torch.manual_seed(seed)
         loaded = load_reward_model(str(folder))
@@ -181,24 +184,33 @@ def figures_of_validation(folder: Path, world: World) -> Any:
     return found
 
 
-def a_cut_model_is_exported_whole(folder: Path, world: World) -> Any:
-    """In several small files; and where the disk of rank 0 is full, both processes learn it."""
+def a_sharded_model_is_exported_in_full(folder: Path, world: World) -> Any:
+    """From its saved shards, in several small files; and with a full disk every rank raises the error."""
     found = {}
     for strategy in STRATEGIES:
-        model, _ = build(folder, world, strategy)
-        state = model.network.state_dict()
-        write_weights(folder.parent / f"files-{strategy}", state, torch.float32, file_bytes=20_000)
+        model, weights = build(folder, world, strategy)
+        tensors = RunTensors(model, weights, build_optimizer(weights.named_parameters(), OptimConfig()))
+        state = folder.parent / f"state-{strategy}"
+        dcp.save(tensors.read(), checkpoint_id=state)
+        if world.rank == 0:
+            saved, target = SavedWeights(state), folder.parent / f"files-{strategy}"
+            write_weights(target, saved.meta_tensors(), torch.float32, read=saved.read, max_shard_bytes=20_000)
+        weights_folder = WeightsFolder(
+            model, make_tokenizer(), InputRecord("text"), torch.float32, world.device, exact=True,
+            probes=random_groups(0)[:1],
+        )  # fmt: skip
+        run_dir = folder.parent / f"full-{strategy}"
+        checkpoints = Checkpoints(run_dir, CheckpointConfig(), tensors, weights_folder, HostGroup(world), facts={})
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
         try:
-            export_folder(
-                folder.parent / f"full-{strategy}", model, state, make_tokenizer(), torch.float32, InputRecord("text")
-            )
-            found[strategy] = "nothing was said"
-        except OSError as error:
+            checkpoints.save(Progress(step=1), {}, is_last=True)
+            found[strategy] = "no error was raised"
+        except UserError as error:
             found[strategy] = str(error)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            checkpoints.close()
     return found
 
 
@@ -230,7 +242,7 @@ CHECKS: tuple[Check, ...] = (
     types_are_as_configured,
     a_bad_step_on_one_rank_is_skipped_by_all,
     figures_of_validation,
-    a_cut_model_is_exported_whole,
+    a_sharded_model_is_exported_in_full,
     the_run_folder_is_that_of_rank_0,
     who_does_not_come_is_named,
 )

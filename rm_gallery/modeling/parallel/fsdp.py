@@ -79,7 +79,7 @@ def shard(model: RewardModel, files: WeightFiles | None, spec: ShardingSpec, wor
     if files is not None:
         heartbeat("reading the weights")
         # The DTensors of the state dict share their memory with the parameters.
-        files.fill({name.removeprefix(_NETWORK): value for name, value in model.state_dict().items()})
+        files.load_into({name.removeprefix(_NETWORK): value for name, value in model.state_dict().items()})
     return ShardedWeights(model, spec, world)
 
 

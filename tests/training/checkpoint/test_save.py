@@ -151,7 +151,7 @@ def test_a_wrong_reward_of_a_background_save_ends_the_run(
     write_data()
     monkeypatch.setattr(WeightsFolder, "expected", lambda self: [9.0] * 8)
     train(qwen2_folder, "run", "trainer.async_save=true", "trainer.save_freq=2", status=2)
-    assert "runs/run/global_step_2: reloaded, it gives text 0 the reward" in capsys.readouterr().err
+    assert "runs/run/global_step_2: the reloaded model gives text 0 the reward" in capsys.readouterr().err
 
 
 def test_weights_are_hashed_twice_per_save(in_tmp: Path, qwen2_folder: Path, monkeypatch: Any) -> None:
