@@ -1,4 +1,4 @@
-"""Compiled layers give the rewards and gradients of those that are not."""
+"""Compiled layers give the rewards and gradients of eager layers."""
 
 from __future__ import annotations
 

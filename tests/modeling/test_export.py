@@ -54,7 +54,7 @@ def test_a_full_disk_raises_an_os_error(qwen2_folder: Path, tmp_path: Path) -> N
     assert not (tmp_path / "global_step_1").exists()
 
 
-def test_files_get_the_rights_of_the_umask(qwen2_folder: Path, tmp_path: Path) -> None:
+def test_file_permissions_follow_the_umask(qwen2_folder: Path, tmp_path: Path) -> None:
     folder = export(qwen2_folder, tmp_path / "global_step_1")
     reference = tmp_path / "reference"
     reference.touch()
@@ -62,7 +62,7 @@ def test_files_get_the_rights_of_the_umask(qwen2_folder: Path, tmp_path: Path) -
     assert modes == {stat.S_IMODE(reference.stat().st_mode)}
 
 
-def test_wrong_rewards_are_refused(qwen2_folder: Path, tmp_path: Path) -> None:
+def test_wrong_rewards_raise(qwen2_folder: Path, tmp_path: Path) -> None:
     folder = export(qwen2_folder, tmp_path / "global_step_1")
     with pytest.raises(UserError, match="gives text 1 the reward"):
         from rm_gallery.modeling.export import rescore
@@ -81,14 +81,14 @@ def test_bfloat16_folder_gives_nearly_the_same_rewards(qwen2_folder: Path, tmp_p
     check_rewards(export(qwen2_folder, tmp_path / "b", dtype=torch.bfloat16), texts, exact, exact=False)
 
 
-def test_record_survives_and_other_folders_have_none(qwen2_folder: Path, tmp_path: Path) -> None:
+def test_the_input_record_is_saved_and_other_folders_have_none(qwen2_folder: Path, tmp_path: Path) -> None:
     folder = export(qwen2_folder, tmp_path / "global_step_1", append_eos=True, max_length=77)
     assert read_record(folder) == InputRecord("text", True, 77)
     assert read_record(qwen2_folder) is None
     assert read_record(tmp_path / "nowhere") is None
 
 
-def test_pad_token_gets_a_row_only_when_there_is_no_room(tmp_path: Path) -> None:
+def test_embeddings_are_resized_for_the_pad_token_only_if_too_small(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     size = len(tokenizer)
     tight = load_reward_model(
@@ -119,21 +119,21 @@ def test_tokenizer_config_names_a_class_that_older_servers_know(qwen2_folder: Pa
     assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == make_tokenizer()(text)["input_ids"]
 
 
-def test_a_model_that_does_not_fit_beside_the_rest_is_not_rescored(
+def test_a_model_larger_than_half_of_the_free_memory_is_not_rescored(
     qwen2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = export(qwen2_folder, tmp_path / "global_step_1")
-    said: list[str] = []
-    monkeypatch.setattr("rm_gallery.modeling.export.log.warning", lambda text, *values: said.append(text % values))
+    logged: list[str] = []
+    monkeypatch.setattr("rm_gallery.modeling.export.log.warning", lambda text, *values: logged.append(text % values))
     with pytest.raises(UserError):
         check_rewards(folder, [[9, 10]], [1e9], exact=True)
     size = sum(parameter.numel() for parameter in load_reward_model(str(folder)).model.parameters())
     monkeypatch.setattr("rm_gallery.modeling.export._free_memory", lambda: 2 * 4 * size - 1)
     check_rewards(folder, [[9, 10]], [1e9], exact=True)
-    assert len(said) == 1 and "not rescored" in said[0]
+    assert len(logged) == 1 and "not rescored" in logged[0]
 
 
-def test_several_files_hold_the_same_tensors_as_one(qwen2_folder: Path, tmp_path: Path) -> None:
+def test_shards_and_index_hold_the_same_tensors_as_one_file(qwen2_folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
     from transformers import AutoModelForSequenceClassification
 
@@ -146,12 +146,15 @@ def test_several_files_hold_the_same_tensors_as_one(qwen2_folder: Path, tmp_path
     write_weights(folder, meta, torch.float32, read=state.__getitem__, max_shard_bytes=20_000)
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": sum(value.nbytes for value in state.values())}
+    assert index["weight_map"] == {name: file for file in files for name in load_file(folder / file)}
     loaded = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
 @pytest.mark.parametrize("place", [3, 20, -1])
-def test_a_file_that_differs_from_the_tensors_is_refused(
+def test_a_file_that_differs_from_the_tensors_raises(
     place: int, qwen2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A flipped bit in the length of the header, in the header, or in the last tensor."""

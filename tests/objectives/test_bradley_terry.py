@@ -1,4 +1,4 @@
-"""The Bradley-Terry loss against its formula in float64, and at its edges."""
+"""The Bradley-Terry loss against its formula in float64, and edge cases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def batch_of(*comparisons: Comparison, responses: int = 2) -> PackedBatch:
     return collate([TokenGroup(np.zeros(0, np.int32), tails, comparisons)])
 
 
-def test_the_loss_is_the_sum_of_minus_log_sigmoid_of_margins() -> None:
+def test_the_loss_is_the_sum_of_negative_log_sigmoids_of_margins() -> None:
     draw = torch.Generator().manual_seed(0)
     for _ in range(50):
         rewards = torch.randn(4, generator=draw) * 5
@@ -62,7 +62,7 @@ def test_a_weight_scales_the_loss_of_its_comparison() -> None:
     assert twice.item() == pytest.approx(2 * once.item())
 
 
-def test_no_comparison_gives_zero_that_belongs_to_the_graph() -> None:
+def test_without_comparisons_the_loss_is_zero_and_part_of_the_graph() -> None:
     rewards = torch.zeros(0, requires_grad=True)
     loss, sums = bradley_terry(rewards, collate([]))
     loss.backward()

@@ -1,4 +1,4 @@
-"""Metrics: sums divided once, ties, and nothing to divide by."""
+"""Metrics: sums divided once, ties, and no comparisons."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_small_values_are_not_lost_in_a_large_sum() -> None:
     assert sums.read() == {"x": 2.0**24 + 10}
 
 
-def test_reading_starts_the_sums_again() -> None:
+def test_read_resets_the_sums() -> None:
     sums = Sums()
     sums.add({"x": torch.tensor(1.0)})
     assert sums.read() == {"x": 1.0}

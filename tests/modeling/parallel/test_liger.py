@@ -1,4 +1,4 @@
-"""How Liger's kernels are set in; the kernels themselves need a GPU."""
+"""Which modules are patched with Liger's kernels; the kernels themselves need a GPU."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ FORMULAS = SimpleNamespace(
     liger_swiglu=lambda gate, up: F.silu(gate) * up,
     liger_geglu=lambda gate, up: F.gelu(gate, approximate="tanh") * up,
 )
-"""What the package's functions of these names compute, in plain torch."""
+"""Liger's functions in plain PyTorch."""
 
 
 @pytest.mark.parametrize("kind", DECODERS)
-def test_modules_call_the_kernels_that_stand_for_them(kind: str, tmp_path: Path) -> None:
+def test_patched_modules_call_the_kernels(kind: str, tmp_path: Path) -> None:
     model = load_reward_model(str(make_model(kind, tmp_path))).model.eval()
     batch = collate(random_groups(0))
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_modules_call_the_kernels_that_stand_for_them(kind: str, tmp_path: Path)
         assert (model(batch) - before).abs().max() > 1e-3
 
 
-def test_on_a_cpu_one_line_says_that_it_does_nothing(qwen2_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_effect_on_a_cpu_is_logged(qwen2_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = load_reward_model(str(qwen2_folder)).model
     caplog.set_level(logging.INFO)
     use_liger(model.network, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""What activation checkpointing computes again, counted, and that it changes nothing."""
+"""Activation checkpointing changes no gradient and recomputes the expected FLOPs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.small import make_model, random_groups
 
 
 def train_once(folder: Path, mode: CheckpointingMode | None, kernel: str) -> tuple[dict[str, torch.Tensor], int]:
-    """Gradients, and products of numbers in forward and backward pass."""
+    """Gradients, and FLOPs of the forward and backward pass."""
     torch.manual_seed(1)
     model = load_reward_model(str(folder)).model.train()
     model.attention = kernel  # type: ignore[assignment]

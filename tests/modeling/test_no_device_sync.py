@@ -1,7 +1,7 @@
-"""A micro-batch never waits for the device: nothing on the host depends on a number that lies there.
+"""A micro-batch never synchronizes with the device: no host code depends on a value of a tensor.
 
-On the CPU the model runs on the meta device, whose tensors hold no numbers: an operation that wants one, such as
-`.item()` or an index by a mask, is an error there.
+Without a GPU the model runs on the meta device, whose tensors have no values: an operation that needs one, such as
+`.item()` or boolean indexing, raises there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def one_micro_batch(model: RewardModel, weights: MasterWeights, batch: PackedBat
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", DECODERS)
-def test_a_micro_batch_on_tensors_without_numbers(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_micro_batch_on_the_meta_device(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     meta = torch.device("meta")
     model = load_reward_model(str(make_model(kind, tmp_path))).model.to(meta).train()
     weights = MasterWeights(model, dtype)
@@ -36,7 +36,7 @@ def test_a_micro_batch_on_tensors_without_numbers(kind: str, dtype: torch.dtype,
     assert all(parameter.grad is not None for _, parameter in weights.named_parameters())
 
 
-def test_the_meta_device_notices_waiting() -> None:
+def test_the_meta_device_raises_where_a_value_is_needed() -> None:
     tensor = torch.zeros(3, device="meta")
     with pytest.raises((RuntimeError, NotImplementedError)):
         tensor.sum().item()
@@ -50,7 +50,7 @@ def test_a_micro_batch_on_a_gpu(kind: str, tmp_path: Path) -> None:
     device = torch.device("cuda")
     model = load_reward_model(str(make_model(kind, tmp_path))).model.to(device).train()
     weights, sums = MasterWeights(model, torch.bfloat16), Sums()
-    for seed in (1, 2):  # kernels are looked for and compiled
+    for seed in (1, 2):  # warm-up: kernels are selected and compiled
         one_micro_batch(model, weights, collate(random_groups(seed)).to(device), sums)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
