@@ -1,55 +1,47 @@
-"""The records every stage shares: messages, a prompt with its responses, and comparisons between them."""
+"""Records shared by all stages: messages, a prompt with its responses, and comparisons between responses."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 Message: TypeAlias = dict[str, Any]
 """One chat turn: {"role": str, "content": str, ...}; further keys (tool calls, names) reach the chat template."""
 
 InputStyle: TypeAlias = Literal["text", "chat"]
-"""How a model reads its input: `text` as the tokenizer gives it, `chat` through the chat template."""
+"""Input of a model: `text` is tokenized as it is, `chat` is rendered by the chat template first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Response `better` of a group is preferred to response `worse`; both count from 0."""
+    """Response `better` of a group is preferred to response `worse` (0-based indices)."""
 
     better: int
     worse: int
     weight: float = 1.0
-    """Factor on this comparison's loss."""
+    """Factor of this comparison's loss."""
     margin: float | None = None
-    """How much better, in whatever unit the data have (a score difference, steps of a scale); None for unknown."""
+    """Strength of the preference, in the unit of the data (score difference, steps of a scale); None if unknown."""
     p_better: float | None = None
-    """Soft label: share of people who prefer `better`, 0 to 1; None for unknown."""
+    """Soft label: fraction of annotators who prefer `better`, 0 to 1; None if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreferenceGroup:
-    """One prompt, K responses, and the comparisons between them: the unit that the whole pipeline moves.
+    """One prompt, K responses, and the comparisons between them: the unit of the whole pipeline.
 
-    A chosen/rejected pair is K = 2 with one comparison; scoring one answer is K = 1 with none.
+    A chosen/rejected pair is K = 2 with one comparison; scoring one response is K = 1 with none.
     """
 
     prompt: str | Sequence[Message]
-    """Text that stands before each response, or the messages before it; may be empty."""
+    """Text or messages before each response; may be empty."""
     responses: Sequence[str | Sequence[Message]]
-    """In style `text` the text after the prompt; in style `chat` the messages after the prompt."""
+    """Text (style `text`) or messages (style `chat`) after the prompt."""
     comparisons: Sequence[Comparison] = ()
     style: InputStyle = "text"
     where: str = ""
-    """Origin for messages to people, as `file:row`; rows count from 0."""
+    """Origin of the row for error messages, as `file:row`; rows count from 0."""
     source: str = ""
-    """Name of the data set that the row belongs to, for metrics by source."""
+    """Name of the row's dataset, for metrics by source."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Scorer(Protocol):
-    """Anything that gives rewards: in process, remote, or a judge."""
-
-    def score(self, groups: Sequence[PreferenceGroup]) -> list[list[float]]:
-        """One list of K rewards per group, in the order of its responses."""
-        ...

@@ -1,7 +1,7 @@
-"""Initializes a model on the meta device, and names the files that each rank reads its shard from.
+"""Meta-device initialization: a model without weights, and the safetensors files that each rank reads its shards from.
 
-Parameters have no memory on torch's meta device; buffers, which no file holds, are real. Used for sharded weights, so
-that no rank ever holds the whole model.
+For sharded training: no rank ever holds the whole model. Parameters are on the meta device; buffers, which the files do
+not contain, have their values.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from rm_gallery.modeling.reward_model import (
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-class NoOutline(Exception):
-    """This model must be loaded whole; the message says why."""
+class MetaInitError(Exception):
+    """transformers has to load this model itself; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Where the tensors of a network lie."""
+    """The location of each tensor of a transformers model, and the values of those newly initialized."""
 
     tensors: Mapping[str, tuple[Path, str]]
-    """Name in the network -> file, name in the file."""
+    """Name in the model -> (file, name in the file)."""
     new: Mapping[str, Tensor]
-    """Name in the network -> value, of the few tensors that no file holds: reward head, pooler."""
+    """Name in the model -> value of a tensor that no file contains: reward head, pooler."""
 
-    def fill(self, state: Mapping[str, Tensor]) -> None:
-        """Give every tensor of `state` (names of the network) its value; of a DTensor only the part that is here.
+    def load_into(self, state: Mapping[str, Tensor]) -> None:
+        """Load every tensor of `state` in place; of a DTensor only this rank's shard is read.
 
-        Raises UserError for a file that cannot be read.
+        state: tensors under the model's names, of any floating-point dtype. Raises UserError for an unreadable file.
         """
         by_file: dict[Path, list[str]] = {}
         for name in state:
             if name in self.new:
-                part = rows_here(state[name])
-                local_part(state[name]).copy_(self.new[name][part] if part else self.new[name])
+                rows = _local_rows(state[name])
+                _local(state[name]).copy_(self.new[name][rows] if rows else self.new[name])
             else:
                 by_file.setdefault(self.tensors[name][0], []).append(name)
         for file, names in by_file.items():
@@ -62,68 +62,68 @@ class WeightFiles:
                     for name in names:
                         _copy_rows(state[name], source.get_slice(self.tensors[name][1]))
             except Exception as error:
-                raise UserError(f"{file}: the weights cannot be read ({one_line(error)})") from error
+                raise UserError(f"{file}: cannot read the weights ({one_line(error)})") from error
 
 
-def rows_here(tensor: Tensor) -> slice | None:
-    """Rows of the whole tensor that this process holds, or None for all.
+def _local_rows(tensor: Tensor) -> slice | None:
+    """This rank's rows of a DTensor sharded along dimension 0; None for all rows (replicated, or no DTensor).
 
-    FSDP cuts the first axis as torch.chunk does: equal parts, the last ones short or empty.
+    FSDP shards as torch.chunk does. Example: 10 rows on 4 ranks are chunks of ceil(10 / 4) = 3 rows: 0-2, 3-5, 6-8, 9.
     """
     if not isinstance(tensor, DTensor):
         return None
-    axes = [axis for axis, placement in enumerate(tensor.placements) if placement.is_shard()]
-    if not axes:
+    mesh_dims = [dim for dim, placement in enumerate(tensor.placements) if placement.is_shard()]
+    if not mesh_dims:
         return None
-    assert len(axes) == 1 and tensor.placements[axes[0]].is_shard(0), f"cut along the first axis: {tensor.placements}"
-    parts, place = tensor.device_mesh.size(axes[0]), tensor.device_mesh.get_local_rank(axes[0])
-    rows = -(-tensor.shape[0] // parts)
-    start = min(place * rows, tensor.shape[0])
+    assert len(mesh_dims) == 1 and tensor.placements[mesh_dims[0]].is_shard(0), f"Shard(0) only: {tensor.placements}"
+    num_shards, index = tensor.device_mesh.size(mesh_dims[0]), tensor.device_mesh.get_local_rank(mesh_dims[0])
+    rows = -(-tensor.shape[0] // num_shards)
+    start = min(index * rows, tensor.shape[0])
     return slice(start, min(start + rows, tensor.shape[0]))
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """The memory of this process behind a tensor."""
+def _local(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _copy_rows(tensor: Tensor, source: Any) -> None:
-    local = local_part(tensor)
+    local = _local(tensor)
     if local.numel():
-        local.copy_(source[rows_here(tensor) or slice(None)] if local.ndim else source[...])
+        local.copy_(source[_local_rows(tensor) or slice(None)] if local.ndim else source[...])
 
 
-def outline_reward_model(
+def init_on_meta(
     path: str, *, seed: int, key: str = "model.partial_pretrain", trust_remote_code: bool = False, dropout: float = 0.0
 ) -> tuple[LoadedModel, WeightFiles]:
-    """As `load_reward_model`, without reading the weights; new parts get the values that it gives them under `seed`.
+    """As `load_reward_model`, with parameters on the meta device and the files that contain them.
 
-    Raises NoOutline where the library has to load the model itself (weights that are not safetensors, names or shapes
-    that it would convert, code of the folder's own), and UserError as `load_reward_model` does.
+    Newly initialized tensors get the same values as from `load_reward_model` after `torch.manual_seed(seed)`. Raises
+    MetaInitError where transformers has to load the model itself (no safetensors, names or shapes that it converts,
+    quantized weights, custom code), and UserError as `load_reward_model` does.
     """
     from transformers import AutoModelForSequenceClassification
 
     config, extra = network_class_arguments(path, key=key, trust_remote_code=trust_remote_code, dropout=dropout)
     if getattr(config, "quantization_config", None):
-        raise NoOutline("its weights are quantized")
+        raise MetaInitError("its weights are quantized")
     if trust_remote_code and getattr(config, "auto_map", None):
-        raise NoOutline("its code comes with the folder")
+        raise MetaInitError("the folder has custom code")
     files = _weight_files(path)
     try:
-        with quiet_transformers(), _parameters_without_memory():
+        with quiet_transformers(), _parameters_on_meta():
             network = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, **extra)
     except Exception as error:
         raise UserError(f"{key}={path}: the model cannot be loaded ({one_line(error)})") from error
-    found, missing = _find_tensors(network, files)
+    found, missing = _locate_tensors(network, files)
     lost = lost_parts(missing)
     if lost:
-        raise NoOutline(f"no file holds {lost[0]} under that name")
-    new = _initialise(network, missing, seed)
+        raise MetaInitError(f"no file contains {lost[0]}")
+    new = _initialize(network, missing, seed)
     return LoadedModel(RewardModel(network), has_head(missing), tuple(missing)), WeightFiles(found, new)
 
 
 def _weight_files(path: str) -> list[Path]:
-    """The safetensors files that the library would read: one, or those that an index names."""
+    """The safetensors files that transformers would load: model.safetensors, or the shards that the index names."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -132,7 +132,7 @@ def _weight_files(path: str) -> list[Path]:
             with quiet_transformers():
                 folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
         except Exception as error:
-            raise NoOutline(f"its files cannot be fetched by themselves ({one_line(error)})") from error
+            raise MetaInitError(f"its safetensors files cannot be downloaded ({one_line(error)})") from error
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
@@ -140,70 +140,70 @@ def _weight_files(path: str) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if all((folder / name).is_file() for name in names):
             return [folder / name for name in names]
-    raise NoOutline("its weights are not in model.safetensors, nor in the files of an index")
+    raise MetaInitError("it has neither model.safetensors nor the shards of an index")
 
 
 @contextmanager
-def _parameters_without_memory() -> Iterator[None]:
-    """Parameters of modules that are made inside lose their memory at once; buffers keep theirs."""
-    plain = nn.Module.register_parameter
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules constructed in this context have their parameters on the meta device, and their buffers on the CPU."""
+    original = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None:
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        plain(self, name, param)
+        original(self, name, param)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:
         yield
     finally:
-        nn.Module.register_parameter = plain  # type: ignore[method-assign]
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def _find_tensors(network: Any, files: list[Path]) -> tuple[dict[str, tuple[Path, str]], list[str]]:
-    """Where each tensor of the network lies, and the names of those that lie nowhere.
+def _locate_tensors(network: Any, files: list[Path]) -> tuple[dict[str, tuple[Path, str]], list[str]]:
+    """The location of each tensor of the network, and the names of tensors that no file contains.
 
-    A causal language model has the names of our backbone, and a head more; a bare backbone lacks the prefix.
-    Raises NoOutline for another shape or type.
+    A causal language model has the names of our backbone and an extra head. A bare backbone lacks the prefix: its
+    `norm.weight` is our `model.norm.weight`. Raises MetaInitError for another shape or dtype.
     """
-    places: dict[str, tuple[Path, str]] = {}
+    locations: dict[str, tuple[Path, str]] = {}
     shapes: dict[str, list[int]] = {}
-    types: dict[str, str] = {}
+    dtypes: dict[str, str] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as source:
                 for name in source.keys():  # noqa: SIM118 (not a dict)
-                    part = source.get_slice(name)
-                    places[name], shapes[name], types[name] = (file, name), part.get_shape(), part.get_dtype()
+                    entry = source.get_slice(name)
+                    locations[name], shapes[name], dtypes[name] = (file, name), entry.get_shape(), entry.get_dtype()
         except Exception as error:
-            raise NoOutline(f"{file} cannot be read ({one_line(error)})") from error
+            raise MetaInitError(f"{file} cannot be read ({one_line(error)})") from error
     prefix = f"{network.base_model_prefix}."
     found, missing = {}, []
     for name, tensor in network.state_dict().items():
-        there = name if name in places else name.removeprefix(prefix)
-        if there not in places:
+        saved = name if name in locations else name.removeprefix(prefix)
+        if saved not in locations:
             missing.append(name)
-        elif list(tensor.shape) != shapes[there]:
-            raise NoOutline(f"{there} has the shape {shapes[there]}, not {list(tensor.shape)}")
-        elif types[there] not in _FLOATS and tensor.is_floating_point():
-            raise NoOutline(f"{there} is of type {types[there]}")
+        elif list(tensor.shape) != shapes[saved]:
+            raise MetaInitError(f"{saved} has shape {shapes[saved]}, not {list(tensor.shape)}")
+        elif dtypes[saved] not in _FLOATS and tensor.is_floating_point():
+            raise MetaInitError(f"{saved} has dtype {dtypes[saved]}")
         else:
-            found[name] = places[there]
+            found[name] = locations[saved]
     return found, sorted(missing)
 
 
 @torch.no_grad()
-def _initialise(network: Any, names: list[str], seed: int) -> dict[str, Tensor]:
-    """Values of the named tensors as the library draws them when it loads a folder without them.
+def _initialize(network: Any, names: list[str], seed: int) -> dict[str, Tensor]:
+    """Values of the named tensors, as transformers initializes them when it loads a folder without them.
 
-    It draws for them alone, in the order of its modules: with the same seed each process gets the same values, and
-    they are those of one process that loads the whole model.
+    Only these tensors are initialized, in the order of the modules, so the random numbers drawn are those of a process
+    that loads the whole model: every rank gets the same values for the same seed.
     """
     if not names:
         return {}
     for name, parameter in network.named_parameters():
         if name in names:
-            _put(network, name, torch.empty(parameter.shape, dtype=parameter.dtype))
+            _set_parameter(network, name, torch.empty(parameter.shape, dtype=parameter.dtype))
         else:
             parameter._is_hf_initialized = True
     for module in network.modules():
@@ -214,10 +214,10 @@ def _initialise(network: Any, names: list[str], seed: int) -> dict[str, Tensor]:
     values = {name: network.get_parameter_or_buffer(name).detach() for name in names}
     for name, value in values.items():
         if isinstance(network.get_parameter_or_buffer(name), nn.Parameter):
-            _put(network, name, value.to("meta"))
+            _set_parameter(network, name, value.to("meta"))
     return values
 
 
-def _put(network: nn.Module, name: str, value: Tensor) -> None:
+def _set_parameter(network: nn.Module, name: str, value: Tensor) -> None:
     owner, _, last = name.rpartition(".")
     setattr(network.get_submodule(owner), last, nn.Parameter(value))

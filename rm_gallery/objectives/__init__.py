@@ -1,6 +1,6 @@
-"""Objectives: rewards and comparisons become a loss sum and metric sums.
+"""Objectives: functions from rewards and comparisons to a loss sum and metric sums.
 
-Add one: a file here with a function of `Objective`'s signature, and an entry in `OBJECTIVES`.
+To add one, write a function with the signature `Objective` in a new file here, and add it to `OBJECTIVES`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Metrics: sums kept on the device, divided once when they are read.
+"""Metrics: sums on the device, reduced over ranks and divided by their count only when they are read.
 
-A mean of per-batch means is wrong when batches differ in size, and reading a value per micro-batch stalls a
-GPU. So every metric here is a pair (sum, weight) that is added to, summed over the processes and divided at the end.
+A mean of per-batch means is wrong when batches differ in size, and reading a value per micro-batch synchronizes with
+the GPU.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Sums:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def merge(self, other: Sums) -> None:
-        """Add all sums of another."""
+        """Add all sums of `other`."""
         self.add(other._sums)
 
     def read(self) -> dict[str, float]:
-        """All sums over all processes as Python floats, with one copy to the host; they start again at nothing.
+        """Return the sums over all ranks, with one copy to the host, and reset them.
 
-        Every process must read, with the same names.
+        A collective: every rank calls it, with the same names.
         """
         names = list(self._sums)
         values = sum_over_ranks(torch.stack([self._sums[name] for name in names])).tolist() if names else []
@@ -43,18 +43,18 @@ class Sums:
         return dict(zip(names, values, strict=True))
 
     def peek(self) -> dict[str, float]:
-        """The sums of this process alone, which stay."""
+        """Return the sums of this rank without resetting them."""
         return {name: float(value) for name, value in self._sums.items()}
 
 
 def pairwise_sums(better: Tensor, worse: Tensor) -> dict[str, Tensor]:
-    """Sums over comparisons that accuracy and mean rewards are made of.
+    """Sums over comparisons for accuracy, mean margin and mean rewards.
 
     better, worse: [C] float32 rewards of the preferred and the other response.
-    A tie counts as wrong (as RewardBench counts it): a model that gives every text the same reward has accuracy 0.
+    A tie counts as wrong, as in RewardBench: a model that gives every text the same reward has accuracy 0.
     """
     return {
-        # Filled on the device: torch.tensor(..., device=...) would copy from pageable memory and wait for the GPU.
+        # torch.full fills on the device; torch.tensor would copy from pageable memory, which waits for the GPU.
         "comparisons": torch.full((), float(better.numel()), device=better.device),
         "correct": (better > worse).sum(),
         "margin": (better - worse).sum(),
@@ -64,7 +64,7 @@ def pairwise_sums(better: Tensor, worse: Tensor) -> dict[str, Tensor]:
 
 
 def means(sums: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """Metric names and values from sums that `pairwise_sums` and an objective's `loss` made; {} without comparisons."""
+    """Divide `loss` and the `pairwise_sums` by the number of comparisons; {} without comparisons."""
     count = sums.get("comparisons", 0.0)
     if not count:
         return {}

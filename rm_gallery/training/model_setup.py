@@ -14,7 +14,7 @@ import torch
 
 from rm_gallery.distributed.process_group import World
 from rm_gallery.modeling.export import missing_embedding_rows, set_pad_token
-from rm_gallery.modeling.meta_init import NoOutline, WeightFiles, outline_reward_model
+from rm_gallery.modeling.meta_init import MetaInitError, WeightFiles, init_on_meta
 from rm_gallery.modeling.parallel.apply import resolve_strategy
 from rm_gallery.modeling.parallel.strategy import Strategy
 from rm_gallery.modeling.reward_model import LoadedModel, RewardModel, load_reward_model
@@ -45,7 +45,7 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
     if world.world_size > 1 or (world.device.type == "cuda" and config.model.fsdp_config.offloads_weights):
         try:
             loaded, files = _load_on_meta(config, tokenizer)
-        except NoOutline as error:
+        except MetaInitError as error:
             reason = str(error)
     if files is None:
         loaded = _load(config, tokenizer)
@@ -75,15 +75,15 @@ def _load(config: TrainConfig, tokenizer: Any) -> LoadedModel:
 
 
 def _load_on_meta(config: TrainConfig, tokenizer: Any) -> tuple[LoadedModel, WeightFiles]:
-    """The same without weights, and the files that hold them; raises NoOutline if that is not possible."""
+    """The same on the meta device, and the files with its weights; raises MetaInitError if that is not possible."""
     with torch.random.fork_rng(devices=[]):  # `_load` may follow, and must draw the same head
-        loaded, files = outline_reward_model(
+        loaded, files = init_on_meta(
             config.model.partial_pretrain,
             seed=config.trainer.seed,
             trust_remote_code=config.model.trust_remote_code,
             dropout=config.model.dropout,
         )
     if missing_embedding_rows(loaded.model, tokenizer):
-        raise NoOutline("its embeddings are resized for the tokenizer")
+        raise MetaInitError("its embeddings are resized for the tokenizer")
     set_pad_token(loaded.model, tokenizer)
     return loaded, files

@@ -1,4 +1,4 @@
-"""Outlines: the same model as the library loads, without its weights, and where each of them lies."""
+"""Meta-device initialization gives the model that transformers loads, and the location of each tensor."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from safetensors.torch import load_file, save_file
 
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.export import InputRecord, set_pad_token
-from rm_gallery.modeling.meta_init import NoOutline, outline_reward_model
+from rm_gallery.modeling.meta_init import MetaInitError, init_on_meta
 from rm_gallery.modeling.reward_model import load_reward_model
 from tests.small import DECODERS, ENCODERS, export_model, make_model, make_tokenizer
 
 
 @pytest.mark.parametrize("kind", DECODERS + ENCODERS)
-def test_an_outline_that_is_filled_is_the_model_that_the_library_loads(kind: str, tmp_path: Path) -> None:
+def test_loaded_weights_are_those_that_transformers_loads(kind: str, tmp_path: Path) -> None:
     folder = make_model(kind, tmp_path)
     torch.manual_seed(3)
     loaded = load_reward_model(str(folder))
-    outline, files = outline_reward_model(str(folder), seed=3)
-    assert all(parameter.is_meta for parameter in outline.model.parameters())
-    assert (outline.has_own_head, outline.new_parts) == (loaded.has_own_head, loaded.new_parts)
+    meta, files = init_on_meta(str(folder), seed=3)
+    assert all(parameter.is_meta for parameter in meta.model.parameters())
+    assert (meta.has_own_head, meta.new_parts) == (loaded.has_own_head, loaded.new_parts)
     expected = loaded.model.network.state_dict()
     state = {name: torch.full_like(value, float("nan")) for name, value in expected.items()}
-    files.fill(state)
+    files.load_into(state)
     for name, value in expected.items():
         torch.testing.assert_close(state[name], value, atol=0, rtol=0, msg=name)
     buffers = dict(loaded.model.named_buffers())
-    assert buffers.keys() == dict(outline.model.named_buffers()).keys()
-    for name, value in outline.model.named_buffers():
+    assert buffers.keys() == dict(meta.model.named_buffers()).keys()
+    for name, value in meta.model.named_buffers():
         torch.testing.assert_close(value, buffers[name], atol=0, rtol=0, msg=name)
 
 
-def test_a_seed_of_its_own_and_the_generator_left_alone(qwen2_folder: Path) -> None:
-    heads = [outline_reward_model(str(qwen2_folder), seed=seed)[1].new["score.weight"] for seed in (1, 1, 2)]
+def test_the_head_depends_only_on_the_seed(qwen2_folder: Path) -> None:
+    heads = [init_on_meta(str(qwen2_folder), seed=seed)[1].new["score.weight"] for seed in (1, 1, 2)]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
@@ -46,15 +46,15 @@ def test_the_head_of_a_reward_model_is_kept(qwen2_folder: Path, tmp_path: Path) 
     tokenizer = make_tokenizer()
     set_pad_token(model, tokenizer)
     folder = export_model(tmp_path / "reward", model, tokenizer, InputRecord("text"))
-    outline, files = outline_reward_model(str(folder), seed=0)
-    assert outline.has_own_head and not files.new
+    meta, files = init_on_meta(str(folder), seed=0)
+    assert meta.has_own_head and not files.new
     state = {"score.weight": torch.zeros(1, 32)}
-    files.fill(state)
+    files.load_into(state)
     assert torch.equal(state["score.weight"], model.network.score.weight)
 
 
 def copy_with(source: Path, folder: Path, *, files: dict[str, list[str]], index: bool = False) -> Path:
-    """The model folder with its tensors spread over these files."""
+    """A copy of the model folder with its tensors split over these files."""
     tensors = load_file(source / "model.safetensors")
     shutil.copytree(source, folder)
     (folder / "model.safetensors").unlink()
@@ -67,40 +67,40 @@ def copy_with(source: Path, folder: Path, *, files: dict[str, list[str]], index:
     return folder
 
 
-def test_several_files_are_read_by_their_index_and_no_others(qwen2_folder: Path, tmp_path: Path) -> None:
+def test_only_the_shards_of_the_index_are_read(qwen2_folder: Path, tmp_path: Path) -> None:
     parts = {"a.safetensors": ["model.layers"], "b.safetensors": ["model.embed", "model.norm", "lm_head"]}
     folder = copy_with(qwen2_folder, tmp_path / "model", files=parts, index=True)
     save_file({"model.norm.weight": torch.zeros(32)}, folder / "consolidated.safetensors")
-    _, files = outline_reward_model(str(folder), seed=0)
+    _, files = init_on_meta(str(folder), seed=0)
     assert {path.name for path, _ in files.tensors.values()} == {"a.safetensors", "b.safetensors"}
     assert files.tensors["model.norm.weight"] == (folder / "b.safetensors", "model.norm.weight")
 
 
-def test_what_the_library_must_load_itself_has_no_outline(qwen2_folder: Path, tmp_path: Path) -> None:
+def test_models_that_transformers_must_load_itself_raise_with_the_reason(qwen2_folder: Path, tmp_path: Path) -> None:
     tensors = load_file(qwen2_folder / "model.safetensors")
     norm = "model.norm.weight"
     cases = {
-        "no file holds model.norm.weight": {name: value for name, value in tensors.items() if name != norm},
-        r"has the shape \[31\], not \[32\]": {**tensors, norm: tensors[norm][:31].clone()},
-        "is of type I8": {**tensors, norm: tensors[norm].to(torch.int8)},
+        "no file contains model.norm.weight": {name: value for name, value in tensors.items() if name != norm},
+        r"has shape \[31\], not \[32\]": {**tensors, norm: tensors[norm][:31].clone()},
+        "has dtype I8": {**tensors, norm: tensors[norm].to(torch.int8)},
     }
     for number, (reason, changed) in enumerate(cases.items()):
         folder = Path(shutil.copytree(qwen2_folder, tmp_path / str(number)))
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(NoOutline, match=reason):
-            outline_reward_model(str(folder), seed=0)
+        with pytest.raises(MetaInitError, match=reason):
+            init_on_meta(str(folder), seed=0)
     folder = Path(shutil.copytree(qwen2_folder, tmp_path / "bin"))
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
-    with pytest.raises(NoOutline, match=r"not in model.safetensors"):
-        outline_reward_model(str(folder), seed=0)
+    with pytest.raises(MetaInitError, match=r"neither model.safetensors nor"):
+        init_on_meta(str(folder), seed=0)
     folder = Path(shutil.copytree(qwen2_folder, tmp_path / "cut"))
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:1000])
-    with pytest.raises(NoOutline, match="cannot be read"):
-        outline_reward_model(str(folder), seed=0)
+    with pytest.raises(MetaInitError, match="cannot be read"):
+        init_on_meta(str(folder), seed=0)
 
 
-def test_a_folder_that_is_no_model_is_refused_as_ever(tmp_path: Path) -> None:
+def test_a_missing_folder_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        outline_reward_model(str(tmp_path / "nowhere"), seed=0)
+        init_on_meta(str(tmp_path / "nowhere"), seed=0)

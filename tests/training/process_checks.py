@@ -32,7 +32,7 @@ from rm_gallery.distributed.process_group import World, processes
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.config import FsdpConfig, ModelConfig
 from rm_gallery.modeling.export import InputRecord, write_weights
-from rm_gallery.modeling.meta_init import outline_reward_model
+from rm_gallery.modeling.meta_init import init_on_meta
 from rm_gallery.modeling.parallel.apply import apply
 from rm_gallery.modeling.parallel.fsdp import ShardedWeights
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
@@ -56,11 +56,11 @@ Check = Callable[[Path, World], Any]
 
 
 def build(folder: Path, world: World, strategy: Strategy, *, seed: int = 0, **config: Any) -> Built:
-    """A model as a run builds it: from an outline where its weights are cut."""
+    """A model as a run builds it: on the meta device if its parameters are sharded."""
     model_config = ModelConfig(**{"fsdp_config": FLOAT32, **config})
     files = None
     if strategy == "fsdp2":
-        loaded, files = outline_reward_model(str(folder), seed=seed)
+        loaded, files = init_on_meta(str(folder), seed=seed)
     else:
         torch.manual_seed(seed)
         loaded = load_reward_model(str(folder))

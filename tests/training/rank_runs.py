@@ -1,4 +1,4 @@
-"""Runs of several processes, one after the other."""
+"""Runs of several processes, one after the other or at once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,9 @@ class Ended:
     """From the act until the last rank ended."""
 
 
-def run_all(runs: list[Run], folder: Path) -> list[Ended]:
-    return [_run(run, folder / f"run{number}") for number, run in enumerate(runs)]
+def run_all(runs: list[Run], folder: Path, *, at_once: bool = False) -> list[Ended]:
+    with ThreadPoolExecutor(len(runs) if at_once else 1) as pool:
+        return list(pool.map(_run, runs, [folder / f"run{number}" for number in range(len(runs))]))
 
 
 def _run(run: Run, own: Path) -> Ended:

@@ -86,7 +86,7 @@ def test_another_number_of_processes_goes_on_from_the_same_weights_gradients_and
 
 
 def test_a_killed_and_a_hung_process_end_the_others_in_words(in_tmp: Path, qwen2_folder: Path) -> None:
-    """No launcher is there to help: the processes find out for themselves."""
+    """No launcher is there to help: the processes find out for themselves. Both runs wait, so they run at once."""
     kill, hang = (Act(rank=1, step=2, what=what) for what in ("SIGKILL", "hang"))
     done = run_all(
         [
@@ -94,6 +94,7 @@ def test_a_killed_and_a_hung_process_end_the_others_in_words(in_tmp: Path, qwen2
             run(qwen2_folder, "hung", *DDP, "trainer.timeout_seconds=3", act=hang),
         ],
         in_tmp,
+        at_once=True,
     )
     killed, hung = done
     host = socket.gethostname()

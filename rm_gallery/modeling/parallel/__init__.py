@@ -1,1 +1,1 @@
-"""One model over several processes: strategies, master weights, activation checkpointing."""
+"""Distributed training of one model: DDP and FSDP2, master weights, activation checkpointing."""

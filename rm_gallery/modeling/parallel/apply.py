@@ -31,9 +31,10 @@ _NO_OFFLOAD_ON_CPU = "offloading has no effect on a CPU: everything is in host m
 
 
 def resolve_strategy(config: ModelConfig, world: World, num_parameters: int) -> Strategy:
-    """`choose_strategy` with the facts of this run; logs what it chose.
+    """Call `choose_strategy` with the settings and the hardware of this run, and log the choice.
 
-    Every rank must call it, since rank 0 measures the memory. Raises UserError as `choose_strategy` does.
+    num_parameters: of the whole model. A collective, since rank 0 measures the memory. Raises UserError as
+    `choose_strategy` does.
     """
     fsdp = config.fsdp_config
     strategy = choose_strategy(
@@ -53,7 +54,7 @@ def resolve_strategy(config: ModelConfig, world: World, num_parameters: int) -> 
             "model.strategy=auto: %s for %d parameters on %d processes", strategy, num_parameters, world.world_size
         )
     elif strategy == "ddp" != config.strategy:
-        log.info("model.fsdp_config.fsdp_size=1: a group of one process shards nothing, so it runs DDP")
+        log.info("model.fsdp_config.fsdp_size=1: a group of one rank shards nothing, so DDP runs instead")
     elif config.strategy == "fsdp":
         log.info("model.strategy=fsdp runs FSDP2 (fully_shard): FSDP1 is deprecated in PyTorch")
     if strategy == "ddp" and fsdp.offloads_weights:
@@ -62,7 +63,7 @@ def resolve_strategy(config: ModelConfig, world: World, num_parameters: int) -> 
 
 
 def _memory_per_process(world: World) -> int:
-    """Bytes of this process's GPU, or of its share of the host's memory."""
+    """Bytes: total memory of this rank's GPU, or its equal share of the host's memory."""
     if world.device.type == "cuda":
         return torch.cuda.get_device_properties(world.device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.local_world_size
@@ -71,11 +72,11 @@ def _memory_per_process(world: World) -> int:
 def apply(
     model: RewardModel, config: ModelConfig, world: World, *, strategy: Strategy, files: WeightFiles | None = None
 ) -> TrainedWeights:
-    """Set up the model in place: kernels, activation checkpointing, compilation, precision and strategy.
+    """Set up the model in place: kernels, activation checkpointing, torch.compile, precision and strategy.
 
-    files: for a model on the meta device, the files that its parameters are read from once they are sharded.
-    Returns the weights that the optimizer updates. Raises UserError for an attention kernel that cannot train here, and
-    for a missing package.
+    files: for a model on the meta device, the files from which each rank loads its shards.
+    Returns the weights that the optimizer updates. Raises UserError for an attention kernel that cannot train on this
+    device or dtype, and for a missing package.
     """
     fsdp = config.fsdp_config
     dtype = DTYPES[fsdp.model_dtype]
@@ -97,7 +98,7 @@ def apply(
     if strategy == "fsdp2":
         weights = shard(model, files, _sharding_spec(fsdp, dtype, world), world)
     else:
-        assert files is None, f"{strategy} holds the whole model in each process"
+        assert files is None, f"{strategy} replicates the model, so it is not on the meta device"
         if strategy == "none":
             _log_ignored_settings(config, world)
         elif fsdp.wrap_policy.min_num_params:
@@ -136,7 +137,9 @@ def offload_optimizer(optimizer: torch.optim.Optimizer, config: FsdpConfig, devi
     def move(to: torch.device | str) -> None:
         for state in optimizer.state.values():
             for name, value in state.items():
-                if isinstance(value, torch.Tensor) and value.ndim:  # the step count stays where fused AdamW needs it
+                if (
+                    isinstance(value, torch.Tensor) and value.ndim
+                ):  # not the 0-dimensional step count, which fused AdamW keeps on the GPU
                     state[name] = value.to(to)
 
     optimizer.register_step_pre_hook(lambda *_: move(device))
@@ -144,7 +147,7 @@ def offload_optimizer(optimizer: torch.optim.Optimizer, config: FsdpConfig, devi
 
 
 def _compile(model: RewardModel) -> None:
-    """Compile each layer, for any number of tokens. Attention, which has its own kernels, is not compiled."""
+    """Compile each layer with dynamic shapes. Attention has its own kernels and is excluded."""
     layers = transformer_layers(model)
     for layer in layers:
         if hasattr(layer, "self_attn"):
@@ -159,7 +162,7 @@ _SAVED_OPERATIONS = (
     "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_flash_attention_forward", "torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward",
 )  # fmt: skip
-"""What selective activation checkpointing saves: outputs of linear layers and of fused attention."""
+"""Operations whose outputs selective activation checkpointing saves: linear layers and fused attention."""
 
 
 def enable_checkpointing(model: RewardModel, mode: CheckpointingMode) -> None:
@@ -185,7 +188,7 @@ def _policy(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPoli
 
 
 def use_liger(network: nn.Module, device: torch.device) -> None:
-    """Run RMS norms and gated MLPs by Liger's kernels; logs where that has no effect.
+    """Run RMS norms and gated MLPs with Liger's kernels; log if that has no effect.
 
     Raises UserError when the package is missing.
     """
@@ -203,9 +206,9 @@ def use_liger(network: nn.Module, device: torch.device) -> None:
 
 
 def patch_modules(network: nn.Module, kernels: Any) -> int:
-    """Replace `forward` of the modules that `kernels` (Liger's functions) covers; returns their number.
+    """Replace `forward` of the modules that Liger's functions (`kernels`) support; return the number of modules.
 
-    Instances are patched, not classes: Liger's own patching would change every other model of the process.
+    Patches instances, not classes: Liger's own patching would change every other model of the process.
     """
     config: Any = network.config
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)

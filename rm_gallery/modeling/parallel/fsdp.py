@@ -1,4 +1,4 @@
-"""FSDP2 (`torch.distributed.fsdp.fully_shard`): sharded parameters, and the training step on them."""
+"""FSDP2 (`torch.distributed.fsdp.fully_shard`): sharded parameters and their gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rm_gallery.modeling.meta_init import WeightFiles
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 
-_NETWORK = "network."  # prefix of the network's parameter names inside RewardModel
+_NETWORK = "network."  # prefix of the transformers model's names in RewardModel
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class ShardingSpec:
     """How parameters are sharded across ranks."""
 
     dtype: torch.dtype
-    """Compute type of the backbone. Gradients are reduced in float32; the head computes in float32."""
+    """Compute dtype of the backbone. Gradients are reduced in float32, and the head computes in float32."""
     group_size: int
-    """HostGroup of one sharding group. Groups replicate each other (hybrid sharding)."""
+    """Ranks per sharding group. With several groups each holds a replica of the model (hybrid sharding, HSDP)."""
     min_num_params: int = 0
     """Smallest module, in parameters, that is sharded on its own; 0 shards each transformer layer."""
     offload: bool = False
@@ -33,7 +33,7 @@ class ShardingSpec:
 
 
 def transformer_layers(model: RewardModel) -> list[nn.Module]:
-    """The layers of the backbone, in order."""
+    """The transformer layers of the backbone, in order."""
     depth = model.network.config.num_hidden_layers
     head = set(model.head.modules())
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
@@ -46,8 +46,8 @@ def modules_to_shard(model: RewardModel, min_num_params: int) -> list[nn.Module]
         return transformer_layers(model)
     head = set(model.head.modules())
     found: list[nn.Module] = []
-    # fully_shard gathers parameters in a hook of `forward`. Nothing calls the network of a decoder (the backbone is
-    # called instead), and some embeddings are read without being called.
+    # fully_shard all-gathers parameters in a forward pre-hook, so a wrapped module must be called. The network of a
+    # decoder is not (its backbone is called instead), and some embeddings are read without a call.
     never = {model, model.network}
     embeddings = model.network.get_input_embeddings()
 
@@ -68,23 +68,23 @@ def modules_to_shard(model: RewardModel, min_num_params: int) -> list[nn.Module]
 
 
 def shard(model: RewardModel, files: WeightFiles | None, spec: ShardingSpec, world: World) -> ShardedWeights:
-    """Shard the model in place.
+    """Shard the model in place and return its sharded weights. A collective.
 
-    files: for a model on the meta device, the files from which each rank reads its rows; None for a model that each
-    rank holds as a whole.
+    files: for a model on the meta device, the files from which each rank reads its rows; None for a model that is
+    materialized on every rank.
     """
     if world.world_size == 1:
         init_single_process()
     _fully_shard(model, spec, _mesh(spec, world), world)
     if files is not None:
         heartbeat("reading the weights")
-        # The DTensors of the state dict share their memory with the parameters.
-        files.fill({name.removeprefix(_NETWORK): value for name, value in model.state_dict().items()})
+        # The DTensors of the state dict share memory with the parameters.
+        files.load_into({name.removeprefix(_NETWORK): value for name, value in model.state_dict().items()})
     return ShardedWeights(model, spec, world)
 
 
 def _mesh(spec: ShardingSpec, world: World) -> DeviceMesh:
-    """[ranks]; with smaller groups [groups, ranks of a group]: 8 ranks in groups of 4 are [2, 4]."""
+    """Mesh of shape [ranks], or [groups, ranks per group]: 8 ranks with a group size of 4 are [2, 4]."""
     if spec.group_size == world.world_size:
         return init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("shard",))
     shape = (world.world_size // spec.group_size, spec.group_size)
@@ -92,11 +92,11 @@ def _mesh(spec: ShardingSpec, world: World) -> DeviceMesh:
 
 
 def _fully_shard(model: RewardModel, spec: ShardingSpec, mesh: DeviceMesh, world: World) -> None:
-    """Turn each parameter into a DTensor, and give parameters on the meta device memory for this rank's shard."""
+    """Convert parameters to DTensors; allocate this rank's shards of parameters on the meta device, uninitialized."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if spec.offload else OffloadPolicy()
-    # Inputs need no cast: token ids are integers, and activations have the compute type already.
+    # Inputs need no cast: token ids are integers, and activations already have the compute dtype.
     full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     mixed = MixedPrecisionPolicy(param_dtype=spec.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in modules_to_shard(model, spec.min_num_params):
@@ -108,7 +108,7 @@ def _fully_shard(model: RewardModel, spec: ShardingSpec, mesh: DeviceMesh, world
 
 
 class ShardedWeights(TrainedWeights):
-    """Sharded float32 parameters: FSDP2 all-gathers them in the compute type where the model uses them."""
+    """Sharded float32 parameters, which FSDP2 all-gathers in the compute dtype before each forward and backward."""
 
     def __init__(self, model: RewardModel, spec: ShardingSpec, world: World) -> None:
         self.device, self.compute_dtype = world.device, spec.dtype
@@ -118,22 +118,28 @@ class ShardedWeights(TrainedWeights):
         self._named = list(model.named_parameters())
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Accumulate a micro-batch's gradients, reduce-scattered in the group; replicas all-reduce after the last."""
+        """Accumulate a micro-batch's gradients: reduce-scatter within a group, all-reduce across groups after the last.
+
+        Gradient scaling, for a loss L = sum over ranks of L_r, where L_r is `loss` on rank r:
+        1. FSDP2 averages: world_size W ranks that call L_r.backward() get (sum of dL_r) / W. Both reductions together
+           divide by W, with several groups too.
+        2. So each rank backpropagates W * L_r, and gets sum of dL_r = dL.
+        Example: W = 2, dL_0 = 1, dL_1 = 3. FSDP2 averages 2 * 1 and 2 * 3 to 4 = 1 + 3.
+        """
         heartbeat("a backward pass")
         if self._num_replicas > 1:
             self._model.set_requires_all_reduce(is_last)  # type: ignore[operator]
-        # FSDP2 averages gradients over all ranks. Our loss is a part of a sum over ranks, so undo the division.
         (loss * self._world_size).backward()
 
     def _sum_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Nothing to do: FSDP2 reduces gradients in the backward pass."""
+        """Does nothing: FSDP2 reduces gradients in the backward pass."""
 
     def copy_to_model(self) -> None:
-        """Nothing to do: FSDP2 casts the float32 shards in each all-gather."""
+        """Does nothing: FSDP2 casts the float32 shards in each all-gather."""
 
     def _reduce(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        # Each element of the gradient lies on one rank of every group. So the sum of squares over all ranks counts it
-        # once per group, and each rank divides its part by the number of groups.
+        # 1. `norm` covers this rank's shards, so the squared global norm is the sum of squares over ranks.
+        # 2. Every group holds each element once, so that sum counts it once per group: divide by the number of groups.
         pair = torch.stack([loss, norm.double().square() / self._num_replicas])
         loss, square = sum_over_ranks(pair, "the end of a step")
         return loss, square.sqrt().float()

@@ -1,6 +1,6 @@
-"""float32 master weights, and how the gradients of a step are accumulated, summed over ranks and clipped.
+"""float32 master weights, and the accumulation, reduction over ranks and clipping of their gradients.
 
-`MasterWeights` replicates them on every rank (one process, or DDP); `fsdp.ShardedWeights` shards them.
+`MasterWeights` replicates them on every rank (one process, or DDP); `fsdp.ShardedWeights` shards them across ranks.
 """
 
 from __future__ import annotations
@@ -17,54 +17,56 @@ from rm_gallery.distributed.collectives import sum_over_ranks
 from rm_gallery.distributed.process_group import heartbeat, world_size
 from rm_gallery.modeling.reward_model import RewardModel
 
-_BUCKET_NUMEL = 1 << 25  # elements of one all-reduce: 128 MiB of float32
+_BUCKET_NUMEL = 1 << 25  # elements per all-reduce: 128 MiB of float32
 
 
 class TrainedWeights(ABC):
-    """The parameters that the optimizer updates, replicated or sharded.
+    """The float32 parameters that the optimizer updates, replicated or sharded.
 
-    In a step each rank calls `backward` once per micro-batch (all ranks have the same number of micro-batches), then
-    `gather_gradients`, steps its optimizer over `named_parameters`, and calls `copy_to_model`.
+    A training step on every rank: `backward` for each micro-batch (the same number on all ranks), `gather_gradients`,
+    the optimizer's step over `named_parameters`, `copy_to_model`.
     """
 
     device: torch.device
-    """Where the model computes; offloaded parameters are in host memory."""
+    """Device of the computation; offloaded parameters are in host memory."""
     compute_dtype: torch.dtype
     _named: list[tuple[str, nn.Parameter]]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """float32 parameters under the model's names; DTensors if sharded. `.grad` holds the step's summed gradient."""
+        """float32 parameters under the model's names; DTensors if sharded. `.grad` is the step's gradient."""
         return iter(self._named)
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Accumulate a micro-batch's gradients; `is_last` marks the step's last micro-batch.
+        """Accumulate the gradients of a micro-batch.
 
-        loss: this rank's part of a sum over all ranks.
+        loss: the micro-batch's sum of losses divided by the number of comparisons of the step, over all ranks and
+        micro-batches. is_last: this is the step's last micro-batch.
         """
         heartbeat("a backward pass")
         loss.backward()
 
     def gather_gradients(self, loss: Tensor, max_norm: float) -> tuple[float, float]:
-        """Sum loss and gradients over ranks, and clip to a global norm: (loss, norm before clipping).
+        """Sum loss and gradients over ranks, and clip the gradients by their global norm in place.
 
-        loss: 0-dimensional float64, this rank's part of the step's loss. All ranks return the same two numbers, so they
-        agree on whether a step is finite. This is the only point of a step that waits for the device.
+        loss: 0-dimensional float64, the sum of this rank's losses passed to `backward`. Returns (loss, gradient norm
+        before clipping) of the step, equal on all ranks, so that all ranks agree on whether a step is finite. This is
+        the step's only synchronization with the device.
 
-        Why a sum and no mean: the plan knows the step's number of comparisons C before the first forward pass, and each
-        micro-batch's loss is its sum of losses / C. So adding up micro-batches and ranks gives the mean over the step,
-        however unevenly the comparisons are spread. Example: rank 0 has 3 comparisons with losses 1, 2, 3 and rank 1
-        has one with loss 6. C = 4, the parts are 6/4 and 6/4, their sum is 3 = (1 + 2 + 3 + 6) / 4. The mean of the
-        ranks' means would be (2 + 6) / 2 = 4.
+        Gradients are summed, not averaged, because the division by the global number of comparisons C is in the loss
+        already. So the step's loss is the mean over its comparisons, regardless of how they are distributed. Example:
+        rank 0 has 3 comparisons with losses 1, 2, 3 and rank 1 has one with loss 6. C = 4, the ranks' losses are 6/4
+        and 6/4, and their sum is 3 = (1 + 2 + 3 + 6) / 4. The mean of the ranks' means would be (2 + 6) / 2 = 4.
         """
-        # 1. This rank's gradients: all of them (replicated), or its shards. A rank may hold no row of a small tensor.
+        # 1. Local gradients: whole tensors (replicated) or this rank's shards. A shard of a small tensor may be empty.
         gradients = [_local(each.grad) for _, each in self._named if each.grad is not None]
         gradients = [each for each in gradients if each.numel()]
-        # 2. Sum them over ranks where the backward passes did not.
+        # 2. Sum over ranks: an all-reduce if replicated. FSDP2 has reduced sharded gradients in the backward passes.
         self._sum_gradients(gradients)
-        # 3. Loss and norm of the whole step.
+        # 3. Division by the global count: done. Each micro-batch's loss was divided by C before its backward pass.
+        # 4. Global norm, from each rank's local norm; and the step's loss, in the same all-reduce if sharded.
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         loss, norm = self._reduce(loss, norm.to(loss.device))
-        # 4. Clip on the device, without looking at the norm on the host.
+        # 5. Clipping: scale by min(1, max_norm / norm), computed on the device so that it does not wait for the host.
         if gradients:
             factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))
@@ -73,10 +75,10 @@ class TrainedWeights(ABC):
 
     @abstractmethod
     def _sum_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Sum gradients over ranks in place, where the backward passes did not."""
+        """Sum gradients over ranks in place, unless the backward passes did."""
 
     def _reduce(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and gradient norm of the whole step, from this rank's loss and the norm of the gradients it holds."""
+        """Loss and global gradient norm of the step, from this rank's loss and the norm of its local gradients."""
         return sum_over_ranks(loss, "the end of a step"), norm
 
     @abstractmethod
@@ -89,14 +91,14 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class MasterWeights(TrainedWeights):
-    """Replicated float32 master weights of a model that computes in another type.
+    """float32 master weights, replicated on every rank, of a model that computes in `dtype`.
 
-    Without them, in bfloat16, most updates at a learning rate of 5e-7 round to zero (figures in docs/log.md). Each
-    micro-batch's gradients are accumulated in float32, and `copy_to_model` casts the weights once a step. Parameters
-    that are float32 in the model are their own master weights.
+    Without them, in bfloat16, most updates at a learning rate of 5e-7 round to zero (figures in docs/log.md). Gradients
+    are accumulated in float32, and `copy_to_model` casts the weights once per step. A parameter whose compute dtype is
+    float32 is its own master weight.
 
-    Under DDP every rank holds all of this, and the float32 gradients are all-reduced once a step;
-    torch.nn.parallel.DistributedDataParallel would reduce bfloat16 gradients.
+    Under DDP the float32 gradients are all-reduced once per step; torch.nn.parallel.DistributedDataParallel would
+    reduce bfloat16 gradients.
     """
 
     def __init__(self, model: RewardModel, dtype: torch.dtype) -> None:
@@ -112,7 +114,7 @@ class MasterWeights(TrainedWeights):
                 parameter.data = parameter.data.to(dtype)
                 parameter.register_post_accumulate_grad_hook(_accumulate_into(master))
                 self._copies.append((master, parameter))
-            elif dtype != torch.float32:  # a view of the memory-mapped file would keep the whole file in memory
+            elif dtype != torch.float32:  # a view would keep the whole memory-mapped file in memory
                 parameter.data = parameter.data.clone()
             self._named.append((name, master))
 
@@ -134,7 +136,7 @@ class MasterWeights(TrainedWeights):
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors of at most `_BUCKET_NUMEL` elements together; a larger tensor has its own bucket."""
+    """Group consecutive tensors up to `_BUCKET_NUMEL` elements; a larger tensor is a bucket of its own."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
@@ -148,7 +150,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _accumulate_into(master: nn.Parameter) -> Callable[[Tensor], None]:
-    """A hook that adds a parameter's gradient to its master weight's, in float32, and frees it."""
+    """Post-accumulate-grad hook: add the gradient to the master weight's in float32, and free it."""
 
     def accumulate(parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -161,7 +163,7 @@ def _accumulate_into(master: nn.Parameter) -> Callable[[Tensor], None]:
 
 @torch.no_grad()
 def broadcast_from_rank_0(model: nn.Module) -> None:
-    """Overwrite parameters and buffers with those of rank 0, in case model folders differ between machines."""
+    """Broadcast parameters and buffers of rank 0, in case model folders differ between nodes."""
     if world_size() > 1:
         heartbeat("the weights of rank 0")
         for tensor in (*model.parameters(), *model.buffers()):

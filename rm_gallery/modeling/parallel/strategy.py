@@ -1,4 +1,4 @@
-"""The choice between DDP and FSDP2: a pure function, the same for training and for an estimate. Loads no torch."""
+"""Choice between DDP and FSDP2: a pure function that training and `rm-gallery estimate` share. Loads no torch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from rm_gallery.errors import UserError
 from rm_gallery.modeling.config import StrategySetting
 
 Strategy: TypeAlias = Literal["none", "ddp", "fsdp2"]
-"""What runs; `none` is one process that holds everything on its device."""
+"""Strategy that runs; `none` is a single process without sharding."""
 
 _DDP_MEMORY_SHARE = 0.25
-"""`auto` keeps DDP while the training state takes at most this share of a process's memory: the rest is activations."""
+"""`auto` is DDP if the training state takes at most this share of a rank's memory; activations need the rest."""
 
 
 def training_state_bytes(num_parameters: int, dtype_bytes: int) -> int:
-    """Bytes of an unsharded training state: weights, gradients and AdamW's two moments in float32, 16 a parameter.
+    """Bytes of an unsharded training state.
 
-    A compute type narrower than float32 adds its copy of the weights, `dtype_bytes` a parameter: 18 with bf16.
+    16 per parameter: weights, gradients and AdamW's two moments in float32. A compute dtype narrower than float32 adds
+    a copy of the weights, `dtype_bytes` per parameter: 18 with bf16.
     """
     return num_parameters * (16 + (dtype_bytes if dtype_bytes < 4 else 0))
 
@@ -26,14 +27,14 @@ def choose_strategy(
     setting: StrategySetting, *, world_size: int, memory: float, num_parameters: int, dtype_bytes: int, offload: bool,
     fsdp_size: int, on_gpu: bool,
 ) -> Strategy:  # fmt: skip
-    """The strategy that runs under `model.strategy`; the arguments are facts about the run, so it is pure.
+    """Return the strategy for a `model.strategy` setting.
 
-    memory: bytes of one process's device (a GPU's total, or its share of the host's). num_parameters: of the whole
-    model. dtype_bytes: of a number in the compute type. offload: weights are offloaded to host memory. fsdp_size: ranks
-    of a sharding group; -1 for all.
+    memory: bytes of one rank's device (total memory of a GPU, or its share of the host's). num_parameters: of the whole
+    model. dtype_bytes: bytes per element of the compute dtype. offload: parameters are offloaded to host memory.
+    fsdp_size: ranks per sharding group; -1 for all ranks.
 
     Example: 7e9 parameters in bf16 need 7e9 * 18 = 126 GB; a quarter of an 80 GB GPU is 20 GB, so `auto` is FSDP2.
-    Raises UserError for a group size that does not divide the world size, and for DDP with offloaded weights on GPUs.
+    Raises UserError for a group size that does not divide the world size, and for DDP with parameter offload on GPUs.
     """
     if world_size == 1:
         return "fsdp2" if on_gpu and offload else "none"

@@ -1,4 +1,4 @@
-"""Cutting, in one process: units, groups, and fsdp2 of a process alone, which one GPU with offloading runs."""
+"""Sharding in one process: wrapped modules, group sizes, and FSDP2 on one rank, which one GPU with offloading runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.distributed.process_group import World
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.config import FsdpConfig, ModelConfig
-from rm_gallery.modeling.meta_init import outline_reward_model
+from rm_gallery.modeling.meta_init import init_on_meta
 from rm_gallery.modeling.parallel.apply import resolve_strategy
 from rm_gallery.modeling.parallel.fsdp import ShardingSpec, modules_to_shard, shard
 from rm_gallery.modeling.parallel.master_weights import MasterWeights
@@ -33,14 +33,14 @@ def group_of_one() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", DECODERS + ENCODERS)
-def test_units_are_the_layers(kind: str, tmp_path: Path) -> None:
+def test_the_layers_are_wrapped(kind: str, tmp_path: Path) -> None:
     model = load_reward_model(str(make_model(kind, tmp_path))).model
     found = modules_to_shard(model, 0)
     assert len(found) == 2 and len({type(module) for module in found}) == 1
     assert "Layer" in type(found[0]).__name__
 
 
-def test_units_of_a_least_size_hold_it_and_nest_from_inside(qwen2_folder: Path) -> None:
+def test_wrapped_modules_have_min_num_params_and_inner_ones_come_first(qwen2_folder: Path) -> None:
     model = load_reward_model(str(qwen2_folder)).model
     found = modules_to_shard(model, 2000)
     sizes = []
@@ -49,19 +49,17 @@ def test_units_of_a_least_size_hold_it_and_nest_from_inside(qwen2_folder: Path) 
         sizes.append(sum(p.numel() for p in module.parameters() if id(p) not in inside))
         assert not any(module in earlier.modules() for earlier in found[:number]), "inner ones come first"
     assert min(sizes) >= 2000
-    assert model not in found and model.network not in found, "nobody calls the network of a decoder"
+    assert model not in found and model.network not in found, "a decoder's network is never called"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fsdp2_of_one_process_makes_the_step_of_one_process(
-    dtype: torch.dtype, qwen2_folder: Path, group_of_one: None
-) -> None:
+def test_fsdp2_on_one_rank_takes_the_same_step(dtype: torch.dtype, qwen2_folder: Path, group_of_one: None) -> None:
     batch = collate(random_groups(0))
     world = World(0, 1, CPU)
-    outline, files = outline_reward_model(str(qwen2_folder), seed=0)
+    meta, files = init_on_meta(str(qwen2_folder), seed=0)
     torch.manual_seed(0)
     whole = load_reward_model(str(qwen2_folder)).model
-    model = outline.model
+    model = meta.model
     weights = shard(model, files, ShardingSpec(dtype, 1, offload=True), world)
     alone = MasterWeights(whole, dtype)
     found = []
@@ -75,7 +73,7 @@ def test_fsdp2_of_one_process_makes_the_step_of_one_process(
         assert torch.equal(sharded[name].full_tensor(), value), name  # type: ignore[attr-defined]
 
 
-def test_auto_keeps_small_models_whole_and_cuts_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_replicates_small_models_and_shards_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = 100 * 18 * 4
     monkeypatch.setattr("rm_gallery.modeling.parallel.apply._memory_per_process", lambda world: memory)
     world = World(0, 4, CPU)
@@ -85,7 +83,7 @@ def test_auto_keeps_small_models_whole_and_cuts_large_ones(monkeypatch: pytest.M
     assert resolve_strategy(ModelConfig(strategy="fsdp"), World(0, 1, CPU), 1) == "none"
 
 
-def test_fsdp_is_an_alias_of_fsdp2_and_a_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_fsdp_is_an_alias_of_fsdp2_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "rm_gallery"):
         assert resolve_strategy(ModelConfig(strategy="fsdp"), World(0, 2, CPU), 1) == "fsdp2"
         assert resolve_strategy(ModelConfig(strategy="fsdp2"), World(0, 2, CPU), 1) == "fsdp2"
@@ -103,15 +101,17 @@ def test_group_sizes_that_do_not_divide_are_refused() -> None:
     assert resolve_strategy(ModelConfig(strategy="fsdp2", fsdp_config=FsdpConfig(fsdp_size=1)), world, 1) == "ddp"
 
 
-def test_what_does_nothing_on_a_cpu_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr("rm_gallery.modeling.parallel.apply.log.info", lambda text, *values: said.append(text % values))
+def test_offloading_without_effect_on_a_cpu_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(
+        "rm_gallery.modeling.parallel.apply.log.info", lambda text, *values: logged.append(text % values)
+    )
     config = ModelConfig(strategy="ddp", fsdp_config=FsdpConfig(cpu_offload=True, offload_params=True))
     assert resolve_strategy(config, World(0, 2, CPU), 1) == "ddp"
-    assert said == ["model.fsdp_config: offloading has no effect on a CPU: everything is in host memory already"]
+    assert logged == ["model.fsdp_config: offloading has no effect on a CPU: everything is in host memory already"]
 
 
-def test_a_gpu_cannot_offload_weights_that_are_not_cut() -> None:
+def test_ddp_on_gpus_cannot_offload_weights() -> None:
     def choose(world_size: int) -> str:
         return choose_strategy(
             "ddp", world_size=world_size, memory=1e9, num_parameters=1, dtype_bytes=2, offload=True, fsdp_size=-1,
