@@ -99,7 +99,7 @@ def _packer_for(path: str, token_budget: int, trust_remote_code: bool) -> Packer
     """The packer of one rank, as training makes it. A folder without a model configuration counts as a decoder."""
     from transformers import AutoConfig
 
-    from rm_gallery.modeling.reward_model import ENCODERS
+    from rm_gallery.modeling.architectures import ENCODERS
 
     try:
         model = AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)

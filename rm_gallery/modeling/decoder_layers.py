@@ -1,13 +1,14 @@
-"""How the library's decoder layers run on a packed batch: attention, norms, and a last layer that reads only rewards.
+"""Decoder layers of transformers on packed batches: attention, norms, and a last layer for reward tokens only.
 
-The modules stay the library's: `forward` methods are replaced on the objects, inside the calls that sharding,
-checkpointing and compilation hang their hooks on, and nothing that is saved changes.
+The modules are the library's: `forward` methods are replaced on the objects, inside the calls that FSDP2, activation
+checkpointing and torch.compile hook, so parameter names and saved files do not change.
 
-Only the R reward tokens of the last layer's output are read, so its queries, output projection and MLP are computed
-there only; its keys and values are those of all tokens.
+Only the R reward tokens of the last layer's output are read, so its queries, output projection and MLP are computed for
+these tokens; keys and values are computed for all T tokens. Example: two pairs with 300 tokens each have T = 600 and
+R = 4, and the last MLP runs on 4 rows instead of 600.
 
-RMS norm and rotary embedding have their backward passes written out: fewer passes over memory than autograd's. On two
-cores these two took a tenth of a training step, in which matrix products should take the time (docs/log.md).
+RMS norm and rotary embedding have handwritten backward passes, with fewer passes over memory than autograd's. On two
+CPU cores they took a tenth of a training step (docs/log.md).
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rm_gallery.modeling.attention.dispatch import PackLayout, attend
+from rm_gallery.modeling.architectures import architecture
+from rm_gallery.modeling.attention.dispatch import AttentionSpec, PackLayout, attend
 
 # T tokens, R responses, N queries (T, or R in the last layer), D hidden, H heads
 
 
 def adapt(backbone: Any) -> bool:
-    """Let a decoder's layers run our way; on a packed batch its last hidden state is then [1, R, D].
+    """Replace the forward methods of a decoder's layers; on a packed batch its last hidden state is then [1, R, D].
 
-    False, and nothing changed, for layers that are not the library's own, whose parts are not known. Calls without
-    `packed` stay as they are.
+    Returns False and changes nothing for layers that are not from transformers. Calls without `packed` run the
+    library's code.
     """
     layers = list(backbone.layers)
     if not all(type(layer).__module__.startswith("transformers.models.") for layer in layers):
@@ -40,7 +42,7 @@ def adapt(backbone: Any) -> bool:
     last.forward = MethodType(_last_layer, last)
     last.self_attn.forward = MethodType(_last_attention, last.self_attn)
     for module in backbone.modules():
-        # Gemma's norm, which has no such attribute, rounds elsewhere and is left as it is.
+        # Gemma's norm has no such attribute and rounds differently: it keeps its own forward.
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             module.forward = MethodType(_norm, module)
     return True
@@ -55,9 +57,9 @@ def _last_layer(layer: Any, hidden: Tensor, *, packed: PackLayout | None = None,
         whole: Tensor = type(layer).forward(layer, hidden, **rest)
         return whole
     compute: Callable[[Tensor], Tensor] = partial(_reward_tokens, layer, packed=packed, **rest)
-    if layer.gradient_checkpointing and layer.training:  # what the library's own `forward` does
-        again: Tensor = layer._gradient_checkpointing_func(compute, hidden)
-        return again
+    if layer.gradient_checkpointing and layer.training:  # as the library's `forward` does
+        recomputed: Tensor = layer._gradient_checkpointing_func(compute, hidden)
+        return recomputed
     return compute(hidden)
 
 
@@ -81,7 +83,7 @@ def _attention(
     module: Any, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor],
     packed: PackLayout | None = None, rewards_only: bool = False, **rest: Any,
 ) -> tuple[Tensor, Any]:  # fmt: skip
-    """[1, T, D] -> [1, N, D]; the second is what the library's attention returns beside it."""
+    """[1, T, D] -> ([1, N, D], None), the library's return type."""
     if packed is None:
         whole: tuple[Tensor, Any] = type(module).forward(
             module, hidden_states, position_embeddings=position_embeddings, **rest
@@ -89,20 +91,18 @@ def _attention(
         return whole
     states = hidden_states[0]
     cos, sin = (part[0] for part in position_embeddings)  # each [T, D of a head]
-    asking, cos_q, sin_q = states, cos, sin
+    query_states, cos_q, sin_q = states, cos, sin
     if rewards_only:
-        asking, cos_q, sin_q = (part.index_select(0, packed.reward_index) for part in (states, cos, sin))
-    query = _heads(module, module.q_proj(asking), getattr(module, "q_norm", None))
+        query_states, cos_q, sin_q = (part.index_select(0, packed.reward_index) for part in (states, cos, sin))
+    query = _heads(module, module.q_proj(query_states), getattr(module, "q_norm", None))
     key = _heads(module, module.k_proj(states), getattr(module, "k_norm", None))
-    out = getattr(module, "attend", attend)(  # kept out of compiled graphs where layers are compiled
+    out = getattr(module, "attend", attend)(  # excluded from the graph when layers are compiled
         rotate(query, cos_q, sin_q),
         rotate(key, cos, sin),
         _heads(module, module.v_proj(states), None),
         packed,
+        AttentionSpec(module.scaling, _window(module), dropout=module.attention_dropout if module.training else 0.0),
         rewards_only=rewards_only,
-        scaling=module.scaling,
-        window=_window(module),
-        dropout=module.attention_dropout if module.training else 0.0,
     )
     return module.o_proj(out.flatten(1)).unsqueeze(0), None
 
@@ -112,14 +112,15 @@ def _last_attention(module: Any, hidden_states: Tensor, **arguments: Any) -> tup
 
 
 def _heads(module: Any, states: Tensor, norm: nn.Module | None) -> Tensor:
-    """[T, H x D] -> [T, H, D], each head normalized where the architecture does that."""
+    """[T, H x D] -> [T, H, D], with the norm of each head where the architecture has one."""
     states = states.view(len(states), -1, module.head_dim)
     return states if norm is None else norm(states)
 
 
 def _window(module: Any) -> int | None:
-    """Mistral keeps one window for all layers in its configuration."""
-    holder = module if hasattr(module, "sliding_window") or module.config.model_type != "mistral" else module.config
+    """Sliding window of the layer in tokens, or None. Mistral has one for all layers, in its configuration."""
+    in_config = not hasattr(module, "sliding_window") and architecture(module.config.model_type).window_in_config
+    holder = module.config if in_config else module
     return getattr(holder, "sliding_window", None)
 
 
@@ -127,9 +128,9 @@ def _window(module: Any) -> int | None:
 
 
 def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """weight * states / rms(states) over the last axis (Zhang and Sennrich 2019), rounded where Llama's is.
+    """weight * states / rms(states) over the last axis (Zhang and Sennrich 2019), rounded as in Llama.
 
-    The norm is worked out in float32; its result has the type of `states`, as has the product with `weight`.
+    The norm is computed in float32 and cast to the dtype of `states` before the product with `weight`.
     """
     result: Tensor = _RmsNorm.apply(states, weight, epsilon)
     return result
@@ -150,17 +151,17 @@ class _RmsNorm(torch.autograd.Function):
         # y = w n, n = x / r: dx = (dn - n mean(dn n)) / r with dn = w dy
         normal, weight, inverse = ctx.saved_tensors
         gradient = gradients[0]
-        wanted = gradient * weight
-        mean = (wanted * normal).sum(-1, keepdim=True, dtype=torch.float32).div_(normal.shape[-1])
-        states = torch.addcmul(wanted.float(), normal.float(), mean, value=-1).mul_(inverse).to(gradient.dtype)
+        scaled = gradient * weight
+        mean = (scaled * normal).sum(-1, keepdim=True, dtype=torch.float32).div_(normal.shape[-1])
+        states = torch.addcmul(scaled.float(), normal.float(), mean, value=-1).mul_(inverse).to(gradient.dtype)
         summed = (gradient * normal).flatten(0, -2).sum(0)
         return states, summed.to(weight.dtype), None
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021), the first half of a head against the second.
+    """Rotary position embedding (Su et al. 2021) that rotates the first half of a head with the second.
 
-    states: [T, H, D]; cos, sin: [T, D], of which no gradient is taken.
+    states: [T, H, D]; cos, sin: [T, D], without gradients.
     """
     result: Tensor = _Rotate.apply(states, cos.unsqueeze(1), sin.unsqueeze(1))
     return result
@@ -172,11 +173,11 @@ class _Rotate(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         first, second = states.chunk(2, -1)
         sin_first, sin_second = sin.chunk(2, -1)
-        turned = states * cos
-        a, b = turned.chunk(2, -1)
+        rotated = states * cos
+        a, b = rotated.chunk(2, -1)
         a.addcmul_(second, sin_first, value=-1)
         b.addcmul_(first, sin_second)
-        return turned
+        return rotated
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,7 +1,7 @@
-"""The reward model: a library model with one output, and the call that turns a PackedBatch into rewards.
+"""The reward model: a sequence classification model of transformers with one label, called on PackedBatches.
 
-Decoders run over packed tokens, the shared prompt once. Encoders see both ways, so nothing can be shared: they run
-over padded texts behind the same interface.
+Decoders run on packed tokens with shared prompts. Encoders attend in both directions, so texts cannot share a prompt:
+they run on padded texts behind the same interface.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rm_gallery.data.batching.packed_batch import PackedBatch
 from rm_gallery.errors import UserError, one_line
+from rm_gallery.modeling.architectures import DECODERS, ENCODERS, architecture
 from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.config import AttentionKernel
 from rm_gallery.modeling.decoder_layers import adapt
@@ -28,10 +29,8 @@ log = logging.getLogger(__name__)
 
 # T tokens, R responses, L longest text, D hidden
 
-DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text")
-ENCODERS = ("bert", "roberta", "deberta-v2", "modernbert")
 HEADS = ("score", "classifier")
-_HEAD_PARTS = (*HEADS, "pooler", "head.")  # what a backbone without a reward head may lack
+_HEAD_PARTS = (*HEADS, "pooler", "head.")  # may be missing in the weights of a backbone
 
 
 class RewardModel(nn.Module):
@@ -43,7 +42,7 @@ class RewardModel(nn.Module):
         self.padded = network.config.model_type not in DECODERS
         """Whether texts are padded (encoders) or packed with shared prompts (decoders)."""
         self.attention: AttentionKernel = "auto"
-        # The head computes in its own type, which stays float32 whatever the backbone's type is.
+        # The head computes in its own dtype, float32 for every dtype of the backbone.
         self.head.register_forward_pre_hook(_cast_input)
         self._reads_only_rewards = not self.padded and adapt(self._backbone)
 
@@ -64,7 +63,7 @@ class RewardModel(nn.Module):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """No gradients and no dropout inside; the mode from before comes back."""
+        """Disable gradients and dropout in the block; restores the training mode."""
         was_training = self.training
         self.eval()
         try:
@@ -85,7 +84,7 @@ class RewardModel(nn.Module):
         ).last_hidden_state[0]  # [R, D], or [T, D]
         if not self._reads_only_rewards:
             hidden = hidden.index_select(0, batch.reward_index)
-        # Not a view of the head's output: FSDP hangs its hooks on what comes out here.
+        # A clone, since FSDP2 registers its backward hooks on the outputs, which may not be views.
         return self.head(hidden)[:count].squeeze(-1).float().clone()
 
     def _padded_rewards(self, batch: PackedBatch) -> Tensor:
@@ -97,8 +96,8 @@ class RewardModel(nn.Module):
 def _one_token(batch: PackedBatch) -> PackedBatch:
     """The empty batch with one dummy token, whose reward is discarded.
 
-    A rank that ran out of data computes it for nothing, so that collectives still meet: every parameter gets its
-    (zero) gradient, those of keys and values too.
+    A rank without data runs this dummy forward pass so that all ranks run the same collectives. Every parameter gets a
+    (zero) gradient, the key and value projections included.
     """
     zero = batch.input_ids.new_zeros(1)
     return replace(
@@ -119,15 +118,15 @@ def _cast_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...
 
 
 def pad_texts(batch: PackedBatch, pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Whole texts, padded on the right: input_ids [R, L] and attention_mask [R, L]; [1, 1] for an empty batch."""
+    """Full texts, padded on the right: input_ids [R, L] and attention_mask [R, L]; [1, 1] for an empty batch."""
     texts: list[Tensor] = []
     start = 0
     for length, tails in zip(batch.group_lengths, batch.tail_lengths, strict=True):
-        cut = start + length - sum(tails)
-        prefix = batch.input_ids[start:cut]
+        tail_start = start + length - sum(tails)
+        prefix = batch.input_ids[start:tail_start]
         for tail in tails:
-            texts.append(torch.cat([prefix, batch.input_ids[cut : cut + tail]]))
-            cut += tail
+            texts.append(torch.cat([prefix, batch.input_ids[tail_start : tail_start + tail]]))
+            tail_start += tail
         start += length
     texts = texts or [batch.input_ids.new_zeros(1)]
     mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
@@ -136,21 +135,21 @@ def pad_texts(batch: PackedBatch, pad_token_id: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in float32 on the CPU, with what was found out while loading it."""
+    """A model in float32 on the CPU, and which of its tensors were missing in the folder."""
 
     model: RewardModel
     has_own_head: bool
-    """Whether the folder held the weights of the reward head; if not, the head is new."""
+    """Whether the folder has the weights of the reward head; if not, the head is newly initialized."""
     new_parts: tuple[str, ...] = ()
-    """Names of the tensors that the folder did not hold: head, pooler. Training makes something of them."""
+    """Names of tensors missing in the folder (head, pooler): newly initialized, to be trained."""
 
 
 def load_reward_model(
     path: str, *, key: str = "model.partial_pretrain", trust_remote_code: bool = False, dropout: float = 0.0
 ) -> LoadedModel:
-    """Load a backbone, or a whole reward model, and give it one output.
+    """Load a backbone or a reward model as a sequence classification model with one label.
 
-    key: configuration key that `path` came from, for messages.
+    key: configuration key that `path` comes from, for messages.
     Raises UserError for a folder without configuration or weights, an architecture that is not supported, and a
     classifier with more than one label.
     """
@@ -170,7 +169,7 @@ def load_reward_model(
     lost = lost_parts(missing)
     if lost:
         raise UserError(
-            f"{key}={path}: the weights lack {len(lost)} tensors (first: {lost[0]}); is the download whole?"
+            f"{key}={path}: the weights lack {len(lost)} tensors (first: {lost[0]}); is the download complete?"
         )
     return LoadedModel(RewardModel(network), has_head(missing), tuple(missing))
 
@@ -178,7 +177,7 @@ def load_reward_model(
 def network_class_arguments(
     path: str, *, key: str, trust_remote_code: bool, dropout: float
 ) -> tuple[Any, dict[str, Any]]:
-    """The folder's configuration with one output and these dropout rates, and what else the library's class takes."""
+    """The folder's configuration with one label and these dropout rates, and more arguments for the library's class."""
     config = load_model_config(path, key=key, trust_remote_code=trust_remote_code)
     config.num_labels = 1
     config.problem_type = "regression"
@@ -194,18 +193,18 @@ def network_class_arguments(
 
 
 def lost_parts(missing: Iterable[str]) -> list[str]:
-    """Those of the missing tensors without which a model is nothing: all but reward head and pooler."""
+    """Required tensors among the missing ones: all except the reward head and the pooler."""
     return [name for name in missing if not name.startswith(_HEAD_PARTS) and ".pooler." not in name]
 
 
 def has_head(missing: Iterable[str]) -> bool:
-    """Whether a folder that lacks these tensors has a reward head."""
+    """Whether a folder with these missing tensors has a reward head."""
     return not any(name.startswith(HEADS) for name in missing)
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and load reports of the library; what they say of heads and weights, we say ourselves."""
+    """Disable progress bars and load reports of transformers; the caller reports missing tensors itself."""
     from transformers.utils import logging as library
 
     level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
@@ -220,7 +219,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_model_config(path: str, *, key: str = "model.partial_pretrain", trust_remote_code: bool = False) -> Any:
-    """The library's configuration of a model folder that can be trained.
+    """The transformers configuration of a model folder that can be trained.
 
     Raises UserError for a folder without configuration or weights, an adapter, an architecture that is not
     supported, and a classifier with more than one label.
@@ -231,17 +230,15 @@ def load_model_config(path: str, *, key: str = "model.partial_pretrain", trust_r
 
 
 def check_model_config(config: Any, path: str, *, key: str) -> None:
-    """Raise UserError for a configuration that no reward model is made of: see `load_model_config`."""
+    """Raise UserError for a configuration that cannot be trained: see `load_model_config`."""
     if config.model_type not in DECODERS + ENCODERS:
         raise UserError(
             f"{key}={path}: architecture {config.model_type!r} is not supported; "
             f"decoders: {', '.join(DECODERS)}; encoders: {', '.join(ENCODERS)}"
         )
-    check_one_label(config, path, key=key, hint="start from the model it was made of")
+    check_one_label(config, path, key=key, hint="start from its base model")
     if getattr(config, "use_bidirectional_attention", None):
-        raise UserError(
-            f"{key}={path}: the decoder attends both ways (use_bidirectional_attention), which cannot be packed"
-        )
+        raise UserError(f"{key}={path}: bidirectional attention (use_bidirectional_attention) cannot be packed")
 
 
 def check_one_label(config: Any, path: str, *, key: str, hint: str) -> None:
@@ -254,7 +251,7 @@ def check_one_label(config: Any, path: str, *, key: str, hint: str) -> None:
 
 
 def read_model_config(path: str, *, key: str, trust_remote_code: bool = False) -> Any:
-    """The library's configuration of a model folder of any architecture.
+    """The transformers configuration of a model folder of any architecture.
 
     Raises UserError for an adapter and for a folder without configuration or weights.
     """
@@ -269,7 +266,7 @@ def read_model_config(path: str, *, key: str, trust_remote_code: bool = False) -
         config = AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UserError(
-            f"{key}={path}: no model there ({one_line(error)}); name a folder with config.json and weights"
+            f"{key}={path}: no model found ({one_line(error)}); name a folder with config.json and weights"
         ) from error
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise UserError(f"{key}={path}: the folder holds no weights; copy the model's *.safetensors files there")
@@ -277,9 +274,9 @@ def read_model_config(path: str, *, key: str, trust_remote_code: bool = False) -
 
 
 def max_positions(model: RewardModel) -> int | None:
-    """Most tokens of one text that the model has positions for; None when it says nothing."""
+    """Maximum number of tokens of one text by the model's position embeddings; None if there is no limit."""
     config = model.network.config
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and config.model_type == "roberta":
-        limit -= config.pad_token_id + 1  # positions count from behind the padding id
+    if limit is not None and architecture(config.model_type).positions_after_padding:
+        limit -= config.pad_token_id + 1  # positions start after the padding id
     return limit

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from rm_gallery.modeling.architectures import architecture
 from rm_gallery.planning.model_shape import ModelShape
 
 # w bytes per number in the compute dtype (2 or 4), D hidden, I intermediate, Q query heads x head dim, K key heads x it
@@ -92,15 +93,16 @@ def layer_activations(shape: ModelShape, w: int) -> PerToken:
     attention = (w * Q, 4 * w * Q + 4 * H, w)  # the output is gathered from the buckets: one more copy per token
     gated_mlp = 4 * w * I  # gate before and after its activation, up, their product
     layer_norms = 2 * (2 * w * D + 2 * w)  # input, output, mean and scale, twice
-    if shape.model_type == "gemma3_text":  # four norms in float32; two of them feed a matrix
+    kind = architecture(shape.model_type)
+    if kind.float32_norms:  # four norms in float32; two of them feed a matrix
         return (4 * (8 * D + 4) + 2 * w * D + 8 * (Q + K) + 4 * (H + shape.num_kv_heads) + gated_mlp + attention[0],
                 *attention[1:])  # fmt: skip
     if not shape.padded:
         norms = 2 * _norm(shape, w)
-        return (norms + gated_mlp + (head_norms if shape.model_type == "qwen3" else 0) + attention[0], *attention[1:])
+        return (norms + gated_mlp + (head_norms if kind.head_norms else 0) + attention[0], *attention[1:])
     if shape.model_type == "modernbert":  # query, key, the matrix of all three, output; the mask is the library's own
         return (layer_norms + 6 * w * D + 4 * H + gated_mlp, 0, 0)
-    if shape.model_type == "deberta-v2":  # disentangled attention in plain matrices: scores to each relative position
+    if kind.relative_attention:  # disentangled attention in plain matrices: scores to each relative position
         positions = 2 * w * H * 2 * shape.relative_span
         return (layer_norms + 5 * w * D + positions + 2 * w * I, 0, w * H + 1)
     return (layer_norms + 4 * w * D + 4 * H + 2 * w * I, 0, 0)
@@ -111,7 +113,7 @@ def _norm(shape: ModelShape, w: int) -> float:
 
     Gemma's saves input and output in float32, and the matrix saves its input in the compute dtype.
     """
-    return (8 + w if shape.model_type == "gemma3_text" else 2 * w) * shape.hidden + 4
+    return (8 + w if architecture(shape.model_type).float32_norms else 2 * w) * shape.hidden + 4
 
 
 def last_layer_bytes(shape: ModelShape, pack: Pack, w: int) -> float:
@@ -211,5 +213,5 @@ def _after_the_rewards(shape: ModelShape, pack: Pack, w: int) -> float:
 
 def _mlp_gradients(shape: ModelShape, pack: Pack, w: int) -> float:
     """Live gradients in an MLP, less the saved tensors it has freed: two intermediates if gated, else one."""
-    is_gated = not shape.padded or shape.model_type == "modernbert"
+    is_gated = not shape.padded or architecture(shape.model_type).gated_mlp
     return w * pack.tokens * ((2 if is_gated else 1) * shape.intermediate - shape.hidden)

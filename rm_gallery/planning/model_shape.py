@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rm_gallery.errors import UserError, nearest, one_line
+from rm_gallery.modeling.architectures import DECODERS, ENCODERS
 
 _MAX_LAYERS = 1000  # a configuration with more is a typo; building it would take minutes
 
@@ -125,7 +126,7 @@ def measure(config: Any, *, name: str, source: str) -> ModelShape:
     from transformers import AutoModelForSequenceClassification
 
     from rm_gallery.modeling.attention import dispatch
-    from rm_gallery.modeling.reward_model import DECODERS, RewardModel, max_positions, quiet_transformers
+    from rm_gallery.modeling.reward_model import RewardModel, max_positions, quiet_transformers
 
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -249,6 +250,6 @@ def known_config(model: str) -> tuple[str, Any] | None:
 
     repository, model_type = row[0], row[1]
     values: dict[str, Any] = dict(zip(_NAMES, row[2:], strict=True))
-    if model_type in ("bert", "roberta", "deberta-v2", "modernbert"):
+    if model_type in ENCODERS:
         del values["num_key_value_heads"], values["head_dim"]
     return repository, AutoConfig.for_model(model_type, **values, **_MORE.get(model_type, {}))

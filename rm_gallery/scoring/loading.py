@@ -16,11 +16,10 @@ from rm_gallery.data.batching.packed_batch import PackedBatch
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.distributed.cpu import keep_freed_memory
 from rm_gallery.errors import UserError, one_line
+from rm_gallery.modeling.architectures import DECODERS, ENCODERS
 from rm_gallery.modeling.export import InputRecord, read_record, set_pad_token
 from rm_gallery.modeling.parallel.apply import DTYPES
 from rm_gallery.modeling.reward_model import (
-    DECODERS,
-    ENCODERS,
     RewardModel,
     check_one_label,
     load_reward_model,

@@ -18,8 +18,9 @@ from rm_gallery.data.token_cache.prepare import peek, prepare
 from rm_gallery.data.token_cache.store import Store
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import UserError
+from rm_gallery.modeling.architectures import ENCODERS
 from rm_gallery.modeling.export import InputRecord
-from rm_gallery.modeling.reward_model import ENCODERS, RewardModel, load_model_config, max_positions
+from rm_gallery.modeling.reward_model import RewardModel, load_model_config, max_positions
 from rm_gallery.training.config import TrainConfig
 
 log = logging.getLogger(__name__)

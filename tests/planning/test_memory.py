@@ -27,7 +27,7 @@ PACK = Pack(8192, 8192, 8192 * 1000)
 @pytest.fixture(autouse=True)
 def fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """The formulas are of the fused kernel, which a GPU takes; on a CPU plain products may be faster."""
-    monkeypatch.setattr(dispatch, "_PLAIN_UP_TO", {})
+    monkeypatch.setattr(dispatch, "_MAX_PLAIN_TOKENS", {})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -55,7 +55,7 @@ def load(folder: Path) -> RewardScorer:
 
 
 def test_a_folder_that_is_no_model_ends_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no model there"):
+    with pytest.raises(UserError, match="no model found"):
         load(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         load(tmp_path / "lost")

@@ -104,7 +104,7 @@ def test_settings_that_cannot_work_are_refused(run: Run, overrides: list[str], s
         (r".*\.safetensors", "the folder holds no weights; copy the model's *.safetensors files there"),
         (r"tokenizer.*|.*\.jinja", "there is no tokenizer; copy tokenizer.json and tokenizer_config.json there"),
         (r"tokenizer\.json", "there is no tokenizer; copy tokenizer.json and tokenizer_config.json there"),
-        (r"config\.json", "no model there ("),
+        (r"config\.json", "no model found ("),
         (r".*", "no tokenizer can be loaded from there ("),
     ],
 )

@@ -1,12 +1,13 @@
-"""Attention over packed groups: the kernels, the choice between them, and the rule written out as a reference.
+"""Packed attention: one visibility rule, several kernels, the choice between them, and the reference.
 
-Token q sees key k when both are in the same group, k is not after q, and k belongs to the common prefix or to q's
-own response. `install` registers this with transformers' attention interface, so model code stays the library's.
+Query q sees key k if both are in the same group, k is not after q, and k belongs to the common prefix or to q's own
+response. `install` registers packed attention with transformers' attention interface.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -19,10 +20,11 @@ from rm_gallery.modeling.attention.cpu import plain_attention, split_attention, 
 from rm_gallery.modeling.attention.flex import block_mask, flex_attention
 from rm_gallery.modeling.attention.flex import is_available as flex_is_available
 from rm_gallery.modeling.attention.layout import PackLayout, Queries, visible
-from rm_gallery.modeling.attention.varlen import cut, find_flash, varlen_attention
+from rm_gallery.modeling.attention.varlen import find_flash, split_sequences, varlen_attention
 
 __all__ = [
     "NAME",
+    "AttentionSpec",
     "PackLayout",
     "attend",
     "check",
@@ -36,13 +38,49 @@ __all__ = [
 # T tokens, N queries (T, or R in the last layer), B groups of a bucket, L its longest group, H heads, D head dimension
 
 NAME = "rm_gallery_packed"
-Kernel: TypeAlias = Callable[..., Tensor]
-"""(query, key, value, layout, rewards_only, scaling, window, dropout) -> [N, H, D]"""
-_PLAIN_UP_TO = {torch.bfloat16: 2048, torch.float32: 256}  # tokens of a pack's longest group
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Attention of one layer: what its scores are, besides query, key and the visibility rule."""
+
+    scaling: float
+    """Factor of the scores, before the softmax."""
+    window: int | None = None
+    """Sliding window in positions; None for full attention."""
+    softcap: float | None = None
+    """Scores become softcap * tanh(score / softcap)."""
+    sinks: Tensor | None = None
+    """[H] a learned score per head that takes part in the softmax without a value."""
+    dropout: float = 0.0
+    """Dropout rate of the attention probabilities."""
+
+    @property
+    def used(self) -> frozenset[str]:
+        """Names of the optional features that are set."""
+        features = {
+            "window": self.window,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+            "dropout": self.dropout or None,
+        }
+        return frozenset(name for name, value in features.items() if value is not None)
+
+
+Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, PackLayout, AttentionSpec, bool], Tensor]
+"""(query [N, H, D], key and value [T, H_kv, D], layout, spec, rewards_only) -> [N, H, D]"""
+_FEATURES = {
+    "plain": frozenset({"window"}), "sdpa": frozenset({"window", "dropout"}),
+    "varlen": frozenset({"window"}), "flex": frozenset({"window"}),
+}  # fmt: skip
+"""Optional features of `AttentionSpec` that a kernel supports."""
+_GPU_KERNELS = ("varlen", "flex")  # in the order in which `auto` tries them
+_HEAD_SIZES = {"varlen": range(8, 257, 8), "flex": range(16, 257)}
+_MAX_PLAIN_TOKENS = {torch.bfloat16: 2048, torch.float32: 256}  # of the longest group of a pack, on a CPU
 
 
 def lay_out(batch: PackedBatch, kernel: str = "auto") -> PackLayout:
-    """What attention needs to know of a batch; `kernel` is the setting `model.attention`."""
+    """The attention layout of a batch; `kernel` is the setting `model.attention`."""
     return PackLayout(batch.group_lengths, batch.tail_lengths, batch.input_ids.device, kernel)
 
 
@@ -51,63 +89,66 @@ def packed_attention(
     packed: PackLayout, scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
     softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention of all tokens, with the signature of transformers' interface.
+    """Attention of all tokens, with the signature of transformers' attention interface.
 
     query: [1, H, T, D]; key, value: [1, H_kv, T, D]. Returns [1, T, H, D].
+    Raises UserError for features that no kernel supports.
     """
-    if softcap is not None or s_aux is not None:
+    spec = AttentionSpec(
+        query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux, dropout
+    )
+    if not any(spec.used <= supported for supported in _FEATURES.values()):
         raise UserError(f"{type(module).__name__}: attention with a soft cap or sinks is not supported in packed form")
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, key, value, packed, scaling=scaling, window=sliding_window, dropout=dropout).unsqueeze(0), None
+    return attend(query, key, value, packed, spec).unsqueeze(0), None
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, *, scaling: float, rewards_only: bool = False,
-    window: int | None = None, dropout: float = 0.0,
-) -> Tensor:  # fmt: skip
-    """Attention by the kernel that suits.
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, spec: AttentionSpec, *, rewards_only: bool = False
+) -> Tensor:
+    """Attention by the kernel that `_choose` selects.
 
-    query: [N, H, D]; key, value: [T, H_kv, D]. rewards_only: the N queries are those of the R reward tokens, else of
-    all T. window: of this layer, in tokens. Returns [N, H, D].
+    query: [N, H, D]; key, value: [T, H_kv, D]. rewards_only: the queries are the R reward tokens instead of all T.
+    Returns [N, H, D].
     """
     if not len(query):
         return query
-    kernel = _choose(query, packed, dropout, rewards_only, window)
-    return kernel(query, key, value, packed, rewards_only, scaling, window, dropout)
+    return _choose(query, packed, spec, rewards_only)(query, key, value, packed, spec, rewards_only)
 
 
-def _choose(query: Tensor, packed: PackLayout, dropout: float, rewards_only: bool, window: int | None) -> Kernel:
-    """`auto`: by measurement on a CPU (docs/log.md); on a GPU the first kernel that knows the case."""
+def _choose(query: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool) -> Kernel:
+    """The kernel for `model.attention`. `auto` follows measurements on CPUs (docs/log.md); on GPUs it takes the first
+    kernel that supports the case."""
     name, on_cpu = packed.kernel, query.device.type == "cpu"
     if name == "auto" and on_cpu:
-        is_plain_scoring = query.dtype == torch.float32 and not (torch.is_grad_enabled() or dropout or rewards_only)
-        if is_plain_scoring and suits(packed, window):
+        is_inference = query.dtype == torch.float32 and not (torch.is_grad_enabled() or spec.dropout or rewards_only)
+        if is_inference and suits(packed, spec.window):
             return _split
-        is_plain_faster = int(packed.lengths.max()) <= _PLAIN_UP_TO.get(query.dtype, 0)
-        name = "plain" if is_plain_faster and not dropout else "sdpa"
+        is_plain_faster = int(packed.lengths.max()) <= _MAX_PLAIN_TOKENS.get(query.dtype, 0)
+        name = "plain" if is_plain_faster and spec.used <= _FEATURES["plain"] else "sdpa"
     elif name == "auto":
-        known = [each for each in _ON_GPU if query.shape[-1] in _HEAD_SIZES[each]]
-        name = next((each for each in known if _why_not(each, query.device, query.dtype, dropout) is None), "sdpa")
-    if rewards_only and name in _ON_GPU:
-        name = "sdpa"  # one query for each response: not worth a layout of its own
+        fitting = [
+            each for each in _GPU_KERNELS if query.shape[-1] in _HEAD_SIZES[each] and spec.used <= _FEATURES[each]
+        ]
+        usable = (each for each in fitting if _unsupported(each, query.device, query.dtype, spec.dropout) is None)
+        name = next(usable, "sdpa")
+    if rewards_only and name in _GPU_KERNELS:
+        name = "sdpa"  # one query per response: too few for a layout of its own
     return _KERNELS[name]
 
 
 def check(setting: str, device: torch.device, dtype: torch.dtype, dropout: float) -> None:
-    """Raise UserError for a kernel (`model.attention`) that cannot train in this type on this device."""
-    reason = None if setting == "auto" else _why_not(setting, device, dtype, dropout)
+    """Raise UserError for a kernel (`model.attention`) that cannot train in this dtype on this device."""
+    reason = None if setting == "auto" else _unsupported(setting, device, dtype, dropout)
     if reason is not None:
-        raise UserError(f"model.attention={setting}: {reason}; set auto, which takes what runs here")
+        raise UserError(f"model.attention={setting}: {reason}; set auto, which selects a supported kernel")
 
 
-def _why_not(name: str, device: torch.device, dtype: torch.dtype, dropout: float) -> str | None:
-    """Why a kernel cannot train here; None if it can."""
-    if name == "sdpa":
-        return None
-    if dropout:
-        return "it knows no attention dropout, and model.dropout is not 0"
-    if name in _ON_GPU and device.type != "cuda":
+def _unsupported(name: str, device: torch.device, dtype: torch.dtype, dropout: float) -> str | None:
+    """The reason why a kernel cannot train here, or None."""
+    if dropout and "dropout" not in _FEATURES[name]:
+        return "it does not support attention dropout, and model.dropout is not 0"
+    if name in _GPU_KERNELS and device.type != "cuda":
         return "it needs a GPU"
     if name == "varlen":
         if dtype == torch.float32:
@@ -120,45 +161,42 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, dropout: float
 
 
 def _plain(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, rewards_only: bool, scaling: float,
-    window: int | None, dropout: float,
-) -> Tensor:  # fmt: skip
-    asked = _asked(packed, rewards_only)
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool
+) -> Tensor:
+    queries = _queries(packed, rewards_only)
     return plain_attention(
         query, key, value,
-        queries=[bucket.queries for bucket in asked.buckets],
-        keys=[bucket.index for bucket in asked.buckets],
-        query_restore=asked.restore,
+        queries=[bucket.queries for bucket in queries.buckets],
+        keys=[bucket.index for bucket in queries.buckets],
+        query_restore=queries.restore,
         key_restore=packed.all_tokens.restore,
-        biases=[asked.bias(number, window, query.dtype) for number in range(len(asked.buckets))],
-        scaling=scaling,
+        biases=[queries.bias(number, spec.window, query.dtype) for number in range(len(queries.buckets))],
+        scaling=spec.scaling,
     )  # fmt: skip
 
 
 def _sdpa(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, rewards_only: bool, scaling: float,
-    window: int | None, dropout: float,
-) -> Tensor:  # fmt: skip
-    """One call of torch's scaled-dot-product attention for each bucket."""
-    asked = _asked(packed, rewards_only)
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool
+) -> Tensor:
+    """One call of torch's scaled_dot_product_attention per bucket."""
+    queries = _queries(packed, rewards_only)
     repeats = query.shape[1] // key.shape[1]
     outputs = []
-    for number, bucket in enumerate(asked.buckets):
+    for number, bucket in enumerate(queries.buckets):
         q = _rows(query, bucket.queries)
-        # Key heads are repeated by hand: with `enable_gqa` and a mask, some GPU back ends fall back to plain matrices.
+        # Key heads are repeated here: with `enable_gqa` and a mask, some GPU backends fall back to plain matrices.
         k, v = (_rows(part, bucket.index).repeat_interleave(repeats, 1) for part in (key, value))
-        mask = asked.mask(number, window)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
+        mask = queries.mask(number, spec.window)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=spec.dropout, scale=spec.scaling)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # [B x Q, H, D]
-    return torch.cat(outputs).index_select(0, asked.restore)
+    return torch.cat(outputs).index_select(0, queries.restore)
 
 
 def _split(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, rewards_only: bool, scaling: float,
-    window: int | None, dropout: float,
-) -> Tensor:  # fmt: skip
-    assert not (rewards_only or dropout)
-    return split_attention(query, key, value, packed, scaling=scaling)
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool
+) -> Tensor:
+    assert not (rewards_only or spec.dropout)
+    return split_attention(query, key, value, packed, scaling=spec.scaling)
 
 
 def _rows(part: Tensor, index: Tensor) -> Tensor:
@@ -166,40 +204,36 @@ def _rows(part: Tensor, index: Tensor) -> Tensor:
     return part.index_select(0, index.view(-1)).view(*index.shape, *part.shape[1:]).transpose(1, 2)
 
 
-def _asked(packed: PackLayout, rewards_only: bool) -> Queries:
+def _queries(packed: PackLayout, rewards_only: bool) -> Queries:
     if rewards_only:
         return packed.rewards
     return packed.all_tokens if torch.is_grad_enabled() else packed.by_response or packed.all_tokens
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, rewards_only: bool, scaling: float,
-    window: int | None, dropout: float,
-) -> Tensor:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool
+) -> Tensor:
     flash = find_flash()
     assert flash is not None and not rewards_only
-    sequences = packed.once("sequences", lambda: cut(packed))
-    return varlen_attention(query, key, value, sequences, scaling=scaling, window=window, flash=flash)
+    sequences = packed.once("sequences", lambda: split_sequences(packed))
+    return varlen_attention(query, key, value, sequences, scaling=spec.scaling, window=spec.window, flash=flash)
 
 
 def _flex(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, rewards_only: bool, scaling: float,
-    window: int | None, dropout: float,
-) -> Tensor:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool
+) -> Tensor:
     assert not rewards_only
-    mask = packed.once(("block mask", window), lambda: block_mask(packed, window))
-    return flex_attention(query, key, value, mask, scaling=scaling)
+    mask = packed.once(("block mask", spec.window), lambda: block_mask(packed, spec.window))
+    return flex_attention(query, key, value, mask, scaling=spec.scaling)
 
 
 _KERNELS: dict[str, Kernel] = {"plain": _plain, "sdpa": _sdpa, "varlen": _varlen, "flex": _flex}
-_ON_GPU = ("varlen", "flex")  # in the order in which `auto` tries them
-_HEAD_SIZES = {"varlen": range(8, 257, 8), "flex": range(16, 257)}
 
 
 def reference_attention(
     query: Tensor, key: Tensor, value: Tensor, labels: Tensor, *, scaling: float, window: int | None = None
 ) -> Tensor:
-    """The rule written out over all T x T pairs; what every kernel is tested against.
+    """Attention by the visibility rule over all T x T pairs; the reference of all kernel tests.
 
     query: [H, T, D]; key, value: [H_kv, T, D]; labels: [T, 3]. Returns [T, H, D].
     """
@@ -211,10 +245,10 @@ def reference_attention(
 
 
 def install() -> None:
-    """Make `attn_implementation=NAME` known to transformers; calling it again changes nothing.
+    """Register `attn_implementation=NAME` with transformers; calling it again changes nothing.
 
-    It gets no mask function: the layout carries the mask, and for a kernel without one the library builds none. Its
-    own would wait for the device to see whether positions restart.
+    No mask function is registered: the layout has the mask, and transformers builds none for a kernel without one. Its
+    own would synchronize with the device to check whether positions restart.
     """
     from transformers import AttentionInterface
 

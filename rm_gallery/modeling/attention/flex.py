@@ -1,4 +1,12 @@
-"""Attention by FlexAttention: the rule as a function of two tokens, and a map of the blocks in which it says yes."""
+"""FlexAttention: the visibility rule as a mask function, and the map of blocks that are not empty.
+
+Example with BLOCK = 2 and one group, prefix [a b] and responses [c d] and [e f]: blocks of queries (rows) and keys.
+
+           ab  cd  ef
+    ab     p   .   .      p: partial, the mask function is evaluated (causal inside a part)
+    cd     f   p   .      f: full, every query sees every key
+    ef     f   .   p      .: empty, skipped
+"""
 
 from __future__ import annotations
 
@@ -15,18 +23,18 @@ from rm_gallery.modeling.attention.layout import PackLayout
 # T tokens, padded to whole blocks; M blocks; H heads, G key heads, D head dimension
 
 BLOCK = 128
-"""Tokens of a block on either side: what the kernel takes at once."""
+"""Tokens per block of queries or keys."""
 
 
 def block_mask(packed: PackLayout, window: int | None) -> Any:
-    """torch's BlockMask of a layout; made on the host and copied, since torch's own way looks at all T x T pairs."""
+    """The BlockMask of a layout. It is computed on the host: `create_block_mask` evaluates all T x T pairs."""
     from torch.nn.attention.flex_attention import BlockMask
 
     partial, full = block_map(packed, window)
     labels = packed.host_labels
     rest = len(partial) * BLOCK - len(labels)
     filled = np.concatenate([labels, np.stack([np.full(rest, -2), np.full(rest, -2), np.arange(rest)], -1)])
-    # The first position that a query sees is data too: a number of its own would be compiled into the kernel.
+    # The first visible position is a tensor too: a Python number would be compiled into the kernel.
     first = np.zeros(len(filled)) if window is None else filled[:, 2] - window + 1
     group, response, position, reach = (packed.put(each.astype(np.int32)) for each in (*filled.T, first))
 
@@ -44,9 +52,9 @@ def block_mask(packed: PackLayout, window: int | None) -> Any:
 
 
 def block_map(packed: PackLayout, window: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """bool [M, M] each: blocks in which some query sees some key, less those in which every query sees every key.
+    """(partial, full), bool [M, M] each: blocks with some visible pair, and blocks in which every query sees every key.
 
-    With a window no block counts as full, and blocks that it hides may be listed.
+    With a window no block is full, and blocks outside the window may be listed as partial.
     """
     num_blocks = max(1, -(-int(packed.lengths.sum()) // BLOCK))
     some = np.eye(num_blocks, dtype=bool)  # padding sees itself
@@ -63,7 +71,7 @@ def block_map(packed: PackLayout, window: int | None) -> tuple[np.ndarray, np.nd
 
 
 def _mark(some: np.ndarray, full: np.ndarray, q_start: int, q_length: int, k_start: int, k_length: int) -> None:
-    """Note one part's queries over another's keys: the same part (causal), or a prefix (all of it)."""
+    """Mark the blocks of one part's queries and another part's keys: the same part (causal), or its prefix (full)."""
     if not q_length or not k_length:
         return
     some[_touched(q_start, q_length), _touched(k_start, k_length)] = True
@@ -80,13 +88,13 @@ def _touched(start: int, length: int) -> slice:
 
 
 def _inside(start: int, length: int) -> slice:
-    """Blocks that lie in these tokens as a whole."""
+    """Blocks that consist of these tokens only."""
     first = int(-(-start // BLOCK))
     return slice(first, max(first, int((start + length) // BLOCK)))
 
 
 def _listed(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[1, 1, M] int32 number of blocks of each row, and [1, 1, M, M] int32 which, the others behind them."""
+    """[1, 1, M] int32 number of blocks per row, and [1, 1, M, M] int32 their indices, the others after them."""
     which = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
     return blocks.sum(1).astype(np.int32)[None, None], which[None, None]
 
@@ -105,7 +113,7 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scal
 
 @lru_cache(maxsize=2)
 def _kernel(device: str) -> Callable[..., Tensor]:
-    """Compiled on a GPU, once for all lengths; on a CPU it runs as it is, forward only."""
+    """Compiled on a GPU, with dynamic lengths; eager on a CPU, forward only."""
     from torch.nn.attention.flex_attention import flex_attention as flex
 
     kernel: Callable[..., Tensor] = torch.compile(flex, dynamic=True) if device == "cuda" else flex  # type: ignore[assignment]
@@ -113,7 +121,7 @@ def _kernel(device: str) -> Callable[..., Tensor]:
 
 
 def is_available() -> bool:
-    """Whether it can train here: it needs a GPU and triton."""
+    """Whether FlexAttention can train on this machine: it needs a GPU and triton."""
     from torch.utils._triton import has_triton
 
     return torch.cuda.is_available() and has_triton()

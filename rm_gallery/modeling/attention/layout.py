@@ -1,6 +1,16 @@
-"""Attention's view of one packed batch: the mask rule, and the groups sorted into buckets of similar length.
+"""The visibility rule of attention, and the layout of a packed batch: its groups in buckets of similar length.
 
-Everything is worked out on the host from lengths the host knows, and copied to the device without waiting for it.
+Layouts are computed on the host from lengths that the host knows, and copied to the device asynchronously.
+
+Example: group 0 has the prefix [a b] and the responses [c d] and [e]; group 1 has the single response [f].
+
+    token      a   b   c   d   e   f
+    group      0   0   0   0   0   1
+    response  -1  -1   0   0   1   2      -1: common prefix
+    position   0   1   2   3   2   0
+
+Token e sees a, b and e: not c and d, which belong to another response. With _MIN_FILL = 0.75 the groups (5 tokens and
+1 token) are in different buckets; groups of 8, 7 and 6 tokens share one bucket, padded to 8.
 """
 
 from __future__ import annotations
@@ -18,14 +28,14 @@ Part = TypeVar("Part")
 
 # T tokens, R responses, B groups of a bucket, Q queries and L keys of its longest group
 
-_WORTH_CUTTING = 0.5  # of the cells of whole groups: then responses by themselves are less work, gathered keys included
-_MIN_FILL = 0.75  # a bucket's shortest group has at least this share of its longest one's tokens
+_MAX_SPLIT_CELLS = 0.5  # share of the mask cells of whole groups up to which splitting by response is less work
+_MIN_FILL = 0.75  # length of the shortest group of a bucket, as a share of the longest
 
 
 def visible(q: Tensor, k: Tensor, window: int | None = None) -> Tensor:
-    """The attention rule. q: [..., Q, 3] and k: [..., K, 3] hold (group, response, position); gives bool [..., Q, K].
+    """The visibility rule. q: [..., Q, 3] and k: [..., K, 3] are (group, response, position). Returns bool [..., Q, K].
 
-    window: a layer's sliding window, in tokens of the text that the token stands in.
+    window: sliding window of the layer, in positions; None for full attention.
     """
     group_q, response_q, position_q = q.unsqueeze(-2).unbind(-1)  # [..., Q, 1]
     group_k, response_k, position_k = k.unsqueeze(-3).unbind(-1)  # [..., 1, K]
@@ -40,26 +50,26 @@ class Bucket:
     """Groups of similar length, padded to the longest."""
 
     queries: Tensor
-    """[B, Q] int64 rows of the query matrix; places past a group's end repeat its first one."""
+    """[B, Q] int64 rows of the query matrix; padding repeats the first row of the group."""
     query_labels: Tensor
-    """[B, Q, 3] their (group, response, position)."""
+    """[B, Q, 3] (group, response, position) of the queries."""
     index: Tensor
-    """[B, L] int64 tokens whose keys and values they see; places past a group's end repeat its first token."""
+    """[B, L] int64 tokens whose keys and values the queries may see; padding repeats the first token of the group."""
     labels: Tensor
-    """[B, L, 3] their (group, response, position); group -2 in the places past the end, which no query sees."""
+    """[B, L, 3] (group, response, position) of the keys; padding has group -2, which no query sees."""
 
 
 @dataclass(frozen=True)
 class Queries:
-    """Some tokens of a batch as queries over the keys of their groups, in buckets."""
+    """Query tokens of a batch and the keys of their groups, in buckets."""
 
     buckets: list[Bucket]
     restore: Tensor
-    """[number of queries] where each query went in the buckets' rows, laid one after the other."""
+    """[number of queries] index of each query in the concatenated rows of the buckets."""
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
-    """(bucket, window) -> bool [B, 1, Q, L], filled as layers ask."""
+    """(bucket, window) -> bool [B, 1, Q, L], computed on first use."""
     biases: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
-    """The same with a type: 0 and minus infinity."""
+    """(bucket, window, dtype) -> the mask as an additive bias: 0, or minus infinity where a query sees no key."""
 
     def mask(self, bucket: int, window: int | None) -> Tensor:
         key = (bucket, window)
@@ -79,12 +89,12 @@ class Queries:
 
 
 class PackLayout:
-    """One batch as attention sees it: made once, used by every layer. Parts are worked out when a kernel asks."""
+    """Layout of one batch, shared by all layers. Its parts are computed on first use."""
 
     def __init__(
         self, group_lengths: Sequence[int], tail_lengths: Sequence[Sequence[int]], device: torch.device, kernel: str
     ) -> None:
-        """group_lengths, tail_lengths: those of a PackedBatch. kernel: the setting `model.attention`."""
+        """group_lengths, tail_lengths: see PackedBatch. kernel: the setting `model.attention`."""
         self.device, self.kernel = device, kernel
         self._made: dict[Hashable, Any] = {}
         self.lengths = np.array(group_lengths, np.int64)  # [G]
@@ -93,7 +103,7 @@ class PackLayout:
         self.tails = np.array([tail for tails in tail_lengths for tail in tails], np.int64)  # [R]
         tail_groups = np.repeat(np.arange(len(self.lengths)), self.num_tails)  # [R]
         self.prefixes = self.lengths - np.bincount(tail_groups, self.tails, len(self.lengths)).astype(np.int64)  # [G]
-        before = np.cumsum(self.tails) - self.tails  # tokens in tails of the whole batch
+        before = np.cumsum(self.tails) - self.tails  # [R] tokens in the tails before each one
         self.tail_starts = before + np.cumsum(self.prefixes)[tail_groups]  # [R] in the batch
         self.tail_groups = tail_groups
         self.reward_index = self.put(self.tail_starts + self.tails - 1)
@@ -101,7 +111,7 @@ class PackLayout:
 
     @cached_property
     def longest_text(self) -> int:
-        """Tokens of the longest prefix with its longest response."""
+        """Tokens of the longest text: a prefix with its longest response."""
         return int((self.prefixes[self.tail_groups] + self.tails).max(initial=0))
 
     @cached_property
@@ -126,7 +136,7 @@ class PackLayout:
 
     @cached_property
     def _order(self) -> list[np.ndarray]:
-        """Groups of each bucket, so that padding inside attention stays small."""
+        """Groups of each bucket, longest first."""
         longest_first = np.argsort(-self.lengths, kind="stable")
         found = []
         while len(longest_first):
@@ -138,7 +148,7 @@ class PackLayout:
 
     @cached_property
     def all_tokens(self) -> Queries:
-        """Every token asks."""
+        """Queries are all tokens; keys are those of the whole group."""
         buckets = []
         for groups in self._order:
             index, inside = _rows(groups, self.starts, self.lengths)
@@ -150,21 +160,21 @@ class PackLayout:
 
     @cached_property
     def by_response(self) -> Queries | None:
-        """Every token asks, prefixes and responses by themselves: over the keys of their own texts, prefixes repeated.
+        """Queries are all tokens, as sequences: each prefix, and each response with the keys of its prefix repeated.
 
-        None where that is no less work than whole groups: it is for groups of many responses, as in best-of-16, most
-        of whose tokens do not see each other. Without a way back for gradients of keys that are there twice.
+        Less work than whole groups when a group has many responses (best-of-16), whose tokens do not see each other;
+        None otherwise. Forward only: gradients of duplicated keys are not accumulated.
         """
         prefixes = self.prefixes[self.tail_groups]
-        # In the order prefixes, responses: where queries begin, how many, and how many keys stand before them.
+        # Prefixes, then responses: start and number of queries, and number of prefix keys before them.
         starts = np.concatenate([self.starts, self.tail_starts])
         lengths = np.concatenate([self.prefixes, self.tails])
         before = np.concatenate([np.zeros_like(self.prefixes), prefixes])
         heads = np.concatenate([self.starts, self.starts[self.tail_groups]])
-        order = _like_shapes(lengths, before + lengths)
+        order = _buckets_of_similar_shape(lengths, before + lengths)
         cells = sum(len(each) * int(lengths[each].max()) * int((before + lengths)[each].max()) for each in order)
         whole = sum(bucket.index.numel() * bucket.index.shape[1] for bucket in self.all_tokens.buckets)
-        if cells > _WORTH_CUTTING * whole:
+        if cells > _MAX_SPLIT_CELLS * whole:
             return None
         buckets, restore, row = [], np.empty(len(self.host_labels), np.int64), 0
         for each in order:
@@ -182,7 +192,7 @@ class PackLayout:
 
     @cached_property
     def rewards(self) -> Queries:
-        """Only the last token of each response asks: query row r is that of response r."""
+        """Queries are the reward tokens, one per response: query r is the last token of response r."""
         first = np.cumsum(self.num_tails) - self.num_tails
         labels = self.host_labels[self.tail_starts + self.tails - 1]  # [R, 3]
         buckets = []
@@ -202,35 +212,35 @@ class PackLayout:
         return self.put(restore)
 
     def once(self, name: Hashable, make: Callable[[], Part]) -> Part:
-        """What a kernel needs of this batch beside the buckets, made when its first layer asks."""
+        """Return data that a kernel derives from this batch, computed by the first layer that needs it."""
         if name not in self._made:
             self._made[name] = make()
         found: Part = self._made[name]
         return found
 
     def put(self, array: np.ndarray) -> Tensor:
-        """To the device, without waiting for it."""
+        """Copy to the device, asynchronously on a GPU."""
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
 
-def _like_shapes(num_queries: np.ndarray, num_keys: np.ndarray) -> list[np.ndarray]:
-    """Sequences in buckets of like numbers of queries and of keys; none of those without queries."""
+def _buckets_of_similar_shape(num_queries: np.ndarray, num_keys: np.ndarray) -> list[np.ndarray]:
+    """Sequences in buckets of similar numbers of queries and keys; sequences without queries are skipped."""
     found = []
-    left = np.flatnonzero(num_queries > 0)
-    left = left[np.lexsort((-num_keys[left], -num_queries[left]))]
-    while len(left):
-        alike = num_queries[left] >= _MIN_FILL * num_queries[left[0]]
-        alike[alike] &= num_keys[left[alike]] >= _MIN_FILL * num_keys[left[alike]].max()
-        found.append(left[alike])
-        left = left[~alike]
+    rest = np.flatnonzero(num_queries > 0)
+    rest = rest[np.lexsort((-num_keys[rest], -num_queries[rest]))]
+    while len(rest):
+        similar = num_queries[rest] >= _MIN_FILL * num_queries[rest[0]]
+        similar[similar] &= num_keys[rest[similar]] >= _MIN_FILL * num_keys[rest[similar]].max()
+        found.append(rest[similar])
+        rest = rest[~similar]
     return found
 
 
 def _rows(groups: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[B, longest] rows of these groups, and which of them are no padding."""
+    """[B, longest] rows of these groups, and a bool mask that is False for padding."""
     place = np.arange(lengths[groups].max())[None, :]
     inside = place < lengths[groups][:, None]
     first = starts[groups][:, None]

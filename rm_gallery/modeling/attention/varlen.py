@@ -1,10 +1,16 @@
-"""Attention by variable-length flash attention: each response is a sequence whose keys are its prefix and its own.
+"""Variable-length flash attention: prefixes and responses are sequences; a response also has its prefix's keys.
 
-The queries of a pack are cut where they lie, into prefixes and responses; only keys and values are gathered. A causal
-mask that ends at the bottom right then is the attention rule. Example, a prefix [a b] with responses [c d] and [e]:
+Queries stay in the order of the pack; keys and values are gathered. A causal mask aligned to the bottom right then
+equals the visibility rule. Example, a prefix [a b] with the responses [c d] and [e] (tokens 0 to 4):
 
-    queries    a b | c d     | e          in the order of the pack
-    keys       a b | a b c d | a b e      gathered
+    queries    a b | c d     | e          query_ends [0, 2, 4, 5]
+    keys       a b | a b c d | a b e      key_ends   [0, 2, 6, 9]
+    tokens     0 1 | 0 1 2 3 | 0 1 4      gathered rows of key and value
+
+In the backward pass a prefix key has several copies: a is at the gathered rows 0, 2 and 6. `own` [0, 1, 4, 5, 8] is
+each token's row in its own sequence, and `copies` lists the rest by response: ([0, 1], [2, 3]) for the first response
+of each group and ([0, 1], [6, 7]) for the second. The gradient of a is g[0] + g[2] + g[6], summed in this order in
+float32.
 """
 
 from __future__ import annotations
@@ -29,36 +35,36 @@ FlashCall: TypeAlias = Callable[["Tensor", "Tensor", "Tensor", "Sequences", floa
 
 @dataclass(frozen=True)
 class Sequences:
-    """The sequences of a pack: made once, used by every layer."""
+    """The sequences of a pack, shared by all layers."""
 
     query_ends: Tensor
-    """[N + 1] int32: 0 and where each sequence's queries end."""
+    """[N + 1] int32: cumulative number of queries, starting with 0."""
     key_ends: Tensor
-    """[N + 1] int32: the same of its gathered keys."""
+    """[N + 1] int32: cumulative number of gathered keys, starting with 0."""
     max_queries: int
     max_keys: int
     tokens: Tensor
-    """[S] int64: which token each gathered key is."""
+    """[S] int64: the token of each gathered key."""
     own: Tensor
-    """[T] int64: the gathered place of each token in its own sequence."""
+    """[T] int64: the gathered row of each token in its own sequence."""
     copies: list[tuple[Tensor, Tensor]]
-    """(prefix tokens, their gathered places) of the first responses, the second ones, and so on."""
+    """(prefix tokens, their gathered rows) for the first response of every group, for the second, and so on."""
 
 
-def cut(packed: PackLayout) -> Sequences:
-    """The sequences of a layout; without an empty one."""
+def split_sequences(packed: PackLayout) -> Sequences:
+    """The sequences of a layout; empty ones are skipped."""
     prefixes, tails, groups = packed.prefixes, packed.tails, packed.tail_groups
-    first = np.cumsum(packed.num_tails) - packed.num_tails  # [G] responses before each group
-    number = np.arange(len(tails)) - first[groups]  # [R] place of a response in its group
+    first = np.cumsum(packed.num_tails) - packed.num_tails  # [G] index of the first response of each group
+    number = np.arange(len(tails)) - first[groups]  # [R] index of a response in its group
     # Sequences in the order of the pack: a group's prefix, then its responses.
     order = np.argsort(np.concatenate([packed.starts, packed.tail_starts + 0.5]), kind="stable")
     query_lengths = np.concatenate([prefixes, tails])[order]
     prefix_lengths = np.concatenate([np.zeros_like(prefixes), prefixes[groups]])[order]
     prefix_starts = np.concatenate([packed.starts, packed.starts[groups]])[order]
     numbers = np.concatenate([np.full_like(prefixes, -1), number])[order]
-    is_there = query_lengths > 0
+    is_nonempty = query_lengths > 0
     query_lengths, prefix_lengths, prefix_starts, numbers = (
-        each[is_there] for each in (query_lengths, prefix_lengths, prefix_starts, numbers)
+        each[is_nonempty] for each in (query_lengths, prefix_lengths, prefix_starts, numbers)
     )
     key_lengths = prefix_lengths + query_lengths
     key_starts = np.cumsum(key_lengths) - key_lengths
@@ -99,7 +105,7 @@ def varlen_attention(
 
 
 class _Gather(torch.autograd.Function):
-    """[T, G, D] -> [S, G, D]; the gradients of a token's copies are added up in float32, always in the same order."""
+    """[T, G, D] -> [S, G, D]; gradients of the copies of a token are summed in float32, in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, sequences: Sequences) -> Tensor:
@@ -110,33 +116,36 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradients[0]
         total = gradient.index_select(0, ctx.sequences.own).float()
-        for tokens, places in ctx.sequences.copies:  # no token twice in one copy, so nothing races
+        for (
+            tokens,
+            places,
+        ) in ctx.sequences.copies:  # tokens are unique within one entry, so index_add_ is deterministic
             total.index_add_(0, tokens, gradient.index_select(0, places).float())
         return total.to(gradient.dtype), None
 
 
 @lru_cache(maxsize=1)
 def find_flash() -> FlashCall | None:
-    """The flash-attn package's kernel where it is installed, else torch's; None where neither does what is needed."""
+    """The kernel of the flash-attn package if installed, else torch's; None if neither is usable on this GPU."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return None
-    for make in (_of_the_package, _of_torch):
+    for make in (_from_flash_attn, _from_torch):
         flash = make()
-        if flash is not None and _ends_at_the_bottom_right(flash):
+        if flash is not None and _is_aligned_bottom_right(flash):
             return flash
     return None
 
 
-def _of_the_package() -> FlashCall | None:
+def _from_flash_attn() -> FlashCall | None:
     try:
         from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         return None
 
-    def call(q: Tensor, k: Tensor, v: Tensor, cut: Sequences, scaling: float, window: int | None) -> Tensor:
+    def call(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scaling: float, window: int | None) -> Tensor:
         left = -1 if window is None else window - 1
         out: Tensor = flash_attn_varlen_func(
-            q, k, v, cut.query_ends, cut.key_ends, cut.max_queries, cut.max_keys,
+            q, k, v, sequences.query_ends, sequences.key_ends, sequences.max_queries, sequences.max_keys,
             softmax_scale=scaling, causal=True, window_size=(left, -1 if window is None else 0),
         )  # fmt: skip
         return out
@@ -144,7 +153,7 @@ def _of_the_package() -> FlashCall | None:
     return call
 
 
-def _of_torch() -> FlashCall | None:
+def _from_torch() -> FlashCall | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -154,13 +163,13 @@ def _of_torch() -> FlashCall | None:
         return None
     shares_key_heads = "enable_gqa" in known
 
-    def call(q: Tensor, k: Tensor, v: Tensor, cut: Sequences, scaling: float, window: int | None) -> Tensor:
+    def call(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scaling: float, window: int | None) -> Tensor:
         options: dict[str, Any] = {"enable_gqa": True} if shares_key_heads else {}
         if not shares_key_heads:
             k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
         left = -1 if window is None else window - 1
         out = varlen_attn(
-            q, k, v, cut.query_ends, cut.key_ends, cut.max_queries, cut.max_keys,
+            q, k, v, sequences.query_ends, sequences.key_ends, sequences.max_queries, sequences.max_keys,
             scale=scaling, window_size=(left, 0), **options,
         )  # fmt: skip
         assert isinstance(out, Tensor)
@@ -169,8 +178,8 @@ def _of_torch() -> FlashCall | None:
     return call
 
 
-def _ends_at_the_bottom_right(flash: FlashCall) -> bool:
-    """Whether the last of fewer queries sees all keys: tried out once, since kernels have differed in this."""
+def _is_aligned_bottom_right(flash: FlashCall) -> bool:
+    """Whether the last query sees all keys when there are fewer queries than keys; kernels differ in this alignment."""
     device = torch.device("cuda")
     zero = torch.zeros(0, dtype=torch.int64, device=device)
     one_query, two_keys = (torch.tensor([0, length], dtype=torch.int32, device=device) for length in (1, 2))
@@ -180,6 +189,6 @@ def _ends_at_the_bottom_right(flash: FlashCall) -> bool:
     try:
         with torch.no_grad():
             found = flash(query, torch.zeros_like(values), values, one, 1.0, None)
-    except (RuntimeError, TypeError):  # no kernel for this GPU, or another signature
+    except (RuntimeError, TypeError):  # no kernel for this GPU, or a different signature
         return False
     return bool((found == 2.0).all())

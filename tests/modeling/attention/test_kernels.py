@@ -14,9 +14,9 @@ from torch import Tensor
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.attention.cpu import split_attention
-from rm_gallery.modeling.attention.dispatch import attend, check, visible
+from rm_gallery.modeling.attention.dispatch import AttentionSpec, attend, check, visible
 from rm_gallery.modeling.attention.flex import BLOCK, block_map, block_mask, flex_attention
-from rm_gallery.modeling.attention.varlen import Sequences, cut, find_flash, varlen_attention
+from rm_gallery.modeling.attention.varlen import Sequences, find_flash, split_sequences, varlen_attention
 from tests.modeling.attention.cases import (
     HEADS,
     LONG_SHAPES,
@@ -60,7 +60,7 @@ def test_kernels_of_a_cpu(kernel: str, shape: str, heads: tuple[int, int, int], 
     layout = layout_of(SHAPES[shape], CPU, kernel)
     for dtype, tolerance in ((torch.float32, EXACT), (torch.bfloat16, ROUNDED)):
         difference = worst_difference(
-            lambda q, k, v, scaling: attend(q, k, v, layout, scaling=scaling, window=window),
+            lambda q, k, v, scaling: attend(q, k, v, layout, AttentionSpec(scaling, window)),
             layout, heads, dtype, window=window,
         )  # fmt: skip
         assert difference < tolerance
@@ -91,7 +91,7 @@ def test_prompt_and_responses_are_apart_in_long_texts_unless_a_window_ends_withi
         assert not calls, "not where gradients are wanted, nor in bfloat16"
         with torch.set_grad_enabled(grad):
             difference = worst_difference(
-                lambda q, k, v, scaling: attend(q, k, v, layout, scaling=scaling, window=window),
+                lambda q, k, v, scaling: attend(q, k, v, layout, AttentionSpec(scaling, window)),
                 layout, HEADS[1], dtype, window=window, backward=grad,
             )  # fmt: skip
         assert difference < (EXACT if dtype == torch.float32 else ROUNDED)
@@ -104,7 +104,7 @@ def test_varlen_cuts_and_gathers_by_the_rule(shape: str, heads: tuple[int, int, 
     layout = layout_of(SHAPES[shape], CPU)
     difference = worst_difference(
         lambda q, k, v, scaling: varlen_attention(
-            q, k, v, cut(layout), scaling=scaling, window=window, flash=plain_flash
+            q, k, v, split_sequences(layout), scaling=scaling, window=window, flash=plain_flash
         ),
         layout, heads, torch.float32, window=window,
     )  # fmt: skip
@@ -112,7 +112,7 @@ def test_varlen_cuts_and_gathers_by_the_rule(shape: str, heads: tuple[int, int, 
 
 
 def test_varlen_by_hand() -> None:
-    sequences = cut(layout_of([(2, [2, 1]), (0, [1])], CPU))
+    sequences = split_sequences(layout_of([(2, [2, 1]), (0, [1])], CPU))
     assert sequences.query_ends.tolist() == [0, 2, 4, 5, 6]
     assert sequences.key_ends.tolist() == [0, 2, 6, 9, 10]
     assert sequences.tokens.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5]
@@ -164,9 +164,9 @@ def test_reward_tokens_alone_get_what_they_get_among_all(kernel: str) -> None:
     for shape in SHAPES.values():
         layout = layout_of(shape, CPU, kernel)
         (query, key, value), _ = draw_inputs(len(layout.labels), (4, 2, 64), CPU, torch.float32)
-        every = attend(query, key, value, layout, scaling=0.1, window=9)
+        every = attend(query, key, value, layout, AttentionSpec(0.1, 9))
         rows = layout.reward_index
-        only = attend(query[rows], key, value, layout, rewards_only=True, scaling=0.1, window=9)
+        only = attend(query[rows], key, value, layout, AttentionSpec(0.1, 9), rewards_only=True)
         torch.testing.assert_close(only, every[rows], atol=1e-6, rtol=1e-5)
 
 
@@ -197,7 +197,7 @@ def test_kernels_of_a_gpu(
         pytest.skip("flash attention has no float32, or there is none here; its cutting is tested on the CPU")
     layout = layout_of({**SHAPES, **LONG_SHAPES}[shape], device, kernel)
     difference = worst_difference(
-        lambda q, k, v, scaling: attend(q, k, v, layout, scaling=scaling, window=window),
+        lambda q, k, v, scaling: attend(q, k, v, layout, AttentionSpec(scaling, window)),
         layout, heads, dtype, window=window,
     )  # fmt: skip
     assert difference < (ROUNDED if dtype == torch.bfloat16 else 1e-3)  # float32 products may run as tf32

@@ -1,0 +1,49 @@
+"""The supported model types, in one table: what differs between them, for the model call and for the estimate.
+
+Loads no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model type of transformers (`config.model_type`)."""
+
+    is_decoder: bool
+    """Causal: texts are packed and share prompts. Encoders run padded."""
+    gated_mlp: bool = False
+    """The MLP multiplies two projections (SwiGLU, GeGLU)."""
+    head_norms: bool = False
+    """Queries and keys of each head are normalized."""
+    float32_norms: bool = False
+    """Four norms per layer, which keep input and output in float32 (Gemma 3)."""
+    window_in_config: bool = False
+    """One sliding window for all layers, in the configuration instead of the attention module."""
+    relative_attention: bool = False
+    """Attention scores have terms for relative positions (disentangled attention)."""
+    positions_after_padding: bool = False
+    """Position ids start at the padding id + 1, which shortens the longest text."""
+
+
+ARCHITECTURES = {
+    "qwen2": Architecture(is_decoder=True, gated_mlp=True),
+    "qwen3": Architecture(is_decoder=True, gated_mlp=True, head_norms=True),
+    "llama": Architecture(is_decoder=True, gated_mlp=True),
+    "mistral": Architecture(is_decoder=True, gated_mlp=True, window_in_config=True),
+    "gemma3_text": Architecture(is_decoder=True, gated_mlp=True, head_norms=True, float32_norms=True),
+    "bert": Architecture(is_decoder=False),
+    "roberta": Architecture(is_decoder=False, positions_after_padding=True),
+    "deberta-v2": Architecture(is_decoder=False, relative_attention=True),
+    "modernbert": Architecture(is_decoder=False, gated_mlp=True),
+}
+_OTHER = Architecture(is_decoder=False)  # a classifier that scoring runs padded
+DECODERS = tuple(name for name, each in ARCHITECTURES.items() if each.is_decoder)
+ENCODERS = tuple(name for name, each in ARCHITECTURES.items() if not each.is_decoder)
+
+
+def architecture(model_type: str) -> Architecture:
+    """The entry of a model type; one without special features for types that are not in the table."""
+    return ARCHITECTURES.get(model_type, _OTHER)
