@@ -1,7 +1,7 @@
 # Set-up, tests and the quick start. `make help` lists what there is to do.
 #
 # Variables: PYTHON=python3.12 (used once, to create the environment), VENV=path of the environment,
-# PIP_FLAGS=more options for pip (an index with CPU builds of torch, say), ARGS=for pytest and benchmarks.
+# PIP_FLAGS=more options for pip (e.g. an index with CPU builds of torch), ARGS=for pytest and benchmarks.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -60,7 +60,7 @@ clean:  ## remove caches and build output; runs, checkpoints and the environment
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find rm_gallery tutorials tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# TRL pins libraries of its own, so the peer gets a separate environment.
+# TRL pins other versions of libraries, so it gets a separate environment.
 .venv-trl/bin/python:
 	$(PYTHON) -m venv .venv-trl
 	$@ -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) torch transformers trl datasets pyarrow pandas

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None, *, default_config: str | None = None) -> int:
-    """Run one command and return its exit status: 0, 2 for an error that a user can fix, 130 for Ctrl-C, 143 for
-    SIGTERM after the run was saved.
+    """Run one command and return its exit status: 0, 2 for a UserError, 130 for Ctrl-C, 143 for SIGTERM after the
+    run was saved.
 
     default_config: default of `--config`; recipes pass their own file.
     """
@@ -82,7 +82,7 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
 
 
 def _add_config(command: argparse.ArgumentParser, default_config: str | None) -> None:
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration override, as optim.lr=1e-6")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration override, e.g. optim.lr=1e-6")
     command.add_argument("--config", default=default_config, metavar="FILE", help="YAML configuration file")
     command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
 
@@ -109,11 +109,13 @@ def _add_estimate(commands: Any, default_config: str | None) -> None:
         help="estimate peak memory, the largest micro-batch and the time of an epoch, without a GPU",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
-            "Estimate the peak memory of each GPU, the largest micro-batch that fits, the time of an epoch, and the\n"
-            "changes that make the run fit. Reads the model's config.json and a sample of the data, no weights.\n"
+            "Estimate the peak memory of each GPU, the largest micro-batch that fits, the\n"
+            "time of an epoch, and the changes that make the run fit. Reads the model's\n"
+            "config.json and a sample of the data, no weights.\n"
             "  rm-gallery estimate model=qwen2.5-7b n_gpus=8 gpu=h200 data=train.parquet\n"
-            "Keys in addition to those of train: n_gpus, gpu (h200, h100, a100-80, a100-40, l40s, 4090, cpu),\n"
-            "gpus_per_node, gpu_memory_gib, mfu, pairs, prompt_tokens, response_tokens, tokenizer, chars_per_token."
+            "Keys in addition to those of train: n_gpus, gpu (h200, h100, a100-80, a100-40,\n"
+            "l40s, 4090, cpu), gpus_per_node, gpu_memory_gib, mfu, pairs, prompt_tokens,\n"
+            "response_tokens, tokenizer, chars_per_token."
         ),
     )
     _add_config(command, default_config)
@@ -127,25 +129,27 @@ def _add_score(commands: Any) -> None:
         help="score files with trained models",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
-            "Score files with trained models. Reads every file and layout that train reads, and responses without\n"
-            "labels. The first layout that a file has decides:\n"
-            "  chosen and rejected           gives reward_chosen and reward_rejected\n"
-            "  messages                      gives reward, of the last turn\n"
-            "  responses (a list), and other layouts with a list of responses\n"
-            "                                gives rewards (a list)\n"
-            "  response                      gives reward\n"
-            "A prompt and tools are read too. Columns have other names with data.KEY=VALUE, as in training:\n"
-            "  rm-gallery score --model MODEL --output out data.chosen_key=better answers.csv.gz\n"
-            "Also data.split, data.subset and data.revision of a hub dataset. The output has the columns of the input\n"
-            "and the rewards: JSON lines for JSON, parquet for other inputs, or what the suffix of --output says.\n"
-            "With several models, the reward columns are prefixed with NAME/. A stopped command resumes when rerun."
+            "Score files with trained models. Reads all files and formats that train reads,\n"
+            "and responses without labels. Added columns, by the first match of a file:\n"
+            "  chosen and rejected   reward_chosen and reward_rejected\n"
+            "  messages              reward, of the last turn\n"
+            "  responses (a list)    rewards (a list); also for other formats with a list\n"
+            "  response              reward\n"
+            "Optional columns: prompt, tools. Set column names with data.KEY=VALUE, e.g.\n"
+            "  rm-gallery score --model MODEL --output out data.chosen_key=better a.csv.gz\n"
+            "data.split, data.subset and data.revision select from a hub dataset. The output\n"
+            "has the input's columns and the rewards: JSON lines for JSON, parquet for other\n"
+            "inputs, or the format of the suffix of --output. With several models, reward\n"
+            "columns are prefixed with NAME/. Rerun a stopped command to resume."
         ),
     )
     command.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="file, folder, glob, URL or hub dataset; or data.KEY=VALUE"
     )
-    command.add_argument("--model", action="append", required=True, metavar="FOLDER", help="repeat for several models")
-    command.add_argument("--output", required=True, metavar="PATH", help="folder; or a file, for one input")
+    command.add_argument(
+        "--model", action="append", required=True, metavar="FOLDER", help="model folder; repeat for several models"
+    )
+    command.add_argument("--output", required=True, metavar="PATH", help="output folder, or a file for a single input")
     command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N")
     command.add_argument("--dtype", default="auto", help="auto (default: bf16 on a GPU), fp32, bf16")
     command.add_argument("--token-budget", type=int, metavar="N", help="maximum tokens per model call")
@@ -157,35 +161,43 @@ def _add_score(commands: Any) -> None:
 def _add_export_data(commands: Any) -> None:
     command = commands.add_parser(
         "export-data",
-        help="make training data of scored responses",
+        help="export scored responses as training data",
         usage="%(prog)s --input PATH ... --output-dir FOLDER [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         description=(
-            "Make training data of scored responses. A case, one row of the input, has one of\n"
+            "Export scored responses as training data. A case is one row of the input, with\n"
             "  response_a, response_b, score_a, score_b\n"
-            "  responses and scores            lists; or ranks (1 is best) in place of scores\n"
-            "  response and score              all responses to one prompt are compared with each other\n"
-            "and, where there is one, the prompt (or query, or messages). With --results the scores come from a\n"
-            "GradingRunner: --input is the file of the samples, --results its output_path.\n\n"
-            "Every two responses with different scores make a row with prompt, chosen, rejected, margin (the\n"
-            "difference of the scores) and source. All rows of a prompt are on the same side, train or test."
+            "  responses and scores   lists; or ranks (1 is best) instead of scores\n"
+            "  response and score     responses to the same prompt are compared\n"
+            "and optionally prompt (or query, or messages). With --results the scores come\n"
+            "from a GradingRunner: --input is the file of its samples, --results its\n"
+            "output_path.\n\n"
+            "Every two responses with different scores give a row with prompt, chosen,\n"
+            "rejected, margin (the difference of the scores) and source. All rows of a\n"
+            "prompt are in the same split."
         ),
         epilog=(
             "examples:\n"
             "  rm-gallery export-data --input cases.jsonl --output-dir data\n"
-            "  rm-gallery export-data --input samples.jsonl --results results.jsonl --grader relevance \\\n"
-            "      --map prompt=question response=answer.text --output-dir data --split train=0.9 test=0.1"
+            "  rm-gallery export-data --input samples.jsonl --results results.jsonl \\\n"
+            "      --grader relevance --map prompt=question response=answer.text \\\n"
+            "      --output-dir data --split train=0.9 test=0.1"
         ),
     )
     add = command.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="file, folder, glob, URL or hub dataset of cases")
-    add("--output-dir", required=True, metavar="FOLDER", help="gets train.parquet, test.parquet, ...")
+    add("--output-dir", required=True, metavar="FOLDER", help="folder for train.parquet, test.parquet, ...")
     add("--format", nargs="+", default=["parquet"], metavar="NAME", help="parquet (default), jsonl or both")
     add("--overwrite", action="store_true", help="replace the files of an earlier export")
     add("--results", metavar="FILE", help="results file of a GradingRunner for the cases")
-    add("--grader", nargs="+", metavar="NAME", help="whose results; response_a=NAME response_b=NAME for one each")
-    add("--map", nargs="+", metavar="FIELD=PATH", help="path of a field in a case, as prompt=input.question")
+    add(
+        "--grader",
+        nargs="+",
+        metavar="NAME",
+        help="grader whose results to use; response_a=NAME response_b=NAME for one per response",
+    )
+    add("--map", nargs="+", metavar="FIELD=PATH", help="path of a field in a case, e.g. prompt=input.question")
     add("--source", metavar="NAME", help="name of the data set, for cases without one")
     add("--split", nargs="+", metavar="SIDE=SHARE", help="share of the rows for each side (train=0.8 test=0.2)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the split (0)")
@@ -193,7 +205,12 @@ def _add_export_data(commands: Any) -> None:
     add("--pairs", default="all", metavar="NAME", help="all (default), or best_worst: the best against the worst")
     add("--min-difference", type=float, default=0.0, metavar="X", help="minimum difference of the scores (0)")
     add("--max-pairs-per-prompt", type=int, metavar="N", help="keep a random sample of N pairs of a prompt")
-    add("--contradictions", default="keep", metavar="NAME", help="keep (default), or drop both of opposite pairs")
+    add(
+        "--contradictions",
+        default="keep",
+        metavar="NAME",
+        help="keep (default) pairs with opposite labels, or drop both",
+    )
     add("--debug", action="store_true", help="print tracebacks and debug messages")
     command.set_defaults(run=_export_data, words="", when_stopped="nothing was written")
 
@@ -205,7 +222,7 @@ def _loading() -> Iterator[None]:
     Loaded objects are frozen, so that later collections skip them too.
     """
     if "torch" in sys.modules or not gc.isenabled():
-        yield  # called from a program that has objects of its own
+        yield  # called from a program that already has objects to collect
         return
     gc.disable()
     try:
@@ -269,14 +286,14 @@ def _score(arguments: argparse.Namespace) -> None:
     )
     num_rewards = 0
     for scored in score_files(options):
-        print(f"{scored.output}: {scored.num_rows} rows" + (", scored earlier" if scored.was_there else ""))
+        print(f"{scored.output}: {scored.num_rows} rows" + (", already scored" if scored.was_there else ""))
         for model, unscored in scored.unscored.items():
             num_rewards += scored.num_rows - unscored.total
             if unscored.total:
                 print(f"  {model}: {unscored.total} without a reward: {unscored.describe()}")
     if not num_rewards:
         raise UserError(
-            "no row got a reward, for the reasons above; fix the rows, or name the columns with data.KEY=NAME"
+            "no row has a reward, for the reasons above; fix the rows, or set the column names with data.KEY=NAME"
         )
 
 
@@ -292,7 +309,7 @@ def _export_data(arguments: argparse.Namespace) -> None:
         [grader] = grader
     options: dict[str, Any] = {}
     if arguments.split is not None:
-        split = _named(arguments.split, "--split", "SIDE=SHARE, as train=0.8")
+        split = _named(arguments.split, "--split", "SIDE=SHARE, e.g. train=0.8")
         options["split_ratio"] = {side: _share(side, share) for side, share in split.items()}
     for name in ("seed", "layout", "pairs", "min_difference", "max_pairs_per_prompt", "contradictions", "source"):
         options[name] = getattr(arguments, name)
@@ -315,9 +332,9 @@ def _named(items: Sequence[str], option: str, form: str) -> dict[str, str]:
     for item in items:
         name, sign, value = item.partition("=")
         if not (name and sign and value):
-            raise UserError(f"{option} {item}: write it as {form}")
+            raise UserError(f"{option} {item}: expected {form}")
         if name in named:
-            raise UserError(f"{option} names {name} twice; name it once")
+            raise UserError(f"{option} has {name} twice; give it once")
         named[name] = value
     return named
 
@@ -326,7 +343,7 @@ def _share(side: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"--split {side}={text}: the share must be a number, as 0.8") from None
+        raise UserError(f"--split {side}={text}: the share must be a number, e.g. 0.8") from None
 
 
 if __name__ == "__main__":

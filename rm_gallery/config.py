@@ -35,7 +35,7 @@ def load(
     """Read a YAML file, apply overrides, check everything, and return the dataclass `kind`.
 
     file: path of the YAML file, or None to start from the defaults of the dataclass.
-    aliases: short keys of overrides, as `{"data": "data.train_files"}`.
+    aliases: short keys of overrides, e.g. `{"data": "data.train_files"}`.
     prepare, check, ignore: see `build`.
     Raises UserError that lists all problems, one a line.
     """
@@ -101,7 +101,7 @@ def problem_of(key: str, check: Callable[[], object]) -> Iterator[Problem]:
 
 
 def known_keys(kind: type, prefix: str = "") -> dict[str, Any]:
-    """Every key of a configuration with its type, sections included, as `model.fsdp_config.model_dtype`."""
+    """Every key of a configuration with its type, sections included, e.g. `model.fsdp_config.model_dtype`."""
     hints = get_type_hints(kind)
     found: dict[str, Any] = {}
     for each in fields(kind):
@@ -121,7 +121,7 @@ def to_yaml(values: Mapping[str, Any]) -> str:
 def compose(kind: type, file: str | None, overrides: Sequence[str]) -> dict[str, Any]:
     """Nested plain values of a YAML file with overrides applied, as Hydra composes them; not checked yet.
 
-    Hydra accepts only keys that the file holds. Here an override may also add a key; `build` refuses unknown ones.
+    Hydra accepts only keys that are in the file. Here an override may also add a key; `build` rejects unknown ones.
     Hydra writes no files in this mode.
     """
     from hydra import compose as hydra_compose
@@ -134,7 +134,7 @@ def compose(kind: type, file: str | None, overrides: Sequence[str]) -> dict[str,
     if path is not None and not path.is_file():
         raise UserError(f"{file}: no such configuration file (working directory {Path.cwd()})")
     if path is not None and path.suffix != ".yaml":
-        raise UserError(f"{file}: the name of a configuration file ends with .yaml; rename it")
+        raise UserError(f"{file}: the name of a configuration file must end with .yaml; rename it")
     text_keys = {key for key, hint in known_keys(kind).items() if str in (hint, *get_args(hint))}
     folder = None if path is None else path.parent
     arguments = [_for_hydra(override, folder, text_keys) for override in overrides]
@@ -150,7 +150,7 @@ def compose(kind: type, file: str | None, overrides: Sequence[str]) -> dict[str,
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_describe_hydra(error, file)) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as UTF-8 text ({error}); write it again") from error
+        raise UserError(f"{file}: cannot be read as UTF-8 text ({error}); recreate it") from error
     except Exception as error:  # invalid YAML raises an error of the YAML library
         if type(error).__module__.startswith("yaml"):
             raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from error
@@ -165,13 +165,13 @@ def _expand_alias(override: str, aliases: Mapping[str, str]) -> str:
 
 
 def _for_hydra(override: str, folder: Path | None, text_keys: Collection[str]) -> str:
-    """`key=value` as Hydra's `++key=value`, which sets a key whether or not the file holds it.
+    """`key=value` as Hydra's `++key=value`, which sets a key whether or not it is in the file.
 
     text_keys: keys whose values are text, so that `~/data`, `a=b` and `123` need no quotes.
     """
     key, equals, value = override.partition("=")
     if not re.fullmatch(r"(\+{0,2}|~)[A-Za-z_][\w./@:-]*", key) or not (equals or key.startswith("~")):
-        raise UserError(f"{override!r}: an override is written key=value without spaces, as in optim.lr=1e-6")
+        raise UserError(f"{override!r}: an override is written key=value without spaces, e.g. optim.lr=1e-6")
     is_config_group = folder is not None and (folder / key).is_dir()
     if not re.fullmatch(r"[\w.]+", key) or key.startswith("hydra.") or is_config_group:
         return override
@@ -190,7 +190,7 @@ def _describe_hydra(error: Exception, file: str | None) -> str:
         key, _, value = override.partition("=")
         return f"{override}: write a list as {key}=[{value}], and quote text with a comma, as in '{key}=\"{value}\"'"
     if "must be a DictConfig" in text:
-        return f"{file}: the file must hold keys with values, as in `optim: {{lr: 1e-6}}`"
+        return f"{file}: the file must contain keys with values, e.g. `optim: {{lr: 1e-6}}`"
     return f"{file or 'configuration'}: {text}"
 
 
@@ -240,16 +240,16 @@ def _describe(key: str, found: Any, values: Mapping[str, Any], known: Mapping[st
     what = found["msg"].replace("Input should be ", "must be ").replace("Tuple", "tuple").partition(", ")[0]
     for theirs, ours in (
         ("a valid string", "text; put quotes around it"), ("a valid number", "a number"), ("a valid tuple", "a list"),
-        ("a valid integer", "a whole number"), ("a valid boolean", "true or false"), ("Field required", "too short"),
-        ("tuple", "list"), (" after validation", ""), ("a dictionary or an instance of", "a section of keys, as"),
+        ("a valid integer", "an integer"), ("a valid boolean", "true or false"), ("Field required", "too short"),
+        ("tuple", "list"), (" after validation", ""), ("a dictionary or an instance of", "a section with the keys of"),
     ):  # fmt: skip
         what = what.replace(theirs, ours)
     return f"{key}={value!r}: {what[0].lower()}{what[1:]}"
 
 
 def _nearest_key(path: str, known: Sequence[str]) -> str:
-    """'. Did you mean X?': a sibling with a similar name or one that holds it, else the same name elsewhere, else all
-    siblings."""
+    """'. Did you mean X?': a sibling with a similar name or one that contains it, else the same name elsewhere,
+    else all siblings."""
     section, _, name = path.rpartition(".")
     siblings = [key for key in known if key.rpartition(".")[0] == section]
     hint = nearest(name, (key.rpartition(".")[2] for key in siblings)).partition("'")[2].partition("'")[0]

@@ -36,7 +36,7 @@ class Problem:
     """One mistake in a configuration: the key it is about, and the whole message, which names the key too."""
 
     key: str
-    """As `data.train_files`; a section's name for the section as a whole."""
+    """E.g. `data.train_files`, or the name of a section."""
     text: str
 
     def is_about(self, key: str) -> bool:
@@ -94,8 +94,8 @@ class Dropped:
 def one_line(error: BaseException | str, limit: int = 200) -> str:
     """The message of an error in one line of at most `limit` characters, without a final period.
 
-    Its first paragraph, that is, up to the first blank line. An error without a message is described by its cause, or
-    else by its type.
+    Only its first paragraph, up to the first blank line, is used. An error without a message is described by its
+    cause, or else by its type.
     """
     seen: BaseException | str | None = error
     while seen is not None:

@@ -28,7 +28,7 @@ def atomic_write(path: Path, *, temporary: Path | None = None) -> Iterator[Path]
     """Yield a temporary path to write a file or folder to; it replaces `path` when the block ends.
 
     When the block raises, the temporary file is removed and `path` keeps its old content.
-    temporary: another name on the same file system; by default a hidden name beside `path`.
+    temporary: another name on the same file system; by default a hidden name in the same folder.
     """
     temporary = temporary_path(path) if temporary is None else temporary
     try:
@@ -45,7 +45,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Hidden name of this process beside `path`."""
+    """Hidden name of this process, in the folder of `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
@@ -94,7 +94,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def lock(path: Path, *, timeout: float = -1, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold the lock file `path`. The system frees it when the process ends, however it ends.
+    """Hold the lock file `path`. The system releases it when the process ends, even if killed.
 
     timeout: seconds to wait for another holder; negative waits without limit. on_wait: called once, with a
     description of the holder, before waiting. Where the file system has no locks the block runs without one.

@@ -30,7 +30,7 @@ def setup_logging(level: int = logging.INFO) -> None:
 def wait_for_local_main(seconds: float = 2.0) -> str:
     """Call before printing the error that ends a process. Return the prefix of its rank: `[rank N] `, "" on rank 0.
 
-    Local rank 0 returns at once. The others wait: they usually fail for the same reason, and torchrun stops them
+    Local rank 0 returns immediately. The others wait: they usually fail for the same reason, and torchrun stops them
     before they repeat it.
     """
     if _number("LOCAL_RANK"):

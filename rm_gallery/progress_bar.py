@@ -1,4 +1,4 @@
-"""The progress bar of training, scoring and grading (rich). It is drawn on a terminal only."""
+"""The progress bar of training, scoring and grading (rich). Drawn on terminals only."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _LOGGERS = ("", "rm_gallery", "transformers")  # those that may have a handler o
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a bar can be drawn on the stream. FORCE_COLOR, which rich obeys, would put control codes into files."""
+    """Whether a bar can be drawn on the stream. rich obeys FORCE_COLOR, which would write control codes to files."""
     return stream is not None and stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 class ProgressBar:
     """Draws `DESCRIPTION 123/300 ====---- TEXT` until it is closed; a context manager.
 
-    Lines that are printed or logged meanwhile appear above the bar, which is removed at the end. On a narrow terminal
+    Lines printed or logged while it is shown appear above the bar, which is removed at the end. On a narrow terminal
     the bar shrinks first, then the text is cropped.
     """
 
@@ -108,7 +108,7 @@ class ProgressBar:
             *columns,
             TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="crop")),
             console=Console(file=stream, force_terminal=True),
-            redirect_stdout=sys.stdout.isatty(),  # a stdout that goes to a file keeps going there
+            redirect_stdout=sys.stdout.isatty(),  # a redirected stdout is left alone
             refresh_per_second=4,
             transient=True,
             expand=True,
@@ -122,7 +122,7 @@ class ProgressBar:
 def _move_handlers(
     before: Sequence[TextIO], after: Sequence[TextIO]
 ) -> list[tuple[logging.StreamHandler[TextIO], TextIO]]:
-    """Point log handlers on a stream in `before` at its replacement in `after`; return each with its old stream.
+    """Redirect log handlers from a stream in `before` to its replacement in `after`; return each with its old stream.
 
     rich replaces sys.stderr, but a handler made earlier holds the terminal itself and would write into the bar.
     """

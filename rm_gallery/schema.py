@@ -41,7 +41,7 @@ class PreferenceGroup:
     comparisons: Sequence[Comparison] = ()
     style: InputStyle = "text"
     where: str = ""
-    """Origin of the row for error messages, as `file:row`; rows count from 0."""
+    """Origin of the row for error messages: `file:row`; rows count from 0."""
     source: str = ""
     """Name of the row's dataset, for metrics by source."""
     metadata: Mapping[str, Any] = field(default_factory=dict)

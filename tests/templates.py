@@ -26,7 +26,7 @@ TEMPLATES = ("chatml", "qwen3", "inst", "none", "none_with_bos")
 
 
 def make_templated(name: str) -> Any:
-    """A byte tokenizer with the template of this name; `none_with_bos` puts BOS before bare texts by itself."""
+    """A byte tokenizer with the template of this name; `none_with_bos` puts BOS before raw texts by itself."""
     from tokenizers import processors
 
     tokenizer = make_tokenizer()

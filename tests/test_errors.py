@@ -34,7 +34,7 @@ def test_reasons_are_counted_with_the_first_place_of_each() -> None:
 def test_reasons_that_quote_their_row_do_not_fill_the_memory() -> None:
     dropped = Dropped()
     for number in range(5000):
-        dropped.add(f"the template refuses {number}", f"a:{number}")
+        dropped.add(f"the template rejects {number}", f"a:{number}")
     assert dropped.total == 5000
     assert len(dropped.counts) == len(dropped.examples) == 201
 

@@ -55,7 +55,7 @@ def normalize_data(values: Any) -> Iterator[Problem]:
 def data_problems(data: DataConfig) -> Iterator[Problem]:
     """Missing files, values out of range and contradictions."""
     if not data.train_files:
-        yield Problem("data.train_files", "data.train_files is not set; name a parquet file or a folder of them")
+        yield Problem("data.train_files", "data.train_files is not set; give a file, a folder, a URL or a hub dataset")
     for key, files in zip(FILE_KEYS, (data.train_files, data.val_files), strict=True):
         if files:
             yield from problem_of(key, lambda files=files, key=key: find_files(files, key=key))  # type: ignore[misc]

@@ -57,7 +57,7 @@ def all_gather(value: T) -> list[T]:
 
 
 class HostGroup:
-    """The same over a gloo group of its own: it never waits for work queued on a GPU, and a thread can have another."""
+    """The same over a separate gloo group: it never waits for work queued on a GPU, and a thread can have another."""
 
     def __init__(self, world: World, *, heartbeats: bool = True) -> None:
         """A collective: every rank calls it.
@@ -71,7 +71,7 @@ class HostGroup:
             self.group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
     def for_thread(self) -> HostGroup:
-        """Return a second group of the same ranks, for a thread whose collectives run beside those of training."""
+        """Return a second group of the same ranks, for a thread that runs collectives concurrently with training."""
         return HostGroup(self.world, heartbeats=False)
 
     def any(self, value: bool) -> bool:

@@ -97,7 +97,7 @@ def processes(device: str = "auto", *, timeout_seconds: float = 1800.0) -> Itera
         cause = None
         if _is_connection_error(error):
             if watchdog.reports_others:
-                log.error("lost the connection to another rank; waiting to learn which one failed")
+                log.error("lost the connection to another rank; waiting for the report of which rank failed")
             cause = watchdog.wait_for_cause(20)
         if cause is not None:
             raise UserError(cause) from error
@@ -164,7 +164,7 @@ def _join(world: World, timeout_seconds: float) -> _Run:
     )  # fmt: skip
     watchdog.start()
     dist.init_process_group(
-        # gloo beside nccl: offloaded weights and Python objects are sent from host memory. No device_id: groups split
+        # gloo and nccl: offloaded weights and Python objects are sent from host memory. No device_id: groups split
         # from this one would lose the gloo backend.
         "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),
@@ -256,7 +256,7 @@ def _is_connection_error(error: Exception) -> bool:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch on all devices. The data order has generators of its own."""
+    """Seed Python, numpy and torch on all devices. The data order has separate generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -1,1 +1,1 @@
-"""What a model will see: statistics, duplicates, baselines and samples of preference data, as a report."""
+"""What the model reads: statistics, duplicates, baselines and samples of preference data, as a report."""

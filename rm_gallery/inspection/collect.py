@@ -159,7 +159,7 @@ def collect(
 
 
 class _Observer:
-    """Keeps numbers of each group as it passes by."""
+    """Records the numbers of each group during the pass."""
 
     encoder: InspectionEncoder
 

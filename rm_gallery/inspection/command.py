@@ -38,7 +38,7 @@ def show_data(
         try:
             write_text(target, html_of(page))
         except OSError as error:
-            raise UserError(f"--html={html}: cannot be written ({error.strerror}); name another file") from error
+            raise UserError(f"--html={html}: cannot be written ({error.strerror}); choose another file") from error
     if as_json:
         print(json.dumps(page.as_dict(), indent=2))
         return
@@ -48,13 +48,14 @@ def show_data(
 
 
 def _check_target(html: str) -> Path:
-    """The file to write. Checked before the data are read, so that a typo costs no time and no other file."""
+    """The file to write. Checked before the data are read, so that a typo wastes no time and
+    overwrites no other file."""
     path = Path(html).expanduser()
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-        raise UserError(f"--html={html}: {what}; name a file, as report.html")
+        raise UserError(f"--html={html}: {what}; use a file name such as report.html")
     if path.exists() and MARKER.encode() not in path.read_bytes()[:1000]:
-        raise UserError(f"--html={html}: the file exists and is not a report of this command; name another one")
+        raise UserError(f"--html={html}: the file exists and is not a report of this command; choose another one")
     return path
 
 
@@ -96,7 +97,7 @@ def _short_names(names: set[str]) -> dict[str, str]:
 
 
 def _packer_for(path: str, token_budget: int, trust_remote_code: bool) -> Packer:
-    """The packer of one rank, as training makes it. A folder without a model configuration counts as a decoder."""
+    """The packer of one rank, as in training. A folder without a model configuration counts as a decoder."""
     from transformers import AutoConfig
 
     from rm_gallery.modeling.architectures import ENCODERS

@@ -17,7 +17,7 @@ MAX_EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Finding:
-    """`count` of `total` rows or pairs have the property that `title` names."""
+    """`count` of `total` rows or pairs have the property in `title`."""
 
     key: str
     """Stable name, for programs."""
@@ -52,7 +52,7 @@ def find(findings: Iterable[Finding], key: str) -> Finding | None:
 
 
 MIN_TRUNCATED_CHARS = 200
-"""Only responses of at least this length can look truncated; short answers often have no full stop."""
+"""Minimum characters of a response to be flagged as truncated; short answers often have no full stop."""
 MIN_CONTAINED_CHARS = 20
 SHORT_WORDS = 2
 

@@ -114,7 +114,7 @@ def near_clusters(signatures: np.ndarray) -> np.ndarray:
 
 
 def _agreement(signatures: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """[L] share of equal hashes; in blocks, so memory stays flat."""
+    """[L] share of equal hashes; in blocks, so memory stays constant."""
     parts = [
         (signatures[one[start : start + 65_536]] == signatures[other[start : start + 65_536]]).mean(axis=1)
         for start in range(0, len(one), 65_536)
@@ -131,7 +131,7 @@ def connected_components(count: int, left: np.ndarray, right: np.ndarray) -> np.
     while True:
         low = np.minimum(label[left], label[right])
         new = label.copy()
-        # The ends and their labels all take the lower label, so long chains collapse in few rounds.
+        # The ends and their labels all take the lower label, so long chains converge in few rounds.
         for index in (left, right, label[left], label[right]):
             np.minimum.at(new, index, low)
         new = new[new]

@@ -1,4 +1,4 @@
-"""The page: the report in words, as sections of a few kinds of blocks, which terminal and HTML render.
+"""The page: the report as text, in sections of a few kinds of blocks, which terminal and HTML render.
 
 `as_dict` is the same report for programs.
 """

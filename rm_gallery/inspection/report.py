@@ -1,4 +1,4 @@
-"""The report: every figure about the data as plain records, and a summary that ranks what matters.
+"""The report: every figure about the data as plain records, and a summary ordered by importance.
 
 Terminal, HTML and JSON are made from it; see page.py.
 """
@@ -58,7 +58,7 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All figures, and what matters most of them."""
+    """All figures, and a summary of the most important ones."""
 
     unit: str
     """Unit of lengths: `tokens` or `words`."""

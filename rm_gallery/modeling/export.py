@@ -136,7 +136,7 @@ def _save_tokenizer(folder: Path, tokenizer: Any, record: InputRecord) -> None:
     own = tokenizer.chat_template
     try:
         if own is None and record.input_style == "text":
-            # The model was trained on bare text, so a conversation is rendered as bare text.
+            # The model was trained on raw text, so a conversation is rendered as raw text.
             tokenizer.chat_template = text_template(record.separator)
         tokenizer.save_pretrained(folder, save_jinja_files=False)
     finally:

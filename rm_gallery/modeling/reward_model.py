@@ -269,7 +269,7 @@ def read_model_config(path: str, *, key: str, trust_remote_code: bool = False) -
             f"{key}={path}: no model found ({one_line(error)}); name a folder with config.json and weights"
         ) from error
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise UserError(f"{key}={path}: the folder holds no weights; copy the model's *.safetensors files there")
+        raise UserError(f"{key}={path}: the folder has no weights; copy the model's *.safetensors files there")
     return config
 
 

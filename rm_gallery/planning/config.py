@@ -44,7 +44,7 @@ class EstimateConfig(TrainConfig):
     prompt_tokens: Annotated[int, Ge(0)] | None = None
     """Without data: tokens per prompt; 300, or less if `data.max_length` is small."""
     response_tokens: Annotated[int, Ge(1)] | None = None
-    """Without data: tokens per response; 350, or what the prompt leaves of `data.max_length`."""
+    """Without data: tokens per response; 350, or the remainder of `data.max_length`."""
     tokenizer: str = ""
     """Folder of the tokenizer for the data; by default the model's folder, if it holds one."""
     chars_per_token: Annotated[float, Gt(0)] = 4.0
@@ -61,7 +61,7 @@ class EstimateConfig(TrainConfig):
 
 
 def load_estimate_config(file: str | None, overrides: Sequence[str]) -> EstimateConfig:
-    """Read a training configuration with the keys of the estimate; `model=X` and `data=X` are short for their paths.
+    """Read a training configuration with the keys of the estimate; `model=X` and `data=X` are aliases.
 
     Raises UserError that lists all problems, one a line.
     """
@@ -76,7 +76,7 @@ def _normalize(values: dict[str, Any]) -> Iterator[Problem]:
 
 def _problems(config: EstimateConfig) -> Iterator[Problem]:
     if not config.model.partial_pretrain:
-        text = "model is not set; name a folder with config.json, a configuration file, or a known shape"
+        text = "model is not set; use a folder with config.json, a configuration file, or a known shape"
         yield Problem("model", text)
     yield from model_problems(config.model)
     yield from data_problems(config.data)

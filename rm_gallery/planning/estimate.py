@@ -41,7 +41,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Estimate:
-    """All that is known of a run before it starts."""
+    """The estimate of a run."""
 
     config: EstimateConfig
     shape: ModelShape
@@ -88,7 +88,7 @@ def estimate(config: EstimateConfig) -> Estimate:
     if longest > budget:
         notes.append(
             f"the longest group has {longest} tokens, but a micro-batch holds {budget}: training splits it into "
-            "pieces, each with the prompt, and a pair that is too long gets a micro-batch of its own; "
+            "pieces, each with the prompt, and a pair that is too long gets a separate micro-batch; "
             f"set data.max_tokens_per_micro_batch={longest} to avoid it"
         )
     return Estimate(
@@ -196,7 +196,7 @@ def plan_workload(sample: Sample, config: PackingConfig, packer: Packer, *, seed
     groups = slice(None) if mixture is None else mixture.groups(seed=seed, epoch=0)
     batch_size = min(config.train_batch_size, sample.num_pairs)
     repeats = -(-batch_size // int(sizes.num_comparisons[groups].sum()))
-    if repeats > 1:  # the sample is smaller than a step: each group stands for several, which share nothing
+    if repeats > 1:  # the sample is smaller than a step: each group represents several, which share nothing
         entry = np.zeros(len(sizes), np.int32) if mixture is None else mixture.entry
         weights = [1.0] if mixture is None else mixture.weights
         mixture = Mixture(entry, [weight * repeats for weight in weights])

@@ -77,7 +77,7 @@ def _find_config(model: str, key: str, trust_remote_code: bool) -> tuple[str, An
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         if path.is_dir():
-            raise UserError(f"{key}={model}: the folder holds no config.json")
+            raise UserError(f"{key}={model}: the folder has no config.json")
         if is_path:
             raise UserError(f"{key}={model}: no such folder or file (working directory {Path.cwd()})")
         if (known := known_config(model)) is not None:

@@ -172,15 +172,17 @@ def _what(found: Estimate) -> list[str]:
         found.layout.strategy, f"{found.layout.strategy}, sharded across {found.layout.shards} ranks"
     )
     layers = f"{shape.num_layers} layers of {_count(shape.layer_parameters)}"
-    rate = f"{device.flops(dtype) / 1e12:.3g} TFLOP/s in {dtype}"
+    rate = f"{device.flops(dtype) / 1e12:.3g} TFLOP/s in {dtype} ({device.source})"
     checkpointing = "on" if found.layout.checkpointing else "off"
     per_pair = found.workload.tokens / found.workload.num_pairs
     once = "padding included" if shape.padded else "shared prompts once"
     return [
         f"model        {shape.name} ({shape.model_type}; {shape.source})",
         f"             {_count(shape.parameters)} parameters: {layers}, {_count(shape.outer_parameters)} outside them",
-        f"device       {config.n_gpus} x {device.name}: {_gib(device.memory)} GiB usable, {rate} ({device.source})",
-        f"layout       model.strategy={config.model.strategy}: {spread}; activation checkpointing {checkpointing}",
+        f"device       {config.n_gpus} x {device.name}: {_gib(device.memory)} GiB usable each",
+        f"             {rate}",
+        f"layout       model.strategy={config.model.strategy}: {spread}",
+        f"             activation checkpointing {checkpointing}",
         f"data         {found.sample.how}",
         f"             {found.workload.num_pairs:,} pairs per epoch, {per_pair:,.0f} tokens per pair ({once})",
     ]
@@ -211,14 +213,15 @@ def _micro_batch(found: Estimate) -> list[str]:
         setting = (
             f"data.micro_batch_size_per_gpu={data.micro_batch_size_per_gpu} x 2 x data.max_length={data.max_length}"
         )
-    largest = f"{found.fitting:,} tokens is the largest that fits" if found.fitting else "none fits"
+    largest = f"largest that fits: {found.fitting:,} tokens" if found.fitting else "none fits"
     if found.fitting >= 2 * data.budget:
         largest += f" (data.max_tokens_per_micro_batch={found.fitting})"
     without, with_it = (_gib(found.activations[checkpointing]) for checkpointing in (False, True))
-    room = f"at most {data.budget:,} tokens ({setting})"
-    kept = f"{without} GiB without activation checkpointing, {with_it} with it"
+    kept = f"{without} GiB, {with_it} with activation checkpointing"
     return [
-        f"micro-batch  {room}; {largest}",
+        f"micro-batch  {data.budget:,} tokens at most",
+        f"             ({setting})",
+        f"             {largest}",
         f"             activations of {found.micro_batch:,} tokens: {kept}",
     ]
 
@@ -230,17 +233,18 @@ def _time(found: Estimate) -> list[str]:
     each = f"{work.micro_batches_per_step:.3g} micro-batches per step on each {_owner(found)}"
     lines = [
         f"epoch        {_duration(timing.seconds)}: {timing.flops:.3g} FLOPs at {rate}",
-        f"             {steps}; {each}; load imbalance: {1 - work.balance:.0%}",
+        f"             {steps}",
+        f"             {each}; load imbalance: {1 - work.balance:.0%}",
     ]
     more = "data.train_batch_size" if work.micro_batches_per_step <= 1 else "data.max_tokens_per_micro_batch"
     if timing.communication_seconds > timing.compute_seconds:
         lines.append(
-            f"             limited by communication: computation alone takes {_duration(timing.compute_seconds)}; "
-            f"a larger {more} communicates less often"
+            f"             limited by communication: computation alone takes {_duration(timing.compute_seconds)};\n"
+            f"             a larger {more} communicates less often"
         )
     elif timing.communication_seconds:
         share = timing.communication_seconds / timing.compute_seconds
-        lines.append(f"             communication, overlapped: {share:.0%} of that at the published bandwidth")
+        lines.append(f"             communication, overlapped: {share:.0%} of that, at the published bandwidth")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""A sample that stands for the whole dataset, as token data: from its rows, or from assumed lengths.
+"""A sample that represents the whole dataset, as token data: from its rows, or from assumed lengths.
 
 Training's own code reads and tokenizes the rows, so the sample can be planned like a real dataset.
 """
@@ -33,7 +33,7 @@ _ASSUMED_PAIRS = 1024
 
 @dataclass(frozen=True)
 class Sample:
-    """Groups that stand for the dataset."""
+    """Groups that represent the dataset."""
 
     data: TokenData
     num_pairs: int

@@ -66,11 +66,11 @@ class InputBuilder:
     def fit(self, group: PreferenceGroup) -> PreferenceGroup:
         """The group in the style of this model: for a text model, the turns of a chat are joined by the separator.
 
-        A group of bare text stays as it is: it may hold what the chat template would write.
+        A group of raw text stays as it is: it may hold what the chat template would write.
         """
         if group.style == "text":
             if self.style == "chat":
-                self._warn_once("the model was trained on chats but got bare text; see RewardScorer.build_group")
+                self._warn_once("the model was trained on chats but got raw text; see RewardScorer.build_group")
             return group
         if self.style == "chat":
             return group
@@ -79,7 +79,7 @@ class InputBuilder:
         if group.prompt or any(len(response) > 1 for response in group.responses):
             how = "by a blank line" if self.separator == "\n\n" else "directly, as in training"
             self._warn_once(
-                f"the model was trained on bare text: the query and the response are joined {how}, without role names"
+                f"the model was trained on raw text: the query and the response are joined {how}, without role names"
             )
         return PreferenceGroup(prompt + self.separator if group.prompt else "", responses, group.comparisons, "text")
 
@@ -131,5 +131,5 @@ def _with_text(message: Message) -> Message:
 def _content(message: Message) -> str:
     content = _with_text(message).get("content")
     if not isinstance(content, str):
-        raise UserError("a message has content other than text, but the model was trained on bare text")
+        raise UserError("a message has content other than text, but the model was trained on raw text")
     return content

@@ -88,7 +88,7 @@ def load_folder(
     kind = _find_dtype(dtype, where)
     _check_remote_code(path, trust_remote_code)
     config = read_model_config(path, key=KEY, trust_remote_code=trust_remote_code)
-    check_one_label(config, path, key=KEY, hint="name the folder of a reward model")
+    check_one_label(config, path, key=KEY, hint="choose the folder of a reward model")
     has_own_code = trust_remote_code and bool(getattr(config, "auto_map", None))
     is_known = config.model_type in DECODERS + ENCODERS and not getattr(config, "use_bidirectional_attention", None)
     tokenizer = load_tokenizer(path, key=KEY, trust_remote_code=trust_remote_code)
@@ -145,7 +145,7 @@ def _load_other(path: str, config: Any, has_own_code: bool, dtype: torch.dtype) 
                 os.path.expanduser(path), dtype=dtype, output_loading_info=True, trust_remote_code=has_own_code
             )
     except Exception as error:
-        raise UserError(f"{KEY}={path}: the model cannot be loaded ({one_line(error)})") from error
+        raise UserError(f"{KEY}={path}: cannot load the model ({one_line(error)})") from error
     _check_parts(path, config, sorted(info["missing_keys"]))
     log.info("%s: packed batches are not implemented for %s", path, config.model_type)
     return PaddedModel(network)
@@ -164,7 +164,7 @@ def _refuse_without_head(path: str, config: Any) -> None:
     name = (config.architectures or [config.model_type])[0]
     raise UserError(
         f"{KEY}={path}: {name} is not a sequence classification model, so it has no reward head; "
-        "name a trained reward model"
+        "choose a trained reward model"
     )
 
 
@@ -194,7 +194,7 @@ def _find_device(device: str) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise UserError(f"device={device}: no such device; write auto, cpu, cuda or cuda:N") from error
+        raise UserError(f"device={device}: no such device; use auto, cpu, cuda or cuda:N") from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={device}: {torch.cuda.device_count()} GPUs are visible here; write auto or cpu")
     return found
@@ -205,7 +205,7 @@ def _find_dtype(dtype: str, device: torch.device) -> torch.dtype:
         is_fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if is_fast else torch.float32
     if dtype not in _DTYPES:
-        raise UserError(f"dtype={dtype}: write auto, fp32 or bf16")
+        raise UserError(f"dtype={dtype}: must be auto, fp32 or bf16")
     return _DTYPES[dtype]
 
 

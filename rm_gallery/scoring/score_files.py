@@ -1,6 +1,6 @@
 """`rm-gallery score`: rewards of files. Rewards are saved in parts; the output is written atomically at the end.
 
-While a file is scored, `.NAME.parts/` beside its output holds one folder per model with parts: the rewards of
+While a file is scored, `.NAME.parts/` next to its output has one folder per model with parts: the rewards of
 consecutive rows. The name of such a folder is a fingerprint of input, settings, model and precision. The same command
 therefore resumes after the last part, and another command never uses these parts.
 """
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _REASON = "reason"
-_PART_S = 20.0  # target duration of a part: the most work that a crash loses
+_PART_S = 20.0  # target duration of a part: the maximum work lost in a crash
 _FIRST_ROWS, _MIN_ROWS, _MAX_ROWS = 64, 16, 4096
 
 Result = tuple[list[float] | None, str | None]
@@ -162,7 +162,7 @@ def _score_table(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{folder.parent.parent}: cannot be written to ({error.strerror}); name another --output"
+            f"{folder.parent.parent}: cannot be written to ({error.strerror}); choose another --output"
         ) from error
     start = _count_rows(folder)
     log.info("%s: scoring %d rows", table.file.name, table.num_rows)
@@ -294,7 +294,7 @@ class ScoringJob:
         if fingerprint != self.fingerprint:
             raise UserError(
                 f"{self.output}: exists, and was not made of this input, these models and settings; "
-                "move it away or name another --output"
+                "move it away or choose another --output"
             )
         return True
 
@@ -306,7 +306,7 @@ def name_models(models: Sequence[str]) -> list[str]:
     """
     paths = [Path(os.path.abspath(os.path.expanduser(model))) for model in models]
     if len(set(paths)) < len(paths):
-        raise UserError("--model names the same folder twice; name it once")
+        raise UserError("--model has the same folder twice; give it once")
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
@@ -330,7 +330,7 @@ def _plan_jobs(options: ScoreOptions, tables: Sequence[InputTable], names: Seque
     jobs = []
     for table, path in zip(tables, outputs, strict=True):
         if path.resolve() == Path(table.file.path).resolve():
-            raise UserError(f"{path}: is the input itself; name another --output")
+            raise UserError(f"{path}: is the input itself; choose another --output")
         columns = [column for name in names for column in reward_columns(table, name, len(names))]
         existing = [column for column in columns if column in table.columns]
         if existing:

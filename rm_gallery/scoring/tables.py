@@ -1,4 +1,4 @@
-"""Input tables of `rm-gallery score`: rows as groups to score, and the output with rewards beside the input's columns.
+"""Input tables of `rm-gallery score`: rows as groups to score, and the output with rewards next to the input's columns.
 
 Rows are read by data/sources and data/formats, as in training. Needs no torch.
 """
@@ -77,7 +77,7 @@ class InputTable:
     def reader(self, style: InputStyle) -> RowReader:
         """Reads rows as a model of this style was trained to read them.
 
-        A text model gets pairs of bare texts as they are; other layouts become chats, whose turns `InputBuilder.fit`
+        A text model gets pairs of raw texts as they are; other layouts become chats, whose turns `InputBuilder.fit`
         joins.
         """
         config: Any = self.config
@@ -86,7 +86,7 @@ class InputTable:
         return RowReader(config, self.format_name, has_chat_template=style == "chat")
 
     def rows(self, start: int = 0) -> Iterator[Row]:
-        """The rows from number `start` on, with flat memory."""
+        """The rows from number `start` on, with constant memory."""
         return read_rows([self.file], key=KEY, start=start)
 
     def chunks(self) -> Iterator[Chunk]:
@@ -137,7 +137,7 @@ class _Rewards:
 def write_output(
     table: InputTable, output: Path, parts: Sequence[Sequence[Path]], columns: Sequence[Sequence[str]], *, parquet: bool
 ) -> None:
-    """Write every row of the input with its rewards, with flat memory.
+    """Write every row of the input with its rewards, with constant memory.
 
     parts: the parts of each model. columns: names of each model's reward columns in the output.
     parquet: the output format; JSON lines otherwise. Raises UserError for JSON rows that no table can hold.

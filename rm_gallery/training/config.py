@@ -62,7 +62,7 @@ class LoopConfig:
     total_training_steps: Annotated[int, Ge(1)] | None = None
     """Optimizer steps; overrides `total_epochs`."""
     test_freq: int = -1
-    """Validate every this many steps, and always after the last one. 0 or less: only after the last one."""
+    """Steps between validations; the last step is always validated. 0 or less: only after the last one."""
     val_before_train: bool = False
     """Validate before the first step as well."""
     max_bad_steps: Annotated[int, Ge(1)] = 10
@@ -72,7 +72,7 @@ class LoopConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; `auto` uses a GPU if there is one."""
     timeout_seconds: Annotated[float, Gt(0)] = 1800.0
-    """With several processes: stop when the others have waited this long for a rank; the message names the rank."""
+    """With several processes: stop when a rank has kept the others waiting this long; the message names the rank."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class CheckpointConfig:
     default_local_dir: str = "./checkpoints/bt"
     """Run directory; `experiment_name` is appended unless the path ends with it already."""
     save_freq: int = -1
-    """Save a checkpoint every this many steps, and always after the last one. 0 or less: only after the last one."""
+    """Steps between checkpoints; one is always saved after the last step. 0 or less: only after the last one."""
     export_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Dtype of the saved weights; `auto` is `model.fsdp_config.model_dtype`."""
     resume_mode: str = "auto"
@@ -105,7 +105,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig(LoopConfig, CheckpointConfig, TrackerConfig):
-    """`trainer`: how long to train, where to save, what to report to."""
+    """`trainer`: duration, checkpoints, trackers."""
 
     @property
     def run_dir(self) -> Path:
@@ -147,7 +147,7 @@ def load_config(file: str | None, overrides: Sequence[str], *, only_data: bool =
 
     file: path of the YAML file, or None to start from the defaults.
     only_data: for commands that read data and do not train. The model may be missing then, and values of `optim` and
-    `trainer` are not checked against each other; unknown keys and wrong types are refused all the same.
+    `trainer` are not checked against each other; unknown keys and wrong types are still rejected.
     Raises UserError that lists all problems, one a line.
     """
     check = problems_of_reading if only_data else problems_of_training
@@ -162,7 +162,7 @@ def load_config(file: str | None, overrides: Sequence[str], *, only_data: bool =
 
 
 def normalize(values: dict[str, Any]) -> Iterator[Problem]:
-    """Before types are checked: `logger: console` means a list of one; `data` as in `normalize_data`."""
+    """Before types are checked: `logger: console` becomes a list with one item; `data` as in `normalize_data`."""
     trainer = values.get("trainer")
     if isinstance(trainer, dict) and isinstance(trainer.get("logger"), str):
         trainer["logger"] = [trainer["logger"]]
@@ -170,7 +170,7 @@ def normalize(values: dict[str, Any]) -> Iterator[Problem]:
 
 
 def problems_of_training(config: TrainConfig) -> Iterator[Problem]:
-    """Everything that keeps this configuration from training."""
+    """Problems that prevent training with this configuration."""
     yield from model_problems(config.model)
     yield from data_problems(config.data)
     yield from optim_problems(config.optim)
@@ -178,7 +178,7 @@ def problems_of_training(config: TrainConfig) -> Iterator[Problem]:
 
 
 def problems_of_reading(config: TrainConfig) -> Iterator[Problem]:
-    """Everything that keeps a command from reading the data, with the model's tokenizer if a model is named."""
+    """Problems that prevent reading the data, and loading the tokenizer if a model is given."""
     if config.model.partial_pretrain:
         yield from _model_folder_problems(config.model)
     yield from data_problems(config.data)
@@ -195,7 +195,7 @@ def _model_folder_problems(model: ModelConfig) -> Iterator[Problem]:
     key, path = "model.partial_pretrain", model.partial_pretrain
     is_local = path.startswith((".", "/", "~")) or path.count("/") > 1  # a hub name is owner/model
     if not path:
-        yield Problem(key, f"{key} is not set; name the model folder to start from")
+        yield Problem(key, f"{key} is not set; give a model folder or hub name to start from")
     elif is_local and not Path(path).expanduser().is_dir():
         yield Problem(key, f"{key}={path}: no such folder (working directory {os.getcwd()})")
 

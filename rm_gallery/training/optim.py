@@ -44,7 +44,7 @@ def build_schedule(config: OptimConfig, total_steps: int) -> Schedule:
 
 
 def constant(step: int, steps: int, decay_steps: int, floor: float) -> float:
-    """1 throughout."""
+    """Constant 1."""
     return 1.0
 
 
@@ -55,7 +55,7 @@ def cosine(step: int, steps: int, decay_steps: int, floor: float) -> float:
 
 
 def wsd(step: int, steps: int, decay_steps: int, floor: float) -> float:
-    """Warmup-stable-decay: 1, then straight down to `floor` in the last `decay_steps` (Hu et al. 2024, section 4)."""
+    """Warmup-stable-decay: 1, then a linear decay to `floor` in the last `decay_steps` (Hu et al. 2024, section 4)."""
     left = steps - step
     if left >= decay_steps or not decay_steps:
         return 1.0

@@ -67,8 +67,8 @@ class RunResult:
 def run_training(config: TrainConfig) -> RunResult:
     """Train as configured, from scratch or from the newest checkpoint of the run directory.
 
-    Under torchrun every process calls it. Raises UserError for anything that a user can fix, and StoppedBySignal after
-    SIGTERM or Ctrl-C. Checkpoints that were written before are kept.
+    Under torchrun every process calls it. Raises UserError for errors in configuration, data or environment, and
+    StoppedBySignal after SIGTERM or Ctrl-C. Earlier checkpoints are kept.
     """
     stop, trainer = StopSignal(), config.trainer
     with stop.listening(), processes(trainer.device, timeout_seconds=trainer.timeout_seconds) as world:
@@ -89,7 +89,9 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
                 "model.fsdp_config.model_dtype=fp32 trains faster here", slowdown,
             )  # fmt: skip
     seed_everything(config.trainer.seed)
-    start = start_model(config, tokenizer, world)  # before the data, which may take long: a bad folder fails at once
+    start = start_model(
+        config, tokenizer, world
+    )  # before the data, which may take long: a bad folder fails immediately
     shape = model_shape(start.model)
     train, val = load_sides(config.data, tokenizer)
     check_data(config, start.model, train, val)
@@ -334,7 +336,7 @@ def agree_on_plan(plan: Plan) -> None:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections flattened to dotted keys, as `model.fsdp_config.model_dtype`."""
+    """Nested sections flattened to dotted keys, e.g. `model.fsdp_config.model_dtype`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

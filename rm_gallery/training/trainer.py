@@ -250,8 +250,9 @@ def _is_due(step: int, interval: int) -> bool:
 
 
 def _is_stop_check(index: int, count: int) -> bool:
-    """Whether to check for a stop request before this micro-batch: several times a step, since launchers kill soon.
+    """Whether to check for a stop request before this micro-batch: several times per step.
 
+    Launchers kill the process soon after the signal.
     Example: with 10 micro-batches before the numbers 0, 3, 6 and 9.
     """
     return index % -(-count // STOP_CHECKS_PER_STEP) == 0

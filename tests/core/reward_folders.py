@@ -13,7 +13,7 @@ from tests.small import export_model, make_model, make_tokenizer
 
 
 def make_reward_folder(folder: Path, style: Any = "chat", kind: str = "qwen2") -> Path:
-    """A random reward model that was "trained" on chats or bare text; returns folder/global_step_1."""
+    """A random reward model that was "trained" on chats or raw text; returns folder/global_step_1."""
     base = make_model(kind, folder / "base", seed=3)
     torch.manual_seed(3)
     model = load_reward_model(str(base)).model

@@ -61,7 +61,7 @@ def test_percentiles_are_values_of_the_data(show: Show) -> None:
 
 
 def test_costs_by_hand(show: Show, qwen2_folder: Path) -> None:
-    """Bare texts in bytes, one token each: prefix "ab", tails of 3 and 1, and prefix "c" with tails of 2 and 2."""
+    """Raw texts in bytes, one token each: prefix "ab", tails of 3 and 1, and prefix "c" with tails of 2 and 2."""
     rows = [{"chosen": "abxyz", "rejected": "abw"}, {"chosen": "cde", "rejected": "cfg"}]
     words = [f"model.partial_pretrain={qwen2_folder}", "data.input_style=text", "data.max_length=8"]
     cost = show.of(rows, None, *words).train["cost"]

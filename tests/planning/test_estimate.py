@@ -159,7 +159,7 @@ def test_notes_name_what_training_would_refuse(capsys: pytest.CaptureFixture[str
         ([], ["model is not set"]),
         ([SEVEN, "gpu=h300"], ["gpu=h300: must be one of h200, h100"]),
         ([SEVEN, "n_gpus=0", "mfu=nan"], ["n_gpus=0: must be", "mfu=nan: must be a finite number"]),
-        ([SEVEN, "n_gpus=two"], ["n_gpus='two': must be a whole number"]),
+        ([SEVEN, "n_gpus=two"], ["n_gpus='two': must be an integer"]),
         ([SEVEN, "n_gpus=true"], ["n_gpus=true: must be a number"]),
         ([SEVEN, "mfu=1.5", "gpu_memory_gib=-1"], ["gpu_memory_gib=-1: must be", "mfu=1.5: must be"]),
         ([SEVEN, "n_gpu=8"], ["n_gpu: unknown key. Did you mean 'n_gpus'?"]),

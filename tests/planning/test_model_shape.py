@@ -82,7 +82,7 @@ def test_windows_are_those_of_the_layers(tmp_path: Path) -> None:
         ("nowhere.json", "no such folder or file"),
         ("qwen2.5-7bb", "neither a folder with config.json nor a known shape. Did you mean 'qwen2.5-7b'?"),
         ("someone/qwen2.5-7b", "the hub does not provide it"),
-        (".", "the folder holds no config.json"),
+        (".", "the folder has no config.json"),
     ],
 )
 def test_a_name_that_is_no_model_is_refused(model: str, problem: str, in_tmp: Path) -> None:

@@ -13,7 +13,7 @@ from tests.scoring.models import make_checkpoint
 
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a decoder trained on bare text."""
+    """A checkpoint of a decoder trained on raw text."""
     return make_checkpoint("qwen2", tmp_path_factory.mktemp("text"))[0]
 
 

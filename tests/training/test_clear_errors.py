@@ -59,10 +59,10 @@ TEXTS = ["a", "b"]
     ("columns", "sentence"),
     [
         ({"chosen": TEXTS}, "train.parquet: no column 'rejected' (columns: chosen); rename it or set data."),
-        ({"chosen": pa.array([], pa.string())}, "train.parquet: the file holds no rows; remove it from "),
-        ({"chosen": [1, 2], "rejected": TEXTS}, "train.parquet:0: column 'chosen' holds int, not text or messages"),
-        ({"chosen": [None, 2], "rejected": TEXTS}, "train.parquet:1: column 'chosen' holds int, not text or messages"),
-        ({"chosen": [TEXTS, TEXTS], "rejected": TEXTS}, "train.parquet:0: column 'chosen' holds lists of str, not "),
+        ({"chosen": pa.array([], pa.string())}, "train.parquet: the file has no rows; remove it from "),
+        ({"chosen": [1, 2], "rejected": TEXTS}, "train.parquet:0: column 'chosen' contains int, not text or messages"),
+        ({"chosen": [None, 2], "rejected": TEXTS}, "train.parquet:1: column 'chosen' contains int, not text or messages"),
+        ({"chosen": [TEXTS, TEXTS], "rejected": TEXTS}, "train.parquet:0: column 'chosen' contains lists of str, not "),
         ({"chosen": TEXTS, "rejected": TEXTS},
          "data.train_files: none of 2 rows can be used: 2 chosen equal to rejected (first: train.parquet:0); "),
         ({"chosen": [None, None], "rejected": TEXTS},
@@ -79,7 +79,7 @@ def test_data_that_cannot_be_used_are_refused(run: Run, columns: dict[str, Any],
     [
         (["data.train_files=nope.parquet"], "data.train_files=nope.parquet: no such file or folder"),
         (["data.val_files=nope.parquet"], "data.val_files=nope.parquet: no such file or folder"),
-        (["data.train_files=empty"], "data.train_files=empty: the folder holds no data file (parquet, "),
+        (["data.train_files=empty"], "data.train_files=empty: the folder has no data file (parquet, "),
         (["data.train_files=broken.parquet"], "broken.parquet: cannot be read as parquet ("),
         (["data.max_length=3"],
          "data.train_files: none of 6 rows can be used: 6 longer than data.max_length=3 (first: train.parquet:0); "),
@@ -101,7 +101,7 @@ def test_settings_that_cannot_work_are_refused(run: Run, overrides: list[str], s
 @pytest.mark.parametrize(
     ("missing", "sentence"),
     [
-        (r".*\.safetensors", "the folder holds no weights; copy the model's *.safetensors files there"),
+        (r".*\.safetensors", "the folder has no weights; copy the model's *.safetensors files there"),
         (r"tokenizer.*|.*\.jinja", "there is no tokenizer; copy tokenizer.json and tokenizer_config.json there"),
         (r"tokenizer\.json", "there is no tokenizer; copy tokenizer.json and tokenizer_config.json there"),
         (r"config\.json", "no model found ("),
@@ -202,7 +202,7 @@ def test_a_conversation_the_template_refuses_is_dropped(run: Run) -> None:
     write_pairs(Path("train.parquet"), [{"prompt": "odd", "chosen": "a", "rejected": "b"}, *chat_pairs_as_text(3)])
     assert run("data.chat_template=own.jinja") == (0, [])
     dropped = json.loads(Path("run/run.json").read_text())["data"]["train"]["dropped"]
-    assert dropped == {"chat template refuses the conversation: no": {"rows": 1, "first": "train.parquet:0"}}
+    assert dropped == {"chat template rejects the conversation: no": {"rows": 1, "first": "train.parquet:0"}}
 
 
 def chat_pairs_as_text(count: int) -> list[dict[str, str]]:

@@ -143,9 +143,9 @@ def test_values_are_read_as_people_write_them(override: str, key: str, value: An
         ("optim.lr_scheduler=cosin",
          "optim.lr_scheduler=cosin: must be one of cosine, wsd, constant. Did you mean 'cosine'?"),
         ("optim.lr_scheduler=linear", "optim.lr_scheduler=linear: must be one of cosine, wsd, constant."),
-        ("optim=5", "optim=5: must be a section of keys, as OptimConfig"),
+        ("optim=5", "optim=5: must be a section with the keys of OptimConfig"),
         ("data.train_batch_size=0", "data.train_batch_size=0: must be at least 1"),
-        ("data.train_batch_size=2.5", "data.train_batch_size=2.5: must be a whole number"),
+        ("data.train_batch_size=2.5", "data.train_batch_size=2.5: must be an integer"),
         ("data.shuffle=maybe", "data.shuffle='maybe': must be true or false"),
         ("data.train_files={a:1}", "data.train_files={a:1}: no such file or folder (working directory "),
         ("+data.val_files={path:a,b:1}", "data.val_files.b: unknown key. Known are path, weight, split, subset, "),
@@ -159,7 +159,7 @@ def test_values_are_read_as_people_write_them(override: str, key: str, value: An
         ("model.partial_pretrain=./nope", "model.partial_pretrain=./nope: no such folder (working directory "),
         ("model.dropout=1", "model.dropout=1.0: must be at least 0 and below 1"),
         ("data.custom_cls.path=x.py", "data.custom_cls needs both path (a Python file) and name (the class in it)"),
-        ("optim.lr", "'optim.lr': an override is written key=value without spaces, as in optim.lr=1e-6"),
+        ("optim.lr", "'optim.lr': an override is written key=value without spaces, e.g. optim.lr=1e-6"),
         ("optim.lr = 1", "'optim.lr = 1': an override is written key=value without spaces"),
         ("=5", "'=5': an override is written key=value"),
         ("optim.betas=[0.9", "optim.betas=[0.9: cannot be read; close its brackets, or quote it if it is text"),
@@ -216,8 +216,8 @@ def test_nothing_configured_names_what_is_needed() -> None:
     with pytest.raises(UserError) as error:
         load_config(None, [])
     assert str(error.value).splitlines() == [
-        "model.partial_pretrain is not set; name the model folder to start from",
-        "data.train_files is not set; name a parquet file or a folder of them",
+        "model.partial_pretrain is not set; give a model folder or hub name to start from",
+        "data.train_files is not set; give a file, a folder, a URL or a hub dataset",
     ]
 
 
@@ -243,7 +243,7 @@ def test_wsd_ratios_that_overlap_are_refused() -> None:
         ("a.yaml", b"\xff\xfeoptim", "a.yaml: cannot be read as UTF-8 text ("),
         ("a.yaml", b"optim:\n  lr: ${oc.env:NOT_SET_HERE}\n", "a.yaml: KeyError raised while resolving interpolation"),
         ("a.yaml", b"optim:\n  lr: ???\n", "a.yaml: Missing mandatory value: lr"),
-        ("a.yml", b"optim:\n  lr: 1\n", "a.yml: the name of a configuration file ends with .yaml; rename it"),
+        ("a.yml", b"optim:\n  lr: 1\n", "a.yml: the name of a configuration file must end with .yaml; rename it"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_read_is_named(name: str, content: bytes, sentence: str) -> None:

@@ -207,7 +207,7 @@ def test_another_run_in_the_same_folder_is_refused_by_what_differs(
     }.items():
         train(qwen2_folder, "run", "trainer.total_training_steps=1", setting, status=2)
         error = capsys.readouterr().err
-        assert "runs/run/global_step_1: written by another run: " in error
+        assert "runs/run/global_step_1: belongs to a different run: " in error
         for sentence in sentences:
             assert sentence in error, (setting, error)
         assert "plan=" not in error

@@ -1,6 +1,6 @@
 """Generators: scored responses become training data. `export_data` writes files that training reads.
 
-Names are imported on first access, so that importing this package stays cheap.
+Names are imported on first access, so that importing this package stays fast.
 """
 
 from __future__ import annotations

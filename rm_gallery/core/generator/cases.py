@@ -83,7 +83,7 @@ def content_key(value: Cell, role: str) -> int:
 
 
 def group_key(group: ScoredGroup) -> int:
-    """Of a group without a prompt: hash of what stands for it, as training computes it.
+    """Of a group without a prompt: hash of its substitute, as training computes it.
 
     For texts that is their common beginning up to a line break, else the first text in sorted order.
     """
@@ -141,7 +141,7 @@ def read_cases(
             if row.fault:
                 raise BadRow(row.fault)
             if row.values.keys() >= _RESULTS_LINE:
-                raise UserError(f"{row.where}: this is a result of a GradingRunner: give it as results, not as a case")
+                raise UserError(f"{row.where}: this is a GradingRunner result: pass it as results, not as a case")
             judged = results.take(index, row.values) if results else None
             fields = plain(_fields(row.values, mapper))
             group = _CaseReader(fields, row.where, dropped, judged).read(source)
@@ -377,5 +377,5 @@ def _negated(ranks: Sequence[float | BadRow]) -> list[float | BadRow]:
 def _one_each(values: Any, num_responses: int, name: str) -> list[float | BadRow]:
     scores = read_list(values, name)
     if len(scores) != num_responses:
-        raise BadRow(f"{name} of another length than the responses")
+        raise BadRow(f"{name} of a different length than the responses")
     return [read_score(value) for value in scores]

@@ -1,4 +1,4 @@
-"""Pairs: scored groups become rows, in units that a split keeps on one side.
+"""Pairs: scored groups become rows, in units that are not divided between splits.
 
 Every choice depends on content and seed alone, never on the order of the cases.
 """
@@ -20,7 +20,7 @@ MAX_PAIRS = 10_000_000  # of one prompt, and of all rows: about 2 GB of records 
 
 
 class Unit(NamedTuple):
-    """Rows that belong on one side of a split: those of one prompt; without a prompt, those that share a response."""
+    """Rows that must be in the same split: those of one prompt; without a prompt, those that share a response."""
 
     key: int
     """Hash of the prompt, 64 bits."""

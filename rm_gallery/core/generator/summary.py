@@ -1,4 +1,4 @@
-"""ExportOptions: what an export is asked for. ExportSummary: what it wrote, and what it dropped and why."""
+"""ExportOptions: settings of an export. ExportSummary: what it wrote, and what it dropped and why."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ class ExportOptions:
             )
         total = math.fsum(self.split_ratio.values())
         if not math.isclose(total, 1, abs_tol=1e-6):
-            raise UserError(f"split_ratio adds up to {total:g}, must be 1: shares of the rows, as train 0.8, test 0.2")
+            raise UserError(
+                f"split_ratio adds up to {total:g}, must be 1: shares of the rows, e.g. train 0.8, test 0.2"
+            )
         if self.layout == "groups" and (
             self.pairs != "all" or self.min_difference or self.max_pairs_per_prompt or self.contradictions != "keep"
         ):

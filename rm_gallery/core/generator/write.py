@@ -1,4 +1,4 @@
-"""export_data: scored responses become files to train on, all of them or none.
+"""export_data: scored responses become training files, written atomically.
 
     from rm_gallery.core.generator import export_data
 
@@ -88,7 +88,7 @@ def export_data(
         max_pairs_per_prompt=max_pairs_per_prompt, contradictions=contradictions, source=source, overwrite=overwrite,
     )  # fmt: skip
     if grader is not None and results is None:
-        raise UserError(f"grader is {grader!r}, but there are no results to choose from; give results=... too")
+        raise UserError(f"grader is {grader!r}, but there are no results to choose from; pass results=... too")
     judged = None if results is None else GradingResults(results, grader)
     check_case_mapper(mapper)
     inputs = _resolve(cases)
@@ -123,7 +123,7 @@ def _refuse_inputs(outputs: Mapping[str, Sequence[Path]], inputs: Iterable[str])
     inputs = [path for path in inputs if os.path.exists(path)]
     for file in (file for files in outputs.values() for file in files if file.exists()):
         if any(file.samefile(path) for path in inputs):
-            raise UserError(f"{file}: this file is also an input; name another output_dir")
+            raise UserError(f"{file}: this file is also an input; choose another output_dir")
 
 
 def _split(
@@ -264,17 +264,17 @@ def _plan_files(output_dir: Any, options: ExportOptions) -> dict[str, list[Path]
     try:
         parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     except OSError as error:  # a name that is too long, a folder without search permission
-        raise UserError(f"output_dir {str(folder)[:100]}: {error.strerror}; name another folder") from error
+        raise UserError(f"output_dir {str(folder)[:100]}: {error.strerror}; choose another folder") from error
     if not parent.is_dir():
-        raise UserError(f"output_dir {folder}: {parent} is not a folder; name another folder")
+        raise UserError(f"output_dir {folder}: {parent} is not a folder; choose another folder")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir {folder}: no permission to write to {parent}; name another folder")
+        raise UserError(f"output_dir {folder}: no permission to write to {parent}; choose another folder")
     outputs = {side: [folder / f"{side}.{suffix}" for suffix in options.formats] for side in options.split_ratio}
     for file in (file for files in outputs.values() for file in files if os.path.lexists(file)):
         if not options.overwrite:
-            raise UserError(f"{file} exists; set overwrite=True (--overwrite), or name another output_dir")
+            raise UserError(f"{file} exists; set overwrite=True (--overwrite), or choose another output_dir")
         if not file.is_file():
-            raise UserError(f"{file}: not a regular file; move it away, or name another output_dir")
+            raise UserError(f"{file}: not a regular file; move it away, or choose another output_dir")
     return outputs
 
 
@@ -282,7 +282,7 @@ def write_files(rows: Mapping[Path, Sequence[ScoredGroup]], columns: Columns, *,
     """Write all files under temporary names, then rename them.
 
     rows: of each file; a file without rows is not written, and removed if it exists. Raises UserError when a file
-    cannot be written, or was created meanwhile and may not be replaced; then no new file remains.
+    cannot be written, or was created in the meantime and may not be replaced; then no new file remains.
     """
     folder = next(iter(rows)).parent
     written: dict[Path, Path] = {}
@@ -296,7 +296,7 @@ def write_files(rows: Mapping[Path, Sequence[ScoredGroup]], columns: Columns, *,
     except (OSError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(
-            f"output_dir {folder}: cannot be written ({reason}); make room or name another folder, and export again"
+            f"output_dir {folder}: cannot be written ({reason}); free disk space or choose another folder"
         ) from error
     finally:
         for temporary in written.values():
@@ -323,7 +323,7 @@ def _publish(files: Iterable[Path], written: Mapping[Path, Path], overwrite: boo
     try:
         for file, temporary in written.items():
             if os.path.lexists(file):
-                raise UserError(f"{file}: another process wrote this file meanwhile; name another output_dir")
+                raise UserError(f"{file}: another process wrote this file during the export; choose another output_dir")
             os.replace(temporary, file)
             done.append(file)
     except BaseException:

@@ -46,7 +46,7 @@ def open_folder(
         labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
         if labels != 1:
             raise UserError(
-                f"model={model}: a classifier with {labels} labels, but a reward model has one; name another folder"
+                f"model={model}: a classifier with {labels} labels, but a reward model has one; choose another folder"
             )
         return LocalRewardModel(folder, device, dtype, trust_remote_code)
     if any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in names):
@@ -63,7 +63,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             raise UserError(f"model={folder}: the folder has an adapter; merge it into its base model first")
         steps = sorted(found.parent.name for found in folder.glob("*/config.json"))
-        hint = f"name a checkpoint in it, as {folder / steps[-1]}" if steps else "name a folder with config.json"
+        hint = f"use a checkpoint in it, e.g. {folder / steps[-1]}" if steps else "use a folder with config.json"
         raise UserError(f"model={folder}: config.json is missing; {hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -229,7 +229,7 @@ class TextGenerator:
         return cls(network, tokenizer)
 
     async def agenerate(self, messages: list[Message], options: dict[str, Any]) -> Generated:
-        """Generate one response; requests that wait meanwhile, from any event loop or thread, share the next batch."""
+        """Generate one response; requests from any event loop or thread are batched together."""
         request = _Request(messages, _read_settings(options), Future())
         with self._lock:
             self._waiting.append(request)

@@ -1,6 +1,6 @@
 """Runners: grade many samples with many graders, with bounded concurrency.
 
-Names are imported on first access, so that importing this package stays cheap.
+Names are imported on first access, so that importing this package stays fast.
 """
 
 from __future__ import annotations

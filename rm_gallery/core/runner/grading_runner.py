@@ -230,7 +230,7 @@ class GradingRun:
         self._num_workers = max_concurrency + (LOCAL_IN_FLIGHT if any(self._is_local.values()) else 0)
 
     async def run(self) -> None:
-        """Grade all samples. Raises errors of the dataset and the results file; no task survives it."""
+        """Grade all samples. Raises errors of the dataset and the results file; all tasks have ended then."""
         calls = self._calls()
         try:
             async with asyncio.TaskGroup() as workers:
@@ -240,7 +240,7 @@ class GradingRun:
             raise group.exceptions[0] from None  # the first failure; the other workers were cancelled for it
 
     def _calls(self) -> Iterator[Call | None]:
-        """All calls in order; None now and then while saved results are taken, to let other tasks run."""
+        """All calls in order; None at intervals while saved results are taken, to let other tasks run."""
         num_taken = 0
         for index, sample in enumerate(self._samples):
             seen = fingerprint.of_sample(sample, index) if self._saved else ""

@@ -22,7 +22,7 @@ KINDS: dict[str, type[GraderScore | GraderRank | GraderError]] = {
     "rank": GraderRank,
     "error": GraderError,
 }
-WAY_OUT = "name another output_path, or remove that file"
+WAY_OUT = "choose another output_path, or remove that file"
 PAIR = ("response_a", "response_b")
 GraderChoice: TypeAlias = str | Mapping[str, str] | None
 """Name of a grader or aggregator, or one for each of `response_a` and `response_b`; None when there is only one."""
@@ -71,7 +71,7 @@ class ResultsFile:
     {"index": 0, "grader": "relevance", "sample": fingerprint, "setup": fingerprint, "kind": "score", "result": {...}}
 
     Each line is flushed before the next call, so that a killed process loses no result. An incomplete last line is
-    removed; of two lines for one result the later counts. A lock refuses a second run on the same file.
+    removed; of two lines for one result the later counts. A lock rejects a second run on the same file.
     """
 
     def __init__(self, path: str | Path, setups: Mapping[str, str], *, retry_errors: bool = False) -> None:
@@ -84,11 +84,13 @@ class ResultsFile:
         self._saved: dict[str, dict[int, SavedResult]] = {name: {} for name in setups}
         try:
             if self.path.exists() and not self.path.is_file():
-                raise UserError(f"output_path {self.path}: not a regular file; name another")
+                raise UserError(f"output_path {self.path}: not a regular file; choose another")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = open(self.path, "a+b")  # noqa: SIM115 - closed by close()
         except OSError as error:
-            raise UserError(f"output_path {self.path}: cannot be written ({error.strerror}); name a file") from error
+            raise UserError(
+                f"output_path {self.path}: cannot be written ({error.strerror}); give the path of a file"
+            ) from error
         self._held = contextlib.ExitStack()
         try:
             self._lock()
@@ -142,7 +144,7 @@ class ResultsFile:
         except OSError as error:
             raise UserError(
                 f"output_path {self.path}: cannot be written ({error.strerror}); earlier results are saved: "
-                "make room, then run again to resume"
+                "free disk space, then rerun to resume"
             ) from error
 
     def close(self) -> None:
@@ -155,7 +157,7 @@ class ResultsFile:
             self._held.enter_context(lock(self.path.with_name(f".{self.path.name}.lock"), timeout=0))
         except TimeoutError as error:
             raise UserError(
-                f"output_path {self.path}: another run is writing to it ({error}); wait for it, or name another file"
+                f"output_path {self.path}: another run is writing to it ({error}); wait for it, or choose another file"
             ) from None
         except OSError:  # the folder is not writable: run without a lock
             return
@@ -163,7 +165,7 @@ class ResultsFile:
     def _load(self, retry_errors: bool) -> None:
         self._file.seek(0)
         end = 0
-        hint = "name another output_path, or remove that line to grade the sample again"
+        hint = "choose another output_path, or remove that line to grade the sample again"
         for saved in read_results(self._file, self.path, hint=hint):
             end = saved.end
             if saved.grader not in self._setups:
@@ -171,7 +173,7 @@ class ResultsFile:
             if saved.setup != self._setups[saved.grader]:
                 raise UserError(
                     f"{self.path}:{saved.line}: this result of grader {saved.grader!r} comes from another class, "
-                    f"model, prompt, setting or mapper; {WAY_OUT}. (A grader's method fingerprint() can say what its "
+                    f"model, prompt, setting or mapper; {WAY_OUT}. (A grader's fingerprint() can return what its "
                     "results depend on.)"
                 )
             if retry_errors and isinstance(saved.result, GraderError):
@@ -265,12 +267,12 @@ def _load(path: str, grader: GraderChoice) -> dict[str, dict[int, SavedResult]]:
     except OSError as error:
         raise UserError(f"results {path}: cannot be read ({error.strerror}); name a results file") from error
     if not by_name:
-        raise UserError(f"{path}: the file holds no results; name the output_path of a GradingRunner")
+        raise UserError(f"{path}: the file has no results; name the output_path of a GradingRunner")
     return by_name
 
 
 def _slim(result: GraderScore | GraderRank | GraderError) -> GraderScore | GraderRank | GraderError:
-    """Without the judge's reasons and answers, which would be most of the memory."""
+    """Without the judge's reasons and responses, which would use most of the memory."""
     if isinstance(result, GraderRank):
         kept: dict[str, Any] = {
             name: result.metadata[name] for name in ("scores", "rewards") if name in result.metadata

@@ -101,7 +101,7 @@ class CustomReader:
         return self.facts.matches_template
 
     def read(self, row: Row) -> PreferenceGroup:
-        """The group of a row, in style `chat` unless `build_group` returns bare text.
+        """The group of a row, in style `chat` unless `build_group` returns raw text.
 
         Raises BadRow for a bad row, and UserError that names hook, file and row for a hook that fails.
         """
@@ -143,7 +143,7 @@ SEPARATOR = "\n\n"
 def plain_template(tokenizer: Any) -> str:
     """The chat template for a tokenizer without one: contents separated by a blank line, then the EOS token.
 
-    Scoring renders messages the same way for a model that was trained on bare text.
+    Scoring renders messages the same way for a model that was trained on raw text.
     """
     closing = "" if tokenizer.cls_token else tokenizer.eos_token or ""
     return (
@@ -234,7 +234,7 @@ class Renderer:
         )
 
     def _try_template(self, messages: list[Message], add_generation_prompt: bool = False) -> str | None:
-        """The same, or None if the template refuses these messages."""
+        """The same, or None if the template rejects these messages."""
         try:
             return self._by_template(messages, add_generation_prompt)
         except Exception:
@@ -249,7 +249,7 @@ class Renderer:
         return self._closing
 
     def _add_bos(self, text: str) -> str:
-        """The text with the BOS token in front, if the tokenizer adds one to bare text."""
+        """The text with the BOS token in front, if the tokenizer adds one to raw text."""
         bos = self._tokenizer.bos_token
         adds_bos = bos and self._tokenizer("")["input_ids"][:1] == [self._tokenizer.bos_token_id]
         return bos + text if adds_bos and not self._tokenizer.cls_token and not text.startswith(bos) else text
@@ -263,4 +263,4 @@ def _template_fault(error: Exception) -> BadRow | UserError:
             f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); "
             "fix it, or set data.chat_template to another"
         )
-    return BadRow(f"chat template refuses the conversation: {one_line(error)}")
+    return BadRow(f"chat template rejects the conversation: {one_line(error)}")

@@ -34,7 +34,7 @@ def without_repeats(
     """Prompt and responses of a chat group, without the turns of the prompt that responses repeat at their start.
 
     Prompt [u1] with responses [u1 a1] and [u1 a2] gives the prompt [] and the responses as they are. If the responses
-    repeat different parts of the prompt, each response gets the turns that it lacks and the prompt is empty.
+    repeat different parts of the prompt, each response gets its missing turns and the prompt is empty.
     """
     own = [_not_repeated(prompt, response) for response in responses]
     if all(turns == own[0] for turns in own):
@@ -85,7 +85,7 @@ def prompt_key(group: PreferenceGroup) -> str:
     """A text that is equal for groups with the same prompt, in every run and on every machine.
 
     Chats: the prompt and the turns that all responses share, except the last turn of each; roles count, white space
-    around contents does not. Bare texts: the prompt; without one, the common prefix of the responses up to its last
+    around contents does not. Raw texts: the prompt; without one, the common prefix of the responses up to its last
     line break; without that, the first response in sorted order, so that a pair and its flipped copy have the same key.
     """
     if group.style == "chat":

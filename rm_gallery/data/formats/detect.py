@@ -71,7 +71,7 @@ def choose_format(rows: Sequence[Row], config: FormatConfig, *, logged: set[str]
     file, readable = rows[0].file, [row for row in rows if not row.fault]
     if not readable:
         raise UserError(
-            f"{rows[0].where}: {rows[0].fault}; none of the first {len(rows)} rows can be read: write the file again"
+            f"{rows[0].where}: {rows[0].fault}; no row of the first {len(rows)} can be read; recreate the file"
         )
     found = dict.fromkeys(name for row in readable for name in row.values)
     name = config.format
@@ -158,7 +158,7 @@ def _check_renamed(file: str, found: Mapping[str, None], config: FormatConfig, n
 def _check_needed(file: str, found: Mapping[str, None], columns: Iterable[Column]) -> None:
     for column in columns:
         if column.needed and column.name is None:
-            raise UserError(f"data.{column.key}=null: data.format needs this column; name it, or set another format")
+            raise UserError(f"data.{column.key}=null: data.format needs this column; set its name, or another format")
         if column.needed and column.name not in found:
             raise _no_column(file, found, column)
 
@@ -173,8 +173,8 @@ def _check_values(rows: Sequence[Row], column: Column) -> None:
     must = column.needed and column.key != "prompt_key"  # without a prompt, pairs are in another format
     unless = "" if must else "; null reads no such column"
     raise UserError(
-        f"{row.where}: column {_shown(column.name)!r} holds {_held(value)}, not {_HOLDS[column.holds]}; "
-        f"convert it, or name another column with data.{column.key}{unless}"
+        f"{row.where}: column {_shown(column.name)!r} contains {_held(value)}, not {_HOLDS[column.holds]}; "
+        f"convert it, or choose another column with data.{column.key}{unless}"
     )
 
 
@@ -210,8 +210,8 @@ def _no_format(file: str, found: Mapping[str, None], config: FormatConfig) -> Us
     looks = "; ".join(f"{name}: {each.looks}" for name, each in _formats(config).items())
     close = next((hint for name in ("chosen", "rejected", "responses") if (hint := nearest(name, found))), "")
     return UserError(
-        f"{file}: no known format in the columns {_listed(found)}; rename them, or name them with data.chosen_key, "
-        f"data.rejected_key and the like ({looks}).{close}"
+        f"{file}: no known format in the columns {_listed(found)}; rename them, or set data.chosen_key, "
+        f"data.rejected_key or another data.*_key ({looks}).{close}"
     )
 
 
@@ -243,7 +243,7 @@ _PAIR_LABELS = (Column("margin_key", "number", is_label=True), Column("p_chosen_
 _RESPONSES = (Column("responses_key", "list", needed=True), _PROMPT)
 
 _PAIR_READERS: dict[str, Format] = {
-    "text": Format("chosen and rejected as bare texts", read_texts, compare_pair, (*_PAIR, _PROMPT, *_PAIR_LABELS)),
+    "text": Format("chosen and rejected as raw texts", read_texts, compare_pair, (*_PAIR, _PROMPT, *_PAIR_LABELS)),
     "messages": Format(
         "chosen and rejected as lists of messages", read_conversations, compare_pair, (*_PAIR, _PROMPT, *_PAIR_LABELS)
     ),

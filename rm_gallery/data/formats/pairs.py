@@ -28,7 +28,7 @@ class Draft:
     prompt_name: str | None = None
     """Column of the prompt; None where the format does not require one."""
     bare: bool = False
-    """Whether texts stay bare texts even if a chat template could turn prompt and response into a chat."""
+    """Whether texts stay raw texts even if a chat template could turn prompt and response into a chat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ COMMON_COLUMNS = (
 
 
 def read_texts(values: Mapping[str, Any], config: FormatConfig) -> Draft:
-    """Format `text`: both responses are bare texts; a prompt, which few rows have, precedes them directly."""
+    """Format `text`: both responses are raw texts; a prompt, which few rows have, precedes them directly."""
     draft = read_prompted(values, config, bare=True)
     for part, name in ((draft.prompt, config.prompt_key), *zip(draft.responses, draft.names, strict=True)):
         if not isinstance(part, str):

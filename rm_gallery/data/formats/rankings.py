@@ -60,7 +60,7 @@ def _check_count(count: int, name: str | None) -> None:
 def _numbers(values: Mapping[str, Any], name: str, count: int) -> list[float]:
     numbers = [read_number(value, f"number in {name}") for value in read_list(values.get(name), name)]
     if len(numbers) != count:
-        raise BadRow(f"{name} of another length than the responses")
+        raise BadRow(f"{name} of a different length than the responses")
     return numbers
 
 
@@ -155,7 +155,7 @@ def _compare_records(values: Mapping[str, Any], name: str, score_field: str | No
 
 
 def _verdict(fields: Mapping[str, Any], name: str, score_field: str | None) -> tuple[bool | None, float | None]:
-    """Whether a response is preferred, and its score; None for what its record lacks.
+    """Whether a response is preferred, and its score; None for what is missing in its record.
 
     score_field: the only field to read, from `data.columns.score`; None reads all known fields.
     """

@@ -36,7 +36,7 @@ class Reader(Protocol):
 
 @dataclass
 class RowCounts:
-    """What became of the rows of one or several files."""
+    """Counts of the rows of one or several files, by outcome."""
 
     num_rows: int = 0
     held_out: int = 0
@@ -198,8 +198,8 @@ class RowReader:
         config = self._config
         assert self._format.compare is not None, "find_format refuses a layout without preferences"
         comparisons = self._format.compare(row.values, config, len(draft.responses))
-        # A text response without a prompt among chats would be a bare text, in another style than the rest of its file.
-        # Where a dataset has no prompts, `prompt_key: null` says so.
+        # A text response without a prompt among chats would be a raw text, in another style than the rest of its file.
+        # Where a dataset has no prompts, `prompt_key: null` declares that.
         has_prompt = bool(draft.prompt.strip() if isinstance(draft.prompt, str) else draft.prompt)
         if draft.prompt_name and not has_prompt and any(isinstance(response, str) for response in draft.responses):
             raise BadRow(f"text responses without {draft.prompt_name}")

@@ -1,4 +1,4 @@
-"""Sources: rows of data files, each with its place (`file:row`). Every command that reads rows reads them here.
+"""Sources: rows of data files, each with its location (`file:row`). Every command that reads rows reads them here.
 
     resolve_files(config, key="data.train_files") -> [DataFile]   training and validation files of the configuration
     resolve_entries(paths, key="--input") -> [DataFile]           the same for paths of any other option
@@ -8,7 +8,7 @@
 
 A path is a file (parquet, JSON lines, a JSON list, CSV, Arrow; text also compressed), a folder, a glob, a URL or a
 dataset of the Hugging Face hub. A row that cannot be decoded stays in place with `Row.fault`, its reason. Rows count
-from 0 and without blank lines, so `row.index` equals its position in `count_rows`. Memory stays flat.
+from 0 and without blank lines, so `row.index` equals its position in `count_rows`. Memory stays constant.
 
 To copy rows as they are, use the chunk: `ArrowChunk.batch` (a record batch with the schema of the file, without
 dictionaries), `LineChunk.lines` (the bytes of each JSON object), `CellChunk.names` and `.cells` (CSV).

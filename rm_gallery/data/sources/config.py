@@ -103,7 +103,7 @@ def _section_problems(section: Mapping[Any, Any], key: str) -> list[str]:
         if name not in known
     ]
     if not isinstance(section.get("path"), str) or not section["path"].strip():
-        problems.append(f"{key}: an entry needs its path, as {{path: a.parquet, weight: 2}}")
+        problems.append(f"{key}: an entry needs its path, e.g. {{path: a.parquet, weight: 2}}")
     for name in known[2:]:
         if not isinstance(section.get(name), str | None):
             problems.append(f"{key}.{name}={section[name]!r}: must be a string; put quotes around it")

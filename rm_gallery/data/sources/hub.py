@@ -46,7 +46,7 @@ class HubFile:
 
 
 def download(entry: FileEntry, split: str | None, revision: str | None, role: Role, what: str) -> list[HubFile]:
-    """The files that a hub name means, in order, downloaded if the cache lacks them.
+    """The files that a hub name means, in order, downloaded if they are not cached.
 
     split, revision: None for the default split of `role` and the newest state.
     what: start of messages. Raises UserError for files that do not exist or cannot be downloaded.
@@ -83,7 +83,7 @@ def choose_paths(
     layout = layout_of(paths, readme)
     if not layout.subsets:
         raise UserError(
-            f"{what}: the repository holds no data file that can be read ({_contents(paths)}); try the revision "
+            f"{what}: the repository has no data file that can be read ({_contents(paths)}); try the revision "
             "refs/convert/parquet, which the hub keeps for many datasets"
         )
     if not inside:
@@ -93,7 +93,7 @@ def choose_paths(
         start = f"{inside.rstrip('/')}/"
         inner = layout_of([path.removeprefix(start) for path in below])
         if not inner.subsets:
-            raise UserError(f"{what}: that folder of the repository holds no data file; {_contents(paths)}")
+            raise UserError(f"{what}: that folder of the repository has no data file; {_contents(paths)}")
         chosen = choose_split(choose_subset(inner, None, what), split, role, what)
         return _one_kind_of([start + path for path in chosen], what)
     return _one_kind_of(_split_file(layout, paths, inside, subset, role, what), what)
@@ -136,7 +136,7 @@ class _Repository:
         self.readme = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
 
     def fetch(self, paths: Sequence[str]) -> list[Path]:
-        """Local paths of these files, downloaded if the cache lacks them."""
+        """Local paths of these files, downloaded if they are not cached."""
         folder = Path(self._snapshot(self.commit, [glob.escape(path) for path in paths]))
         return [folder / path for path in paths]
 
@@ -203,7 +203,7 @@ def _errors() -> tuple[type[Exception], ...]:
     """What calls to the hub raise.
 
     OSError is the base of the client's errors, ValueError means a name that the client does not allow, RecursionError
-    too many retries of a download; errors of its HTTP library have a base class of their own.
+    too many retries of a download; errors of its HTTP library have a separate base class.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -252,7 +252,7 @@ def hub_message(error: BaseException, repo: str, where: str) -> str:
     if find(errors.RemoteEntryNotFoundError):
         return f"{where} has no such file; check the path"
     if find(errors.DisabledRepoError):
-        return f"access to {repo} is disabled by the hub; name another dataset"
+        return f"access to {repo} is disabled by the hub; choose another dataset"
     if status == 403:
         return f"{site} refuses access to {repo}; set HF_TOKEN to a token that may read it and accept its terms"
     if find(errors.OfflineModeIsEnabled):

@@ -50,7 +50,7 @@ def expand_local(entry: FileEntry, split: str | None, role: Role, what: str) -> 
     try:
         found = _expand(entry, split, role, what)
     except OSError as error:  # too long a name, or a folder without read permission
-        raise UserError(f"{what[:150]}: cannot be looked up ({error.strerror}); name another path") from error
+        raise UserError(f"{what[:150]}: cannot be looked up ({error.strerror}); choose another path") from error
     if not found:
         raise UserError(f"{what}: no such file or folder (working directory {Path.cwd()})")
     return found
@@ -97,7 +97,7 @@ def _expand_folder(folder: Path, split: str | None, role: Role, what: str) -> li
     if not names:
         names = data_files(_names_below(folder))
     if not names:
-        raise UserError(f"{what}: the folder holds no data file (parquet, JSON lines, CSV, Arrow); name one that does")
+        raise UserError(f"{what}: the folder has no data file (parquet, JSON lines, CSV, Arrow); name one that does")
     by_split = splits_by_name(names)
     if split is not None or (len(by_split) > 1 and role != "all"):
         chosen = choose_split(by_split, split, role, what)
@@ -127,7 +127,7 @@ def _expand_saved(folder: Path, what: str) -> list[Path]:
     if names is None:
         raise UserError(f"{what}: {folder.name}/state.json does not list the data files; save the dataset again")
     if not names:
-        raise UserError(f"{what}: the saved dataset is empty; name another")
+        raise UserError(f"{what}: the saved dataset is empty; choose another")
     missing = next((name for name in names if not (folder / name).is_file()), None)
     if missing is not None:
         raise UserError(f"{what}: {missing} is missing from {folder.name}; save or copy the dataset again")
@@ -163,7 +163,7 @@ def identity_of(path: Path) -> str:
 
 
 Splits = dict[str, list[str]]
-"""Paths by split; the split '' has all files if their names tell no splits."""
+"""Paths by split; the split '' has all files if their names have no splits."""
 
 _KEYWORDS = {
     "train": ("train", "training"),
@@ -270,10 +270,10 @@ def matching_paths(pattern: str, paths: Sequence[str]) -> list[str]:
 
 
 def splits_by_name(paths: Sequence[str]) -> Splits:
-    """Splits by folder and file names; {'': all} if the names tell none, {} for no paths.
+    """Splits by folder and file names; {'': all} if the names have none, {} for no paths.
 
     Shards come first (`train_sft-00000-of-00002.parquet`, where any word is a split), then folders named after a split
-    (`val/a.csv`), then files (`my_test.jsonl`). Files whose name tells no split are dropped if others tell theirs.
+    (`val/a.csv`), then files (`my_test.jsonl`). Files without a split in their name are dropped if others have one.
     """
     in_data = [path for path in paths if path.startswith("data/") and _SHARD.fullmatch(path)]
     are_shards = in_data or (paths if all(_SHARD.fullmatch(path) for path in paths) else [])
@@ -310,7 +310,9 @@ def choose_subset(layout: Layout, subset: str | None, what: str) -> Splits:
     names = ", ".join(layout.subsets)
     chosen = layout.default if subset is None else subset
     if chosen is None:
-        raise UserError(f"{what}: holds several subsets ({names}); name one in an entry, as {{path: ..., subset: ...}}")
+        raise UserError(
+            f"{what}: holds several subsets ({names}); choose one in an entry, e.g. {{path: ..., subset: ...}}"
+        )
     if chosen not in layout.subsets:
         raise UserError(f"{what}: has no subset {chosen!r}; it has {names}.{nearest(chosen, layout.subsets)}")
     return layout.subsets[chosen]

@@ -1,4 +1,4 @@
-"""Reading data files: chunks of undecoded rows, or the rows themselves, with flat memory."""
+"""Reading data files: chunks of undecoded rows, or the rows themselves, with constant memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _READERS: dict[FileKind, Callable[[DataFile, int], Iterator[Chunk]]] = {
 def read_chunks(file: DataFile, *, key: str, start: int = 0) -> Iterator[Chunk]:
     """The rows of a file in order, undecoded, in chunks of about 1,024 rows or 8 MB, whichever is less.
 
-    Memory stays flat: a few chunks, and what the kind of file needs (see `read_parquet` and `read_arrow`).
+    Memory stays constant: a few chunks, and what the kind of file needs (see `read_parquet` and `read_arrow`).
     key: configuration key or option that named the file, for messages.
     start: rows to skip, for resuming; rows keep their number (`Chunk.first`).
     Raises UserError, naming the file and the row it reached, for a file that cannot be read or holds no row.
@@ -30,7 +30,7 @@ def read_chunks(file: DataFile, *, key: str, start: int = 0) -> Iterator[Chunk]:
             if end > start:
                 yield chunk.skip(start - chunk.first) if chunk.first < start else chunk
     if not end and not start:
-        raise UserError(f"{file.name}: the file holds no rows; remove it from {key} or write it again")
+        raise UserError(f"{file.name}: the file has no rows; remove it from {key} or recreate it")
 
 
 @contextmanager
@@ -46,12 +46,12 @@ def _describe_errors(file: DataFile, key: str, row: Callable[[], int]) -> Iterat
         label = LABELS[file.kind] + (f" in {suffixes(file.name)[1]}" if suffixes(file.name)[1] else "")
         where, doing = (f"{file.name}:{row()}", "read further") if row() else (file.name, "read")
         raise UserError(
-            f"{where}: cannot be {doing} as {label} ({one_line(error)}); write it again or remove it from {key}"
+            f"{where}: cannot be {doing} as {label} ({one_line(error)}); recreate it or remove it from {key}"
         ) from error
 
 
 def read_rows(files: Sequence[DataFile], *, key: str, start: int = 0) -> Iterator[Row]:
-    """All rows of the files in order, decoded in this process, with flat memory.
+    """All rows of the files in order, decoded in this process, with constant memory.
 
     A row that cannot be decoded keeps its place: `Row.fault` gives the reason and `Row.values` is empty.
     start: rows of each file to skip. Raises UserError as `read_chunks`.
@@ -71,5 +71,5 @@ def count_rows(file: DataFile, *, key: str) -> int:
     with _describe_errors(file, key, lambda: 0):
         count = count_parquet(file)
     if not count:
-        raise UserError(f"{file.name}: the file holds no rows; remove it from {key} or write it again")
+        raise UserError(f"{file.name}: the file has no rows; remove it from {key} or recreate it")
     return count

@@ -1,4 +1,4 @@
-"""The records of a source: files to read, chunks of undecoded rows, and rows; and what the name of a file tells."""
+"""The records of a source: files to read, chunks of undecoded rows, and rows; and what a file name implies."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Chunk(ABC):
 
     @abstractmethod
     def rows(self) -> Iterator[Row]:
-        """The rows in order; one that cannot be decoded carries its fault."""
+        """The rows in order; one that cannot be decoded has its fault."""
 
 
 KINDS: dict[str, FileKind] = {
@@ -112,7 +112,7 @@ def kind_of(name: str) -> FileKind | None:
 
 
 def checked_kind(name: str, *, what: str) -> FileKind:
-    """The kind of a file; raises UserError, beginning with `what`, for a name that does not tell it."""
+    """The kind of a file; raises UserError, beginning with `what`, for a name that does not determine it."""
     kind = kind_of(name)
     if kind is None:
         ending = "".join(suffixes(name))
@@ -135,17 +135,17 @@ def data_files(names: Iterable[str]) -> list[str]:
 def of_one_kind(names: Sequence[str], *, what: str, where: str) -> list[str]:
     """The names if all are of one kind; plain `.json` files next to another kind are metadata and are dropped.
 
-    what: start of messages; where: start of the glob to suggest, as `folder/`.
+    what: start of messages; where: start of the glob to suggest, e.g. `folder/`.
     Raises UserError that names the kinds otherwise.
     """
     kinds = {kind_of(name) for name in names}
     plain_json = [name for name in names if suffixes(name) == (".json", "")]
     if len(kinds) > 1 and plain_json:
         names = [name for name in names if name not in plain_json]
-        log.info("%s: %s dropped, taken for metadata of the files of another kind", what, ", ".join(plain_json[:3]))
+        log.info("%s: %s ignored, as metadata of the other files", what, ", ".join(plain_json[:3]))
         kinds = {kind_of(name) for name in names}
     if len(kinds) > 1:
         labels = " and ".join(sorted(LABELS[kind] for kind in kinds if kind))
         first = suffixes(sorted(names)[0])
-        raise UserError(f"{what}: holds {labels} files; name one kind, as {where}*{''.join(first)}")
+        raise UserError(f"{what}: holds {labels} files; select one kind, e.g. {where}*{''.join(first)}")
     return list(names)

@@ -30,7 +30,7 @@ def find_files(files: Files | Sequence[str | FileEntry], *, key: str) -> list[Pa
 def resolve_files(config: SourceConfig, *, key: str) -> list[DataFile]:
     """The files of `data.train_files` or `data.val_files`, by `key`, in order.
 
-    Downloads files of hub datasets that the cache lacks. `DataFile.entry` counts `entries_of(config, key)`.
+    Downloads files of hub datasets that are not cached. `DataFile.entry` counts `entries_of(config, key)`.
     Raises UserError for a path that does not exist, cannot be reached, or is repeated.
     """
     role = role_of(key)
@@ -48,7 +48,7 @@ def resolve_entries(
 ) -> list[DataFile]:
     """The files that paths or entries name, in order: what `resolve_files` does for a command with its own option.
 
-    key: the option, for messages, as `--input`. role: which split to use of a folder or dataset with several when
+    key: the option, for messages, e.g. `--input`. role: which split to use of a folder or dataset with several when
     neither the entry nor `split` names one; `all` uses every split.
     Raises UserError as `resolve_files`.
     """
@@ -58,7 +58,7 @@ def resolve_entries(
     seen: dict[str, DataFile] = {}
     for file in found:
         if file.path in seen:
-            raise UserError(f"{key}: {file.name} is named twice; name it once, with a weight of 2 to use it twice")
+            raise UserError(f"{key}: {file.name} is listed twice; list it once, with a weight of 2 to use it twice")
         seen[file.path] = file
     return found
 

@@ -159,7 +159,7 @@ def read_arrow(file: DataFile, start: int = 0) -> Iterator[Chunk]:
     with open_bytes(file) as stream:
         head = stream.read(8)
         if head.startswith(b"FEA1"):
-            raise UserError(f"{file.name}: Feather version 1 is not read; write it again with a newer library")
+            raise UserError(f"{file.name}: Feather version 1 is not read; recreate it with a newer library")
         if not head:
             return
         stream.seek(0)

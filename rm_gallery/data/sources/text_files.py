@@ -67,7 +67,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise _Fault(NOT_UTF8) from None
     except ValueError:
-        raise _Fault("line that is not valid JSON") from None
+        raise _Fault("invalid JSON") from None
     except RecursionError:
         raise _Fault(_TOO_DEEP) from None
     if not isinstance(values, dict):
@@ -169,7 +169,7 @@ def _list_elements(stream: IO[bytes], name: str) -> Iterator[bytes]:
         raise UserError(f"{name}:{index}: {_TOO_DEEP}; remove the object") from None
     except (ValueError, IndexError):
         problem = "the file ends inside the list" if text.find("]", place) < 0 else "the list is not valid JSON here"
-        raise UserError(f"{name}:{index}: {problem}; write it again, or write JSON lines") from None
+        raise UserError(f"{name}:{index}: {problem}; recreate it, or write JSON lines") from None
     if skip_blank(place + 1) != len(text):
         raise UserError(f"{name}:{index}: text follows the end of the list; write one list, or one object per line")
 
@@ -231,7 +231,7 @@ def read_csv(file: DataFile, start: int = 0) -> Iterator[Chunk]:
             records = _records(text, delimiter, file.name)
             names = next(records, [])
             if names is None:
-                raise UserError(f"{file.name}: the header is not valid CSV; write the file again")
+                raise UserError(f"{file.name}: the header is not valid CSV; recreate the file")
             check_names(file.name, [name for name in names if name])
             for first, part in _chunked(records, lambda cells: sum(map(len, cells or ()))):
                 yield CellChunk(file.name, first, tuple(names), part)

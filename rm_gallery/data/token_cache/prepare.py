@@ -69,7 +69,7 @@ def prepare(
 
     entries: indexed by `DataFile.entry`. key: configuration key of the files, for messages.
     share: the wanted side of the hold-out by prompt; None uses every row.
-    Raises UserError for files that cannot be read or mix chats with bare texts, and if the cache cannot be written.
+    Raises UserError for files that cannot be read or mix chats with raw texts, and if the cache cannot be written.
     """
     folder = _cache_folder(config) / _fingerprint(files, entries, config, tokenizer, share)
     try:
@@ -183,7 +183,7 @@ class _Totals:
             self._styles.setdefault(style, where)
         if len(self._styles) > 1:
             raise UserError(
-                f"the data mix chat messages ({self._styles['chat']}) with bare texts ({self._styles['text']}); "
+                f"the data mix chat messages ({self._styles['chat']}) with raw texts ({self._styles['text']}); "
                 "set data.input_style=chat to read all as chats, or split the files"
             )
         self._has_text_prompts |= processed.has_text_prompts

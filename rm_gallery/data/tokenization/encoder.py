@@ -33,7 +33,7 @@ class Encoder:
     """Encodes groups with one tokenizer and one configuration. Not thread-safe.
 
     Chats are rendered by the chat template, which writes the special tokens; only the CLS token of encoders is added.
-    Control tokens in message contents are tokenized as plain text. Bare texts get the special tokens that the
+    Control tokens in message contents are tokenized as plain text. Raw texts get the special tokens that the
     tokenizer adds, without a second BOS; `text_special_tokens` says whether control tokens in them are parsed.
     """
 
@@ -102,7 +102,7 @@ class Encoder:
         return self._is_plain(group) or not (self._bos and text.startswith(self._bos))
 
     def _encode_plain(self, text: str) -> list[int]:
-        """Ids of a bare text with its control tokens as plain text, except the EOS that `append_eos` wrote."""
+        """Ids of a raw text with its control tokens as plain text, except the EOS that `append_eos` wrote."""
         if self.config.append_eos and text.endswith(self._eos):
             ids = self.control.encode_plain(text.removesuffix(self._eos), add_special_tokens=True)
             return [*ids, self.tokenizer.convert_tokens_to_ids(self._eos)]
@@ -136,7 +136,7 @@ class Encoder:
         if self._render is None and self.tokenizer.chat_template is None:
             raise UserError(
                 f"{group.where}: the data are chat messages but the tokenizer has no chat template; "
-                "set data.chat_template, or use bare texts"
+                "set data.chat_template, or use raw texts"
             )
         contents = (group.prompt, group.responses, group.metadata.get("tools"))
         prompt, responses, tools = self.control.hide(contents) if hidden else contents
@@ -155,7 +155,7 @@ class Encoder:
             ) from error
         except (Exception, RecursionError) as error:
             # Templates raise jinja exceptions or plain TypeErrors; either way this row does not fit the template.
-            raise BadRow(f"chat template refuses the conversation: {one_line(error)}") from error
+            raise BadRow(f"chat template rejects the conversation: {one_line(error)}") from error
 
 
 class _Batch:

@@ -46,7 +46,7 @@ def _around_turns(tokenizer: Any) -> str:
         return ""
     try:
         return str(tokenizer.apply_chat_template(list(_PROBE), tokenize=False))
-    except Exception:  # the template refuses this conversation or is broken; the first row reports it
+    except Exception:  # the template rejects this conversation or is broken; the first row reports it
         return ""
 
 
@@ -117,7 +117,7 @@ class ControlTokens:
     def _plain_tokenizer(self) -> tuple[Any, np.ndarray]:
         """A copy of the tokenizer that recognizes aliases instead of control tokens, and the map back to its ids.
 
-        Aliases inherit the matching flags of their tokens (`lstrip`, say), so a text without control tokens in its
+        Aliases inherit the matching flags of their tokens (e.g. `lstrip`), so a text without control tokens in its
         contents gets exactly the ids of the tokenizer itself.
         """
         if self._plain is None:

@@ -75,9 +75,9 @@ class TokenizeConfig(LengthConfig):
     """Part of `data`: tokenization."""
 
     append_eos: bool = False
-    """Append the EOS token to bare texts; servers of the model must do the same."""
+    """Append the EOS token to raw texts; servers of the model must do the same."""
     text_special_tokens: Literal["parse", "plain"] = "parse"
-    """Control tokens such as `<|im_end|>` in bare texts: `parse` reads them as tokens, since the texts may be rendered
+    """Control tokens such as `<|im_end|>` in raw texts: `parse` reads them as tokens, since the texts may be rendered
     chats; `plain` as plain text. In contents of chat messages they are always plain text."""
     chat_template: str | None = None
     """A Jinja chat template, or a file with one, instead of that of the tokenizer."""
@@ -100,7 +100,7 @@ def load_tokenizer(
         if not os.path.isdir(os.path.expanduser(path)):
             raise UserError(
                 f"{key}={path}: neither a folder (working directory {os.getcwd()}) nor a model on the hub "
-                f"({reason}); name a model folder"
+                f"({reason}); give a model folder"
             ) from error
         raise UserError(
             f"{key}={path}: no tokenizer can be loaded from there ({reason}); "

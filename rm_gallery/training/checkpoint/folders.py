@@ -65,7 +65,7 @@ def refuse_earlier_run(run_dir: Path, *, anyway: bool = False) -> None:
 
 
 def hidden(folder: Path, purpose: str) -> Path:
-    """Path of a checkpoint while it is `saving` or `downloading`."""
+    """Path of a checkpoint that is being saved or downloaded (`saving`, `downloading`)."""
     return folder.with_name(f".{folder.name}.{purpose}")
 
 

@@ -37,7 +37,7 @@ class Mirror:
         try:
             self._files, self._root = _open(self.url)
             self._files.makedirs(self._root, exist_ok=True)
-        except Exception as error:  # each kind of storage has errors of its own
+        except Exception as error:  # each storage backend raises its own errors
             raise _unreachable(url, error) from error
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mirror")
         self._last: Future[None] | None = None
@@ -108,7 +108,7 @@ def newest_upload(url: str) -> str | None:
 def download(url: str, run_dir: Path) -> Path:
     """Download a checkpoint into the run directory, under a hidden name until all files are there.
 
-    Raises UserError when it cannot be read or is no complete checkpoint.
+    Raises UserError when it cannot be read or is not a complete checkpoint.
     """
     name = url.rstrip("/").rpartition("/")[2]
     if not re.fullmatch(r"global_step_\d+", name):
@@ -119,7 +119,7 @@ def download(url: str, run_dir: Path) -> Path:
     try:
         files, root = _open(url)
         if not _is_complete(files, root):
-            raise UserError(f"{url}: holds no complete checkpoint ({MANIFEST} or training_state is missing)")
+            raise UserError(f"{url}: has no complete checkpoint ({MANIFEST} or training_state is missing)")
         for path in files.find(root):
             relative = str(path)[len(str(root).rstrip("/")) + 1 :]
             (staging / relative).parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def download(url: str, run_dir: Path) -> Path:
 
 
 def _is_complete(files: Any, folder: str) -> bool:
-    """Whether the manifest, which is uploaded last, is there. An earlier manifest.json without a format is not it."""
+    """Whether the manifest, which is uploaded last, exists; a manifest.json without a format does not count."""
     if files.exists(f"{folder}/{EARLIER_MANIFEST}"):
         return True
     manifest = f"{folder}/{MANIFEST}"

@@ -34,7 +34,7 @@ PLAN = "plan"  # key in `RunIdentity.fixed`; it follows from settings, which err
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What identifies a run: a checkpoint with other `fixed` values is refused."""
+    """What identifies a run: a checkpoint with other `fixed` values is rejected."""
 
     fixed: Mapping[str, Any]
     """Configuration key, or a description without dots -> plain value."""
@@ -98,7 +98,7 @@ def find_start(
                 log.warning("%s: renamed to %s", later, set_aside(later, "superseded").name)
             return start
         if choice.named:
-            raise UserError(f"{choice.named}: {damaged}; it is damaged, name another checkpoint")
+            raise UserError(f"{choice.named}: {damaged}; it is damaged; choose another checkpoint")
         found_damage = True
         if ranks.rank == 0:
             name = set_aside(folder, "damaged").name
@@ -135,7 +135,7 @@ def _choose(run_dir: Path, mode: str, mirror_url: str | None) -> _Choice | None:
         wanted = Path(origin)
         if not is_resumable(wanted):
             lacks = "no training_state in it" if wanted.is_dir() else "no such folder"
-            raise UserError(f"{named}: {lacks}; name a global_step_N folder of a run, or set auto or disable")
+            raise UserError(f"{named}: {lacks}; give a global_step_N folder, or set auto or disable")
         if wanted.parent == Path(os.path.realpath(run_dir)):
             later = [folder for folder in own if step_of(folder) > step_of(wanted)]
             return _Choice(run_dir / wanted.name, origin, named, later)
@@ -151,7 +151,7 @@ def _origin(folder: Path) -> str | None:
     try:
         origin = read_facts(folder).get("origin")
     except (OSError, ValueError, AttributeError):
-        return None  # damaged; `damage` finds out later
+        return None  # damaged; `damage` reports it later
     return origin if isinstance(origin, str) else None
 
 
@@ -163,7 +163,7 @@ def _load(choice: _Choice, identity: RunIdentity, tensors: RunTensors, ranks: Ho
     _check_length(folder, saved, progress.step, identity)
     try:
         tensors.load(folder / STATE_NAME, ranks.group)
-    except BaseException as error:  # the library's own is no Exception
+    except BaseException as error:  # DCP's CheckpointException derives from BaseException
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise UserError(f"{folder}: does not fit this model ({one_line(first_failure(error), 300)})") from error
@@ -196,7 +196,7 @@ def _check_identity(folder: Path, saved: Mapping[str, Any], identity: RunIdentit
     differing = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     changed = _changes(saved["config"], json.loads(json.dumps(dict(identity.config), default=str)))
     if differing:
-        # What differs may be a hash; the settings behind it say more.
+        # A difference may be in a hash; the settings that it was computed from are more useful.
         causes = [text for key, text in changed.items() if key.startswith("data.") and key != "data.val_files"]
         differences = [
             f"{name}{'=' if '.' in name else ': '}{_shown(now.get(name))}, was {_shown(was.get(name))}"
@@ -204,9 +204,9 @@ def _check_identity(folder: Path, saved: Mapping[str, Any], identity: RunIdentit
             if name != PLAN or not (causes or differing[1:])
         ]
         raise UserError(
-            f"{folder}: written by another run: {'; '.join(differences + causes)}. To resume, set these back; for a "
-            "new run set another trainer.experiment_name, and model.partial_pretrain to that folder to start from its "
-            "weights"
+            f"{folder}: belongs to a different run: {'; '.join(differences + causes)}. To resume, restore these "
+            "values; for a new run set another trainer.experiment_name, and model.partial_pretrain to that folder to "
+            "start from its weights"
         )
     length = ("trainer.resume_mode", "trainer.total_epochs", "trainer.total_training_steps")
     new = [text for key, text in changed.items() if key not in length]
@@ -244,8 +244,8 @@ def _check_length(folder: Path, saved: Mapping[str, Any], step: int, identity: R
     if abs(before - after) > 1e-9:
         raise UserError(
             f"{folder}: belongs to a run of {was} steps, now {now} are configured, and with this schedule the learning "
-            f"rate would jump from {before:.4g} to {after:.4g} of its highest. Only `constant`, and `wsd` before its "
-            "decay, can change their length after the warm-up: set trainer.total_epochs or total_training_steps back, "
+            f"rate would jump from {before:.4g} to {after:.4g} of its peak. Only `constant`, and `wsd` before its "
+            "decay, can change their length after the warm-up: restore trainer.total_epochs or total_training_steps, "
             "or start a new run with model.partial_pretrain set to that folder"
         )
     log.info("the run has %d steps now, %d before", now, was)

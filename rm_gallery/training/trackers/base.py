@@ -26,10 +26,10 @@ class TrackerConfig:
     """Where metrics go besides metrics.jsonl: any of console, tensorboard, wandb, swanlab."""
 
     project_name: str = "rm-gallery"
-    """The project that wandb and swanlab file the run under."""
+    """Project name for wandb and swanlab."""
 
     experiment_name: str = "bt"
-    """The name that wandb and swanlab show for the run."""
+    """Run name for wandb and swanlab."""
 
     log_freq: int = 1
     """Optimizer steps between two log lines."""

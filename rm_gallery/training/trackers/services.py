@@ -1,4 +1,4 @@
-"""Trackers with a package of their own: TensorBoard, wandb, swanlab.
+"""Trackers that need an extra package: TensorBoard, wandb, swanlab.
 
 Packages are imported when their tracker starts. None may prompt: a run that waits for an API key looks like a hang.
 The run id of a service is saved in tracker_ids.json, so that a resumed run continues it.

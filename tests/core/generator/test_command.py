@@ -133,7 +133,7 @@ def test_the_module_is_a_program(cases: Any, in_tmp: Path) -> None:
     assert main(arguments) == 0
     ran = run_python("-m", NAME, *arguments)
     assert (ran.returncode, ran.stdout) == (2, "")
-    told = "set overwrite=True (--overwrite), or name another output_dir"
+    told = "set overwrite=True (--overwrite), or choose another output_dir"
     assert ran.stderr == f"rm-gallery: error: out/train.parquet exists; {told}\n"
     ran = run_python("-m", "rm_gallery.cli", "export-data", *arguments, "--overwrite")
     assert ran.returncode == 0

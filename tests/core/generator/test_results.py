@@ -200,8 +200,8 @@ def test_of_two_results_for_a_sample_the_later_holds_and_a_half_one_is_left_out(
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"", "the file holds no results"),
-        (b"\n\n", "the file holds no results"),
+        (b"", "the file has no results"),
+        (b"\n\n", "the file has no results"),
         (b"{}\n", ":1: not a"),
         (b"[1]\n", ":1: not a"),
         (b"\xff\xfe\n", ":1: not a"),

@@ -186,7 +186,7 @@ def start(code: str, folder: Path) -> subprocess.Popen[str]:
 def test_a_full_disk_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("older")
     printed, errors = start(FULL_DISK, tmp_path).communicate(timeout=120)
-    told = "cannot be written (File too large); make room or name another folder, and export again"
+    told = "cannot be written (File too large); free disk space or choose another folder"
     assert (printed, errors) == (f"output_dir {tmp_path}: {told}\n" * 3, "")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("train.jsonl", "older")]
 
@@ -243,7 +243,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path, monkeypat
         (tmp_path / "test.parquet").write_text("theirs")
 
     monkeypatch.setattr(write, "_write", appear)
-    with pytest.raises(UserError, match=r"test\.parquet: another process wrote this file meanwhile"):
+    with pytest.raises(UserError, match=r"test\.parquet: another process wrote this file during the export"):
         export_data(graded(100), tmp_path)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("test.parquet", "theirs")]
 

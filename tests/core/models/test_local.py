@@ -154,7 +154,7 @@ def nested(folder: Path) -> None:
     ("make", "what"),
     [
         (lambda folder: folder.rmdir(), "no such folder .working directory"),
-        (lambda folder: None, "config.json is missing; name a folder with config.json"),
+        (lambda folder: None, "config.json is missing; use a folder with config.json"),
         (nested, "name a checkpoint in it, as .*global_step_7"),
         (lambda folder: (folder / "adapter_config.json").touch(), "has an adapter; merge it into its base"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: cannot be read"),

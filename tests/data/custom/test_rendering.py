@@ -115,7 +115,7 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_row_in_a_hook_too() -
     for dataset_class in (Plain, Templated):
         reader = reader_of(dataset_class, make_templated("inst"))
         with pytest.raises(
-            BadRow, match=r"^chat template refuses the conversation: Only user and assistant roles are "
+            BadRow, match=r"^chat template rejects the conversation: Only user and assistant roles are "
         ):
             reader.render([{"role": "system", "content": "x"}, USER], said("So."))
 

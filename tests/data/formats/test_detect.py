@@ -120,7 +120,7 @@ def test_rows_that_could_not_be_read_decide_nothing() -> None:
     with pytest.raises(UserError) as error:
         choose_format(rows[:1], FormatConfig())
     assert str(error.value) == (
-        "a.jsonl:0: not JSON; none of the first 1 rows can be read: write the file again"
+        "a.jsonl:0: not JSON; no row of the first 1 can be read; recreate the file"
     )  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def test_a_named_format_asks_only_for_its_own_columns() -> None:
 
 def test_a_column_that_is_needed_cannot_be_null() -> None:
     assert refused(TEXTS, format="text", chosen_key=None) == (
-        "data.chosen_key=null: data.format needs this column; name it, or set another format"
+        "data.chosen_key=null: data.format needs this column; set its name, or another format"
     )
 
 
@@ -196,7 +196,7 @@ def test_a_column_of_another_type_is_an_error_and_one_such_cell_a_dropped_row(na
     unless = "; null reads no such column" if name == "prompt" else ""
     assert refused({**row, name: None}, {**row, name: value}) == (
         f"a.parquet:1: column {name!r} holds {held}, not text or messages; "
-        f"convert it, or name another column with data.{name}_key{unless}"
+        f"convert it, or choose another column with data.{name}_key{unless}"
     )
     groups, dropped = read(row, {**row, name: value}, row)
     assert [group.where for group in groups] == ["a.parquet:0", "a.parquet:2"]
@@ -213,7 +213,7 @@ def test_a_column_of_another_type_is_an_error_and_one_such_cell_a_dropped_row(na
 def test_a_column_that_is_meant_otherwise_can_be_left_unread(column: str, value: Any, held: str, meant: str) -> None:
     row = {**TEXTS, column: value}
     assert refused(row) == (
-        f"a.parquet:0: column {column!r} holds {held}, not {meant}; convert it, or name another column with "
+        f"a.parquet:0: column {column!r} holds {held}, not {meant}; convert it, or choose another column with "
         f"data.{column}_key; null reads no such column"
     )
     assert len(read(row, **{f"{column}_key": None})[0]) == 1
@@ -221,7 +221,7 @@ def test_a_column_that_is_meant_otherwise_can_be_left_unread(column: str, value:
 
 def test_lists_are_wanted_where_responses_are() -> None:
     assert refused({"input": "hi", "output": "a text"}) == (
-        "a.parquet:0: column 'output' holds text, not lists or their JSON; convert it, or name another column with "
+        "a.parquet:0: column 'output' contains text, not lists or their JSON; convert it, or choose another column with "
         "data.columns.output"
     )
 

@@ -170,7 +170,7 @@ def test_prompt_key_null_reads_no_prompt() -> None:
 
 
 def test_a_text_among_messages_is_left_out_and_messages_among_texts() -> None:
-    # A bare text beside a conversation would be a response to nothing.
+    # A raw text beside a conversation would be a response to nothing.
     assert why({"chosen": GOOD, "rejected": "3"}) == "rejected with text in a file of messages"
     texts = {"chosen": "2", "rejected": "3"}
     for mixed in ({"chosen": GOOD, "rejected": "3"}, {**texts, "rejected": json.dumps(BAD)}):

@@ -73,12 +73,12 @@ def test_a_bad_row_is_a_fault_between_two_good_ones(in_tmp: Path, line: bytes, f
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "a.csv: the file holds no rows; remove it from data.train_files or write it again"),
-        (HEADER, "a.csv: the file holds no rows; remove it from data.train_files or write it again"),
-        (b"\n\n", "a.csv: the file holds no rows; remove it from data.train_files or write it again"),
+        (b"", "a.csv: the file has no rows; remove it from data.train_files or recreate it"),
+        (HEADER, "a.csv: the file has no rows; remove it from data.train_files or recreate it"),
+        (b"\n\n", "a.csv: the file has no rows; remove it from data.train_files or recreate it"),
         (b"chosen,chosen\na,b\n", "a.csv: duplicate column 'chosen'; rename one of the two"),
         (HEADER + GOOD + b'a,"b\n' + GOOD * 9, "a.csv:1: a quoted cell starts here and never ends; close the quote"),
-        (b'"chosen"x,rejected\n', "a.csv: the header is not valid CSV; write the file again"),
+        (b'"chosen"x,rejected\n', "a.csv: the header is not valid CSV; recreate the file"),
         (b'"chosen,rejected\n', "a.csv: a quoted cell starts here and never ends; close the quote"),
         (b"\xff\xfec\0h\0", "a.csv: holds UTF-16 text, not CSV in UTF-8; convert or rename it ("),
     ],

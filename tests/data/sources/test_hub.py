@@ -139,11 +139,11 @@ def test_a_split_beside_a_path_that_says_it_is_refused(site: StandIn, path: str)
 def test_a_repository_without_data_files_names_the_conversion(site: StandIn) -> None:
     site.repositories["org/images"] = Repository({"main": {"README.md": b"", "a.png": b"", "b.zip": b""}})
     assert refused("org/images") == (
-        "the repository holds no data file that can be read (it holds README.md, a.png, b.zip); try the revision "
+        "the repository has no data file that can be read (it holds README.md, a.png, b.zip); try the revision "
         "refs/convert/parquet, which the hub keeps for many datasets"
     )
     site.repositories["org/empty"] = Repository({"main": {".gitattributes": b""}})
-    assert refused("org/empty").startswith("the repository holds no data file that can be read (it is empty); try")
+    assert refused("org/empty").startswith("the repository has no data file that can be read (it is empty); try")
 
 
 def test_a_split_of_mixed_kinds_is_named(site: StandIn, parquet: list[bytes]) -> None:

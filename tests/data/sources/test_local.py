@@ -179,11 +179,11 @@ def other_state() -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (empty_folder, "the folder holds no data file (parquet, JSON lines, CSV, Arrow); name one that does"),
+        (empty_folder, "the folder has no data file (parquet, JSON lines, CSV, Arrow); name one that does"),
         (mixed_folder, "holds CSV and parquet files; name one kind, as set/*.parquet"),
         (folder_without_train, "has no split 'train'; it has test, validation. Name one of these as split"),
         (incomplete_save, "data-00001-of-00002.arrow is missing from set; save or copy the dataset again"),
-        (empty_save, "the saved dataset is empty; name another"),
+        (empty_save, "the saved dataset is empty; choose another"),
         (damaged_save, "state.json is damaged; save the dataset again"),
         (other_state, "set/state.json does not list the data files; save the dataset again"),
     ],
@@ -204,7 +204,7 @@ def test_a_folder_that_cannot_be_read_is_named_with_what_to_do(in_tmp: Path, mak
         ("./org/set/train.parquet", "data.train_files=./org/set/train.parquet: no such file or folder (working "),
         ("no*.parquet", "data.train_files=no*.parquet: no file matches the pattern (working directory "),
         (" ", "data.train_files names an empty path; remove it or name a file"),
-        ("x" * 300, "cannot be looked up (File name too long); name another path"),
+        ("x" * 300, "cannot be looked up (File name too long); choose another path"),
         ("a\0/*.parquet", "data.train_files='a\\x00/*.parquet': a path cannot contain a NUL character; remove it"),
         ("notes.txt", "data.train_files=notes.txt: files that end in .txt are not read; rename or convert it so that"),
         ("notes", "data.train_files=notes: the name does not tell what the file holds; rename or convert it so that"),
@@ -231,7 +231,7 @@ def test_no_files_at_all_are_refused(in_tmp: Path) -> None:
 
 def test_a_file_that_is_named_twice_is_refused(in_tmp: Path) -> None:
     write(Path("data/a.parquet"))
-    with pytest.raises(UserError, match=r"^data\.train_files: data/a\.parquet is named twice; name it once, with a"):
+    with pytest.raises(UserError, match=r"^data\.train_files: data/a\.parquet is listed twice; list it once, with a"):
         resolve("data", "data/a.parquet")
 
 

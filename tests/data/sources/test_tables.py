@@ -124,14 +124,14 @@ def test_a_damaged_file_is_named_in_one_sentence(in_tmp: Path, name: str, damage
                 list(chunk.rows())
     sentence = str(error.value)
     assert sentence.startswith(name) and "\n" not in sentence
-    assert "remove it from data.train_files" in sentence or "the file holds no rows; remove it from" in sentence
+    assert "remove it from data.train_files" in sentence or "the file has no rows; remove it from" in sentence
 
 
 @pytest.mark.parametrize("name", WRITE)
 def test_a_file_without_rows_and_one_with_a_column_twice_are_named(in_tmp: Path, name: str) -> None:
     write_table = WRITE[name]
     write_table(pa.table({"chosen": pa.array([], pa.string())}), name)
-    with pytest.raises(UserError, match=rf"^{name}: the file holds no rows; remove it from data\.train_files"):
+    with pytest.raises(UserError, match=rf"^{name}: the file has no rows; remove it from data\.train_files"):
         rows_of(name)
     write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["chosen", "chosen"]), name)
     with pytest.raises(UserError, match=rf"^{name}: duplicate column 'chosen'; rename one"):
@@ -140,7 +140,7 @@ def test_a_file_without_rows_and_one_with_a_column_twice_are_named(in_tmp: Path,
 
 def test_the_first_version_of_feather_is_named(in_tmp: Path) -> None:
     Path("a.feather").write_bytes(b"FEA1" + bytes(60) + b"FEA1")
-    with pytest.raises(UserError, match=r"^a\.feather: Feather version 1 is not read; write it again with a newer"):
+    with pytest.raises(UserError, match=r"^a\.feather: Feather version 1 is not read; recreate it with a newer"):
         rows_of("a.feather")
 
 

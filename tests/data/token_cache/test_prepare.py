@@ -221,7 +221,7 @@ def test_a_cache_folder_that_cannot_be_made_is_named(files: Path, tokenizer: Any
 
 def test_chats_mixed_with_bare_texts_stop_the_run_with_both_places(files: Path, tokenizer: Any) -> None:
     write_pairs(files / "b.parquet", text_pairs(3))
-    with pytest.raises(UserError, match=r"mix chat messages \(a\.parquet:0\) with bare texts \(b\.parquet:0\)"):
+    with pytest.raises(UserError, match=r"mix chat messages \(a\.parquet:0\) with raw texts \(b\.parquet:0\)"):
         run(tokenizer, ("a.parquet", "b.parquet"))
 
 

@@ -98,7 +98,7 @@ def test_a_conversation_that_the_template_refuses_is_left_out() -> None:
     groups = [chat_group("a", "b", prompt="odd"), chat_group("c", "d")]
     data, dropped = tokenized(tokenizer, *groups)
     assert texts_of(tokenizer, data) == [["c", "d"]]
-    reason = "chat template refuses the conversation: roles must alternate"
+    reason = "chat template rejects the conversation: roles must alternate"
     assert dropped.describe() == f"1 {reason} (first: a.parquet:0)"
     with pytest.raises(UserError, match=rf"^a\.parquet:0: {reason}; fix the row, or set data\.bad_rows=drop"):
         tokenized(tokenizer, *groups, bad_rows="error")

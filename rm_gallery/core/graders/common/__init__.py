@@ -1,4 +1,4 @@
-"""Ready-made graders: one per criterion in prompts/, and one that returns the reward of a reward model."""
+"""Built-in graders: one per criterion in prompts/, and one that returns the reward of a reward model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hydra entry of the Bradley-Terry recipe: `python trainer.py KEY=VALUE ...` trains from trainer.yaml beside it.
+"""Hydra entry of the Bradley-Terry recipe: `python trainer.py KEY=VALUE ...` trains from the trainer.yaml next to it.
 
 The same as `rm-gallery train --config trainer.yaml KEY=VALUE ...`; works under torchrun and by itself.
 """

@@ -52,7 +52,7 @@ def dialogue(*texts: str, system: str | None = None) -> Turns:
 
 
 def polite(rng: np.random.Generator, question: str) -> str:
-    """The question with a greeting before it and thanks behind it, or with neither."""
+    """The question with a greeting before it and thanks after it, or with neither."""
     return f"{pick(rng, phrases.OPENERS)}{question}{pick(rng, phrases.CLOSERS)}"
 
 
