@@ -101,7 +101,7 @@ def test_a_sample_is_scaled_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             "none of 1 rows can be used: 1 longer than data.max",
         ),
         ([{"chosen": "a", "lost": "b"}], {}, "no column 'rejected'"),
-        ([{"chosen": 1, "rejected": 2}], {}, "holds int, not text or messages"),
+        ([{"chosen": 1, "rejected": 2}], {}, "contains int, not text or messages"),
     ],
 )
 def test_data_without_a_usable_row_are_refused(

@@ -236,7 +236,7 @@ def test_memory_stays_flat_since_rows_are_read_as_they_are_needed(
         (["good.jsonl", "data.split=test"], "INPUT=good.jsonl: split"),
         (["late.jsonl"], "late.jsonl:40: already has a column 'reward'; rename it"),
         (["good.jsonl", "bad.jsonl", "data.bad_rows=error"], "bad.jsonl:1: null response; fix the row"),
-        (["good.jsonl", "--model", "model"], "--model names the same folder twice"),
+        (["good.jsonl", "--model", "model"], "--model has the same folder twice"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(
@@ -349,4 +349,4 @@ def test_a_run_without_any_reward_ends_with_status_2(
     assert main(["score", "--model", str(text_folder), "a.jsonl", "--output", "out", "--device", "cpu"]) == 2
     printed = capsys.readouterr()
     assert "2 without a reward: 1 null response (first: a.jsonl:0), 1 text without a token" in printed.out
-    assert "no row got a reward" in printed.err
+    assert "no row has a reward" in printed.err

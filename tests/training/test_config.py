@@ -224,7 +224,7 @@ def test_nothing_configured_names_what_is_needed() -> None:
 def test_a_wrong_section_is_not_reported_again_key_by_key() -> None:
     with pytest.raises(UserError) as error:
         check_config({"model": {"partial_pretrain": "a/b"}, "data": [1]})
-    assert str(error.value) == "data=[1]: must be a section of keys, as DataConfig"
+    assert str(error.value) == "data=[1]: must be a section with the keys of DataConfig"
 
 
 def test_wsd_ratios_that_overlap_are_refused() -> None:
@@ -238,7 +238,7 @@ def test_wsd_ratios_that_overlap_are_refused() -> None:
         ("a.yaml", b"optim:\n  lr: [1\n", "a.yaml: not valid YAML (while parsing a flow sequence in "),
         ("a.yaml", b"optim:\n\tlr: 1\n", "a.yaml: not valid YAML ("),
         ("a.yaml", b"optim:\n  lr: 1\n  lr: 2\n", "a.yaml: not valid YAML ("),
-        ("a.yaml", b"- optim\n", "a.yaml: the file must hold keys with values"),
+        ("a.yaml", b"- optim\n", "a.yaml: the file must contain keys with values"),
         ("a.yaml", b"hello\n", "hello: unknown key"),
         ("a.yaml", b"\xff\xfeoptim", "a.yaml: cannot be read as UTF-8 text ("),
         ("a.yaml", b"optim:\n  lr: ${oc.env:NOT_SET_HERE}\n", "a.yaml: KeyError raised while resolving interpolation"),

@@ -67,7 +67,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise _Fault(NOT_UTF8) from None
     except ValueError:
-        raise _Fault("invalid JSON") from None
+        raise _Fault("line that is not valid JSON") from None
     except RecursionError:
         raise _Fault(_TOO_DEEP) from None
     if not isinstance(values, dict):

@@ -152,5 +152,5 @@ def test_an_empty_path_is_not_the_working_directory(in_tmp: Path) -> None:
 
 def test_a_file_named_twice_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "in/cases.jsonl")
-    with pytest.raises(UserError, match="named twice"):
+    with pytest.raises(UserError, match="listed twice"):
         export_data([path, tmp_path / "in"], tmp_path / "out")

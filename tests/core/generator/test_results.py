@@ -147,7 +147,7 @@ def test_scores_behind_a_ranking_give_the_margin(
     ("result", "sample", "reason"),
     [
         (GraderScore(score=1), {"query": "Q", "responses": ["a", "b"]}, "one score for several responses"),
-        (GraderRank(rank=[1, 2, 3]), {"query": "Q", "responses": ["a", "b"]}, "ranks of another length"),
+        (GraderRank(rank=[1, 2, 3]), {"query": "Q", "responses": ["a", "b"]}, "ranks of a different length"),
         (GraderRank(rank=[1]), {"query": "Q", "response": "a"}, "a rank of a single response"),
         (
             GraderError(error="no answer"),
@@ -241,7 +241,7 @@ def test_what_is_no_results_is_refused(results: Any, what: str, in_tmp: Path) ->
 
 def test_results_given_as_cases_and_a_grader_without_results_are_refused(tmp_path: Path) -> None:
     _, file = run(SAMPLES, tmp_path)
-    with pytest.raises(UserError, match="this is a result of a GradingRunner: give it as results"):
+    with pytest.raises(UserError, match="this is a GradingRunner result: pass it as results"):
         export_data(file, tmp_path / "out")
     with pytest.raises(UserError, match="there are no results to choose from"):
         export_data(SAMPLES, tmp_path / "out", grader="length")

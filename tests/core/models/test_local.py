@@ -155,7 +155,7 @@ def nested(folder: Path) -> None:
     [
         (lambda folder: folder.rmdir(), "no such folder .working directory"),
         (lambda folder: None, "config.json is missing; use a folder with config.json"),
-        (nested, "name a checkpoint in it, as .*global_step_7"),
+        (nested, "use a checkpoint in it, e.g. .*global_step_7"),
         (lambda folder: (folder / "adapter_config.json").touch(), "has an adapter; merge it into its base"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: cannot be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json: not a model configuration"),

@@ -195,7 +195,7 @@ def test_a_column_of_another_type_is_an_error_and_one_such_cell_a_dropped_row(na
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}
     unless = "; null reads no such column" if name == "prompt" else ""
     assert refused({**row, name: None}, {**row, name: value}) == (
-        f"a.parquet:1: column {name!r} holds {held}, not text or messages; "
+        f"a.parquet:1: column {name!r} contains {held}, not text or messages; "
         f"convert it, or choose another column with data.{name}_key{unless}"
     )
     groups, dropped = read(row, {**row, name: value}, row)
@@ -213,7 +213,7 @@ def test_a_column_of_another_type_is_an_error_and_one_such_cell_a_dropped_row(na
 def test_a_column_that_is_meant_otherwise_can_be_left_unread(column: str, value: Any, held: str, meant: str) -> None:
     row = {**TEXTS, column: value}
     assert refused(row) == (
-        f"a.parquet:0: column {column!r} holds {held}, not {meant}; convert it, or choose another column with "
+        f"a.parquet:0: column {column!r} contains {held}, not {meant}; convert it, or choose another column with "
         f"data.{column}_key; null reads no such column"
     )
     assert len(read(row, **{f"{column}_key": None})[0]) == 1

@@ -148,7 +148,7 @@ def test_a_repository_without_data_files_names_the_conversion(site: StandIn) -> 
 
 def test_a_split_of_mixed_kinds_is_named(site: StandIn, parquet: list[bytes]) -> None:
     site.repositories["org/mixed"] = Repository({"main": {"train.parquet": parquet[0], "train.csv": b"a\n1\n"}})
-    assert refused("org/mixed") == "holds CSV and parquet files; name one kind, as org/mixed/**/*.csv"
+    assert refused("org/mixed") == "holds CSV and parquet files; select one kind, e.g. org/mixed/**/*.csv"
     assert values_of("org/mixed/**/*.parquet") == PAIRS[:2]
 
 

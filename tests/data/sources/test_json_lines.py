@@ -17,13 +17,13 @@ GOOD = b'{"chosen": "a", "rejected": "b"}'
 GZIPPED, GZIPPED_PARQUET = (gzip.compress(content, mtime=0) for content in (GOOD, b"PAR1"))  # without the time
 
 FAULTY: dict[str, tuple[bytes, str]] = {
-    "text": (b"not json", "invalid JSON"),
-    "cut off": (GOOD[:-4], "invalid JSON"),
-    "two objects": (GOOD + GOOD, "invalid JSON"),
-    "single quotes": (b"{'chosen': 'a'}", "invalid JSON"),
-    "control character": (b'{"chosen": "a\x01"}', "invalid JSON"),
-    "NUL bytes": (b"\0\0\0\0", "invalid JSON"),
-    "a number of 5,000 digits": (b'{"chosen": ' + b"9" * 5000 + b"}", "invalid JSON"),
+    "text": (b"not json", "line that is not valid JSON"),
+    "cut off": (GOOD[:-4], "line that is not valid JSON"),
+    "two objects": (GOOD + GOOD, "line that is not valid JSON"),
+    "single quotes": (b"{'chosen': 'a'}", "line that is not valid JSON"),
+    "control character": (b'{"chosen": "a\x01"}', "line that is not valid JSON"),
+    "NUL bytes": (b"\0\0\0\0", "line that is not valid JSON"),
+    "a number of 5,000 digits": (b'{"chosen": ' + b"9" * 5000 + b"}", "line that is not valid JSON"),
     "list": (b'["a", "b"]', "JSON that is not an object"),
     "text in quotes": (b'"a"', "JSON that is not an object"),
     "number": (b"1.5", "JSON that is not an object"),
@@ -31,7 +31,7 @@ FAULTY: dict[str, tuple[bytes, str]] = {
     "true": (b"true", "JSON that is not an object"),
     "no UTF-8": (b'{"chosen": "\xff\xfe"}', "text that is not valid UTF-8"),
     "Latin-1": ('{"chosen": "\u00e9"}'.encode("latin-1"), "text that is not valid UTF-8"),
-    "UTF-16": ('{"chosen": "a"}'.encode("utf-16-le"), "invalid JSON"),
+    "UTF-16": ('{"chosen": "a"}'.encode("utf-16-le"), "line that is not valid JSON"),
     "a surrogate as bytes": (b'{"chosen": "\xed\xa0\x80"}', "text that is not valid UTF-8"),
     "half a surrogate pair": (b'{"chosen": "a\\ud83d"}', "text with a lone surrogate"),
     "the other half": (b'{"chosen": {"content": ["\\uDE00"]}}', "text with a lone surrogate"),
@@ -153,7 +153,7 @@ def test_a_compressed_file_that_was_cut_off_is_never_read_as_whole(in_tmp: Path,
     assert values_of(name) == rows
     Path(name).write_bytes(whole[: int(len(whole) * keep)])
     with pytest.raises(
-        UserError, match=rf"^{name}(:\d+)?: (cannot be read (further )?as JSON lines in |the file holds no)"
+        UserError, match=rf"^{name}(:\d+)?: (cannot be read (further )?as JSON lines in |the file has no)"
     ):
         rows_of(name)
 

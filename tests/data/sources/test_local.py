@@ -180,7 +180,7 @@ def other_state() -> None:
     ("make", "sentence"),
     [
         (empty_folder, "the folder has no data file (parquet, JSON lines, CSV, Arrow); name one that does"),
-        (mixed_folder, "holds CSV and parquet files; name one kind, as set/*.parquet"),
+        (mixed_folder, "holds CSV and parquet files; select one kind, e.g. set/*.parquet"),
         (folder_without_train, "has no split 'train'; it has test, validation. Name one of these as split"),
         (incomplete_save, "data-00001-of-00002.arrow is missing from set; save or copy the dataset again"),
         (empty_save, "the saved dataset is empty; choose another"),
