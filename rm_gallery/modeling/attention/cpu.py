@@ -75,6 +75,7 @@ class _PlainAttention(torch.autograd.Function):
         gradient = gradients[0].new_zeros(num_rows, *gradients[0].shape[1:])
         gradient.index_copy_(0, query_restore, gradients[0])
         start = 0
+        # With P = softmax(S): dV = P^T dO, dP = dO V^T, dS = P (dP - sum(dP P)), dQ = dS K, dK = dS^T Q.
         for rows, index, bias in zip(ctx.queries, ctx.keys, ctx.biases, strict=True):
             q, k, v = _gather(query, rows, heads), _gather(key, index, heads), _gather(value, index, heads)
             weights = kept.pop(0) if index.shape[1] <= _MAX_KEPT_TOKENS else _weights(q, k, bias, ctx.scaling)
@@ -136,9 +137,11 @@ def split_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackLayou
     outputs: list[Tensor] = []
     end = 0
     for prefix, count in zip(layout.prefixes.tolist(), layout.num_tails.tolist(), strict=True):
+        # A group is q[start:middle], the prefix, and q[middle:end], its responses one after the other.
         start, middle = end, end + prefix
         own, weights = [], []
         end = middle
+        # 1. Each response attends to its own tokens, causally.
         for length in (next(tails) for _ in range(count)):
             part = slice(end, end + length)
             output, log_sum = _flash(q[:, :, part], k[:, :, part], v[:, :, part], scaling, is_causal=True)
@@ -146,10 +149,12 @@ def split_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackLayou
             weights.append(log_sum)
             end += length
         if prefix:
+            # 2. The prefix attends to itself, causally, and all responses attend to the prefix, without a mask.
             shared = k[:, :, start:middle], v[:, :, start:middle]
             outputs.append(_flash(q[:, :, start:middle], *shared, scaling, is_causal=True)[0])
             output, log_sum = _flash(q[:, :, middle:end], *shared, scaling, is_causal=False)
-            share = torch.cat(weights, 1).sub_(log_sum).sigmoid_()  # of the own tokens in the softmax over both
+            # 3. Merge: `share` is the weight of the own tokens in the softmax over both.
+            share = torch.cat(weights, 1).sub_(log_sum).sigmoid_()
             own = [output.lerp_(torch.cat(own, 1), share.unsqueeze(-1))]
         outputs += own
     return torch.cat(outputs, 1)[0]

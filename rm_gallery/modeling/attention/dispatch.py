@@ -67,15 +67,24 @@ class AttentionSpec:
         return frozenset(name for name, value in features.items() if value is not None)
 
 
-Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, PackLayout, AttentionSpec, bool], Tensor]
+Run: TypeAlias = Callable[[Tensor, Tensor, Tensor, PackLayout, AttentionSpec, bool], Tensor]
 """(query [N, H, D], key and value [T, H_kv, D], layout, spec, rewards_only) -> [N, H, D]"""
-_FEATURES = {
-    "plain": frozenset({"window"}), "sdpa": frozenset({"window", "dropout"}),
-    "varlen": frozenset({"window"}), "flex": frozenset({"window"}),
-}  # fmt: skip
-"""Optional features of `AttentionSpec` that a kernel supports."""
-_GPU_KERNELS = ("varlen", "flex")  # in the order in which `auto` tries them
-_HEAD_SIZES = {"varlen": range(8, 257, 8), "flex": range(16, 257)}
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A kernel and what it supports."""
+
+    run: Run
+    features: frozenset[str]
+    """Names of the optional fields of `AttentionSpec` that it computes."""
+    needs_gpu: bool = False
+    head_sizes: range = range(1, 1 << 16)
+
+    def supports(self, spec: AttentionSpec) -> bool:
+        return spec.used <= self.features
+
+
 _MAX_PLAIN_TOKENS = {torch.bfloat16: 2048, torch.float32: 256}  # of the longest group of a pack, on a CPU
 
 
@@ -97,7 +106,7 @@ def packed_attention(
     spec = AttentionSpec(
         query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux, dropout
     )
-    if not any(spec.used <= supported for supported in _FEATURES.values()):
+    if not any(kernel.supports(spec) for kernel in _KERNELS.values()):
         raise UserError(f"{type(module).__name__}: attention with a soft cap or sinks is not supported in packed form")
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
     return attend(query, key, value, packed, spec).unsqueeze(0), None
@@ -113,27 +122,27 @@ def attend(
     """
     if not len(query):
         return query
-    return _choose(query, packed, spec, rewards_only)(query, key, value, packed, spec, rewards_only)
+    return _choose(query, packed, spec, rewards_only).run(query, key, value, packed, spec, rewards_only)
 
 
-def _choose(query: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool) -> Kernel:
-    """The kernel for `model.attention`. `auto` follows measurements on CPUs (docs/log.md); on GPUs it takes the first
-    kernel that supports the case."""
-    name, on_cpu = packed.kernel, query.device.type == "cpu"
-    if name == "auto" and on_cpu:
-        is_inference = query.dtype == torch.float32 and not (torch.is_grad_enabled() or spec.dropout or rewards_only)
-        if is_inference and suits(packed, spec.window):
-            return _split
+def _choose(query: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool) -> _Kernel:
+    """The kernel for `model.attention`; for `auto`, by measurements on CPUs (docs/log.md), else the first supported."""
+    name = packed.kernel
+    if name == "auto" and query.device.type == "cpu":
+        is_inference = query.dtype == torch.float32 and not (torch.is_grad_enabled() or rewards_only)
+        if is_inference and _KERNELS["split"].supports(spec) and suits(packed, spec.window):
+            return _KERNELS["split"]
         is_plain_faster = int(packed.lengths.max()) <= _MAX_PLAIN_TOKENS.get(query.dtype, 0)
-        name = "plain" if is_plain_faster and spec.used <= _FEATURES["plain"] else "sdpa"
+        name = "plain" if is_plain_faster and _KERNELS["plain"].supports(spec) else "sdpa"
     elif name == "auto":
-        fitting = [
-            each for each in _GPU_KERNELS if query.shape[-1] in _HEAD_SIZES[each] and spec.used <= _FEATURES[each]
-        ]
-        usable = (each for each in fitting if _unsupported(each, query.device, query.dtype, spec.dropout) is None)
-        name = next(usable, "sdpa")
-    if rewards_only and name in _GPU_KERNELS:
+        fitting = (
+            each for each, kernel in _KERNELS.items()
+            if kernel.needs_gpu and query.shape[-1] in kernel.head_sizes and kernel.supports(spec)
+        )  # fmt: skip
+        name = next((each for each in fitting if _unsupported(each, query.device, query.dtype, 0.0) is None), "sdpa")
+    if rewards_only and _KERNELS[name].needs_gpu:
         name = "sdpa"  # one query per response: too few for a layout of its own
+    assert _KERNELS[name].supports(spec), f"{name} does not support {sorted(spec.used)}"
     return _KERNELS[name]
 
 
@@ -146,9 +155,10 @@ def check(setting: str, device: torch.device, dtype: torch.dtype, dropout: float
 
 def _unsupported(name: str, device: torch.device, dtype: torch.dtype, dropout: float) -> str | None:
     """The reason why a kernel cannot train here, or None."""
-    if dropout and "dropout" not in _FEATURES[name]:
+    kernel = _KERNELS[name]
+    if dropout and "dropout" not in kernel.features:
         return "it does not support attention dropout, and model.dropout is not 0"
-    if name in _GPU_KERNELS and device.type != "cuda":
+    if kernel.needs_gpu and device.type != "cuda":
         return "it needs a GPU"
     if name == "varlen":
         if dtype == torch.float32:
@@ -195,7 +205,7 @@ def _sdpa(
 def _split(
     query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool
 ) -> Tensor:
-    assert not (rewards_only or spec.dropout)
+    assert not rewards_only
     return split_attention(query, key, value, packed, scaling=spec.scaling)
 
 
@@ -227,7 +237,15 @@ def _flex(
     return flex_attention(query, key, value, mask, scaling=spec.scaling)
 
 
-_KERNELS: dict[str, Kernel] = {"plain": _plain, "sdpa": _sdpa, "varlen": _varlen, "flex": _flex}
+_WINDOW = frozenset({"window"})
+_KERNELS = {
+    "split": _Kernel(_split, _WINDOW),  # selected by `auto` only
+    "plain": _Kernel(_plain, _WINDOW),
+    "sdpa": _Kernel(_sdpa, _WINDOW | {"dropout"}),
+    "varlen": _Kernel(_varlen, _WINDOW, needs_gpu=True, head_sizes=range(8, 257, 8)),
+    "flex": _Kernel(_flex, _WINDOW, needs_gpu=True, head_sizes=range(16, 257)),
+}
+"""The kernels; `auto` tries those of GPUs in this order."""
 
 
 def reference_attention(

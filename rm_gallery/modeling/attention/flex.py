@@ -56,6 +56,7 @@ def block_map(packed: PackLayout, window: int | None) -> tuple[np.ndarray, np.nd
 
     With a window no block is full, and blocks outside the window may be listed as partial.
     """
+    # Queries of a part see the part itself (causal) and, in a response, all of its prefix. Mark both kinds of blocks.
     num_blocks = max(1, -(-int(packed.lengths.sum()) // BLOCK))
     some = np.eye(num_blocks, dtype=bool)  # padding sees itself
     full = np.zeros((num_blocks, num_blocks), bool)

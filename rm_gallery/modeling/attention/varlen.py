@@ -66,12 +66,14 @@ def split_sequences(packed: PackLayout) -> Sequences:
     query_lengths, prefix_lengths, prefix_starts, numbers = (
         each[is_nonempty] for each in (query_lengths, prefix_lengths, prefix_starts, numbers)
     )
+    # A sequence's gathered keys: first those of its prefix, then its own.
     key_lengths = prefix_lengths + query_lengths
     key_starts = np.cumsum(key_lengths) - key_lengths
     query_starts = np.cumsum(query_lengths) - query_lengths
     tokens = np.empty(int(key_lengths.sum()), np.int64)
     own = ranges(key_starts + prefix_lengths, query_lengths)
     tokens[own] = ranges(query_starts, query_lengths)
+    # The copies of prefixes. A prefix is copied at most once per entry, so entries contain no duplicate tokens.
     copies = []
     for each in range(int(numbers.max()) + 1):
         mine = (numbers == each) & (prefix_lengths > 0)
@@ -116,10 +118,8 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradients[0]
         total = gradient.index_select(0, ctx.sequences.own).float()
-        for (
-            tokens,
-            places,
-        ) in ctx.sequences.copies:  # tokens are unique within one entry, so index_add_ is deterministic
+        # Tokens are unique within one entry, so index_add_ is deterministic.
+        for tokens, places in ctx.sequences.copies:
             total.index_add_(0, tokens, gradient.index_select(0, places).float())
         return total.to(gradient.dtype), None
 

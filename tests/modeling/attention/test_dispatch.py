@@ -1,4 +1,4 @@
-"""The kernel against the rule written out, forward and backward."""
+"""Packed attention against the reference, forward and backward; buckets; features that are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.small import random_groups
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def test_rule_by_hand() -> None:
+def test_visibility_rule() -> None:
     #   group, response, position: a common prefix of two tokens, two responses, and a second group
     labels = torch.tensor([[0, -1, 0], [0, -1, 1], [0, 0, 2], [0, 0, 3], [0, 1, 2], [1, 2, 0]])
     expected = [
@@ -58,7 +58,7 @@ def test_kernel_equals_the_reference(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_kernel_in_bfloat16_is_as_close_as_its_rounding(device: str) -> None:
+def test_bfloat16_is_within_rounding(device: str) -> None:
     where = torch.device(device)
     batch = collate(random_groups(3)).to(where)
     layout = lay_out(batch)
@@ -70,7 +70,7 @@ def test_kernel_in_bfloat16_is_as_close_as_its_rounding(device: str) -> None:
     torch.testing.assert_close(found[0].float(), wanted, atol=3e-2, rtol=3e-2)
 
 
-def test_buckets_hold_every_token_once_and_little_padding() -> None:
+def test_buckets_contain_every_token_once_and_little_padding() -> None:
     batch = collate([group for seed in range(8) for group in random_groups(seed)])
     layout = lay_out(batch)
     rows = torch.cat([bucket.index.reshape(-1) for bucket in layout.all_tokens.buckets])
@@ -79,7 +79,7 @@ def test_buckets_hold_every_token_once_and_little_padding() -> None:
 
 
 @pytest.mark.parametrize("option", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}])
-def test_attention_that_the_kernel_does_not_know_is_refused(option: dict[str, Any]) -> None:
+def test_unsupported_features_are_refused(option: dict[str, Any]) -> None:
     layout = lay_out(collate(random_groups(0)))
     query = torch.zeros(1, 4, len(layout.all_tokens.restore), 8)
     with pytest.raises(UserError, match="soft cap or sinks"):
@@ -89,8 +89,8 @@ def test_attention_that_the_kernel_does_not_know_is_refused(option: dict[str, An
 @pytest.mark.parametrize("kernel", ["plain", "sdpa"])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("prefix", [0, 1, 30])
-def test_many_responses_are_cut_apart_where_nothing_is_learned(kernel: str, window: int | None, prefix: int) -> None:
-    """Best-of-16 beside groups of all shapes: the same attention with a fraction of the cells."""
+def test_groups_of_many_responses_are_split_in_inference(kernel: str, window: int | None, prefix: int) -> None:
+    """Best-of-16 among groups of all shapes: the same attention with less than half of the mask cells."""
     draw = np.random.default_rng(prefix)
     tails = [draw.integers(7, 264, draw.integers(1, 40)).astype(np.int32) for _ in range(16)]
     wide = TokenGroup(draw.integers(7, 264, prefix).astype(np.int32), tails, ())
@@ -109,6 +109,6 @@ def test_many_responses_are_cut_apart_where_nothing_is_learned(kernel: str, wind
     torch.testing.assert_close(found[0], wanted, atol=1e-5, rtol=0)
 
 
-def test_pairs_stay_whole() -> None:
+def test_pairs_are_not_split() -> None:
     tokens = np.arange(7, 47, dtype=np.int32)
     assert lay_out(collate([TokenGroup(tokens, [tokens[:20], tokens[:15]], ())] * 4)).by_response is None
