@@ -42,7 +42,7 @@ def adapt(backbone: Any) -> bool:
     last.forward = MethodType(_last_layer, last)
     last.self_attn.forward = MethodType(_last_attention, last.self_attn)
     if architecture(backbone.config.model_type).float32_norms:
-        return True  # `rms_norm` rounds as in Llama
+        return True  # norms keep their own forward: `rms_norm` rounds as in Llama
     for module in backbone.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             module.forward = MethodType(_norm, module)

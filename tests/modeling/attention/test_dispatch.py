@@ -11,7 +11,16 @@ import torch
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.attention.dispatch import lay_out, packed_attention, reference_attention, visible
+from rm_gallery.modeling.attention import dispatch
+from rm_gallery.modeling.attention.dispatch import (
+    AttentionSpec,
+    Kernel,
+    attend,
+    lay_out,
+    packed_attention,
+    reference_attention,
+    visible,
+)
 from tests.small import random_groups
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -73,7 +82,7 @@ def test_bfloat16_is_within_rounding(device: str) -> None:
 def test_buckets_contain_every_token_once_and_little_padding() -> None:
     batch = collate([group for seed in range(8) for group in random_groups(seed)])
     layout = lay_out(batch)
-    rows = torch.cat([bucket.index.reshape(-1) for bucket in layout.all_tokens.buckets])
+    rows = torch.cat([bucket.key_tokens.reshape(-1) for bucket in layout.all_tokens.buckets])
     assert torch.equal(rows[layout.all_tokens.restore], torch.arange(batch.num_tokens))
     assert len(rows) <= batch.num_tokens / 0.75
 
@@ -84,6 +93,21 @@ def test_unsupported_features_are_refused(option: dict[str, Any]) -> None:
     query = torch.zeros(1, 4, len(layout.all_tokens.restore), 8)
     with pytest.raises(UserError, match="soft cap or sinks"):
         packed_attention(torch.nn.Identity(), query, query, query, None, packed=layout, **option)
+
+
+def test_the_choice_falls_through_to_a_kernel_that_takes_all_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+
+    def fake(name: str, *fields: str) -> Kernel:
+        return Kernel(lambda query, *_, **__: (chosen.append(name), query)[1], takes=frozenset(fields))
+
+    for name, fields in {"plain": (), "sdpa": ("dropout", "softcap")}.items():
+        monkeypatch.setitem(dispatch.KERNELS, name, fake(name, *fields))
+    layout = lay_out(collate(random_groups(0)))
+    query = torch.zeros(len(layout.all_tokens.restore), 4, 8, requires_grad=True)
+    for spec in (AttentionSpec(1.0), AttentionSpec(1.0, dropout=0.1), AttentionSpec(1.0, softcap=9.0)):
+        attend(query, query, query, layout, spec)
+    assert chosen == ["plain", "sdpa", "sdpa"]
 
 
 @pytest.mark.parametrize("kernel", ["plain", "sdpa"])
@@ -98,7 +122,7 @@ def test_groups_of_many_responses_are_split_in_inference(kernel: str, window: in
     layout = lay_out(batch, kernel)
     assert layout.by_response is not None
     cells = [
-        sum(bucket.queries.numel() * bucket.index.shape[1] for bucket in queries.buckets)
+        sum(bucket.query_rows.numel() * bucket.key_tokens.shape[1] for bucket in queries.buckets)
         for queries in (layout.by_response, layout.all_tokens)
     ]
     assert cells[0] < cells[1] / 2

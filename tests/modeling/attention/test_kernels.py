@@ -1,7 +1,7 @@
 """Every kernel against the reference, forward and backward.
 
-GPU kernels are tested on the CPU too: the variable-length one with its own sequences and gathering around a plain
-implementation, FlexAttention in eager mode, forward only, and its block map against the visibility rule.
+GPU kernels are tested on the CPU too: the variable-length one with its own gathering around a plain implementation,
+FlexAttention uncompiled, forward only, and its block map against the visibility rule.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.attention.cpu import split_attention
-from rm_gallery.modeling.attention.dispatch import AttentionSpec, attend, check, visible
-from rm_gallery.modeling.attention.flex import BLOCK, block_map, block_mask, flex_attention
-from rm_gallery.modeling.attention.varlen import Sequences, find_flash, split_sequences, varlen_attention
+from rm_gallery.modeling.attention.dispatch import AttentionSpec, Kernel, attend, check, visible
+from rm_gallery.modeling.attention.flex import BLOCK, block_map, flex_attention
+from rm_gallery.modeling.attention.varlen import Sequences, find_flash, make_sequences, varlen_attention
 from tests.modeling.attention.cases import (
     HEADS,
     LONG_SHAPES,
@@ -34,14 +34,14 @@ FLEX_CASES = [("many responses", HEADS[1], None), ("one of each length", HEADS[1
 """Cases of FlexAttention that `make test` runs: a CPU takes long for them."""
 
 
-def plain_flash(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scaling: float, window: int | None) -> Tensor:
+def plain_flash(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scaling: float, window: int | None) -> Tensor:
     """A variable-length kernel in plain PyTorch: causal, aligned to the bottom right."""
     outputs = []
-    for number in range(len(sequences.query_ends) - 1):
-        rows = slice(int(sequences.query_ends[number]), int(sequences.query_ends[number + 1]))
-        columns = slice(int(sequences.key_ends[number]), int(sequences.key_ends[number + 1]))
+    for number in range(len(s.cu_seqlens_q) - 1):
+        rows = slice(int(s.cu_seqlens_q[number]), int(s.cu_seqlens_q[number + 1]))
+        columns = slice(int(s.cu_seqlens_k[number]), int(s.cu_seqlens_k[number + 1]))
         num_q, num_k = rows.stop - rows.start, columns.stop - columns.start
-        assert 0 < num_q <= sequences.max_queries and num_k <= sequences.max_keys
+        assert 0 < num_q <= s.max_seqlen_q and num_k <= s.max_seqlen_k
         place = torch.arange(num_k - num_q, num_k)[:, None]
         seen = torch.arange(num_k)[None] <= place
         if window is not None:
@@ -70,7 +70,7 @@ def test_cpu_kernels(kernel: str, shape: str, heads: tuple[int, int, int], windo
 def test_split_attention_equals_the_reference(shape: str, heads: tuple[int, int, int]) -> None:
     layout = layout_of(SHAPES[shape], CPU)
     difference = worst_difference(
-        lambda q, k, v, scaling: split_attention(q, k, v, layout, scaling=scaling),
+        lambda q, k, v, scaling: split_attention(q, k, v, layout, AttentionSpec(scaling)),
         layout, heads, torch.float32, backward=False,
     )  # fmt: skip
     assert difference < EXACT
@@ -84,8 +84,8 @@ def test_auto_selects_split_attention_for_long_texts_unless_a_window_ends_inside
 ) -> None:
     layout = layout_of([(40, [length] * 8), (3, [length] * 2)], CPU)
     calls = []
-    split = dispatch.split_attention
-    monkeypatch.setattr(dispatch, "split_attention", lambda *a, **k: (calls.append(1), split(*a, **k))[1])
+    split = Kernel(lambda *a, **k: (calls.append(1), split_attention(*a, **k))[1])
+    monkeypatch.setitem(dispatch.KERNELS, "split", split)
     for grad, dtype in ((True, torch.float32), (False, torch.bfloat16), (False, torch.float32)):
         assert not calls, "forward only, and float32 only"
         with torch.set_grad_enabled(grad):
@@ -103,7 +103,7 @@ def test_varlen_equals_the_reference(shape: str, heads: tuple[int, int, int], wi
     layout = layout_of(SHAPES[shape], CPU)
     difference = worst_difference(
         lambda q, k, v, scaling: varlen_attention(
-            q, k, v, split_sequences(layout), scaling=scaling, window=window, flash=plain_flash
+            q, k, v, layout, AttentionSpec(scaling, window), flash=plain_flash
         ),
         layout, heads, torch.float32, window=window,
     )  # fmt: skip
@@ -111,13 +111,13 @@ def test_varlen_equals_the_reference(shape: str, heads: tuple[int, int, int], wi
 
 
 def test_sequences_of_a_small_pack() -> None:
-    sequences = split_sequences(layout_of([(2, [2, 1]), (0, [1])], CPU))
-    assert sequences.query_ends.tolist() == [0, 2, 4, 5, 6]
-    assert sequences.key_ends.tolist() == [0, 2, 6, 9, 10]
-    assert sequences.tokens.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5]
-    assert sequences.own.tolist() == [0, 1, 4, 5, 8, 9]
-    assert (sequences.max_queries, sequences.max_keys) == (2, 4)
-    assert sequences.query_ends.dtype == sequences.key_ends.dtype == torch.int32
+    sequences = make_sequences(layout_of([(2, [2, 1]), (0, [1])], CPU))
+    assert sequences.cu_seqlens_q.tolist() == [0, 2, 4, 5, 6]
+    assert sequences.cu_seqlens_k.tolist() == [0, 2, 6, 9, 10]
+    assert sequences.key_tokens.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5]
+    assert sequences.own_keys.tolist() == [0, 1, 4, 5, 8, 9]
+    assert (sequences.max_seqlen_q, sequences.max_seqlen_k) == (2, 4)
+    assert sequences.cu_seqlens_q.dtype == sequences.cu_seqlens_k.dtype == torch.int32
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -132,9 +132,8 @@ def test_sequences_of_a_small_pack() -> None:
 )
 def test_flex_equals_the_reference(shape: str, heads: tuple[int, int, int], window: int | None) -> None:
     layout = layout_of(SHAPES[shape], CPU)
-    mask = block_mask(layout, window)
     difference = worst_difference(
-        lambda q, k, v, scaling: flex_attention(q, k, v, mask, scaling=scaling),
+        lambda q, k, v, scaling: flex_attention(q, k, v, layout, AttentionSpec(scaling, window)),
         layout, heads, torch.float32, window=window, backward=False,
     )  # fmt: skip
     assert difference < EXACT
@@ -175,21 +174,6 @@ def test_gpu_kernels_are_refused_on_a_cpu(kernel: str) -> None:
         check(kernel, CPU, torch.bfloat16, 0.0)
 
 
-def test_a_kernel_without_a_set_feature_is_not_selected(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = layout_of([(2, [2, 1])], CPU)
-    (query, key, value), _ = draw_inputs(len(layout.labels), (4, 2, 64), CPU, torch.float32)
-    calls = []
-    plain = dispatch.plain_attention
-    monkeypatch.setattr(dispatch, "plain_attention", lambda *a, **k: (calls.append(1), plain(*a, **k))[1])
-    attend(query, key, value, layout, AttentionSpec(0.1, dropout=0.5))
-    assert not calls, "plain attention has no dropout"
-    attend(query, key, value, layout, AttentionSpec(0.1))
-    assert calls
-    for spec in (AttentionSpec(0.1, softcap=50.0), AttentionSpec(0.1, sinks=torch.zeros(4))):
-        with pytest.raises(AssertionError, match="does not support"):
-            attend(query, key, value, layout, spec)
-
-
 def test_plain_attention_refuses_dropout() -> None:
     with pytest.raises(UserError, match=r"model\.dropout is not 0"):
         check("plain", CPU, torch.float32, 0.1)
@@ -208,7 +192,7 @@ def test_gpu_kernels(
 ) -> None:
     device = torch.device("cuda")
     if kernel == "varlen" and (dtype == torch.float32 or find_flash() is None):
-        pytest.skip("flash attention has no float32, or is not available; its sequences are tested on the CPU")
+        pytest.skip("flash attention has no float32, or there is none here; its gathering is tested on the CPU")
     layout = layout_of({**SHAPES, **LONG_SHAPES}[shape], device, kernel)
     difference = worst_difference(
         lambda q, k, v, scaling: attend(q, k, v, layout, AttentionSpec(scaling, window)),
