@@ -18,8 +18,10 @@ class Architecture:
     """The MLP multiplies two projections (SwiGLU, GeGLU)."""
     head_norms: bool = False
     """Queries and keys of each head are normalized."""
+    four_norms: bool = False
+    """Norms before and after both attention and MLP, not only before."""
     float32_norms: bool = False
-    """Four norms per layer, which keep input and output in float32 (Gemma 3)."""
+    """RMS norms compute in float32, scale by 1 + weight, and round last."""
     window_in_config: bool = False
     """One sliding window for all layers, in the configuration instead of the attention module."""
     relative_attention: bool = False
@@ -33,7 +35,7 @@ ARCHITECTURES = {
     "qwen3": Architecture(is_decoder=True, gated_mlp=True, head_norms=True),
     "llama": Architecture(is_decoder=True, gated_mlp=True),
     "mistral": Architecture(is_decoder=True, gated_mlp=True, window_in_config=True),
-    "gemma3_text": Architecture(is_decoder=True, gated_mlp=True, head_norms=True, float32_norms=True),
+    "gemma3_text": Architecture(is_decoder=True, gated_mlp=True, head_norms=True, four_norms=True, float32_norms=True),
     "bert": Architecture(is_decoder=False),
     "roberta": Architecture(is_decoder=False, positions_after_padding=True),
     "deberta-v2": Architecture(is_decoder=False, relative_attention=True),

@@ -41,8 +41,9 @@ def adapt(backbone: Any) -> bool:
     last = layers[-1]
     last.forward = MethodType(_last_layer, last)
     last.self_attn.forward = MethodType(_last_attention, last.self_attn)
+    if architecture(backbone.config.model_type).float32_norms:
+        return True  # norms keep their own forward: `rms_norm` rounds as in Llama
     for module in backbone.modules():
-        # Gemma's norm has no such attribute and rounds differently: it keeps its own forward.
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             module.forward = MethodType(_norm, module)
     return True
@@ -67,10 +68,12 @@ def _reward_tokens(
     layer: Any, hidden: Tensor, *, packed: PackLayout, position_embeddings: tuple[Tensor, Tensor], **_: Any
 ) -> Tensor:
     """[1, T, D] -> [1, R, D]"""
+    has_four_norms = architecture(layer.self_attn.config.model_type).four_norms
+    # 1. Attention: keys and values of all T tokens, queries and output of the R reward tokens.
     out = layer.self_attn(layer.input_layernorm(hidden), position_embeddings=position_embeddings, packed=packed)[0]
-    has_four_norms = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 3: before and after each half
     if has_four_norms:
         out = layer.post_attention_layernorm(out)
+    # 2. From here on the residual stream has R rows.
     hidden = hidden.index_select(1, packed.reward_index) + out
     before = layer.pre_feedforward_layernorm if has_four_norms else layer.post_attention_layernorm
     out = layer.mlp(before(hidden))

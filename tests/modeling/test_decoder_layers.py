@@ -1,6 +1,6 @@
-"""Layers that run our way, the last at reward tokens alone, give the rewards and gradients of the library's own.
+"""Replaced decoder layers, the last for reward tokens only, give the rewards and gradients of transformers' own.
 
-RMS norm and rotary embedding are held against the formulas in float64 and against what the library computes.
+RMS norm and rotary embedding are compared with numerical derivatives in float64 and with transformers.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return make_model(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def as_the_library_has_it(model: RewardModel) -> RewardModel:
-    """The same model with every `forward` the library's own."""
+def with_library_layers(model: RewardModel) -> RewardModel:
+    """The same model with every `forward` of transformers."""
     for module in model.network.modules():
         vars(module).pop("forward", None)
     model._reads_only_rewards = False
@@ -42,8 +42,8 @@ def rewards_and_gradients(model: RewardModel, seed: int) -> dict[str, torch.Tens
     return {"rewards": rewards.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
 
-def with_a_whole_last_layer(model: RewardModel) -> RewardModel:
-    """The same model, the last layer computed at every token."""
+def with_full_last_layer(model: RewardModel) -> RewardModel:
+    """The same model, with the last layer computed for all tokens."""
     first, *_, last = model.network.model.layers
     del last.forward
     last.self_attn.forward = MethodType(first.self_attn.forward.__func__, last.self_attn)
@@ -52,8 +52,8 @@ def with_a_whole_last_layer(model: RewardModel) -> RewardModel:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("change", "tolerance"), [(with_a_whole_last_layer, 1e-6), (as_the_library_has_it, 1e-5)])
-def test_rewards_and_all_gradients_are_those_of_the_whole_computation(
+@pytest.mark.parametrize(("change", "tolerance"), [(with_full_last_layer, 1e-6), (with_library_layers, 1e-5)])
+def test_rewards_and_all_gradients_equal_the_full_computation(
     folder: Path, change: Callable[[RewardModel], RewardModel], tolerance: float, checkpointing: bool
 ) -> None:
     found = []
@@ -73,7 +73,7 @@ def test_rewards_and_all_gradients_are_those_of_the_whole_computation(
         torch.testing.assert_close(only[name], value, atol=tolerance * scale, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_the_last_mlp_and_norm_see_reward_tokens_only(folder: Path) -> None:
+def test_the_last_mlp_and_norm_run_on_reward_tokens_only(folder: Path) -> None:
     model = load_reward_model(str(folder)).model
     batch = collate(random_groups(2))
     seen: list[tuple[Any, ...]] = []
@@ -85,7 +85,7 @@ def test_the_last_mlp_and_norm_see_reward_tokens_only(folder: Path) -> None:
     assert seen == [(1, batch.num_tokens), (1, num_rewards), (1, num_rewards)]
 
 
-def test_checkpointing_computes_the_last_layer_again(folder: Path) -> None:
+def test_checkpointing_recomputes_the_last_layer(folder: Path) -> None:
     model = load_reward_model(str(folder)).model.train()
     model.network.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     calls: list[int] = []
@@ -94,7 +94,7 @@ def test_checkpointing_computes_the_last_layer_again(folder: Path) -> None:
     assert len(calls) == 2
 
 
-def test_a_call_without_packs_is_the_library_s(folder: Path) -> None:
+def test_a_call_without_packed_runs_the_library_code(folder: Path) -> None:
     model = load_reward_model(str(folder)).model.eval()
     model.network.set_attn_implementation("eager")
     ids = torch.tensor([[9, 10, 11, 12]])
@@ -102,7 +102,7 @@ def test_a_call_without_packs_is_the_library_s(folder: Path) -> None:
         assert model.network.model(input_ids=ids, use_cache=False).last_hidden_state.shape == (1, 4, 32)
 
 
-def test_a_layer_of_foreign_code_is_left_alone(folder: Path) -> None:
+def test_a_layer_of_remote_code_is_not_replaced(folder: Path) -> None:
     network = load_reward_model(str(folder)).model.network
     for module in network.modules():
         vars(module).pop("forward", None)
@@ -129,10 +129,10 @@ def angles(tokens: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("shape", [(1, 7, 12), (5, 3, 8), (1, 4)])
-def test_the_backward_passes_are_the_derivatives(shape: tuple[int, ...]) -> None:
+def test_backward_passes_match_numerical_derivatives(shape: tuple[int, ...]) -> None:
     states = draw(*shape).double().requires_grad_()
     weight = draw(shape[-1], seed=1).double().requires_grad_()
-    # The norm is worked out in float32 whatever the type, so differences are taken wide enough to stand out.
+    # The norm computes in float32 for every dtype, so finite differences need a large step.
     assert torch.autograd.gradcheck(lambda s, w: rms_norm(s, w, 1e-6), (states, weight), eps=1e-2, atol=1e-3)
     turned = draw(5, 3, 8).double().requires_grad_()
     cos, sin = (part.double() for part in angles(5, 8))
@@ -140,7 +140,7 @@ def test_the_backward_passes_are_the_derivatives(shape: tuple[int, ...]) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_norm_is_llamas(dtype: torch.dtype) -> None:
+def test_rms_norm_equals_llama(dtype: torch.dtype) -> None:
     norm = LlamaRMSNorm(64, eps=1e-6).to(dtype)
     norm.weight.data = draw(64, seed=1).to(dtype)
     states = (draw(1, 50, 64, seed=2) * 3).to(dtype).requires_grad_()
@@ -154,7 +154,7 @@ def test_the_norm_is_llamas(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_rotation_is_the_librarys(dtype: torch.dtype) -> None:
+def test_rotate_equals_transformers(dtype: torch.dtype) -> None:
     states = draw(9, 4, 16).to(dtype).requires_grad_()
     cos, sin = (part.to(dtype) for part in angles(9, 16))
     gradient = draw(9, 4, 16, seed=1).to(dtype)

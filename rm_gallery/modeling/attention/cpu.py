@@ -1,164 +1,179 @@
-"""CPU attention kernels: plain matrix products (training), and prompt and responses computed separately (inference).
+"""Attention on a CPU: batched matrix products for training, and prefix and responses apart for scoring.
 
-`plain_attention` implements forward and backward with batched matrix products. torch's fused kernel is 1.1 to 2.3 times
-slower on CPUs in bfloat16, and for short groups in float32 (docs/log.md). Queries, keys and values are gathered from
-the pack once, the key heads of grouped queries are not repeated, and gradients are scattered back in one operation.
+`plain_attention` has its forward and backward passes written out. On a CPU, PyTorch's fused kernel is 1.1 to 2.3 times
+slower in bfloat16, and for short groups in float32 (docs/log.md). Ours gathers queries, keys and values from the pack
+once, does not repeat the key heads of grouped-query attention, and scatters gradients back once, instead of
+accumulating tensors that are mostly zero.
 
-`split_attention` is inference only. It computes attention to the prompt and to the response's own tokens separately and
-merges the two by their log-sum-exps (Juravsky et al. 2024, "Hydragen", section 3.2). The prompt's keys take one matrix
-product for all responses of a group, without gathering, padding or masks.
-
-Merging, for one query with the scores [1, 2] over the prompt and [3] over its own tokens: the log-sum-exps are
-log(e + e^2) = 2.313 and 3, and the own tokens weigh e^3 / (e + e^2 + e^3) = sigmoid(3 - 2.313) = 0.665 of the softmax
-over all three. The output is 0.335 of the prompt's output plus 0.665 of the own output.
+`split_attention`, for inference only, attends to the prefix and to each response's own text separately, and merges the
+two by their log-sum-exps (Juravsky et al. 2024, "Hydragen", section 3.2). The prefix's keys are one product for all
+responses of a group, and nothing is gathered, padded or masked. Example, one query with the scores [1, 2] over the
+prefix and [3] over its own tokens: the log-sum-exps are log(e + e^2) = 2.313 and 3, and the own tokens weigh
+e^3 / (e + e^2 + e^3) = sigmoid(3 - 2.313) = 0.665 in the softmax over all three. The output is 0.335 of the prefix's
+output plus 0.665 of the own output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rm_gallery.modeling.attention.layout import PackLayout
+from rm_gallery.modeling.attention.layout import AttentionSpec, PackLayout
 
-# T tokens, N queries, B groups of a bucket, Q and L queries and keys of its longest group
-# H heads, G key heads, D head dimension, n = H / G
+# T tokens, N queries (T, or R in the last layer), B groups of a bucket, Q and K queries and keys of its longest group
+# H query heads, H_kv key heads, n = H / H_kv query heads per key head, D head dimension
 
-_MAX_KEPT_TOKENS = 512  # attention probabilities of longer groups are recomputed in the backward pass, to save memory
+_SAVE_PROBABILITIES_UP_TO = 512  # keys of a group; longer ones are recomputed in the backward pass, to save memory
 
 
 def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, queries: Sequence[Tensor], keys: Sequence[Tensor],
-    query_restore: Tensor, key_restore: Tensor, biases: Sequence[Tensor], scaling: float,
-) -> Tensor:  # fmt: skip
-    """Attention bucket by bucket.
-
-    query: [N, H, D]; key, value: [T, G, D]. queries: per bucket, [B, Q] rows of `query`. keys: per bucket, [B, L] rows
-    of `key` and `value`. query_restore: [N] index of each query in the concatenated rows of the buckets;
-    key_restore: [T] the same for keys. biases: per bucket, [B, 1, Q, L], 0 where a query sees a key and minus infinity
-    elsewhere. Returns [N, H, D].
-    """
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, spec: AttentionSpec, *, rewards_only: bool = False
+) -> Tensor:
+    """query: [N, H, D]; key, value: [T, H_kv, D]. Returns [N, H, D]."""
+    queries = packed.queries(rewards_only=rewards_only)
     result: Tensor = _PlainAttention.apply(
-        query, key, value, tuple(queries), tuple(keys), query_restore, key_restore, tuple(biases), scaling
-    )
+        query, key, value,
+        tuple(bucket.query_rows for bucket in queries.buckets),
+        tuple(bucket.key_tokens for bucket in queries.buckets),
+        queries.restore,
+        packed.all_tokens.restore,
+        tuple(queries.bias(number, spec.window, query.dtype) for number in range(len(queries.buckets))),
+        spec.scaling,
+    )  # fmt: skip
     return result
 
 
 class _PlainAttention(torch.autograd.Function):
+    """By bucket: query_rows [B, Q], key_tokens [B, K] and biases [B, 1, Q, K]; see `layout.Bucket`.
+
+    query_restore [N] and key_restore [T]: the row of each query and key in the concatenated rows of all buckets.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...],
-        query_restore: Tensor, key_restore: Tensor, biases: tuple[Tensor, ...], scaling: float,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, query_rows: tuple[Tensor, ...],
+        key_tokens: tuple[Tensor, ...], query_restore: Tensor, key_restore: Tensor, biases: tuple[Tensor, ...],
+        scaling: float,
     ) -> Tensor:  # fmt: skip
         heads = key.shape[1]
         outputs: list[Tensor] = []
-        kept: list[Tensor] = []
-        for rows, index, bias in zip(queries, keys, biases, strict=True):
-            q, k, v = _gather(query, rows, heads), _gather(key, index, heads), _gather(value, index, heads)
-            weights = _weights(q, k, bias, scaling)
-            outputs.append(_scatter(torch.bmm(weights, v), rows, heads))
-            if index.shape[1] <= _MAX_KEPT_TOKENS:
-                kept.append(weights)
-        ctx.queries, ctx.keys, ctx.biases, ctx.scaling = queries, keys, biases, scaling
-        ctx.save_for_backward(query, key, value, query_restore, key_restore, *kept)
+        saved: list[Tensor] = []
+        for rows, tokens, bias in zip(query_rows, key_tokens, biases, strict=True):
+            q, k, v = _gather(query, rows, heads), _gather(key, tokens, heads), _gather(value, tokens, heads)
+            probabilities = _probabilities(q, k, bias, scaling)
+            outputs.append(_to_rows(torch.bmm(probabilities, v), rows, heads))
+            if tokens.shape[1] <= _SAVE_PROBABILITIES_UP_TO:
+                saved.append(probabilities)
+        ctx.query_rows, ctx.key_tokens, ctx.biases, ctx.scaling = query_rows, key_tokens, biases, scaling
+        ctx.save_for_backward(query, key, value, query_restore, key_restore, *saved)
         return torch.cat(outputs).index_select(0, query_restore)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, query_restore, key_restore, *kept = ctx.saved_tensors
+        query, key, value, query_restore, key_restore, *saved = ctx.saved_tensors
         heads = key.shape[1]
         parts: tuple[list[Tensor], ...] = ([], [], [])
-        # Padding rows get no gradient: they are copies of real tokens, and their outputs were dropped.
-        num_rows = sum(rows.numel() for rows in ctx.queries)
+        # Output gradients by bucket row. Padding rows have none: they repeat real queries, and their output is dropped.
+        num_rows = sum(rows.numel() for rows in ctx.query_rows)
         gradient = gradients[0].new_zeros(num_rows, *gradients[0].shape[1:])
         gradient.index_copy_(0, query_restore, gradients[0])
         start = 0
-        for rows, index, bias in zip(ctx.queries, ctx.keys, ctx.biases, strict=True):
-            q, k, v = _gather(query, rows, heads), _gather(key, index, heads), _gather(value, index, heads)
-            weights = kept.pop(0) if index.shape[1] <= _MAX_KEPT_TOKENS else _weights(q, k, bias, ctx.scaling)
+        for rows, tokens, bias in zip(ctx.query_rows, ctx.key_tokens, ctx.biases, strict=True):
+            q, k, v = _gather(query, rows, heads), _gather(key, tokens, heads), _gather(value, tokens, heads)
+            is_saved = tokens.shape[1] <= _SAVE_PROBABILITIES_UP_TO
+            probabilities = saved.pop(0) if is_saved else _probabilities(q, k, bias, ctx.scaling)
             place = torch.arange(start, start + rows.numel(), device=rows.device).view(rows.shape)
             start += rows.numel()
-            output = _gather(gradient, place, heads)
-            wanted = torch.bmm(output, v.transpose(1, 2))
-            logits = torch._softmax_backward_data(wanted, weights, -1, weights.dtype).mul_(ctx.scaling)
-            parts[0].append(_scatter(torch.bmm(logits, k), rows, heads))
-            parts[1].append(_scatter(torch.bmm(logits.transpose(1, 2), q), index, heads))
-            parts[2].append(_scatter(torch.bmm(weights.transpose(1, 2), output), index, heads))
+            d_out = _gather(gradient, place, heads)
+            d_probabilities = torch.bmm(d_out, v.transpose(1, 2))
+            d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
+            d_scores.mul_(ctx.scaling)
+            parts[0].append(_to_rows(torch.bmm(d_scores, k), rows, heads))
+            parts[1].append(_to_rows(torch.bmm(d_scores.transpose(1, 2), q), tokens, heads))
+            parts[2].append(_to_rows(torch.bmm(probabilities.transpose(1, 2), d_out), tokens, heads))
         restores = (query_restore, key_restore, key_restore)
         whole = (torch.cat(part).index_select(0, restore) for part, restore in zip(parts, restores, strict=True))
         return *whole, None, None, None, None, None, None
 
 
 def _gather(part: Tensor, index: Tensor, heads: int) -> Tensor:
-    """[rows, n x heads, D] -> [B x heads, n x L, D]: the rows of a bucket, query heads grouped by their key head."""
+    """[rows, n x H_kv, D] -> [B x H_kv, n x L, D]: a bucket's rows, by key head; its n query heads are concatenated.
+
+    index: [B, L]; L is Q for queries (n = H / H_kv), K for keys and values (n = 1).
+    """
     size = part.shape[-1]
-    rows = part.index_select(0, index.view(-1)).view(*index.shape, heads, -1, size)  # [B, L, heads, n, D]
+    rows = part.index_select(0, index.view(-1)).view(*index.shape, heads, -1, size)  # [B, L, H_kv, n, D]
     return rows.permute(0, 2, 3, 1, 4).reshape(len(index) * heads, -1, size)
 
 
-def _scatter(part: Tensor, index: Tensor, heads: int) -> Tensor:
-    """[B x heads, n x L, D] -> [B x L, n x heads, D], the inverse of `_gather`."""
+def _to_rows(part: Tensor, index: Tensor, heads: int) -> Tensor:
+    """[B x H_kv, n x L, D] -> [B x L, n x H_kv, D]: the inverse layout of `_gather`."""
     size = part.shape[-1]
-    whole = part.view(len(index), heads, -1, index.shape[1], size)  # [B, heads, n, L, D]
+    whole = part.view(len(index), heads, -1, index.shape[1], size)  # [B, H_kv, n, L, D]
     return whole.permute(0, 3, 1, 2, 4).reshape(index.numel(), -1, size)
 
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """[B x heads, n x Q, L] attention probabilities."""
-    logits = torch.bmm(q, k.transpose(1, 2)).mul_(scaling)
-    logits.view(len(bias), -1, *bias.shape[2:]).add_(bias)
-    return logits.softmax(-1)
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """[B x H_kv, n x Q, K] attention probabilities."""
+    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scaling)
+    scores.view(len(bias), -1, *bias.shape[2:]).add_(bias)
+    return scores.softmax(-1)
 
 
-# T tokens, Q queries, L keys, H heads, G key heads, D head dimension
-
-_MIN_TOKENS = 32  # per kernel call; with shorter texts, one masked call per bucket is faster than many calls
+_MIN_TOKENS_PER_CALL = 32  # with shorter texts, masks over whole groups cost less than so many kernel calls
 
 
-def suits(layout: PackLayout, window: int | None) -> bool:
-    """Whether `split_attention` is faster (texts are long enough) and exact (no sliding window ends inside a text)."""
+def is_worth_splitting(layout: PackLayout, window: int | None) -> bool:
+    """Whether the texts are long enough for `split_attention`, and no sliding window is shorter than a text."""
     num_calls = len(layout.tails) + 2 * len(layout.lengths)
-    is_worth_it = int(layout.lengths.sum()) >= _MIN_TOKENS * num_calls
-    return is_worth_it and (window is None or window >= layout.longest_text)
+    has_long_texts = int(layout.lengths.sum()) >= _MIN_TOKENS_PER_CALL * num_calls
+    return has_long_texts and (window is None or window >= layout.longest_text)
 
 
-def split_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, *, scaling: float) -> Tensor:
-    """Attention of all tokens, forward only.
+def split_attention(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, spec: AttentionSpec, *, rewards_only: bool = False
+) -> Tensor:
+    """Attention of all tokens, forward only, without a window. query: [T, H, D]; key, value: [T, H_kv, D].
 
-    query: [T, H, D]; key, value: [T, G, D]. Returns [T, H, D].
+    Returns [T, H, D].
     """
+    assert not rewards_only
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))  # [1, H, T, D]
-    tails = iter(layout.tails.tolist())
+    tails = iter(packed.tails.tolist())
     outputs: list[Tensor] = []
     end = 0
-    for prefix, count in zip(layout.prefixes.tolist(), layout.num_tails.tolist(), strict=True):
+    for prefix, count in zip(packed.prefixes.tolist(), packed.num_tails.tolist(), strict=True):
         start, middle = end, end + prefix
-        own, weights = [], []
+        # 1. Each response over its own keys.
+        own, log_sums = [], []
         end = middle
         for length in (next(tails) for _ in range(count)):
             part = slice(end, end + length)
-            output, log_sum = _flash(q[:, :, part], k[:, :, part], v[:, :, part], scaling, is_causal=True)
+            output, log_sum = _flash(q[:, :, part], k[:, :, part], v[:, :, part], spec.scaling, is_causal=True)
             own.append(output)
-            weights.append(log_sum)
+            log_sums.append(log_sum)
             end += length
         if prefix:
+            # 2. The prefix over itself, and all responses over the prefix.
             shared = k[:, :, start:middle], v[:, :, start:middle]
-            outputs.append(_flash(q[:, :, start:middle], *shared, scaling, is_causal=True)[0])
-            output, log_sum = _flash(q[:, :, middle:end], *shared, scaling, is_causal=False)
-            share = torch.cat(weights, 1).sub_(log_sum).sigmoid_()  # of the own tokens in the softmax over both
+            outputs.append(_flash(q[:, :, start:middle], *shared, spec.scaling, is_causal=True)[0])
+            output, log_sum = _flash(q[:, :, middle:end], *shared, spec.scaling, is_causal=False)
+            # 3. Merge. With s = log-sum-exp, the own text has the share e^s_own / (e^s_own + e^s_prefix) of the joint
+            #    softmax, which is sigmoid(s_own - s_prefix).
+            share = torch.cat(log_sums, 1).sub_(log_sum).sigmoid_()
             own = [output.lerp_(torch.cat(own, 1), share.unsqueeze(-1))]
         outputs += own
     return torch.cat(outputs, 1)[0]
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scaling: float, *, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """[1, H, Q, D], [1, H, L, D] -> outputs [1, Q, H, D] and log-sum-exps [1, Q, H].
+    """[1, H, Q, D], [1, H, K, D] -> outputs [1, Q, H, D] and log-sum-exps [1, Q, H].
 
-    The operator that scaled_dot_product_attention runs on CPUs, which does not return the log-sum-exps.
+    The operation that scaled_dot_product_attention calls on a CPU, which does not return the log-sum-exps.
     """
     output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scaling)
     return output.transpose(1, 2), log_sum.transpose(1, 2)

@@ -1,14 +1,13 @@
-"""Packed attention: one visibility rule, several kernels, the choice between them, and the reference.
+"""Packed attention: the kernels, the choice between them, and the reference that all of them are tested against.
 
-Query q sees key k if both are in the same group, k is not after q, and k belongs to the common prefix or to q's own
-response. `install` registers packed attention with transformers' attention interface.
+`install` registers `packed_attention` with transformers' attention interface, so model code stays the library's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 
 from rm_gallery.data.batching.packed_batch import PackedBatch
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.attention.cpu import plain_attention, split_attention, suits
-from rm_gallery.modeling.attention.flex import block_mask, flex_attention
+from rm_gallery.modeling.attention.cpu import is_worth_splitting, plain_attention, split_attention
+from rm_gallery.modeling.attention.flex import flex_attention
 from rm_gallery.modeling.attention.flex import is_available as flex_is_available
-from rm_gallery.modeling.attention.layout import PackLayout, Queries, visible
-from rm_gallery.modeling.attention.varlen import find_flash, split_sequences, varlen_attention
+from rm_gallery.modeling.attention.layout import AttentionSpec, PackLayout, visible
+from rm_gallery.modeling.attention.varlen import find_flash, varlen_attention
 
 __all__ = [
     "NAME",
@@ -35,48 +34,13 @@ __all__ = [
     "visible",
 ]
 
-# T tokens, N queries (T, or R in the last layer), B groups of a bucket, L its longest group, H heads, D head dimension
+# T tokens, N queries (T, or R in the last layer), H query heads, H_kv key heads, D head dimension
+# of a bucket: B groups, Q and K queries and keys of its longest group
 
 NAME = "rm_gallery_packed"
-
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """Attention of one layer: what its scores are, besides query, key and the visibility rule."""
-
-    scaling: float
-    """Factor of the scores, before the softmax."""
-    window: int | None = None
-    """Sliding window in positions; None for full attention."""
-    softcap: float | None = None
-    """Scores become softcap * tanh(score / softcap)."""
-    sinks: Tensor | None = None
-    """[H] a learned score per head that takes part in the softmax without a value."""
-    dropout: float = 0.0
-    """Dropout rate of the attention probabilities."""
-
-    @property
-    def used(self) -> frozenset[str]:
-        """Names of the optional features that are set."""
-        features = {
-            "window": self.window,
-            "softcap": self.softcap,
-            "sinks": self.sinks,
-            "dropout": self.dropout or None,
-        }
-        return frozenset(name for name, value in features.items() if value is not None)
-
-
-Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, PackLayout, AttentionSpec, bool], Tensor]
-"""(query [N, H, D], key and value [T, H_kv, D], layout, spec, rewards_only) -> [N, H, D]"""
-_FEATURES = {
-    "plain": frozenset({"window"}), "sdpa": frozenset({"window", "dropout"}),
-    "varlen": frozenset({"window"}), "flex": frozenset({"window"}),
-}  # fmt: skip
-"""Optional features of `AttentionSpec` that a kernel supports."""
-_GPU_KERNELS = ("varlen", "flex")  # in the order in which `auto` tries them
-_HEAD_SIZES = {"varlen": range(8, 257, 8), "flex": range(16, 257)}
-_MAX_PLAIN_TOKENS = {torch.bfloat16: 2048, torch.float32: 256}  # of the longest group of a pack, on a CPU
+"""`attn_implementation` in transformers."""
+_MAX_PLAIN_TOKENS = {torch.bfloat16: 2048, torch.float32: 256}
+"""On a CPU, plain attention is faster than SDPA up to this length of a batch's longest group (docs/log.md)."""
 
 
 def lay_out(batch: PackedBatch, kernel: str = "auto") -> PackLayout:
@@ -89,66 +53,124 @@ def packed_attention(
     packed: PackLayout, scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
     softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention of all tokens, with the signature of transformers' attention interface.
+    """Attention of all tokens, with the signature of transformers' interface.
 
     query: [1, H, T, D]; key, value: [1, H_kv, T, D]. Returns [1, T, H, D].
-    Raises UserError for features that no kernel supports.
     """
-    spec = AttentionSpec(
-        query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux, dropout
-    )
-    if not any(spec.used <= supported for supported in _FEATURES.values()):
-        raise UserError(f"{type(module).__name__}: attention with a soft cap or sinks is not supported in packed form")
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-    return attend(query, key, value, packed, spec).unsqueeze(0), None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    spec = AttentionSpec(scaling, window=sliding_window, softcap=softcap, sinks=s_aux, dropout=dropout)
+    try:
+        return attend(query, key, value, packed, spec).unsqueeze(0), None
+    except UserError as error:
+        raise UserError(f"{type(module).__name__}: {error}") from error
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, spec: AttentionSpec, *, rewards_only: bool = False
 ) -> Tensor:
-    """Attention by the kernel that `_choose` selects.
+    """Attention by the first suitable kernel.
 
     query: [N, H, D]; key, value: [T, H_kv, D]. rewards_only: the queries are the R reward tokens instead of all T.
-    Returns [N, H, D].
+    Returns [N, H, D]. Raises UserError when no kernel takes a field of `spec` that is set.
     """
     if not len(query):
         return query
-    return _choose(query, packed, spec, rewards_only)(query, key, value, packed, spec, rewards_only)
+    kernel = _choose(query, packed, spec, rewards_only)
+    return kernel.run(query, key, value, packed, spec, rewards_only=rewards_only)
+
+
+def sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, spec: AttentionSpec, *, rewards_only: bool = False
+) -> Tensor:
+    """One call of torch's scaled_dot_product_attention for each bucket."""
+    queries = packed.queries(rewards_only=rewards_only)
+    repeats = query.shape[1] // key.shape[1]
+    outputs = []
+    for number, bucket in enumerate(queries.buckets):
+        q = _rows(query, bucket.query_rows)
+        # Key heads are repeated here: with `enable_gqa` and a mask, some GPU back ends fall back to plain products.
+        k, v = (_rows(part, bucket.key_tokens).repeat_interleave(repeats, 1) for part in (key, value))
+        mask = queries.mask(number, spec.window)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=spec.dropout, scale=spec.scaling)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [B x Q, H, D]
+    return torch.cat(outputs).index_select(0, queries.restore)
+
+
+def _rows(part: Tensor, index: Tensor) -> Tensor:
+    """[rows, heads, D] -> [B, heads, L, D]; index: [B, L]"""
+    return part.index_select(0, index.view(-1)).view(*index.shape, *part.shape[1:]).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel and what it supports."""
+
+    run: Callable[..., Tensor]
+    """(query [N, H, D], key [T, H_kv, D], value, layout, spec, *, rewards_only) -> [N, H, D]"""
+    takes: frozenset[str] = frozenset()
+    """Fields of AttentionSpec that it supports, besides `scaling` and `window`."""
+    needs_gpu: bool = False
+    """GPU only, and for all tokens only: one query per response is not worth a layout of its own."""
+    head_dims: range = range(1, 1 << 30)
+
+
+KERNELS = {
+    "split": Kernel(split_attention),
+    "plain": Kernel(plain_attention),
+    "varlen": Kernel(varlen_attention, needs_gpu=True, head_dims=range(8, 257, 8)),
+    "flex": Kernel(flex_attention, needs_gpu=True, head_dims=range(16, 257)),
+    "sdpa": Kernel(sdpa_attention, takes=frozenset({"dropout"})),
+}
 
 
 def _choose(query: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool) -> Kernel:
-    """The kernel for `model.attention`. `auto` follows measurements on CPUs (docs/log.md); on GPUs it takes the first
-    kernel that supports the case."""
-    name, on_cpu = packed.kernel, query.device.type == "cpu"
-    if name == "auto" and on_cpu:
-        is_inference = query.dtype == torch.float32 and not (torch.is_grad_enabled() or spec.dropout or rewards_only)
-        if is_inference and suits(packed, spec.window):
-            return _split
-        is_plain_faster = int(packed.lengths.max()) <= _MAX_PLAIN_TOKENS.get(query.dtype, 0)
-        name = "plain" if is_plain_faster and spec.used <= _FEATURES["plain"] else "sdpa"
-    elif name == "auto":
-        fitting = [
-            each for each in _GPU_KERNELS if query.shape[-1] in _HEAD_SIZES[each] and spec.used <= _FEATURES[each]
+    """The first candidate that takes every field of `spec` that is set."""
+    needed = {name for name in ("softcap", "sinks") if getattr(spec, name) is not None}
+    needed |= {"dropout"} if spec.dropout else set()
+    candidates = _candidates(query, packed, spec, rewards_only)
+    for name in candidates:
+        if needed <= KERNELS[name].takes:
+            return KERNELS[name]
+    if needed == {"dropout"}:
+        raise UserError(f"model.attention={candidates[0]} does not support attention dropout; set auto")
+    raise UserError("attention with a soft cap or sinks is not supported in packed form")
+
+
+def _candidates(query: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool) -> list[str]:
+    """Kernels that can compute these queries, fastest first: by measurement on a CPU (docs/log.md), varlen on a GPU."""
+    if packed.kernel != "auto":
+        return ["sdpa" if rewards_only and KERNELS[packed.kernel].needs_gpu else packed.kernel]
+    names = []
+    if query.device.type == "cpu":
+        is_inference = query.dtype == torch.float32 and not (torch.is_grad_enabled() or rewards_only)
+        if is_inference and is_worth_splitting(packed, spec.window):
+            names.append("split")
+        if int(packed.lengths.max()) <= _MAX_PLAIN_TOKENS.get(query.dtype, 0):
+            names.append("plain")
+    elif not rewards_only:
+        names += [
+            name
+            for name in ("varlen", "flex")
+            if query.shape[-1] in KERNELS[name].head_dims and _why_not(name, query.device, query.dtype) is None
         ]
-        usable = (each for each in fitting if _unsupported(each, query.device, query.dtype, spec.dropout) is None)
-        name = next(usable, "sdpa")
-    if rewards_only and name in _GPU_KERNELS:
-        name = "sdpa"  # one query per response: too few for a layout of its own
-    return _KERNELS[name]
+    return [*names, "sdpa"]
 
 
 def check(setting: str, device: torch.device, dtype: torch.dtype, dropout: float) -> None:
-    """Raise UserError for a kernel (`model.attention`) that cannot train in this dtype on this device."""
-    reason = None if setting == "auto" else _unsupported(setting, device, dtype, dropout)
+    """Raise UserError if the kernel of `model.attention` cannot train in this type on this device."""
+    if setting == "auto":
+        return
+    reason = _why_not(setting, device, dtype)
+    if dropout and "dropout" not in KERNELS[setting].takes:
+        reason = "it does not support attention dropout, and model.dropout is not 0"
     if reason is not None:
         raise UserError(f"model.attention={setting}: {reason}; set auto, which selects a supported kernel")
 
 
-def _unsupported(name: str, device: torch.device, dtype: torch.dtype, dropout: float) -> str | None:
-    """The reason why a kernel cannot train here, or None."""
-    if dropout and "dropout" not in _FEATURES[name]:
-        return "it does not support attention dropout, and model.dropout is not 0"
-    if name in _GPU_KERNELS and device.type != "cuda":
+def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a kernel cannot train here; None if it can."""
+    if KERNELS[name].needs_gpu and device.type != "cuda":
         return "it needs a GPU"
     if name == "varlen":
         if dtype == torch.float32:
@@ -160,95 +182,25 @@ def _unsupported(name: str, device: torch.device, dtype: torch.dtype, dropout: f
     return None
 
 
-def _plain(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool
-) -> Tensor:
-    queries = _queries(packed, rewards_only)
-    return plain_attention(
-        query, key, value,
-        queries=[bucket.queries for bucket in queries.buckets],
-        keys=[bucket.index for bucket in queries.buckets],
-        query_restore=queries.restore,
-        key_restore=packed.all_tokens.restore,
-        biases=[queries.bias(number, spec.window, query.dtype) for number in range(len(queries.buckets))],
-        scaling=spec.scaling,
-    )  # fmt: skip
-
-
-def _sdpa(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool
-) -> Tensor:
-    """One call of torch's scaled_dot_product_attention per bucket."""
-    queries = _queries(packed, rewards_only)
-    repeats = query.shape[1] // key.shape[1]
-    outputs = []
-    for number, bucket in enumerate(queries.buckets):
-        q = _rows(query, bucket.queries)
-        # Key heads are repeated here: with `enable_gqa` and a mask, some GPU backends fall back to plain matrices.
-        k, v = (_rows(part, bucket.index).repeat_interleave(repeats, 1) for part in (key, value))
-        mask = queries.mask(number, spec.window)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=spec.dropout, scale=spec.scaling)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [B x Q, H, D]
-    return torch.cat(outputs).index_select(0, queries.restore)
-
-
-def _split(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool
-) -> Tensor:
-    assert not (rewards_only or spec.dropout)
-    return split_attention(query, key, value, packed, scaling=spec.scaling)
-
-
-def _rows(part: Tensor, index: Tensor) -> Tensor:
-    """[rows, heads, D] -> [B, heads, L, D]"""
-    return part.index_select(0, index.view(-1)).view(*index.shape, *part.shape[1:]).transpose(1, 2)
-
-
-def _queries(packed: PackLayout, rewards_only: bool) -> Queries:
-    if rewards_only:
-        return packed.rewards
-    return packed.all_tokens if torch.is_grad_enabled() else packed.by_response or packed.all_tokens
-
-
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool
-) -> Tensor:
-    flash = find_flash()
-    assert flash is not None and not rewards_only
-    sequences = packed.once("sequences", lambda: split_sequences(packed))
-    return varlen_attention(query, key, value, sequences, scaling=spec.scaling, window=spec.window, flash=flash)
-
-
-def _flex(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool
-) -> Tensor:
-    assert not rewards_only
-    mask = packed.once(("block mask", spec.window), lambda: block_mask(packed, spec.window))
-    return flex_attention(query, key, value, mask, scaling=spec.scaling)
-
-
-_KERNELS: dict[str, Kernel] = {"plain": _plain, "sdpa": _sdpa, "varlen": _varlen, "flex": _flex}
-
-
 def reference_attention(
     query: Tensor, key: Tensor, value: Tensor, labels: Tensor, *, scaling: float, window: int | None = None
 ) -> Tensor:
-    """Attention by the visibility rule over all T x T pairs; the reference of all kernel tests.
+    """The visibility rule over all T x T pairs: the reference of every kernel.
 
     query: [H, T, D]; key, value: [H_kv, T, D]; labels: [T, 3]. Returns [T, H, D].
     """
     repeats = query.shape[0] // key.shape[0]
     key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
-    logits = (query @ key.transpose(1, 2)) * scaling  # [H, T, T]
-    logits = logits.masked_fill(~visible(labels, labels, window), float("-inf"))
-    return (logits.softmax(-1) @ value).transpose(0, 1)
+    scores = (query @ key.transpose(1, 2)) * scaling  # [H, T, T]
+    scores = scores.masked_fill(~visible(labels, labels, window), float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(0, 1)
 
 
 def install() -> None:
-    """Register `attn_implementation=NAME` with transformers; calling it again changes nothing.
+    """Register `attn_implementation=NAME` with transformers; idempotent.
 
-    No mask function is registered: the layout has the mask, and transformers builds none for a kernel without one. Its
-    own would synchronize with the device to check whether positions restart.
+    No mask function is registered: the layout carries the mask, and transformers builds none for a kernel without one.
+    Its own would wait for the device to see whether positions restart.
     """
     from transformers import AttentionInterface
 

@@ -18,43 +18,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rm_gallery.modeling.attention.layout import PackLayout
+from rm_gallery.modeling.attention.layout import AttentionSpec, PackLayout
 
-# T tokens, padded to whole blocks; M blocks; H heads, G key heads, D head dimension
+# T tokens, padded to whole blocks; M blocks; H query heads, H_kv key heads, D head dimension
 
 BLOCK = 128
-"""Tokens per block of queries or keys."""
+"""Queries and keys of a block: the kernel's tile."""
 
 
 def block_mask(packed: PackLayout, window: int | None) -> Any:
-    """The BlockMask of a layout. It is computed on the host: `create_block_mask` evaluates all T x T pairs."""
+    """The BlockMask of a layout, built on the host: `create_block_mask` evaluates all T x T pairs on the device."""
     from torch.nn.attention.flex_attention import BlockMask
 
     partial, full = block_map(packed, window)
+    # Padding tokens are a group of their own, -2, which sees itself: a row without keys would give NaN.
     labels = packed.host_labels
     rest = len(partial) * BLOCK - len(labels)
-    filled = np.concatenate([labels, np.stack([np.full(rest, -2), np.full(rest, -2), np.arange(rest)], -1)])
-    # The first visible position is a tensor too: a Python number would be compiled into the kernel.
-    first = np.zeros(len(filled)) if window is None else filled[:, 2] - window + 1
-    group, response, position, reach = (packed.put(each.astype(np.int32)) for each in (*filled.T, first))
+    padded = np.concatenate([labels, np.stack([np.full(rest, -2), np.full(rest, -2), np.arange(rest)], -1)])
+    # First visible position of each query, as data: a Python number for the window would be compiled into the kernel.
+    first = np.zeros(len(padded)) if window is None else padded[:, 2] - window + 1
+    group, response, position, begin = (packed.to_device(each.astype(np.int32)) for each in (*padded.T, first))
 
-    def rule(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = (group[q] == group[k]) & (position[k] <= position[q]) & (position[k] >= reach[q])
+    def is_visible(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = (group[q] == group[k]) & (position[k] <= position[q]) & (position[k] >= begin[q])
         return seen & ((response[k] == -1) | (response[k] == response[q]))
 
     num_partial, which_partial, num_full, which_full = (
-        packed.put(each) for blocks in (partial, full) for each in _listed(blocks)
+        packed.to_device(each) for blocks in (partial, full) for each in _block_indices(blocks)
     )
     return BlockMask.from_kv_blocks(
         num_partial, which_partial, num_full, which_full,
-        BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(len(filled), len(filled)),
+        BLOCK_SIZE=BLOCK, mask_mod=is_visible, seq_lengths=(len(padded), len(padded)),
     )  # fmt: skip
 
 
 def block_map(packed: PackLayout, window: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(partial, full), bool [M, M] each: blocks with some visible pair, and blocks in which every query sees every key.
+    """bool [M, M] each, by query block and key block: (partly visible, fully visible).
 
-    With a window no block is full, and blocks outside the window may be listed as partial.
+    Example: one text of 300 tokens is 3 blocks, tokens 0-127, 128-255 and 256-299 with padding. The diagonal is partial
+    (causal), blocks (1, 0) and (2, 0), (2, 1): every query sees every key in (1, 0), which is full; block 2 contains
+    padding queries, which see none of the text, so (2, 0) and (2, 1) are partial:
+
+        partial  1 0 0     full  0 0 0
+                 0 1 0           1 0 0
+                 1 1 1           0 0 0
+
+    With a window no block counts as full, and some partial blocks may hold no visible pair: both cost time, not
+    correctness.
     """
     num_blocks = max(1, -(-int(packed.lengths.sum()) // BLOCK))
     some = np.eye(num_blocks, dtype=bool)  # padding sees itself
@@ -71,11 +81,11 @@ def block_map(packed: PackLayout, window: int | None) -> tuple[np.ndarray, np.nd
 
 
 def _mark(some: np.ndarray, full: np.ndarray, q_start: int, q_length: int, k_start: int, k_length: int) -> None:
-    """Mark the blocks of one part's queries and another part's keys: the same part (causal), or its prefix (full)."""
+    """Mark the blocks of a run of queries over a run of keys: the same run (causal), or a prefix (all visible)."""
     if not q_length or not k_length:
         return
     some[_touched(q_start, q_length), _touched(k_start, k_length)] = True
-    rows, columns = _inside(q_start, q_length), _inside(k_start, k_length)
+    rows, columns = _covered(q_start, q_length), _covered(k_start, k_length)
     if q_start != k_start:
         full[rows, columns] = True
     else:
@@ -84,36 +94,41 @@ def _mark(some: np.ndarray, full: np.ndarray, q_start: int, q_length: int, k_sta
 
 
 def _touched(start: int, length: int) -> slice:
+    """Blocks with at least one of these tokens: 200 tokens from 100 touch blocks 0, 1 and 2."""
     return slice(int(start // BLOCK), int(-(-(start + length) // BLOCK)))
 
 
-def _inside(start: int, length: int) -> slice:
-    """Blocks that consist of these tokens only."""
+def _covered(start: int, length: int) -> slice:
+    """Blocks with these tokens only: 200 tokens from 100 cover block 1."""
     first = int(-(-start // BLOCK))
     return slice(first, max(first, int((start + length) // BLOCK)))
 
 
-def _listed(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[1, 1, M] int32 number of blocks per row, and [1, 1, M, M] int32 their indices, the others after them."""
+def _block_indices(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[1, 1, M] int32 number of marked blocks of each row, and [1, 1, M, M] int32 their columns, then the others."""
     which = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
     return blocks.sum(1).astype(np.int32)[None, None], which[None, None]
 
 
-def flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float) -> Tensor:
-    """query: [T, H, D]; key, value: [T, G, D]; mask: see `block_mask`. Returns [T, H, D]."""
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, spec: AttentionSpec, *, rewards_only: bool = False
+) -> Tensor:
+    """query: [T, H, D]; key, value: [T, H_kv, D]. Returns [T, H, D]."""
+    assert not rewards_only
+    mask = packed.cached(("block mask", spec.window), lambda: block_mask(packed, spec.window))
     num_tokens = len(query)
     rest = mask.seq_lengths[0] - num_tokens
     q, k, v = (
         torch.nn.functional.pad(part, (0, 0, 0, 0, 0, rest)).transpose(0, 1).unsqueeze(0)
         for part in (query, key, value)
     )  # each [1, heads, T, D]
-    out: Tensor = _kernel(query.device.type)(q, k, v, block_mask=mask, scale=scaling, enable_gqa=True)
+    out: Tensor = _kernel(query.device.type)(q, k, v, block_mask=mask, scale=spec.scaling, enable_gqa=True)
     return out[0].transpose(0, 1)[:num_tokens]
 
 
 @lru_cache(maxsize=2)
 def _kernel(device: str) -> Callable[..., Tensor]:
-    """Compiled on a GPU, with dynamic lengths; eager on a CPU, forward only."""
+    """Compiled on a GPU, once for all lengths. On a CPU it runs uncompiled, forward only."""
     from torch.nn.attention.flex_attention import flex_attention as flex
 
     kernel: Callable[..., Tensor] = torch.compile(flex, dynamic=True) if device == "cuda" else flex  # type: ignore[assignment]
@@ -121,7 +136,7 @@ def _kernel(device: str) -> Callable[..., Tensor]:
 
 
 def is_available() -> bool:
-    """Whether FlexAttention can train on this machine: it needs a GPU and triton."""
+    """Whether it can train here: it needs a GPU and triton."""
     from torch.utils._triton import has_triton
 
     return torch.cuda.is_available() and has_triton()

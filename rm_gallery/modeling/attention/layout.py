@@ -1,16 +1,15 @@
-"""The visibility rule of attention, and the layout of a packed batch: its groups in buckets of similar length.
+"""What attention kernels read of a packed batch: the visibility rule, and groups sorted into buckets of similar length.
 
-Layouts are computed on the host from lengths that the host knows, and copied to the device asynchronously.
+All of it is computed on the host from lengths that the host knows, and copied to the device asynchronously.
 
-Example: group 0 has the prefix [a b] and the responses [c d] and [e]; group 1 has the single response [f].
+Example of the rule: group 0 has the prefix [a b] and the responses [c d] and [e]; group 1 has the one response [f].
 
     token      a   b   c   d   e   f
     group      0   0   0   0   0   1
     response  -1  -1   0   0   1   2      -1: common prefix
     position   0   1   2   3   2   0
 
-Token e sees a, b and e: not c and d, which belong to another response. With _MIN_FILL = 0.75 the groups (5 tokens and
-1 token) are in different buckets; groups of 8, 7 and 6 tokens share one bucket, padded to 8.
+Token e sees a, b and e, but not c and d, which belong to another response.
 """
 
 from __future__ import annotations
@@ -26,16 +25,18 @@ from torch import Tensor
 
 Part = TypeVar("Part")
 
-# T tokens, R responses, B groups of a bucket, Q queries and L keys of its longest group
+# T tokens of the batch, G groups, R responses
+# of a bucket: B groups (or sequences), Q queries and K keys of its longest one
 
-_MAX_SPLIT_CELLS = 0.5  # share of the mask cells of whole groups up to which splitting by response is less work
-_MIN_FILL = 0.75  # length of the shortest group of a bucket, as a share of the longest
+_MAX_CELLS_SHARE = 0.5  # split by response if that computes at most this share of the attention scores of whole groups
+_MIN_FILL = 0.75  # the shortest group of a bucket has at least this share of the tokens of its longest one
 
 
 def visible(q: Tensor, k: Tensor, window: int | None = None) -> Tensor:
-    """The visibility rule. q: [..., Q, 3] and k: [..., K, 3] are (group, response, position). Returns bool [..., Q, K].
+    """The visibility rule. q: [..., Q, 3], k: [..., K, 3] hold (group, response, position); returns bool [..., Q, K].
 
-    window: sliding window of the layer, in positions; None for full attention.
+    A query sees a key of its own group that is not after it, in the common prefix (response -1) or in its own response.
+    window: a layer's sliding window, in tokens of the text (prefix and response).
     """
     group_q, response_q, position_q = q.unsqueeze(-2).unbind(-1)  # [..., Q, 1]
     group_k, response_k, position_k = k.unsqueeze(-3).unbind(-1)  # [..., 1, K]
@@ -45,37 +46,53 @@ def visible(q: Tensor, k: Tensor, window: int | None = None) -> Tensor:
     return seen
 
 
+@dataclass(frozen=True, eq=False)
+class AttentionSpec:
+    """What attention computes besides the visibility rule. A kernel declares the fields that it takes."""
+
+    scaling: float
+    """Factor on query-key products."""
+    window: int | None = None
+    """Sliding window of the layer in tokens; None for full attention."""
+    softcap: float | None = None
+    """Scores s become softcap * tanh(s / softcap) before the softmax."""
+    sinks: Tensor | None = None
+    """[H] a logit per head that the softmax includes, without a value."""
+    dropout: float = 0.0
+    """Dropout rate of attention probabilities; 0 outside training."""
+
+
 @dataclass(frozen=True)
 class Bucket:
     """Groups of similar length, padded to the longest."""
 
-    queries: Tensor
-    """[B, Q] int64 rows of the query matrix; padding repeats the first row of the group."""
+    query_rows: Tensor
+    """[B, Q] int64 rows of the query tensor; padding repeats the group's first row."""
     query_labels: Tensor
-    """[B, Q, 3] (group, response, position) of the queries."""
-    index: Tensor
-    """[B, L] int64 tokens whose keys and values the queries may see; padding repeats the first token of the group."""
-    labels: Tensor
-    """[B, L, 3] (group, response, position) of the keys; padding has group -2, which no query sees."""
+    """[B, Q, 3] their (group, response, position)."""
+    key_tokens: Tensor
+    """[B, K] int64 tokens whose keys and values these queries may see; padding repeats the group's first token."""
+    key_labels: Tensor
+    """[B, K, 3] their (group, response, position); padding has group -2, which no query sees."""
 
 
 @dataclass(frozen=True)
-class Queries:
-    """Query tokens of a batch and the keys of their groups, in buckets."""
+class BucketedQueries:
+    """Queries of a batch and the keys of their groups, in buckets."""
 
     buckets: list[Bucket]
     restore: Tensor
-    """[number of queries] index of each query in the concatenated rows of the buckets."""
+    """[number of queries] the row of each query in the concatenated [B x Q] rows of all buckets."""
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
-    """(bucket, window) -> bool [B, 1, Q, L], computed on first use."""
+    """(bucket, window) -> bool [B, 1, Q, K]; computed by the first layer that needs it."""
     biases: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
-    """(bucket, window, dtype) -> the mask as an additive bias: 0, or minus infinity where a query sees no key."""
+    """(bucket, window, dtype) -> the mask as an additive bias: 0 and minus infinity."""
 
     def mask(self, bucket: int, window: int | None) -> Tensor:
         key = (bucket, window)
         if key not in self.masks:
             found = self.buckets[bucket]
-            self.masks[key] = visible(found.query_labels, found.labels, window).unsqueeze(1)
+            self.masks[key] = visible(found.query_labels, found.key_labels, window).unsqueeze(1)
         return self.masks[key]
 
     def bias(self, bucket: int, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -89,29 +106,40 @@ class Queries:
 
 
 class PackLayout:
-    """Layout of one batch, shared by all layers. Its parts are computed on first use."""
+    """One batch as attention sees it. Built once per batch and shared by all layers; parts are computed on first use.
+
+    Host arrays, for the batch `a b | c d | e || f | g h` (prefix [a b] with two responses; no prefix, two responses):
+
+        lengths      [5, 3]        tokens of each group                          [G]
+        starts       [0, 5]        first token of each group                     [G]
+        prefixes     [2, 0]        tokens of each common prefix                  [G]
+        num_tails    [2, 2]        responses of each group                       [G]
+        tails        [2, 1, 1, 2]  tokens of each response after the prefix      [R]
+        tail_groups  [0, 0, 1, 1]  group of each response                        [R]
+        tail_starts  [2, 4, 5, 6]  first token of each response                  [R]
+    """
 
     def __init__(
         self, group_lengths: Sequence[int], tail_lengths: Sequence[Sequence[int]], device: torch.device, kernel: str
     ) -> None:
-        """group_lengths, tail_lengths: see PackedBatch. kernel: the setting `model.attention`."""
+        """group_lengths, tail_lengths: those of a PackedBatch. kernel: the setting `model.attention`."""
         self.device, self.kernel = device, kernel
-        self._made: dict[Hashable, Any] = {}
-        self.lengths = np.array(group_lengths, np.int64)  # [G]
-        self.starts = np.cumsum(self.lengths) - self.lengths  # [G]
-        self.num_tails = np.array([len(tails) for tails in tail_lengths], np.int64)  # [G]
-        self.tails = np.array([tail for tails in tail_lengths for tail in tails], np.int64)  # [R]
-        tail_groups = np.repeat(np.arange(len(self.lengths)), self.num_tails)  # [R]
-        self.prefixes = self.lengths - np.bincount(tail_groups, self.tails, len(self.lengths)).astype(np.int64)  # [G]
-        before = np.cumsum(self.tails) - self.tails  # [R] tokens in the tails before each one
-        self.tail_starts = before + np.cumsum(self.prefixes)[tail_groups]  # [R] in the batch
-        self.tail_groups = tail_groups
-        self.reward_index = self.put(self.tail_starts + self.tails - 1)
+        self._cache: dict[Hashable, Any] = {}
+        self.lengths = np.array(group_lengths, np.int64)
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        self.num_tails = np.array([len(tails) for tails in tail_lengths], np.int64)
+        self.tails = np.array([tail for tails in tail_lengths for tail in tails], np.int64)
+        self.tail_groups = np.repeat(np.arange(len(self.lengths)), self.num_tails)
+        tokens_in_tails = np.bincount(self.tail_groups, self.tails, len(self.lengths)).astype(np.int64)
+        self.prefixes = self.lengths - tokens_in_tails
+        # Before a response lie the responses before it and the prefixes of its group and of the groups before it.
+        self.tail_starts = np.cumsum(self.tails) - self.tails + np.cumsum(self.prefixes)[self.tail_groups]
+        self.reward_index = self.to_device(self.tail_starts + self.tails - 1)
         """[R] the last token of each response."""
 
     @cached_property
     def longest_text(self) -> int:
-        """Tokens of the longest text: a prefix with its longest response."""
+        """Tokens of the longest text: a prefix with one response."""
         return int((self.prefixes[self.tail_groups] + self.tails).max(initial=0))
 
     @cached_property
@@ -120,23 +148,27 @@ class PackLayout:
         labels = np.empty((int(self.lengths.sum()), 3), np.int64)
         labels[:, 0] = np.repeat(np.arange(len(self.lengths)), self.lengths)
         labels[:, 1] = -1
-        places = np.arange(len(labels))
-        labels[:, 2] = places - self.starts[labels[:, 0]]
+        labels[:, 2] = np.arange(len(labels)) - self.starts[labels[:, 0]]
         in_tails = ranges(self.tail_starts, self.tails)
         responses = np.repeat(np.arange(len(self.tails)), self.tails)
         labels[in_tails, 1] = responses
+        # Positions of a response continue from the prefix, as if no other response stood between them.
         prefixes = self.prefixes[self.tail_groups]
         labels[in_tails, 2] = in_tails - (self.tail_starts - prefixes)[responses]
         return labels
 
     @cached_property
     def labels(self) -> Tensor:
-        """[T, 3] on the device."""
-        return self.put(self.host_labels)
+        """`host_labels` on the device."""
+        return self.to_device(self.host_labels)
 
     @cached_property
-    def _order(self) -> list[np.ndarray]:
-        """Groups of each bucket, longest first."""
+    def _bucket_groups(self) -> list[np.ndarray]:
+        """The groups of each bucket, longest first, so that little padding is computed.
+
+        Example: groups of 30, 100, 74 and 80 tokens. The longest has 100, so the first bucket takes 100 and 80 (at
+        least 75). The next one takes 74 alone (30 is less than 55.5), the last one 30.
+        """
         longest_first = np.argsort(-self.lengths, kind="stable")
         found = []
         while len(longest_first):
@@ -147,107 +179,125 @@ class PackLayout:
         return found
 
     @cached_property
-    def all_tokens(self) -> Queries:
-        """Queries are all tokens; keys are those of the whole group."""
+    def all_tokens(self) -> BucketedQueries:
+        """Queries are all tokens."""
         buckets = []
-        for groups in self._order:
-            index, inside = _rows(groups, self.starts, self.lengths)
-            labels = self.host_labels[index]  # [B, L, 3]
-            seen = np.where(inside[:, :, None], labels, -2)
-            on_device = self.put(index)
-            buckets.append(Bucket(on_device, self.put(labels), on_device, self.put(seen)))
-        return Queries(buckets, self._restore(self.starts, self.lengths))
+        for groups in self._bucket_groups:
+            rows, is_real = _padded_rows(groups, self.starts, self.lengths)
+            labels = self.host_labels[rows]  # [B, K, 3]
+            key_labels = np.where(is_real[:, :, None], labels, -2)
+            tokens = self.to_device(rows)
+            buckets.append(Bucket(tokens, self.to_device(labels), tokens, self.to_device(key_labels)))
+        return BucketedQueries(buckets, self._restore(self.starts, self.lengths))
 
     @cached_property
-    def by_response(self) -> Queries | None:
-        """Queries are all tokens, as sequences: each prefix, and each response with the keys of its prefix repeated.
+    def by_response(self) -> BucketedQueries | None:
+        """Queries are all tokens; each prefix and each response is a sequence over the keys of its own text.
 
-        Less work than whole groups when a group has many responses (best-of-16), whose tokens do not see each other;
-        None otherwise. Forward only: gradients of duplicated keys are not accumulated.
+        Forward only: the keys of a prefix are repeated for each response, and gradients of the copies are not
+        accumulated. None where whole groups are not much more work. Example: a prefix of 1,000 tokens with 16 responses
+        of 100. The whole group has 2,600^2 = 6.8M scores, most of which are masked; split there are
+        1,000^2 + 16 x 100 x 1,100 = 2.8M, which is 41%. A prefix of 1,000 with two such responses has
+        1,200^2 = 1.4M against 1.2M: it stays whole.
         """
+        # 1. Sequences, prefixes first and then responses: first query, queries, keys of the prefix, first of these.
         prefixes = self.prefixes[self.tail_groups]
-        # Prefixes, then responses: start and number of queries, and number of prefix keys before them.
         starts = np.concatenate([self.starts, self.tail_starts])
         lengths = np.concatenate([self.prefixes, self.tails])
         before = np.concatenate([np.zeros_like(self.prefixes), prefixes])
-        heads = np.concatenate([self.starts, self.starts[self.tail_groups]])
-        order = _buckets_of_similar_shape(lengths, before + lengths)
+        prefix_starts = np.concatenate([self.starts, self.starts[self.tail_groups]])
+        # 2. Is it worth it?
+        order = _similar_shapes(lengths, before + lengths)
         cells = sum(len(each) * int(lengths[each].max()) * int((before + lengths)[each].max()) for each in order)
-        whole = sum(bucket.index.numel() * bucket.index.shape[1] for bucket in self.all_tokens.buckets)
-        if cells > _MAX_SPLIT_CELLS * whole:
+        whole = sum(bucket.key_tokens.numel() * bucket.key_tokens.shape[1] for bucket in self.all_tokens.buckets)
+        if cells > _MAX_CELLS_SHARE * whole:
             return None
+        # 3. Keys of a sequence: those of its prefix, its own, padding.
         buckets, restore, row = [], np.empty(len(self.host_labels), np.int64), 0
         for each in order:
-            rows, inside = _rows(each, starts, lengths)
+            rows, is_real = _padded_rows(each, starts, lengths)
             place = np.arange(int((before + lengths)[each].max()))[None, :]
-            first, own = before[each][:, None], starts[each][:, None]
-            keys = np.where(place < first, heads[each][:, None] + place, own + place - first)
-            is_key = place < first + lengths[each][:, None]
+            num_before, own = before[each][:, None], starts[each][:, None]
+            keys = np.where(place < num_before, prefix_starts[each][:, None] + place, own + place - num_before)
+            is_key = place < num_before + lengths[each][:, None]
             keys = np.where(is_key, keys, own)
-            seen = np.where(is_key[:, :, None], self.host_labels[keys], -2)
-            buckets.append(Bucket(self.put(rows), self.put(self.host_labels[rows]), self.put(keys), self.put(seen)))
-            restore[rows[inside]] = row + np.flatnonzero(inside)
+            key_labels = np.where(is_key[:, :, None], self.host_labels[keys], -2)
+            buckets.append(Bucket(*(self.to_device(part) for part in (rows, self.host_labels[rows], keys, key_labels))))
+            restore[rows[is_real]] = row + np.flatnonzero(is_real)
             row += rows.size
-        return Queries(buckets, self.put(restore))
+        return BucketedQueries(buckets, self.to_device(restore))
 
     @cached_property
-    def rewards(self) -> Queries:
-        """Queries are the reward tokens, one per response: query r is the last token of response r."""
+    def rewards(self) -> BucketedQueries:
+        """Queries are the R reward tokens: row r of the query tensor is the last token of response r."""
         first = np.cumsum(self.num_tails) - self.num_tails
         labels = self.host_labels[self.tail_starts + self.tails - 1]  # [R, 3]
         buckets = []
-        for groups, bucket in zip(self._order, self.all_tokens.buckets, strict=True):
-            rows, _ = _rows(groups, first, self.num_tails)
-            buckets.append(Bucket(self.put(rows), self.put(labels[rows]), bucket.index, bucket.labels))
-        return Queries(buckets, self._restore(first, self.num_tails))
+        for groups, bucket in zip(self._bucket_groups, self.all_tokens.buckets, strict=True):
+            rows, _ = _padded_rows(groups, first, self.num_tails)
+            buckets.append(
+                Bucket(self.to_device(rows), self.to_device(labels[rows]), bucket.key_tokens, bucket.key_labels)
+            )
+        return BucketedQueries(buckets, self._restore(first, self.num_tails))
+
+    def queries(self, *, rewards_only: bool) -> BucketedQueries:
+        """The buckets for the R reward tokens or for all tokens, split by response where no gradient is needed."""
+        if rewards_only:
+            return self.rewards
+        return self.all_tokens if torch.is_grad_enabled() else self.by_response or self.all_tokens
 
     def _restore(self, starts: np.ndarray, lengths: np.ndarray) -> Tensor:
+        """Where each query went in the concatenated rows of the buckets.
+
+        Example: groups of 3 and 4 queries, which are query rows 0-2 and 3-6, in one bucket, longest first and padded:
+        rows [3 4 5 6 | 0 1 2 0]. Queries 0-2 are rows 4-6, queries 3-6 are rows 0-3: [4, 5, 6, 0, 1, 2, 3].
+        """
         restore = np.empty(int(lengths.sum()), np.int64)
         row = 0
-        for groups in self._order:
+        for groups in self._bucket_groups:
             longest = int(lengths[groups].max())
             for group in groups:
                 restore[starts[group] : starts[group] + lengths[group]] = np.arange(row, row + lengths[group])
                 row += longest
-        return self.put(restore)
+        return self.to_device(restore)
 
-    def once(self, name: Hashable, make: Callable[[], Part]) -> Part:
-        """Return data that a kernel derives from this batch, computed by the first layer that needs it."""
-        if name not in self._made:
-            self._made[name] = make()
-        found: Part = self._made[name]
+    def cached(self, name: Hashable, make: Callable[[], Part]) -> Part:
+        """A kernel's own data of this batch, made by `make` on first use."""
+        if name not in self._cache:
+            self._cache[name] = make()
+        found: Part = self._cache[name]
         return found
 
-    def put(self, array: np.ndarray) -> Tensor:
-        """Copy to the device, asynchronously on a GPU."""
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """Copy a host array, asynchronously on a GPU."""
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
 
-def _buckets_of_similar_shape(num_queries: np.ndarray, num_keys: np.ndarray) -> list[np.ndarray]:
-    """Sequences in buckets of similar numbers of queries and keys; sequences without queries are skipped."""
+def _similar_shapes(num_queries: np.ndarray, num_keys: np.ndarray) -> list[np.ndarray]:
+    """Sequences in buckets of similar numbers of queries and of keys; sequences without queries are dropped."""
     found = []
-    rest = np.flatnonzero(num_queries > 0)
-    rest = rest[np.lexsort((-num_keys[rest], -num_queries[rest]))]
-    while len(rest):
-        similar = num_queries[rest] >= _MIN_FILL * num_queries[rest[0]]
-        similar[similar] &= num_keys[rest[similar]] >= _MIN_FILL * num_keys[rest[similar]].max()
-        found.append(rest[similar])
-        rest = rest[~similar]
+    left = np.flatnonzero(num_queries > 0)
+    left = left[np.lexsort((-num_keys[left], -num_queries[left]))]
+    while len(left):
+        fits = num_queries[left] >= _MIN_FILL * num_queries[left[0]]
+        fits[fits] &= num_keys[left[fits]] >= _MIN_FILL * num_keys[left[fits]].max()
+        found.append(left[fits])
+        left = left[~fits]
     return found
 
 
-def _rows(groups: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[B, longest] rows of these groups, and a bool mask that is False for padding."""
+def _padded_rows(groups: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[B, longest] rows of these groups, and bool [B, longest]: which of them are not padding."""
     place = np.arange(lengths[groups].max())[None, :]
-    inside = place < lengths[groups][:, None]
+    is_real = place < lengths[groups][:, None]
     first = starts[groups][:, None]
-    return np.where(inside, first + place, first), inside
+    return np.where(is_real, first + place, first), is_real
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Concatenated `arange(start, start + length)` of all pairs: [3, 10] and [2, 3] give [3, 4, 10, 11, 12]."""
+    """Concatenated ranges: starts [7, 2] with lengths [3, 2] give [7, 8, 9, 2, 3]."""
     before = np.cumsum(lengths) - lengths
     return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)

@@ -1,16 +1,20 @@
-"""Variable-length flash attention: prefixes and responses are sequences; a response also has its prefix's keys.
+"""Attention by variable-length FlashAttention: each prefix and each response is a sequence.
 
-Queries stay in the order of the pack; keys and values are gathered. A causal mask aligned to the bottom right then
-equals the visibility rule. Example, a prefix [a b] with the responses [c d] and [e] (tokens 0 to 4):
+Queries stay where they are in the pack; only keys and values are gathered, so that each response's own keys follow a
+copy of its prefix's. A causal mask aligned to the bottom right (the last query sees all keys) then is the visibility
+rule. Example, a prefix [a b] with responses [c d] and [e]:
 
-    queries    a b | c d     | e          query_ends [0, 2, 4, 5]
-    keys       a b | a b c d | a b e      key_ends   [0, 2, 6, 9]
-    tokens     0 1 | 0 1 2 3 | 0 1 4      gathered rows of key and value
+    queries    a b | c d     | e          in pack order
+    keys       a b | a b c d | a b e      gathered
 
-In the backward pass a prefix key has several copies: a is at the gathered rows 0, 2 and 6. `own` [0, 1, 4, 5, 8] is
-each token's row in its own sequence, and `copies` lists the rest by response: ([0, 1], [2, 3]) for the first response
-of each group and ([0, 1], [6, 7]) for the second. The gradient of a is g[0] + g[2] + g[6], summed in this order in
-float32.
+    cu_seqlens_q 0 2 4 5     cu_seqlens_k 0 2 6 9
+
+Query c is the first of two queries over four keys: it sees all but the last, which is a b c.
+
+Backward, a prefix key has several copies: key a is at the gathered rows 0, 2 and 6. `own_keys` [0, 1, 4, 5, 8] is each
+token's row in its own sequence, and `prefix_copies` lists the others by response: ([0, 1], [2, 3]) for the first
+response of each group, ([0, 1], [6, 7]) for the second. The gradient of a is g[0] + g[2] + g[6], summed in this order
+in float32.
 """
 
 from __future__ import annotations
@@ -25,108 +29,115 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rm_gallery.modeling.attention.layout import PackLayout, ranges
+from rm_gallery.modeling.attention.layout import AttentionSpec, PackLayout, ranges
 
-# T tokens, S gathered keys, N sequences, H heads, G key heads, D head dimension
+# T tokens, S gathered keys, N sequences, H query heads, H_kv key heads, D head dimension
 
 FlashCall: TypeAlias = Callable[["Tensor", "Tensor", "Tensor", "Sequences", float, "int | None"], Tensor]
-"""(query [T, H, D], keys [S, G, D], values [S, G, D], sequences, scaling, window) -> [T, H, D]."""
+"""(query [T, H, D], keys [S, H_kv, D], values [S, H_kv, D], sequences, scaling, window) -> [T, H, D]."""
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """The sequences of a pack, shared by all layers."""
+    """The sequences of a pack; built once, shared by all layers."""
 
-    query_ends: Tensor
-    """[N + 1] int32: cumulative number of queries, starting with 0."""
-    key_ends: Tensor
-    """[N + 1] int32: cumulative number of gathered keys, starting with 0."""
-    max_queries: int
-    max_keys: int
-    tokens: Tensor
-    """[S] int64: the token of each gathered key."""
-    own: Tensor
-    """[T] int64: the gathered row of each token in its own sequence."""
-    copies: list[tuple[Tensor, Tensor]]
-    """(prefix tokens, their gathered rows) for the first response of every group, for the second, and so on."""
+    cu_seqlens_q: Tensor
+    """[N + 1] int32 cumulative numbers of queries."""
+    cu_seqlens_k: Tensor
+    """[N + 1] int32 cumulative numbers of gathered keys."""
+    max_seqlen_q: int
+    max_seqlen_k: int
+    key_tokens: Tensor
+    """[S] int64 token of each gathered key."""
+    own_keys: Tensor
+    """[T] int64 gathered key of each token in its own sequence."""
+    prefix_copies: list[tuple[Tensor, Tensor]]
+    """(prefix tokens, their gathered keys) in the first response of each group, then in the second, and so on."""
 
 
-def split_sequences(packed: PackLayout) -> Sequences:
-    """The sequences of a layout; empty ones are skipped."""
+def make_sequences(packed: PackLayout) -> Sequences:
+    """The sequences of a layout; empty ones are dropped.
+
+    The comments follow the example of the module: prefixes [2], tails [2, 1].
+    """
     prefixes, tails, groups = packed.prefixes, packed.tails, packed.tail_groups
-    first = np.cumsum(packed.num_tails) - packed.num_tails  # [G] index of the first response of each group
-    number = np.arange(len(tails)) - first[groups]  # [R] index of a response in its group
-    # Sequences in the order of the pack: a group's prefix, then its responses.
+    first = np.cumsum(packed.num_tails) - packed.num_tails  # [G] responses before each group
+    number = np.arange(len(tails)) - first[groups]  # [R] index of a response in its group: 0 1
+    # 1. Sequences in pack order: a group's prefix, then its responses. Half a token breaks the tie between an empty
+    #    prefix and the response that begins at the same token.
     order = np.argsort(np.concatenate([packed.starts, packed.tail_starts + 0.5]), kind="stable")
-    query_lengths = np.concatenate([prefixes, tails])[order]
-    prefix_lengths = np.concatenate([np.zeros_like(prefixes), prefixes[groups]])[order]
-    prefix_starts = np.concatenate([packed.starts, packed.starts[groups]])[order]
-    numbers = np.concatenate([np.full_like(prefixes, -1), number])[order]
-    is_nonempty = query_lengths > 0
+    query_lengths = np.concatenate([prefixes, tails])[order]  # 2 2 1
+    prefix_lengths = np.concatenate([np.zeros_like(prefixes), prefixes[groups]])[order]  # 0 2 2
+    prefix_starts = np.concatenate([packed.starts, packed.starts[groups]])[order]  # 0 0 0
+    numbers = np.concatenate([np.full_like(prefixes, -1), number])[order]  # -1 0 1
+    is_there = query_lengths > 0
     query_lengths, prefix_lengths, prefix_starts, numbers = (
-        each[is_nonempty] for each in (query_lengths, prefix_lengths, prefix_starts, numbers)
+        each[is_there] for each in (query_lengths, prefix_lengths, prefix_starts, numbers)
     )
-    key_lengths = prefix_lengths + query_lengths
-    key_starts = np.cumsum(key_lengths) - key_lengths
-    query_starts = np.cumsum(query_lengths) - query_lengths
-    tokens = np.empty(int(key_lengths.sum()), np.int64)
-    own = ranges(key_starts + prefix_lengths, query_lengths)
-    tokens[own] = ranges(query_starts, query_lengths)
+    # 2. Keys: a copy of the prefix, then the sequence's own.
+    key_lengths = prefix_lengths + query_lengths  # 2 4 3
+    key_starts = np.cumsum(key_lengths) - key_lengths  # 0 2 6
+    query_starts = np.cumsum(query_lengths) - query_lengths  # 0 2 4
+    key_tokens = np.empty(int(key_lengths.sum()), np.int64)
+    own_keys = ranges(key_starts + prefix_lengths, query_lengths)  # 0 1 | 4 5 | 8
+    key_tokens[own_keys] = ranges(query_starts, query_lengths)
+    # 3. Copies by the index of the response: inside one of these no token occurs twice, so the backward pass can add
+    #    each in one deterministic index_add.
     copies = []
     for each in range(int(numbers.max()) + 1):
         mine = (numbers == each) & (prefix_lengths > 0)
         if not mine.any():
             continue
-        places = ranges(key_starts[mine], prefix_lengths[mine])
-        tokens[places] = ranges(prefix_starts[mine], prefix_lengths[mine])
-        copies.append((packed.put(tokens[places]), packed.put(places)))
+        copied_keys = ranges(key_starts[mine], prefix_lengths[mine])  # 2 3, then 6 7
+        key_tokens[copied_keys] = ranges(prefix_starts[mine], prefix_lengths[mine])  # 0 1, then 0 1
+        copies.append((packed.to_device(key_tokens[copied_keys]), packed.to_device(copied_keys)))
     return Sequences(
-        packed.put(_ends(query_lengths)),
-        packed.put(_ends(key_lengths)),
+        packed.to_device(_cumulative(query_lengths)),
+        packed.to_device(_cumulative(key_lengths)),
         int(query_lengths.max()),
         int(key_lengths.max()),
-        packed.put(tokens),
-        packed.put(own),
+        packed.to_device(key_tokens),
+        packed.to_device(own_keys),
         copies,
     )
 
 
-def _ends(lengths: np.ndarray) -> np.ndarray:
+def _cumulative(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
 def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *, scaling: float, window: int | None,
-    flash: FlashCall,
+    query: Tensor, key: Tensor, value: Tensor, packed: PackLayout, spec: AttentionSpec, *, rewards_only: bool = False,
+    flash: FlashCall | None = None,
 ) -> Tensor:  # fmt: skip
-    """query: [T, H, D]; key, value: [T, G, D]; flash: the kernel, see `find_flash`. Returns [T, H, D]."""
+    """query: [T, H, D]; key, value: [T, H_kv, D]. flash: the kernel; None for `find_flash`'s. Returns [T, H, D]."""
+    flash = flash or find_flash()
+    assert flash is not None and not rewards_only
+    sequences = packed.cached("sequences", lambda: make_sequences(packed))
     keys, values = (_Gather.apply(part, sequences) for part in (key, value))
-    return flash(query.contiguous(), keys, values, sequences, scaling, window)
+    return flash(query.contiguous(), keys, values, sequences, spec.scaling, spec.window)
 
 
 class _Gather(torch.autograd.Function):
-    """[T, G, D] -> [S, G, D]; gradients of the copies of a token are summed in float32, in a fixed order."""
+    """[T, H_kv, D] -> [S, H_kv, D]. Backward sums the gradients of a token's copies in float32, in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, sequences: Sequences) -> Tensor:
         ctx.sequences = sequences
-        return part.index_select(0, sequences.tokens)
+        return part.index_select(0, sequences.key_tokens)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradients[0]
-        total = gradient.index_select(0, ctx.sequences.own).float()
-        for (
-            tokens,
-            places,
-        ) in ctx.sequences.copies:  # tokens are unique within one entry, so index_add_ is deterministic
-            total.index_add_(0, tokens, gradient.index_select(0, places).float())
+        total = gradient.index_select(0, ctx.sequences.own_keys).float()
+        for tokens, copied_keys in ctx.sequences.prefix_copies:
+            total.index_add_(0, tokens, gradient.index_select(0, copied_keys).float())
         return total.to(gradient.dtype), None
 
 
 @lru_cache(maxsize=1)
 def find_flash() -> FlashCall | None:
-    """The kernel of the flash-attn package if installed, else torch's; None if neither is usable on this GPU."""
+    """The flash-attn package's kernel if it is installed, else torch's; None if neither runs here."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return None
     for make in (_from_flash_attn, _from_torch):
@@ -142,10 +153,10 @@ def _from_flash_attn() -> FlashCall | None:
     except ImportError:
         return None
 
-    def call(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scaling: float, window: int | None) -> Tensor:
+    def call(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scaling: float, window: int | None) -> Tensor:
         left = -1 if window is None else window - 1
         out: Tensor = flash_attn_varlen_func(
-            q, k, v, sequences.query_ends, sequences.key_ends, sequences.max_queries, sequences.max_keys,
+            q, k, v, s.cu_seqlens_q, s.cu_seqlens_k, s.max_seqlen_q, s.max_seqlen_k,
             softmax_scale=scaling, causal=True, window_size=(left, -1 if window is None else 0),
         )  # fmt: skip
         return out
@@ -158,18 +169,18 @@ def _from_torch() -> FlashCall | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    known = inspect.signature(varlen_attn).parameters
-    if "window_size" not in known:  # torch before 2.11
+    parameters = inspect.signature(varlen_attn).parameters
+    if "window_size" not in parameters:  # torch before 2.11
         return None
-    shares_key_heads = "enable_gqa" in known
+    takes_gqa = "enable_gqa" in parameters
 
-    def call(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scaling: float, window: int | None) -> Tensor:
-        options: dict[str, Any] = {"enable_gqa": True} if shares_key_heads else {}
-        if not shares_key_heads:
+    def call(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scaling: float, window: int | None) -> Tensor:
+        options: dict[str, Any] = {"enable_gqa": True} if takes_gqa else {}
+        if not takes_gqa:
             k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
         left = -1 if window is None else window - 1
         out = varlen_attn(
-            q, k, v, sequences.query_ends, sequences.key_ends, sequences.max_queries, sequences.max_keys,
+            q, k, v, s.cu_seqlens_q, s.cu_seqlens_k, s.max_seqlen_q, s.max_seqlen_k,
             scale=scaling, window_size=(left, 0), **options,
         )  # fmt: skip
         assert isinstance(out, Tensor)
@@ -179,16 +190,16 @@ def _from_torch() -> FlashCall | None:
 
 
 def _is_aligned_bottom_right(flash: FlashCall) -> bool:
-    """Whether the last query sees all keys when there are fewer queries than keys; kernels differ in this alignment."""
+    """Whether the last of fewer queries sees all keys; measured, since kernel versions differ in this."""
     device = torch.device("cuda")
-    zero = torch.zeros(0, dtype=torch.int64, device=device)
+    empty = torch.zeros(0, dtype=torch.int64, device=device)
     one_query, two_keys = (torch.tensor([0, length], dtype=torch.int32, device=device) for length in (1, 2))
-    one = Sequences(one_query, two_keys, 1, 2, zero, zero, [])
+    sequences = Sequences(one_query, two_keys, 1, 2, empty, empty, [])
     query = torch.zeros(1, 1, 64, dtype=torch.bfloat16, device=device)
     values = torch.tensor([1.0, 3.0], dtype=torch.bfloat16, device=device)[:, None, None].expand(2, 1, 64).contiguous()
     try:
         with torch.no_grad():
-            found = flash(query, torch.zeros_like(values), values, one, 1.0, None)
-    except (RuntimeError, TypeError):  # no kernel for this GPU, or a different signature
+            found = flash(query, torch.zeros_like(values), values, sequences, 1.0, None)
+    except (RuntimeError, TypeError):  # no kernel for this GPU, or another signature
         return False
     return bool((found == 2.0).all())

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from rm_gallery.distributed.collectives import broadcast
 from rm_gallery.distributed.process_group import World, heartbeat
 from rm_gallery.errors import UserError
+from rm_gallery.modeling.architectures import architecture
 from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.config import DTYPE_BYTES, CheckpointingMode, FsdpConfig, ModelConfig
 from rm_gallery.modeling.meta_init import WeightFiles
@@ -211,6 +212,7 @@ def patch_modules(network: nn.Module, kernels: Any) -> int:
     Patches instances, not classes: Liger's own patching would change every other model of the process.
     """
     config: Any = network.config
+    is_gemma = architecture(config.model_type).float32_norms
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     gated = {"silu": kernels.liger_swiglu, "gelu_pytorch_tanh": kernels.liger_geglu}.get(str(activation))
 
@@ -233,7 +235,7 @@ def patch_modules(network: nn.Module, kernels: Any) -> int:
     for module in network.modules():
         name = type(module).__name__
         if name.endswith("RMSNorm"):
-            module.forward = MethodType(norm if hasattr(module, "variance_epsilon") else gemma_norm, module)
+            module.forward = MethodType(gemma_norm if is_gemma else norm, module)
         elif name.endswith("MLP") and hasattr(module, "gate_proj") and gated is not None:
             module.forward = MethodType(mlp, module)
         else:

@@ -1,4 +1,4 @@
-"""Packs for attention kernels, and the comparison with the reference."""
+"""Packs for tests of attention kernels, and the comparison with the reference."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHAPES_AND_HEADS = [
     for row, shape in enumerate(SHAPES)
     for column, heads in enumerate(HEADS)
 ]
-"""The product, of which `make test` runs every shape and every heads at least once."""
+"""All combinations; `make test` runs every shape and every number of heads at least once."""
 
 
 def layout_of(shape: Sequence[tuple[int, list[int]]], device: torch.device, kernel: str = "auto") -> PackLayout:
@@ -61,7 +61,7 @@ def worst_difference(
     run: Callable[..., Tensor], layout: PackLayout, heads: tuple[int, int, int], dtype: torch.dtype, *,
     window: int | None = None, backward: bool = True,
 ) -> float:  # fmt: skip
-    """Largest difference from the reference in float32, of output and gradients, in units of each one's largest.
+    """Largest error against the float32 reference, of output and gradients, relative to each one's maximum.
 
     run: (query, key, value, scaling) -> [T, H, D].
     """

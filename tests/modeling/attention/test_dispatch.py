@@ -1,4 +1,4 @@
-"""The kernel against the rule written out, forward and backward."""
+"""Packed attention against the reference, forward and backward; buckets; features that are refused."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ import torch
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.attention.dispatch import lay_out, packed_attention, reference_attention, visible
+from rm_gallery.modeling.attention import dispatch
+from rm_gallery.modeling.attention.dispatch import (
+    AttentionSpec,
+    Kernel,
+    attend,
+    lay_out,
+    packed_attention,
+    reference_attention,
+    visible,
+)
 from tests.small import random_groups
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def test_rule_by_hand() -> None:
+def test_visibility_rule() -> None:
     #   group, response, position: a common prefix of two tokens, two responses, and a second group
     labels = torch.tensor([[0, -1, 0], [0, -1, 1], [0, 0, 2], [0, 0, 3], [0, 1, 2], [1, 2, 0]])
     expected = [
@@ -58,7 +67,7 @@ def test_kernel_equals_the_reference(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_kernel_in_bfloat16_is_as_close_as_its_rounding(device: str) -> None:
+def test_bfloat16_is_within_rounding(device: str) -> None:
     where = torch.device(device)
     batch = collate(random_groups(3)).to(where)
     layout = lay_out(batch)
@@ -70,27 +79,42 @@ def test_kernel_in_bfloat16_is_as_close_as_its_rounding(device: str) -> None:
     torch.testing.assert_close(found[0].float(), wanted, atol=3e-2, rtol=3e-2)
 
 
-def test_buckets_hold_every_token_once_and_little_padding() -> None:
+def test_buckets_contain_every_token_once_and_little_padding() -> None:
     batch = collate([group for seed in range(8) for group in random_groups(seed)])
     layout = lay_out(batch)
-    rows = torch.cat([bucket.index.reshape(-1) for bucket in layout.all_tokens.buckets])
+    rows = torch.cat([bucket.key_tokens.reshape(-1) for bucket in layout.all_tokens.buckets])
     assert torch.equal(rows[layout.all_tokens.restore], torch.arange(batch.num_tokens))
     assert len(rows) <= batch.num_tokens / 0.75
 
 
 @pytest.mark.parametrize("option", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}])
-def test_attention_that_the_kernel_does_not_know_is_refused(option: dict[str, Any]) -> None:
+def test_unsupported_features_are_refused(option: dict[str, Any]) -> None:
     layout = lay_out(collate(random_groups(0)))
     query = torch.zeros(1, 4, len(layout.all_tokens.restore), 8)
     with pytest.raises(UserError, match="soft cap or sinks"):
         packed_attention(torch.nn.Identity(), query, query, query, None, packed=layout, **option)
 
 
+def test_the_choice_falls_through_to_a_kernel_that_takes_all_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+
+    def fake(name: str, *fields: str) -> Kernel:
+        return Kernel(lambda query, *_, **__: (chosen.append(name), query)[1], takes=frozenset(fields))
+
+    for name, fields in {"plain": (), "sdpa": ("dropout", "softcap")}.items():
+        monkeypatch.setitem(dispatch.KERNELS, name, fake(name, *fields))
+    layout = lay_out(collate(random_groups(0)))
+    query = torch.zeros(len(layout.all_tokens.restore), 4, 8, requires_grad=True)
+    for spec in (AttentionSpec(1.0), AttentionSpec(1.0, dropout=0.1), AttentionSpec(1.0, softcap=9.0)):
+        attend(query, query, query, layout, spec)
+    assert chosen == ["plain", "sdpa", "sdpa"]
+
+
 @pytest.mark.parametrize("kernel", ["plain", "sdpa"])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("prefix", [0, 1, 30])
-def test_many_responses_are_cut_apart_where_nothing_is_learned(kernel: str, window: int | None, prefix: int) -> None:
-    """Best-of-16 beside groups of all shapes: the same attention with a fraction of the cells."""
+def test_groups_of_many_responses_are_split_in_inference(kernel: str, window: int | None, prefix: int) -> None:
+    """Best-of-16 among groups of all shapes: the same attention with less than half of the mask cells."""
     draw = np.random.default_rng(prefix)
     tails = [draw.integers(7, 264, draw.integers(1, 40)).astype(np.int32) for _ in range(16)]
     wide = TokenGroup(draw.integers(7, 264, prefix).astype(np.int32), tails, ())
@@ -98,7 +122,7 @@ def test_many_responses_are_cut_apart_where_nothing_is_learned(kernel: str, wind
     layout = lay_out(batch, kernel)
     assert layout.by_response is not None
     cells = [
-        sum(bucket.queries.numel() * bucket.index.shape[1] for bucket in queries.buckets)
+        sum(bucket.query_rows.numel() * bucket.key_tokens.shape[1] for bucket in queries.buckets)
         for queries in (layout.by_response, layout.all_tokens)
     ]
     assert cells[0] < cells[1] / 2
@@ -109,6 +133,6 @@ def test_many_responses_are_cut_apart_where_nothing_is_learned(kernel: str, wind
     torch.testing.assert_close(found[0], wanted, atol=1e-5, rtol=0)
 
 
-def test_pairs_stay_whole() -> None:
+def test_pairs_are_not_split() -> None:
     tokens = np.arange(7, 47, dtype=np.int32)
     assert lay_out(collate([TokenGroup(tokens, [tokens[:20], tokens[:15]], ())] * 4)).by_response is None

@@ -1,7 +1,7 @@
-"""Every kernel against the rule written out, forward and backward.
+"""Every kernel against the reference, forward and backward.
 
-Kernels that need a GPU have a sibling here on the CPU: the variable-length one runs its own cutting and gathering
-around plain products, FlexAttention runs as it is, forward only, and its map of blocks is compared with the rule.
+GPU kernels are tested on the CPU too: the variable-length one with its own gathering around a plain implementation,
+FlexAttention uncompiled, forward only, and its block map against the visibility rule.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.attention.cpu import split_attention
-from rm_gallery.modeling.attention.dispatch import AttentionSpec, attend, check, visible
-from rm_gallery.modeling.attention.flex import BLOCK, block_map, block_mask, flex_attention
-from rm_gallery.modeling.attention.varlen import Sequences, find_flash, split_sequences, varlen_attention
+from rm_gallery.modeling.attention.dispatch import AttentionSpec, Kernel, attend, check, visible
+from rm_gallery.modeling.attention.flex import BLOCK, block_map, flex_attention
+from rm_gallery.modeling.attention.varlen import Sequences, find_flash, make_sequences, varlen_attention
 from tests.modeling.attention.cases import (
     HEADS,
     LONG_SHAPES,
@@ -34,14 +34,14 @@ FLEX_CASES = [("many responses", HEADS[1], None), ("one of each length", HEADS[1
 """Cases of FlexAttention that `make test` runs: a CPU takes long for them."""
 
 
-def plain_flash(q: Tensor, k: Tensor, v: Tensor, cut: Sequences, scaling: float, window: int | None) -> Tensor:
-    """What a variable-length kernel computes, sequence by sequence: causal, ending at the bottom right."""
+def plain_flash(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scaling: float, window: int | None) -> Tensor:
+    """A variable-length kernel in plain PyTorch: causal, aligned to the bottom right."""
     outputs = []
-    for number in range(len(cut.query_ends) - 1):
-        rows = slice(int(cut.query_ends[number]), int(cut.query_ends[number + 1]))
-        columns = slice(int(cut.key_ends[number]), int(cut.key_ends[number + 1]))
+    for number in range(len(s.cu_seqlens_q) - 1):
+        rows = slice(int(s.cu_seqlens_q[number]), int(s.cu_seqlens_q[number + 1]))
+        columns = slice(int(s.cu_seqlens_k[number]), int(s.cu_seqlens_k[number + 1]))
         num_q, num_k = rows.stop - rows.start, columns.stop - columns.start
-        assert 0 < num_q <= cut.max_queries and num_k <= cut.max_keys
+        assert 0 < num_q <= s.max_seqlen_q and num_k <= s.max_seqlen_k
         place = torch.arange(num_k - num_q, num_k)[:, None]
         seen = torch.arange(num_k)[None] <= place
         if window is not None:
@@ -56,7 +56,7 @@ def plain_flash(q: Tensor, k: Tensor, v: Tensor, cut: Sequences, scaling: float,
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize(("shape", "heads"), SHAPES_AND_HEADS)
 @pytest.mark.parametrize("kernel", ["plain", "sdpa"])
-def test_kernels_of_a_cpu(kernel: str, shape: str, heads: tuple[int, int, int], window: int | None) -> None:
+def test_cpu_kernels(kernel: str, shape: str, heads: tuple[int, int, int], window: int | None) -> None:
     layout = layout_of(SHAPES[shape], CPU, kernel)
     for dtype, tolerance in ((torch.float32, EXACT), (torch.bfloat16, ROUNDED)):
         difference = worst_difference(
@@ -67,11 +67,10 @@ def test_kernels_of_a_cpu(kernel: str, shape: str, heads: tuple[int, int, int], 
 
 
 @pytest.mark.parametrize(("shape", "heads"), SHAPES_AND_HEADS)
-def test_prompt_and_responses_apart_are_the_whole(shape: str, heads: tuple[int, int, int]) -> None:
-    """What scores many responses on a CPU: without gradients, in float32."""
+def test_split_attention_equals_the_reference(shape: str, heads: tuple[int, int, int]) -> None:
     layout = layout_of(SHAPES[shape], CPU)
     difference = worst_difference(
-        lambda q, k, v, scaling: split_attention(q, k, v, layout, scaling=scaling),
+        lambda q, k, v, scaling: split_attention(q, k, v, layout, AttentionSpec(scaling)),
         layout, heads, torch.float32, backward=False,
     )  # fmt: skip
     assert difference < EXACT
@@ -80,15 +79,15 @@ def test_prompt_and_responses_apart_are_the_whole(shape: str, heads: tuple[int, 
 @pytest.mark.parametrize(
     ("length", "window", "is_split"), [(60, None, True), (60, 100, True), (60, 99, False), (10, None, False)]
 )
-def test_prompt_and_responses_are_apart_in_long_texts_unless_a_window_ends_within_one(
+def test_auto_selects_split_attention_for_long_texts_unless_a_window_ends_inside_one(
     length: int, window: int | None, is_split: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = layout_of([(40, [length] * 8), (3, [length] * 2)], CPU)
     calls = []
-    split = dispatch.split_attention
-    monkeypatch.setattr(dispatch, "split_attention", lambda *a, **k: (calls.append(1), split(*a, **k))[1])
+    split = Kernel(lambda *a, **k: (calls.append(1), split_attention(*a, **k))[1])
+    monkeypatch.setitem(dispatch.KERNELS, "split", split)
     for grad, dtype in ((True, torch.float32), (False, torch.bfloat16), (False, torch.float32)):
-        assert not calls, "not where gradients are wanted, nor in bfloat16"
+        assert not calls, "forward only, and float32 only"
         with torch.set_grad_enabled(grad):
             difference = worst_difference(
                 lambda q, k, v, scaling: attend(q, k, v, layout, AttentionSpec(scaling, window)),
@@ -100,25 +99,25 @@ def test_prompt_and_responses_are_apart_in_long_texts_unless_a_window_ends_withi
 
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize(("shape", "heads"), SHAPES_AND_HEADS)
-def test_varlen_cuts_and_gathers_by_the_rule(shape: str, heads: tuple[int, int, int], window: int | None) -> None:
+def test_varlen_equals_the_reference(shape: str, heads: tuple[int, int, int], window: int | None) -> None:
     layout = layout_of(SHAPES[shape], CPU)
     difference = worst_difference(
         lambda q, k, v, scaling: varlen_attention(
-            q, k, v, split_sequences(layout), scaling=scaling, window=window, flash=plain_flash
+            q, k, v, layout, AttentionSpec(scaling, window), flash=plain_flash
         ),
         layout, heads, torch.float32, window=window,
     )  # fmt: skip
     assert difference < EXACT
 
 
-def test_varlen_by_hand() -> None:
-    sequences = split_sequences(layout_of([(2, [2, 1]), (0, [1])], CPU))
-    assert sequences.query_ends.tolist() == [0, 2, 4, 5, 6]
-    assert sequences.key_ends.tolist() == [0, 2, 6, 9, 10]
-    assert sequences.tokens.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5]
-    assert sequences.own.tolist() == [0, 1, 4, 5, 8, 9]
-    assert (sequences.max_queries, sequences.max_keys) == (2, 4)
-    assert sequences.query_ends.dtype == sequences.key_ends.dtype == torch.int32
+def test_sequences_of_a_small_pack() -> None:
+    sequences = make_sequences(layout_of([(2, [2, 1]), (0, [1])], CPU))
+    assert sequences.cu_seqlens_q.tolist() == [0, 2, 4, 5, 6]
+    assert sequences.cu_seqlens_k.tolist() == [0, 2, 6, 9, 10]
+    assert sequences.key_tokens.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5]
+    assert sequences.own_keys.tolist() == [0, 1, 4, 5, 8, 9]
+    assert (sequences.max_seqlen_q, sequences.max_seqlen_k) == (2, 4)
+    assert sequences.cu_seqlens_q.dtype == sequences.cu_seqlens_k.dtype == torch.int32
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -131,11 +130,10 @@ def test_varlen_by_hand() -> None:
         for window in (None, 6)
     ],
 )
-def test_flex_follows_the_rule(shape: str, heads: tuple[int, int, int], window: int | None) -> None:
+def test_flex_equals_the_reference(shape: str, heads: tuple[int, int, int], window: int | None) -> None:
     layout = layout_of(SHAPES[shape], CPU)
-    mask = block_mask(layout, window)
     difference = worst_difference(
-        lambda q, k, v, scaling: flex_attention(q, k, v, mask, scaling=scaling),
+        lambda q, k, v, scaling: flex_attention(q, k, v, layout, AttentionSpec(scaling, window)),
         layout, heads, torch.float32, window=window, backward=False,
     )  # fmt: skip
     assert difference < EXACT
@@ -143,7 +141,7 @@ def test_flex_follows_the_rule(shape: str, heads: tuple[int, int, int], window: 
 
 @pytest.mark.parametrize("window", [None, 6, 200])
 @pytest.mark.parametrize("shape", [*SHAPES.values(), *LONG_SHAPES.values()][:6])
-def test_flex_lists_every_block_with_something_to_see(shape: list[tuple[int, list[int]]], window: int | None) -> None:
+def test_block_map_has_every_block_with_a_visible_pair(shape: list[tuple[int, list[int]]], window: int | None) -> None:
     layout = layout_of(shape, CPU)
     partial, full = block_map(layout, window)
     num_tokens, size = len(layout.labels), len(partial) * BLOCK
@@ -160,23 +158,23 @@ def test_flex_lists_every_block_with_something_to_see(shape: list[tuple[int, lis
 
 
 @pytest.mark.parametrize("kernel", ["plain", "sdpa"])
-def test_reward_tokens_alone_get_what_they_get_among_all(kernel: str) -> None:
+def test_reward_queries_equal_the_same_rows_of_all_queries(kernel: str) -> None:
     for shape in SHAPES.values():
         layout = layout_of(shape, CPU, kernel)
         (query, key, value), _ = draw_inputs(len(layout.labels), (4, 2, 64), CPU, torch.float32)
-        every = attend(query, key, value, layout, AttentionSpec(0.1, 9))
+        full = attend(query, key, value, layout, AttentionSpec(0.1, 9))
         rows = layout.reward_index
         only = attend(query[rows], key, value, layout, AttentionSpec(0.1, 9), rewards_only=True)
-        torch.testing.assert_close(only, every[rows], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(only, full[rows], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", ["varlen", "flex"])
-def test_a_kernel_of_gpus_is_refused_on_a_cpu(kernel: str) -> None:
+def test_gpu_kernels_are_refused_on_a_cpu(kernel: str) -> None:
     with pytest.raises(UserError, match=f"model.attention={kernel}: it needs a GPU; set auto"):
         check(kernel, CPU, torch.bfloat16, 0.0)
 
 
-def test_plain_products_know_no_dropout() -> None:
+def test_plain_attention_refuses_dropout() -> None:
     with pytest.raises(UserError, match=r"model\.dropout is not 0"):
         check("plain", CPU, torch.float32, 0.1)
     check("sdpa", CPU, torch.float32, 0.1)
@@ -189,12 +187,12 @@ def test_plain_products_know_no_dropout() -> None:
 @pytest.mark.parametrize("shape", {**SHAPES, **LONG_SHAPES})
 @pytest.mark.parametrize("kernel", ["sdpa", "varlen", "flex"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_kernels_of_a_gpu(
+def test_gpu_kernels(
     dtype: torch.dtype, kernel: str, shape: str, heads: tuple[int, int, int], window: int | None
 ) -> None:
     device = torch.device("cuda")
     if kernel == "varlen" and (dtype == torch.float32 or find_flash() is None):
-        pytest.skip("flash attention has no float32, or there is none here; its cutting is tested on the CPU")
+        pytest.skip("flash attention has no float32, or there is none here; its gathering is tested on the CPU")
     layout = layout_of({**SHAPES, **LONG_SHAPES}[shape], device, kernel)
     difference = worst_difference(
         lambda q, k, v, scaling: attend(q, k, v, layout, AttentionSpec(scaling, window)),
