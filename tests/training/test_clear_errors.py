@@ -61,7 +61,7 @@ TEXTS = ["a", "b"]
         ({"chosen": TEXTS}, "train.parquet: no column 'rejected' (columns: chosen); rename it or set data."),
         ({"chosen": pa.array([], pa.string())}, "train.parquet: the file has no rows; remove it from "),
         ({"chosen": [1, 2], "rejected": TEXTS}, "train.parquet:0: column 'chosen' contains int, not text or messages"),
-        ({"chosen": [None, 2], "rejected": TEXTS}, "train.parquet:1: column 'chosen' contains int, not text or messages"),
+        ({"chosen": [None, 2], "rejected": TEXTS}, "train.parquet:1: column 'chosen' contains int, not text or "),
         ({"chosen": [TEXTS, TEXTS], "rejected": TEXTS}, "train.parquet:0: column 'chosen' contains lists of str, not "),
         ({"chosen": TEXTS, "rejected": TEXTS},
          "data.train_files: none of 2 rows can be used: 2 chosen equal to rejected (first: train.parquet:0); "),

@@ -221,8 +221,8 @@ def test_a_column_that_is_meant_otherwise_can_be_left_unread(column: str, value:
 
 def test_lists_are_wanted_where_responses_are() -> None:
     assert refused({"input": "hi", "output": "a text"}) == (
-        "a.parquet:0: column 'output' contains text, not lists or their JSON; convert it, or choose another column with "
-        "data.columns.output"
+        "a.parquet:0: column 'output' contains text, not lists or their JSON; convert it, or choose another column "
+        "with data.columns.output"
     )
 
 
