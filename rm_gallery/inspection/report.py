@@ -265,7 +265,7 @@ def _of_rows(split: SplitReport) -> Iterator[Message]:
         )
     if len(split.styles) > 1:
         yield Message(
-            "error", f"The {split.name} files mix chat messages with plain text; training refuses mixed styles."
+            "error", f"The {split.name} files mix chat messages with plain text; training does not accept mixed styles."
         )
     lengths = split.lengths
     if lengths.num_beyond and lengths.long_texts != "dropped":
@@ -319,7 +319,7 @@ def _of_leakage(splits: Sequence[SplitReport], leakage: Sequence[Finding]) -> It
     if len(styles) > 1 and all(len(split.styles) == 1 for split in splits):
         yield Message(
             "error",
-            "Training and validation data have different styles (chat messages, plain text); training refuses that.",
+            "Training and validation data have different styles (chat messages, plain text), an error in training.",
         )
 
 

@@ -125,7 +125,7 @@ class Engine:
             if len(pack) == 1:
                 raise
         torch.cuda.empty_cache()
-        log.warning("out of memory with a pack of %d groups, which run one by one; lower token_budget", len(pack))
+        log.warning("out of memory with a pack of %d groups; running them one at a time; lower token_budget", len(pack))
         return [rewards for part in pack for rewards in self._run([part])]
 
     def _run(self, pack: Sequence[TokenGroup]) -> list[list[float]]:

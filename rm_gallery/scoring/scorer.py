@@ -73,7 +73,7 @@ class RewardScorer:
         """One list of K rewards per group, in the order of its responses.
 
         Raises UserError for a text without tokens, with more tokens than the model has positions, and for a
-        conversation that the chat template refuses.
+        conversation that the chat template rejects.
         """
         encoded = self.engine.encode([self.inputs.fit(group) for group in groups])
         for index, units in enumerate(encoded):

@@ -88,8 +88,8 @@ class CheckpointConfig:
     export_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Dtype of the saved weights; `auto` is `model.fsdp_config.model_dtype`."""
     resume_mode: str = "auto"
-    """`auto` resumes from the newest intact checkpoint of the run directory; `disable` refuses a run directory that
-    holds checkpoints; the path or URL of a `global_step_N` folder resumes from that checkpoint."""
+    """`auto` resumes from the newest intact checkpoint of the run directory; with `disable`, a run directory that has
+    checkpoints is an error; the path or URL of a `global_step_N` folder resumes from that checkpoint."""
     max_ckpt_to_keep: Annotated[int, Ge(1)] | None = None
     """Number of newest checkpoints to keep; null keeps all."""
     save_best: bool = False

@@ -226,7 +226,7 @@ class Trainer:
         return float(self.base_lrs[0] * factor)
 
     def _watch(self, result: StepResult) -> None:
-        """Count skipped steps; raise TrainingStopped after too many in a row."""
+        """Count skipped steps; raise TrainingStopped after too many consecutive ones."""
         progress = self.progress
         if result.is_finite:
             progress.bad_in_a_row = 0
@@ -234,13 +234,13 @@ class Trainer:
         progress.bad_steps += 1
         progress.bad_in_a_row += 1
         what = f"loss {result.loss}, gradient norm {result.grad_norm}"
-        log.warning("step %d skipped: not finite (%s); %d in a row", progress.step, what, progress.bad_in_a_row)
+        log.warning("step %d skipped: not finite (%s); %d consecutive", progress.step, what, progress.bad_in_a_row)
         if progress.bad_in_a_row >= self.max_bad_steps:
             self.checkpoints.wait()
             latest = self.checkpoints.latest
             kept = f"the last checkpoint is {latest}" if latest else "no checkpoint was written"
             raise TrainingStopped(
-                f"step {progress.step}: {progress.bad_in_a_row} steps in a row were not finite ({what}; "
+                f"step {progress.step}: {progress.bad_in_a_row} consecutive steps were not finite ({what}; "
                 f"trainer.max_bad_steps={self.max_bad_steps}); {kept}. Lower optim.lr, or check the data of these steps"
             )
 

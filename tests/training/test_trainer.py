@@ -119,7 +119,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(how: str, qwen
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_in_words(qwen2_folder: Path) -> None:
     trainer, recorder = build(qwen2_folder, objective=broken_on({3, 4, 5}, "loss"), total_steps=10)
-    with pytest.raises(TrainingStopped, match=r"step 5: 3 steps in a row were not finite.*global_step_4.*optim.lr"):
+    with pytest.raises(TrainingStopped, match=r"step 5: 3 consecutive steps were not finite.*global_step_4.*optim.lr"):
         trainer.train()
     assert recorder.saved == [Path("global_step_2"), Path("global_step_4")]
 

@@ -117,7 +117,7 @@ class CustomReader:
         """The full text of a prompt with one response.
 
         where: `file:row`, for the error of a hook that fails.
-        Raises BadRow for a conversation that the chat template refuses, and UserError for a hook that fails.
+        Raises BadRow for a conversation that the chat template rejects, and UserError for a hook that fails.
         """
         try:
             return self._renderer.render(prompt, response)
@@ -178,7 +178,7 @@ class Renderer:
     def render(self, prompt: Sequence[Message], response: Sequence[Message]) -> str:
         """The full text of a prompt with one response.
 
-        Raises HookError for a hook that fails, BadRow for a conversation that the chat template refuses, and UserError
+        Raises HookError for a hook that fails, BadRow for a conversation that the chat template rejects, and UserError
         for a template that is not valid Jinja.
         """
         turns, last = [*prompt, *response[:-1]], response[-1]

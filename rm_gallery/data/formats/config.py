@@ -87,7 +87,7 @@ class FormatConfig(ColumnNames):
     format: Literal[
         "auto", "text", "messages", "json", "prompt", "scored", "ranked", "helpsteer3", "nested", "completions"
     ] = "auto"
-    """What rows look like; `auto` detects it from the columns and first rows of each file, and logs its choice."""
+    """Format of the rows; `auto` detects it from the columns and first rows of each file, and logs its choice."""
     input_style: Literal["auto", "text", "chat"] = "auto"
     """`chat` renders messages with the chat template, `text` uses strings as they are. `auto`: chat for messages, and
     for a string prompt with string responses if the tokenizer has a chat template; text otherwise."""

@@ -84,7 +84,7 @@ def choose_format(rows: Sequence[Row], config: FormatConfig, *, logged: set[str]
     for column in _columns(choice.name, config):
         _check_values(readable, column)
     if name == "auto" and (logged is None or f"{choice}" not in logged):
-        log.info("%s: data.format is %s, since %s", file, choice.name, choice.why)
+        log.info("%s: detected data.format=%s: %s", file, choice.name, choice.why)
         if logged is not None:
             logged.add(f"{choice}")
     return choice

@@ -88,7 +88,7 @@ def read_texts(values: Mapping[str, Any], config: FormatConfig) -> Draft:
 def read_conversations(values: Mapping[str, Any], config: FormatConfig) -> Draft:
     """Formats `messages` and `json`: both responses are conversations, as lists of messages or as JSON of such lists.
 
-    A text is refused even if the other response is a conversation: nothing says which turns precede it.
+    Text is rejected even if the other response is a conversation: the turns before it are unknown.
     """
     draft = read_prompted(values, config)
     for response, name in zip(draft.responses, draft.names, strict=True):

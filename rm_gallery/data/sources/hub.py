@@ -254,7 +254,7 @@ def hub_message(error: BaseException, repo: str, where: str) -> str:
     if find(errors.DisabledRepoError):
         return f"access to {repo} is disabled by the hub; choose another dataset"
     if status == 403:
-        return f"{site} refuses access to {repo}; set HF_TOKEN to a token that may read it and accept its terms"
+        return f"{site} denies access to {repo}; accept its terms and set HF_TOKEN to a token with read access"
     if find(errors.OfflineModeIsEnabled):
         return (
             f"no local file or folder, and {where} is not complete in the cache while HF_HUB_OFFLINE is set; unset it"

@@ -174,7 +174,7 @@ def _load(choice: _Choice, identity: RunIdentity, tensors: RunTensors, ranks: Ho
         random, sums = parts[ranks.rank]["random"], parts[ranks.rank]["sums"]
     else:
         log.warning(
-            "resuming with %d processes, saved by %d: RNG states are new, and results agree up to rounding",
+            "resuming with %d processes, saved by %d: RNG states are not restored, and results agree up to rounding",
             ranks.world_size, saved["world_size"],
         )  # fmt: skip
         # Rank 0 takes all sums; the others have zeros under the same names.

@@ -72,8 +72,8 @@ def test_a_choice_is_logged_once_for_all_files_that_it_is_the_same_for(caplog: p
         read_all(rows, FormatConfig())
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
     assert caplog.messages == [
-        "a.parquet: data.format is text, since chosen, rejected hold text, and there is no prompt",
-        "c.parquet: data.format is messages, since chosen, rejected hold lists of messages, and there is no prompt",
+        "a.parquet: detected data.format=text: chosen, rejected hold text, and there is no prompt",
+        "c.parquet: detected data.format=messages: chosen, rejected hold lists of messages, and there is no prompt",
     ]
     caplog.clear()
     with caplog.at_level(logging.INFO):
