@@ -60,9 +60,9 @@ def test_a_path_in_the_same_run_puts_later_checkpoints_aside(first: Path, qwen2_
     [
         (
             "runs/first/global_step_9",
-            "resume_mode=runs/first/global_step_9: no such folder; name a global_step_N folder",
+            "resume_mode=runs/first/global_step_9: no such folder; give a global_step_N folder",
         ),
-        ("runs/bare", "resume_mode=runs/bare: no training_state in it; name a global_step_N folder"),
+        ("runs/bare", "resume_mode=runs/bare: no training_state in it; give a global_step_N folder"),
         ("runs/first/global_step_4", "runs/first/global_step_4: training_state/state.json is missing; it is damaged"),
         ("atuo", "resume_mode=atuo: must be auto, disable or the path of a global_step_N folder. Did you mean 'auto'?"),
     ],

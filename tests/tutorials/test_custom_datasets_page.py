@@ -41,7 +41,10 @@ def test_the_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     for command in commands:
         program, *arguments = shlex.split(command)
         assert (program, main(arguments)) == ("rm-gallery", 0)
-    assert "dropped 1 of 3 rows: 1 as many votes for all answers (first: votes.parquet:1)" in capsys.readouterr().err
+    assert (
+        "dropped 1 of 3 rows: 1 all answers have the same number of votes (first: votes.parquet:1)"
+        in capsys.readouterr().err
+    )
     assert (folder / "checkpoints/bt/votes/global_step_2").is_dir()
 
 
