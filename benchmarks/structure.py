@@ -86,6 +86,28 @@ def cycles(graph: dict[str, set[str]]) -> int:
     return len(groups)
 
 
+def upward_imports(package: Path, graph: dict[str, set[str]]) -> int:
+    """Imports of a higher layer, by the list LAYERS in the structure test of the measured checkout."""
+    test = package.parent / "tests" / "structure" / "test_import_direction.py"
+    layers: list[str] = next(
+        ast.literal_eval(node.value)
+        for node in ast.parse(test.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "LAYERS"
+    )
+
+    def layer(module: str) -> int:
+        inside = [name for name in layers if module == name or module.startswith(f"{name}.")]
+        below = [index for index, name in enumerate(layers) if name.startswith(f"{module}.")]
+        return layers.index(max(inside, key=len)) if inside else max(below, default=-1)
+
+    return sum(
+        layer(target) > layer(source)
+        for source, targets in graph.items()
+        for target in targets
+        if package.name not in (source, target)  # the package itself, which holds the version
+    )
+
+
 def measure(package: Path) -> dict[str, Any]:
     """All figures that need no run."""
     files = [path for path in sorted(package.rglob("*.py")) if path.stat().st_size]  # without empty __init__.py
@@ -111,6 +133,7 @@ def measure(package: Path) -> dict[str, Any]:
         "longest file": ordered[-1],
         "most files in a folder": "{1} {0}".format(*folders.most_common(1)[0]),
         "import cycles": cycles(graph),
+        "upward imports": upward_imports(package, graph),
         "modules with one importer": sum(
             len(found) == 1
             for name, found in importers.items()
