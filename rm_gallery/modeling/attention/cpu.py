@@ -122,7 +122,7 @@ def _probabilities(q: Tensor, k: Tensor, bias: Tensor, scaling: float) -> Tensor
     return scores.softmax(-1)
 
 
-_MIN_TOKENS_PER_CALL = 32  # with shorter texts, masks over whole groups cost less than so many kernel calls
+_MIN_TOKENS_PER_CALL = 32  # with shorter texts, one masked call per bucket is faster than many small ones
 
 
 def is_worth_splitting(layout: PackLayout, window: int | None) -> bool:
