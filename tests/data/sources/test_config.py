@@ -44,8 +44,8 @@ def test_entries_are_paths_or_sections_of_keys(in_tmp: Path) -> None:
         ([1], ["data.train_files[0]=1: must be a path or an entry such as {path: a.parquet}"]),
         ({"path": "a", "wieght": 2},
          [f"data.train_files.wieght: unknown key. Did you mean 'weight'? Known are {', '.join(KEYS)}"]),
-        ([{"weight": 1}], ["data.train_files[0]: an entry needs its path, as {path: a.parquet, weight: 2}"]),
-        ([{"path": " "}], ["data.train_files[0]: an entry needs its path, as {path: a.parquet, weight: 2}"]),
+        ([{"weight": 1}], ["data.train_files[0]: an entry needs its path, e.g. {path: a.parquet, weight: 2}"]),
+        ([{"path": " "}], ["data.train_files[0]: an entry needs its path, e.g. {path: a.parquet, weight: 2}"]),
         ([{"path": "a", "split": 1}], ["data.train_files[0].split=1: must be a string; put quotes around it"]),
         *[([{"path": "a", "weight": weight}],
            [f"data.train_files[0].weight={weight!r}: must be a number above 0; remove the entry to use none of it"])

@@ -190,7 +190,7 @@ def test_a_damaged_remote_file_is_named_as_a_local_one(site: StandIn) -> None:
     site.files["/files/a.jsonl.gz"] = whole[: len(whole) // 2]
     url = f"{site.url}/files/a.jsonl.gz"
     assert refused(url).startswith(
-        f"{url}: cannot be read as JSON lines in .gz (Truncated compressed stream); write it"
+        f"{url}: cannot be read as JSON lines in .gz (Truncated compressed stream); recreate it"
     )
     site.files["/files/a.parquet"] = b"PAR1 and no more"
     assert refused(f"{site.url}/files/a.parquet").startswith(f"{site.url}/files/a.parquet: cannot be read as parquet (")

@@ -82,7 +82,9 @@ def test_the_readme_decides_where_it_has_configs() -> None:
 
 def test_several_subsets_without_a_default_must_be_named() -> None:
     layout = layout_of(HELPSTEER3, HELPSTEER3_README.replace("  default: true\n", ""))
-    with pytest.raises(UserError, match=r"holds several subsets \(preference, feedback\); name one in an entry, as"):
+    with pytest.raises(
+        UserError, match=r"holds several subsets \(preference, feedback\); choose one in an entry, e.g."
+    ):
         choose_subset(layout, None, "k=v")
 
 
