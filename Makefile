@@ -22,6 +22,9 @@ QUICKSTART_SHOW := $(PY) -m tutorials.cookbooks.training_reward_model.quickstart
 PLOT_STAMP := $(VENV)/.installed-plot
 DEV_STAMP := $(VENV)/.installed-dev
 
+# PYTHON is for this file: run_bt.sh, which tests start, reads a variable of the same name.
+unexport PYTHON
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help quickstart test test-all test-gpu check bench format clean

@@ -31,6 +31,7 @@ def variables(in_tmp: Path, qwen2_folder: Path, monkeypatch: pytest.MonkeyPatch)
     return {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHON": sys.executable,
         "PYTHONPATH": str(ROOT),
         "MODEL_PATH": str(qwen2_folder),
         "TRAIN_FILE": str(in_tmp / "train.parquet"),

@@ -69,7 +69,8 @@ def test_recipe_file_sets_every_key_of_the_specification(spec: str) -> None:
 
 def run_script(script: Path, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(RECIPE.parents[3]), **variables}
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(RECIPE.parents[3])}
+    environment |= {"PYTHON": sys.executable, **variables}
     return subprocess.run(
         ["bash", str(script)], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,33 @@ def test_alone_it_starts_one_process_on_a_free_port(tmp_path: Path) -> None:
     assert "--standalone" in seen.launch[0] and seen.option("master_port") is None
     assert str(RECIPE / "trainer.py") in seen.launch[0]
     assert int(seen.launch[1]["OMP_NUM_THREADS"]) == max(1, (os.cpu_count() or 1) // 3)
+
+
+def test_without_a_variable_it_takes_the_active_environment_then_that_of_the_checkout(tmp_path: Path) -> None:
+    recipe = tmp_path / "checkout/tutorials/cookbooks/training_reward_model/bradley_terry"
+    recipe.mkdir(parents=True)
+    script = shutil.copy(RECIPE / "run_bt.sh", recipe)
+    for name in ("checkout/.venv", "active"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        python = tmp_path / name / "bin/python"
+        python.write_text(f'#!/bin/bash\n[ "$1" != -m ] || echo {name} >> {tmp_path}/started\n')
+        python.chmod(0o755)
+    for variables in ({}, {"VIRTUAL_ENV": str(tmp_path / "active")}):
+        subprocess.run(["bash", script], env={"PATH": os.environ["PATH"], **variables}, check=True, timeout=60)
+    assert (tmp_path / "started").read_text().split() == ["checkout/.venv"] * 2 + ["active"] * 2, "check and launch"
+
+
+def test_an_interpreter_without_the_dependencies_is_named_in_a_sentence(tmp_path: Path) -> None:
+    python = tmp_path / "bare"
+    python.write_text(f'#!/bin/bash\nexec {sys.executable} -I -S "$@"\n')  # the standard library only
+    python.chmod(0o755)
+    seen = run(tmp_path, PYTHON=str(python))
+    checkout = RECIPE.parents[3]
+    assert (seen.status, seen.errors) == (
+        2,
+        f"run_bt.sh: error: {python} lacks numpy, torch, transformers, hydra, pydantic, pyarrow; "
+        f"activate the environment of RM-Gallery, or run pip install -e {checkout}\n",
+    )
 
 
 def test_a_port_that_is_named_is_taken(tmp_path: Path) -> None:

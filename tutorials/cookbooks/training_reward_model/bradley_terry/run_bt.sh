@@ -9,9 +9,29 @@
 
 TIMESTAMP=$(date "+%m%dT%H%M")
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-PYTHON=${PYTHON:-$(command -v python || command -v python3)}
+CHECKOUT=$(cd "$HERE/../../../.." && pwd)
+
+refuse() {
+    echo "run_bt.sh: error: $1" >&2
+    exit 2
+}
+
+# The interpreter: $PYTHON, an activated environment, the environment of this checkout, or python on the PATH.
+if [ -z "${PYTHON:-}" ]; then
+    for PYTHON in "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "$CHECKOUT/.venv/bin/python" python python3; do
+        command -v "$PYTHON" >/dev/null && break
+    done
+fi
+MISSING=$("$PYTHON" -c '
+import sys
+from importlib.util import find_spec
+names = "numpy", "torch", "transformers", "hydra", "pydantic", "pyarrow"
+old = "Python 3.11" if sys.version_info < (3, 11) else ""
+print(old or ", ".join(name for name in names if find_spec(name) is None))
+') || refuse "$PYTHON cannot be run; set PYTHON to the interpreter of an environment with RM-Gallery"
+[ -z "$MISSING" ] || refuse "$PYTHON lacks $MISSING; activate the environment of RM-Gallery, or run pip install -e $CHECKOUT"
 # Also works from a checkout that is not installed.
-"$PYTHON" -c "import rm_gallery" 2>/dev/null || export PYTHONPATH="$HERE/../../../..${PYTHONPATH:+:$PYTHONPATH}"
+"$PYTHON" -c "import rm_gallery" 2>/dev/null || export PYTHONPATH="$CHECKOUT${PYTHONPATH:+:$PYTHONPATH}"
 
 # Distributed training: one process per GPU, or N_GPUS_PER_NODE processes on the CPU.
 # NNODES and NODE_RANK take precedence over WORLD_SIZE and RANK, which some schedulers set instead.
@@ -51,11 +71,6 @@ SETTINGS=(
     trainer.default_local_dir="$SAVE_PATH/$EXPERIMENT_NAME"
     "$@"
 )
-
-refuse() {
-    echo "run_bt.sh: error: $1" >&2
-    exit 2
-}
 
 for NAME in N_GPUS_PER_NODE NNODES NODE_RANK MAX_RESTARTS; do
     [[ ${!NAME} =~ ^[0-9]+$ ]] || refuse "$NAME=${!NAME} is not a number"
