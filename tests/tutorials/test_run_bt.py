@@ -76,10 +76,10 @@ def test_an_interpreter_without_the_dependencies_is_named_in_a_sentence(tmp_path
     python.chmod(0o755)
     seen = run(tmp_path, PYTHON=str(python))
     checkout = RECIPE.parents[3]
-    assert (seen.status, seen.errors) == (
-        2,
+    assert seen.status == 2
+    assert seen.errors == (
         f"run_bt.sh: error: {python} lacks numpy, torch, transformers, hydra, pydantic, pyarrow; "
-        f"activate the environment of RM-Gallery, or run pip install -e {checkout}\n",
+        f"activate the environment of RM-Gallery, or run pip install -e {checkout}\n"
     )
 
 
