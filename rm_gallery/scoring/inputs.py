@@ -15,8 +15,8 @@ from rm_gallery.schema import InputStyle, Message, PreferenceGroup
 
 log = logging.getLogger(__name__)
 
-Text: TypeAlias = str | Sequence[Message]
-"""Text, or chat messages."""
+Text: TypeAlias = str | Message | Sequence[Message]
+"""Text, one chat message, or several."""
 Pair: TypeAlias = Mapping[str, Any] | tuple[Text, Text]
 """`{"chosen": ..., "rejected": ..., "prompt": ...}` (prompt is optional), or (chosen, rejected)."""
 
@@ -34,8 +34,9 @@ class InputBuilder:
 
         Raises UserError for values that are neither text nor messages.
         """
-        if isinstance(responses, str):
-            raise UserError("responses is a text; pass a list of responses")
+        if isinstance(responses, str | Mapping):
+            what = "a text" if isinstance(responses, str) else "one message"
+            raise UserError(f"responses is {what}; pass a list of responses")
         prompt = as_messages(_checked(query or "", "query"), "user")
         answers = [_answer(_checked(value, f"response {number}")) for number, value in enumerate(responses)]
         turns, answers = without_repeats(prompt, answers)
@@ -105,8 +106,12 @@ def check_group(group: PreferenceGroup) -> None:
 def _checked(value: Any, name: str) -> str | list[Message]:
     if isinstance(value, str):
         return value
+    if isinstance(value, Mapping) and "role" in value:
+        if name.startswith("response") and value["role"] != "assistant":  # turns of one response, passed as responses
+            raise UserError(f"{name} is a message of role {value['role']!r}; pass each response as a list of messages")
+        value = [value]
     if isinstance(value, Mapping) or not isinstance(value, Sequence):
-        raise UserError(f"{name} is {type(value).__name__}, not text or a list of messages")
+        raise UserError(f"{name} is {type(value).__name__}, not text or messages")
     for message in value:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise UserError(f"{name} has a message without a role; pass mappings with role and content")

@@ -27,7 +27,7 @@ def conversations(group: PreferenceGroup) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("query", [QUERY, TURNS])
-@pytest.mark.parametrize("response", ["Air.", [ANSWER], [*TURNS, ANSWER]])
+@pytest.mark.parametrize("response", ["Air.", ANSWER, [ANSWER], [*TURNS, ANSWER]])
 def test_a_chat_model_gets_the_same_turns_however_they_are_given(query: Any, response: Any) -> None:
     assert conversations(InputBuilder("chat").group(query, [response])) == [[*TURNS, ANSWER]]
 
@@ -70,6 +70,15 @@ def test_pairs_are_read_as_in_training() -> None:
         *TURNS,
         {"role": "assistant", "content": "a"},
     ]
+
+
+def test_a_pair_of_single_messages_is_read_as_in_training() -> None:
+    other = {"role": "assistant", "content": "Water."}
+    pair = InputBuilder("chat").pair({"prompt": TURNS[0], "chosen": ANSWER, "rejected": other})
+    assert conversations(pair) == [[*TURNS, ANSWER], [*TURNS, other]]
+    for turns in (ANSWER, [*TURNS, ANSWER]):  # one response in place of a list of responses
+        with pytest.raises(UserError, match=r"pass (a list of responses|each response as a list of messages)"):
+            InputBuilder("chat").group(QUERY, turns)
 
 
 def test_group_pair_and_conversation_of_one_text_have_one_reward(

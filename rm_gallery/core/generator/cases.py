@@ -14,7 +14,7 @@ from rm_gallery.core.graders.reward import places
 from rm_gallery.core.runner.grader_config import Mapper, check_mapper, get_value_by_path
 from rm_gallery.core.runner.results_file import PAIR, GradingResults
 from rm_gallery.data.formats import as_messages, hash_prompt, prompt_key, read_cell, without_repeats
-from rm_gallery.data.formats.cells import Cell, plain_json, read_list, read_name, read_number
+from rm_gallery.data.formats.cells import Cell, own_values, plain_json, read_list, read_name, read_number
 from rm_gallery.data.formats.conversations import check_answer, shared_turns
 from rm_gallery.data.sources import Row
 from rm_gallery.errors import BadRow, Dropped, UserError, nearest, one_line
@@ -143,7 +143,7 @@ def read_cases(
             if row.values.keys() >= _RESULTS_LINE:
                 raise UserError(f"{row.where}: this is a GradingRunner result: pass it as results, not as a case")
             judged = results.take(index, row.values) if results else None
-            fields = plain(_fields(row.values, mapper))
+            fields = plain(_fields(own_values(row, None), mapper))
             group = _CaseReader(fields, row.where, dropped, judged).read(source)
         except BadRow as error:
             _count(dropped, error, row.where)

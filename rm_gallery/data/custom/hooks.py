@@ -16,7 +16,7 @@ from typing import Any
 
 from rm_gallery.data.custom.loading import describe_error
 from rm_gallery.data.formats import FormatConfig, as_messages, read_cell, without_repeats
-from rm_gallery.data.formats.cells import check_text, optional_number, read_name
+from rm_gallery.data.formats.cells import check_text, optional_number, own_values, read_name
 from rm_gallery.data.formats.conversations import check_answer
 from rm_gallery.data.formats.pairs import read_share, read_weight
 from rm_gallery.data.sources import Row
@@ -70,11 +70,12 @@ def read_row(dataset: Any, row: Row, config: DataSection) -> PreferenceGroup:
     if row.fault:
         raise BadRow(row.fault)
     try:
+        values = own_values(row, config.tools_key)
         if callable(getattr(dataset, "build_group", None)):
-            group = _built(dataset, call_hook(dataset, "build_group", row.values))
+            group = _built(dataset, call_hook(dataset, "build_group", values))
         else:
-            group = build_pair(dataset, row.values, config)
-        source, metadata = _source(dataset, group, row.values, config), _metadata(dataset, group, row.values)
+            group = build_pair(dataset, values, config)
+        source, metadata = _source(dataset, group, values, config), _metadata(dataset, group, values)
     except HookError as error:
         raise UserError(f"{row.where}: {error}") from (error.__cause__ or error)
     except RecursionError:

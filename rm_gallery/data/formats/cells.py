@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Literal, TypeAlias
 
+from rm_gallery.data.sources import Row
 from rm_gallery.errors import BadRow
 from rm_gallery.schema import Message
 
@@ -93,13 +94,13 @@ def _check_messages(messages: Sequence[Any], name: str, required: bool) -> list[
 
 
 def _check_message(message: Any, name: str) -> Message:
-    """The message without null fields, which parquet adds if other rows have them; content as one text."""
+    """The message without null fields; content as one text, or the null that a message with tool calls may have."""
     role = message.get("role") if isinstance(message, Mapping) else None
     if not isinstance(role, str):
         raise BadRow(f"{name} with a message that has no role")
     if role not in ROLES:
         raise BadRow(f"{name} with an unknown role")
-    checked = {key: value for key, value in message.items() if value is not None}
+    checked = {key: value for key, value in message.items() if value is not None or key == "content"}
     if "tool_calls" in checked:
         checked["tool_calls"] = _tool_calls(checked["tool_calls"], name)
     content = checked.get("content")
@@ -219,30 +220,50 @@ def read_tools(values: Mapping[str, Any], name: str | None) -> list[Any]:
     tools = read_list(value, name)
     if not all(isinstance(tool, Mapping) for tool in tools):
         raise BadRow(f"{name} with a tool that is not a JSON object")
-    plain = plain_json(tools, name, keep_nulls=isinstance(value, str))
+    plain = plain_json(tools, name)
     assert isinstance(plain, list)
     return plain
 
 
-def plain_json(value: Any, name: str, *, keep_nulls: bool = False) -> Any:
-    """A copy made of plain JSON values.
+def plain_json(value: Any, name: str) -> Any:
+    """A copy made of plain JSON values, nulls included.
 
-    Unless `keep_nulls`, null fields are dropped: parquet gives each struct the fields of all rows, so a null means that
-    this row has no such field.
     Raises BadRow for values that JSON does not have (bytes, dates, NaN) and for lone surrogates.
     """
     if isinstance(value, str):
         return check_text(value)
     if isinstance(value, Mapping):
-        return {
-            check_text(str(key)): plain_json(item, name, keep_nulls=keep_nulls)
-            for key, item in value.items()
-            if keep_nulls or item is not None
-        }
+        return {check_text(str(key)): plain_json(item, name) for key, item in value.items()}
     if isinstance(value, list):
-        return [plain_json(item, name, keep_nulls=keep_nulls) for item in value]
+        return [plain_json(item, name) for item in value]
     if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, int) and value.bit_length() <= _LONGEST_INTEGER:
         return value
     raise BadRow(f"{name} with a value that is not JSON")
+
+
+def own_values(row: Row, tools: str | None) -> dict[str, Any]:
+    """The columns of a row, without nulls that its file added inside the tools column and the tool calls of messages.
+
+    Arrow gives each struct the fields of all rows: `{"city": "Oslo", "date": null}` stands for a call without a date.
+    """
+    if not row.has_added_nulls:
+        return row.values
+    return {
+        name: _without_nulls(value) if name == tools else _with_own_calls(value) for name, value in row.values.items()
+    }
+
+
+def _with_own_calls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_own_calls(item) for item in value] if any(isinstance(v, list | dict) for v in value) else value
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_nulls(item) if key == "tool_calls" else _with_own_calls(item) for key, item in value.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

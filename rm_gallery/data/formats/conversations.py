@@ -24,7 +24,7 @@ def check_answer(turns: Sequence[Message], name: str) -> None:
     last = turns[-1]
     if last["role"] != "assistant":
         raise BadRow(f"{name} that does not end with an assistant turn")
-    if not last.get("content", "").strip() and not last.get("tool_calls"):
+    if not (last.get("content") or "").strip() and not last.get("tool_calls"):
         raise BadRow(f"empty {name}")
 
 

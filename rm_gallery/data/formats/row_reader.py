@@ -8,7 +8,7 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from rm_gallery.data.formats.cells import read_name, read_tools
+from rm_gallery.data.formats.cells import own_values, read_name, read_tools
 from rm_gallery.data.formats.config import FormatConfig
 from rm_gallery.data.formats.conversations import (
     HoldOut,
@@ -166,6 +166,7 @@ class RowReader:
         if row.fault:
             raise BadRow(row.fault)
         try:
+            row = replace(row, values=own_values(row, self._config.tools_key))
             return self._group(self._format.read(row.values, self._config), row)
         except RecursionError:
             raise BadRow("values nested too deeply") from None

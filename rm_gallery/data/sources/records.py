@@ -48,6 +48,9 @@ class Row:
     """Number of the row in its file, from 0; blank lines do not count."""
     fault: str = ""
     """Why the row cannot be decoded (`values` is empty then); the same text for all rows with the same fault."""
+    has_added_nulls: bool = False
+    """Whether structs have the fields of all rows, as in Arrow, so that a null there may be a field that the row does
+    not have; in JSON, a null is one that was written."""
 
     @property
     def where(self) -> str:

@@ -53,7 +53,7 @@ class ArrowChunk(Chunk):
         batch = _with_text_for_times(self.batch)
         try:
             for offset, values in enumerate(batch.to_pylist()):
-                yield Row(values, self.file, self.first + offset)
+                yield Row(values, self.file, self.first + offset, has_added_nulls=True)
         except _UNREADABLE:
             for offset in range(len(batch)):
                 yield _lone_row(batch.slice(offset, 1), self.file, self.first + offset)
@@ -96,7 +96,7 @@ def _lone_row(batch: Any, file: str, index: int) -> Row:
             return Row({}, file, index, f"{name} with {NOT_UTF8}")
         except _UNREADABLE:
             return Row({}, file, index, f"{name} with a value that Python cannot hold")
-    return Row(batch.to_pylist()[0], file, index)
+    return Row(batch.to_pylist()[0], file, index, has_added_nulls=True)
 
 
 def _with_text_for_times(batch: Any) -> Any:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rm_gallery.data.formats import FormatConfig
-from rm_gallery.data.sources import Row
+from rm_gallery.data.sources import Row, SourceConfig, read_rows, resolve_files
 from rm_gallery.errors import Dropped, UserError
 from tests.data.formats.rows import assistant, conversations, only, read, read_all, read_one, system, user, why
+from tests.data.sources.writing import write
 
 QUESTION = [system("short"), user("1 + 1?")]
 GOOD, BAD = [*QUESTION, assistant("2")], [*QUESTION, assistant("3")]
@@ -101,7 +103,7 @@ def test_a_tool_call_needs_no_content() -> None:
     calls = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
     call = {"role": "assistant", "content": None, "tool_calls": calls}
     assert conversations({"chosen": [user("hi"), call], "rejected": [user("hi"), assistant("y")]}) == [
-        [user("hi"), {"role": "assistant", "tool_calls": calls}],
+        [user("hi"), call],
         [user("hi"), assistant("y")],
     ]
 
@@ -222,10 +224,29 @@ def test_system_turns_tool_calls_and_tool_results_stay() -> None:
     assert conversations(row) == [row["chosen"], row["rejected"]]
 
 
-def test_null_arguments_that_other_rows_brought_into_a_tool_call_are_left_out() -> None:
-    call = {"function": {"name": "f", "arguments": {"x": 1, "y": None}}, "id": None}
-    row = {"chosen": [user("hi"), {"role": "assistant", "content": "", "tool_calls": [call]}], "rejected": BAD}
-    assert conversations(row)[0][-1]["tool_calls"] == [{"function": {"name": "f", "arguments": {"x": 1}}}]
+NULLS = {"function": {"name": "f", "arguments": {"x": 1, "y": None, "z": [{"a": None}]}}}
+OWN = {"function": {"name": "f", "arguments": {"x": 1, "z": [{}]}}}
+
+
+@pytest.mark.parametrize(("from_arrow", "wanted"), [(False, NULLS), (True, OWN)])
+def test_nulls_in_calls_and_tools_are_kept_unless_arrow_added_them(from_arrow: bool, wanted: Any) -> None:
+    chosen = [user("hi"), {"role": "assistant", "content": "", "tool_calls": [NULLS]}]
+    row = {"chosen": chosen, "rejected": json.dumps(chosen[:1] + [{**chosen[1], "content": "y"}]), "tools": [NULLS]}
+    [group], _ = read_all([Row(row, "a", 0, has_added_nulls=from_arrow)], FormatConfig())
+    assert group.metadata == {"tools": [wanted]}
+    assert [turns[-1]["tool_calls"] for turns in group.responses] == [[wanted], [NULLS]]  # text of JSON is the file's
+
+
+def test_rows_of_parquet_have_no_added_nulls_and_rows_of_json_lines_their_own(tmp_path: Path) -> None:
+    def call(**arguments: Any) -> list[dict[str, Any]]:
+        return [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+
+    row = {"prompt": [user("hi")], "chosen": call(city="Rome", date=None), "rejected": call(city="Oslo", date="today")}
+    for name, wanted in (("a.jsonl", {"city": "Rome", "date": None}), ("a.parquet", {"city": "Rome"})):
+        write(tmp_path / name, [row], like=name)
+        rows = read_rows(resolve_files(SourceConfig(str(tmp_path / name)), key="k"), key="k")
+        [group], _ = read_all(rows, FormatConfig())
+        assert group.responses[0][0]["tool_calls"][0]["function"]["arguments"] == wanted  # type: ignore[index,call-overload]
 
 
 def test_a_tool_call_that_no_json_can_hold_leaves_the_row_out() -> None:
@@ -249,13 +270,6 @@ def test_tools_travel_in_the_metadata(write: Any) -> None:
     assert read_one({**row, "tools": write(tools)}, tools_key=None).metadata == {}
     for nothing in (None, "", "null", "[]", []):
         assert read_one({**row, "tools": nothing}).metadata == {}
-
-
-def test_null_fields_are_left_out_of_tools_in_columns_but_kept_in_json() -> None:
-    row = {"prompt": "hi", "chosen": "a", "rejected": "b"}
-    tools = [{"name": "f", "default": None}]
-    assert read_one({**row, "tools": tools}).metadata == {"tools": [{"name": "f"}]}
-    assert read_one({**row, "tools": json.dumps(tools)}).metadata == {"tools": tools}
 
 
 def test_margin_weight_share_and_source_are_read_where_their_columns_are() -> None:
