@@ -106,7 +106,7 @@ def test_a_chat_group_for_a_text_model_is_turned_into_text(text_scorer: RewardSc
         ([None], "response 0 is NoneType"),
         (["a", 3], "response 1 is int"),
         ([[{"content": "a"}]], "response 0 has a message without a role"),
-        ([ANSWER], "response 0 is dict"),
+        ([{"content": "a"}], "response 0 is dict"),
     ],
 )
 @pytest.mark.parametrize("style", ["text", "chat"])
