@@ -27,6 +27,7 @@ def load(
     file: str | None,
     overrides: Sequence[str],
     *,
+    settings: Mapping[str, Any] | None = None,
     aliases: Mapping[str, str] | None = None,
     prepare: Callable[[dict[str, Any]], Iterable[Problem]] | None = None,
     check: Callable[[Config], Iterable[Problem]] | None = None,
@@ -35,11 +36,14 @@ def load(
     """Read a YAML file, apply overrides, check everything, and return the dataclass `kind`.
 
     file: path of the YAML file, or None to start from the defaults of the dataclass.
+    settings: values by dotted key, e.g. `{"optim.lr": 1e-5}`; they replace those of the file and the overrides.
     aliases: short keys of overrides, e.g. `{"data": "data.train_files"}`.
     prepare, check, ignore: see `build`.
     Raises UserError that lists all problems, one a line.
     """
     values = compose(kind, file, [_expand_alias(override, aliases or {}) for override in overrides])
+    for key, value in (settings or {}).items():
+        _set(values, key, value)
     return build(kind, values, prepare=prepare, check=check, ignore=ignore)
 
 
@@ -210,6 +214,15 @@ def _value_at(values: Any, key: str) -> Any:
     for part in key.split("."):
         values = values.get(part) if isinstance(values, Mapping) else None
     return values
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    values[name] = value
 
 
 def _remove(values: dict[str, Any], key: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -142,16 +142,23 @@ class TrainConfig:
         return to_yaml(self.as_dict())
 
 
-def load_config(file: str | None, overrides: Sequence[str], *, only_data: bool = False) -> TrainConfig:
+def load_config(
+    file: str | None,
+    overrides: Sequence[str],
+    *,
+    settings: Mapping[str, Any] | None = None,
+    only_data: bool = False,
+) -> TrainConfig:
     """Read a YAML file, apply `key=value` overrides, and check everything.
 
     file: path of the YAML file, or None to start from the defaults.
+    settings: values by dotted key, which replace those of file and overrides.
     only_data: for commands that read data and do not train. The model may be missing then, and values of `optim` and
     `trainer` are not checked against each other; unknown keys and wrong types are still rejected.
     Raises UserError that lists all problems, one a line.
     """
     check = problems_of_reading if only_data else problems_of_training
-    config = load(TrainConfig, file, overrides, prepare=normalize, check=check)
+    config = load(TrainConfig, file, overrides, settings=settings, prepare=normalize, check=check)
     if config.data.filter_overlong_prompts and config.data.truncation != "error":
         log.warning(
             "data.truncation=%s has no effect: data.filter_overlong_prompts=true drops long texts; "

@@ -124,6 +124,11 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     return series
 
 
+def last_metrics(run_dir: Path) -> dict[str, float]:
+    """The last value of each metric in metrics.jsonl."""
+    return {name: points[-1][1] for name, points in read_metrics(run_dir / METRICS_NAME).items()}
+
+
 def draw_curves(run_dir: Path) -> Path | None:
     """Plot loss and accuracy over steps to curves.png; None if matplotlib is not installed (extra `plot`)."""
     try:

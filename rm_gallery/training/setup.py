@@ -34,12 +34,14 @@ from rm_gallery.training.checkpoint import (
     PLAN,
     Checkpoints,
     Mirror,
+    Progress,
     RunIdentity,
     RunTensors,
     Start,
     WeightsFolder,
     find_start,
 )
+from rm_gallery.training.checkpoint.folders import step_of
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.data_setup import Loaded, check_data, load_sides
 from rm_gallery.training.model_setup import StartModel, start_model
@@ -47,7 +49,7 @@ from rm_gallery.training.optim import build_optimizer, build_schedule
 from rm_gallery.training.run_dir import draw_curves, lock_run_dir, write_run_facts
 from rm_gallery.training.signals import StopSignal
 from rm_gallery.training.trackers import NoTrackers, RunInfo, Trackers
-from rm_gallery.training.trainer import Intervals, Trainer
+from rm_gallery.training.trainer import Intervals, MetricSink, Saver, Trainer
 from rm_gallery.training.validation import packer_for, validate
 
 log = logging.getLogger(__name__)
@@ -64,7 +66,25 @@ class RunResult:
     """Whether this is the main process (rank 0), which prints and writes."""
 
 
-def run_training(config: TrainConfig) -> RunResult:
+@dataclass(frozen=True)
+class Callbacks:
+    """Functions that the main process (rank 0) calls. An exception that one raises ends the run."""
+
+    on_step: Callable[[int, Mapping[str, float]], None] | None = None
+    """With the step and its training metrics."""
+    on_validation: Callable[[int, Mapping[str, float]], None] | None = None
+    """With the step and its validation metrics."""
+    on_save: Callable[[int, Path], None] | None = None
+    """With the step and the folder of a checkpoint, once it is complete."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Call `on_validation` if the metrics are those of a validation, otherwise `on_step`."""
+        function = self.on_validation if any(name.startswith("val/") for name in metrics) else self.on_step
+        if function is not None:
+            function(step, metrics)
+
+
+def run_training(config: TrainConfig, *, callbacks: Callbacks | None = None) -> RunResult:
     """Train as configured, from scratch or from the newest checkpoint of the run directory.
 
     Under torchrun every process calls it. Raises UserError for errors in configuration, data or environment, and
@@ -72,10 +92,10 @@ def run_training(config: TrainConfig) -> RunResult:
     """
     stop, trainer = StopSignal(), config.trainer
     with stop.listening(), processes(trainer.device, timeout_seconds=trainer.timeout_seconds) as world:
-        return _run(agree_on_run(config, world), world, stop)
+        return _run(agree_on_run(config, world), world, stop, callbacks or Callbacks())
 
 
-def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
+def _run(config: TrainConfig, world: World, stop: StopSignal, callbacks: Callbacks) -> RunResult:
     tokenizer = load_tokenizer(
         config.model.partial_pretrain,
         trust_remote_code=config.model.trust_remote_code,
@@ -124,7 +144,7 @@ def _run(config: TrainConfig, world: World, stop: StopSignal) -> RunResult:
             _write_facts(config, world, start, plan, train, val, total_steps, begin.progress.step)
         checkpoints = build_checkpoints(config, model, weights, tensors, tokenizer, train, ranks, identity, begin)
         loop = _Loop(world, ranks, stop, model, weights, optimizer, plan, train, val, total_steps)
-        val_metrics = _train(config, loop, begin, checkpoints)
+        val_metrics = _train(config, loop, begin, checkpoints, callbacks)
         if world.is_main:
             draw_curves(run_dir)
     assert checkpoints.latest is not None
@@ -147,7 +167,9 @@ class _Loop:
     total_steps: int
 
 
-def _train(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Checkpoints) -> dict[str, float]:
+def _train(
+    config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Checkpoints, callbacks: Callbacks
+) -> dict[str, float]:
     """Train from the checkpoint `begin` to the last step; returns the metrics of the last validation."""
     run = RunInfo(
         config.trainer.project_name,
@@ -161,7 +183,9 @@ def _train(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Checkpoi
     trackers = Trackers(config.trainer.logger, run) if loop.world.is_main else NoTrackers()
     failed, stopped = True, False
     try:
-        trainer = _build_trainer(config, loop, begin, checkpoints, trackers)
+        on_save = callbacks.on_save if loop.world.is_main else None
+        sink = _Sinks(trackers, callbacks) if loop.world.is_main else trackers
+        trainer = _build_trainer(config, loop, begin, _AnnouncedSaver(checkpoints, on_save), sink)
         val_metrics = trainer.train(val_before_train=config.trainer.val_before_train)
         failed = False
         return val_metrics
@@ -171,6 +195,48 @@ def _train(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Checkpoi
     finally:
         checkpoints.close(wait_for_uploads=not stopped)
         trackers.close(failed=failed)
+
+
+class _Sinks:
+    """Passes metrics to the trackers, then to the callbacks."""
+
+    def __init__(self, *sinks: MetricSink) -> None:
+        self._sinks = sinks
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for sink in self._sinks:
+            sink.log(metrics, step)
+
+
+class _AnnouncedSaver:
+    """Calls a function with the step and the folder of each checkpoint, once it is complete."""
+
+    def __init__(self, saver: Saver, on_save: Callable[[int, Path], None] | None) -> None:
+        self._saver, self._on_save = saver, on_save
+        self._announced = saver.latest
+
+    @property
+    def latest(self) -> Path | None:
+        return self._saver.latest
+
+    def save(self, progress: Progress, sums: Mapping[str, float], *, is_last: bool = False) -> None:
+        self.wait()
+        self._saver.save(progress, sums, is_last=is_last)
+        self._announce()
+
+    def has_failed(self) -> bool:
+        return self._saver.has_failed()
+
+    def wait(self) -> None:
+        self._saver.wait()
+        self._announce()
+
+    def _announce(self) -> None:
+        latest = self._saver.latest
+        if latest is not None and latest != self._announced:
+            self._announced = latest
+            if self._on_save is not None:
+                self._on_save(step_of(latest), latest)
 
 
 def _count_steps(plan: Plan, config: TrainConfig, data: TokenData) -> int:
@@ -208,9 +274,7 @@ def _write_facts(
     log.info("%d steps (%s epochs of %d)", total_steps, f"{total_steps / steps_per_epoch:g}", steps_per_epoch)
 
 
-def _build_trainer(
-    config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Checkpoints, trackers: Trackers | NoTrackers
-) -> Trainer:
+def _build_trainer(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Saver, sink: MetricSink) -> Trainer:
     objective = OBJECTIVES["bradley_terry"]
     model, val = loop.model, loop.val
 
@@ -237,7 +301,7 @@ def _build_trainer(
         max_bad_steps=config.trainer.max_bad_steps,
         validate=run_validation if val is not None else None,
         checkpoints=checkpoints,
-        sink=trackers,
+        sink=sink,
         ranks=loop.ranks,
         start=begin,
         stop=loop.stop,

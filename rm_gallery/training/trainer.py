@@ -43,7 +43,8 @@ Validation: TypeAlias = Callable[[Callable[[], None]], dict[str, float]]
 class Saver(Protocol):
     """Writes checkpoints; see `checkpoint.Checkpoints`."""
 
-    latest: Path | None
+    @property
+    def latest(self) -> Path | None: ...
 
     def save(self, progress: Progress, sums: Mapping[str, float], *, is_last: bool = False) -> None: ...
 

@@ -38,9 +38,13 @@ LAYERS = [
     "rm_gallery.evaluation",
     "rm_gallery.serving",
     "rm_gallery.core",
+    "rm_gallery.api",
     "rm_gallery.cli",
     "rm_gallery.core.generator.export",  # `python -m`: an entry that calls the command line
 ]
+
+# Where the names that `rm_gallery` exports lazily are defined.
+PUBLIC = ("rm_gallery.api", "rm_gallery.errors", "rm_gallery.scoring")
 
 # These load neither torch nor transformers when they are imported (a file that needs them imports them in a function).
 LIGHT = [
@@ -65,6 +69,7 @@ LIGHT = [
     "rm_gallery.training.trackers",
     "rm_gallery.inspection",
     "rm_gallery.planning",
+    "rm_gallery.api",
     "rm_gallery.cli",
     "rm_gallery.core",
 ]
@@ -104,7 +109,8 @@ def test_a_file_imports_only_from_lower_layers() -> None:
         if not found.of("rm_gallery") or found.target == "rm_gallery":
             continue
         if found.source == "rm_gallery":
-            problems.append(f"{found.where} rm_gallery/__init__.py imports {found.target}: keep it to the version")
+            if found.target not in PUBLIC:
+                problems.append(f"{found.where} rm_gallery/__init__.py imports {found.target}: export it from {PUBLIC}")
             continue
         source, target = _line_of(found.source), _line_of(found.target)
         if source is not None and target is not None and target > source:
@@ -118,7 +124,7 @@ def test_a_file_imports_only_from_lower_layers() -> None:
 def test_no_file_imports_itself_through_others() -> None:
     edges: dict[str, list[Import]] = {}
     for found in imports_of("rm_gallery", "tutorials", "benchmarks"):
-        if found.target in modules():
+        if found.target in modules() and found.source != "rm_gallery":  # it imports nothing until a name is used
             edges.setdefault(found.source, []).append(found)
     cycle = _find_cycle(edges)
     steps = [f"{step.where} {step.source} imports {step.target}" for step in cycle]

@@ -5,6 +5,7 @@
     count_rows(file, key=...) -> int                              without decoding a row
     read_rows([file], key=..., start=n) -> Row                    in order; skips n rows to resume
     read_chunks(file, key=..., start=n) -> Chunk                  undecoded rows, for worker processes
+    save_rows(data, folder, name) -> Path                         a DataFrame, dataset or list of dicts as a file
 
 A path is a file (parquet, JSON lines, a JSON list, CSV, Arrow; text also compressed), a folder, a glob, a URL or a
 dataset of the Hugging Face hub. A row that cannot be decoded stays in place with `Row.fault`, its reason. Rows count
@@ -22,6 +23,7 @@ from rm_gallery.data.sources.config import (
     entries_of,
     entry_problems,
 )
+from rm_gallery.data.sources.memory import save_rows
 from rm_gallery.data.sources.read import count_rows, read_chunks, read_rows
 from rm_gallery.data.sources.records import Chunk, DataFile, Row
 from rm_gallery.data.sources.resolve import find_files, resolve_entries, resolve_files
@@ -29,5 +31,5 @@ from rm_gallery.data.sources.resolve import find_files, resolve_entries, resolve
 __all__ = [
     "SourceConfig", "FileEntry", "entries_of", "as_entries", "entry_problems", "check_val_fraction",
     "find_files", "resolve_files", "resolve_entries", "DataFile",
-    "read_chunks", "Chunk", "read_rows", "Row", "count_rows",
+    "read_chunks", "Chunk", "read_rows", "Row", "count_rows", "save_rows",
 ]  # fmt: skip

@@ -71,7 +71,7 @@ def prepare(
     share: the wanted side of the hold-out by prompt; None uses every row.
     Raises UserError for files that cannot be read or mix chats with raw texts, and if the cache cannot be written.
     """
-    folder = _cache_folder(config) / _fingerprint(files, entries, config, tokenizer, share)
+    folder = cache_folder(config.cache_dir) / _fingerprint(files, entries, config, tokenizer, share)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         store = open_store(folder)
@@ -100,10 +100,9 @@ def peek(
     return custom
 
 
-def _cache_folder(config: PrepareConfig) -> Path:
-    if config.cache_dir is not None:
-        return Path(config.cache_dir).expanduser()
-    return Path(os.environ.get("RM_GALLERY_CACHE") or "~/.cache/rm_gallery").expanduser()
+def cache_folder(cache_dir: str | None) -> Path:
+    """The folder `data.cache_dir`, or the default: $RM_GALLERY_CACHE, else ~/.cache/rm_gallery."""
+    return Path(cache_dir or os.environ.get("RM_GALLERY_CACHE") or "~/.cache/rm_gallery").expanduser()
 
 
 @contextmanager
