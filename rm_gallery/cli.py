@@ -284,17 +284,18 @@ def _score(arguments: argparse.Namespace) -> None:
         trust_remote_code=arguments.trust_remote_code,
         data=load_data_config(settings),
     )
-    num_rewards = 0
+    without: list[str] = []
     for scored in score_files(options):
         print(f"{scored.output}: {scored.num_rows} rows" + (", already scored" if scored.was_there else ""))
         for model, unscored in scored.unscored.items():
-            num_rewards += scored.num_rows - unscored.total
             if unscored.total:
                 print(f"  {model}: {unscored.total} without a reward: {unscored.describe()}")
-    if not num_rewards:
-        raise UserError(
-            "no row has a reward, for the reasons above; fix the rows, or set the column names with data.KEY=NAME"
-        )
+            if unscored.total == scored.num_rows:
+                of_model = f" of {model}" if len(options.models) > 1 else ""
+                without.append(f"{scored.output}: no row has a reward{of_model}: {unscored.describe(1)}")
+    if without:
+        more = f" (and {len(without) - 1} more outputs, see above)" if len(without) > 1 else ""
+        raise UserError(f"{without[0]}{more}; fix the rows, or set the column names with data.KEY=NAME")
 
 
 def _export_data(arguments: argparse.Namespace) -> None:

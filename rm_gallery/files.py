@@ -102,10 +102,6 @@ def lock(path: Path, *, timeout: float = -1, on_wait: Callable[[str], None] | No
     """
     from filelock import FileLock, Timeout
 
-    try:
-        holder = path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
-    except OSError:
-        holder = "another process"
     # Recent versions fall back to a soft lock, which would outlive a killed process.
     options: dict[str, Any] = {"fallback_to_soft": False}
     if "fallback_to_soft" not in inspect.signature(FileLock.__init__).parameters:
@@ -115,6 +111,7 @@ def lock(path: Path, *, timeout: float = -1, on_wait: Callable[[str], None] | No
         try:
             held.acquire(timeout=0)
         except Timeout:
+            holder = _holder(path)
             if timeout and on_wait is not None:
                 on_wait(holder)
             try:
@@ -126,11 +123,22 @@ def lock(path: Path, *, timeout: float = -1, on_wait: Callable[[str], None] | No
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             held.release()
             raise
-        log.debug("%s: the file system has no locks (%s)", path, error)
+        log.warning(
+            "%s: the file system has no locks (%s); make sure that no other process writes the same files",
+            path, getattr(error, "strerror", None) or error,
+        )  # fmt: skip
     try:
         yield
     finally:
         held.release()
+
+
+def _holder(path: Path) -> str:
+    """What the holder of a lock file has written to it."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+    except OSError:
+        return "another process"
 
 
 def sha256(path: Path) -> str:

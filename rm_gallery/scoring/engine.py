@@ -33,6 +33,11 @@ Encoded: TypeAlias = list[TokenGroup] | Exception
 """The parts of one group, in the order of its responses, or why it cannot be scored."""
 
 
+def default_budget(device: torch.device) -> int:
+    """Maximum tokens of a pack on this kind of device."""
+    return _CUDA_TOKENS if device.type == "cuda" else _CPU_TOKENS
+
+
 class Engine:
     """Tokenizes groups and computes rewards of packs. Thread-safe; model calls run one at a time."""
 
@@ -41,8 +46,7 @@ class Engine:
         self.source = source
         self.model, self.tokenizer, self.record = source.model, source.tokenizer, source.record
         self.device = next(self.model.parameters()).device
-        default = _CUDA_TOKENS if self.device.type == "cuda" else _CPU_TOKENS
-        self.packer = Packer(token_budget or default, padded=self.model.padded)
+        self.packer = Packer(token_budget or default_budget(self.device), padded=self.model.padded)
         self.num_packs = 0
         """Model calls so far."""
         self._lock = threading.Lock()

@@ -82,10 +82,10 @@ def load_folder(
     reward head, and an unknown device or dtype.
     """
     path = str(folder)
-    where = _find_device(device)
+    where = find_device(device)
     if where.type == "cpu":
         keep_freed_memory()
-    kind = _find_dtype(dtype, where)
+    kind = find_dtype(dtype, where)
     _check_remote_code(path, trust_remote_code)
     config = read_model_config(path, key=KEY, trust_remote_code=trust_remote_code)
     check_one_label(config, path, key=KEY, hint="choose the folder of a reward model")
@@ -188,7 +188,8 @@ def _check_remote_code(path: str, allowed: bool) -> None:
         )
 
 
-def _find_device(device: str) -> torch.device:
+def find_device(device: str) -> torch.device:
+    """The device of an option; `auto` is a GPU if there is one. Raises UserError for one that does not exist."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -200,7 +201,8 @@ def _find_device(device: str) -> torch.device:
     return found
 
 
-def _find_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def find_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of an option; `auto` is bfloat16 on a GPU that computes it. Raises UserError for an unknown one."""
     if dtype == "auto":
         is_fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if is_fast else torch.float32

@@ -23,6 +23,7 @@ from rm_gallery.data.sources.text_files import CellChunk, LineChunk
 from rm_gallery.errors import BadRow, UserError
 from rm_gallery.schema import InputStyle, PreferenceGroup
 from rm_gallery.scoring.inputs import InputBuilder
+from rm_gallery.scoring.parts import Parts, changed, check_rows
 
 KEY = "INPUT"
 """Name of the inputs in messages, as in the usage line."""
@@ -30,7 +31,6 @@ PARQUET = (".parquet",)
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 _PAIRS = ("text", "messages", "json", "prompt")
 _SINGLE = ("response", "conversation")
-_BATCH_ROWS = 1024
 _ROW_GROUP_ROWS = 16_384  # of parquet output
 
 
@@ -85,9 +85,9 @@ class InputTable:
             config = ScoreDataConfig(**{**vars(config), "input_style": "chat"})
         return RowReader(config, self.format_name, has_chat_template=style == "chat")
 
-    def rows(self, start: int = 0) -> Iterator[Row]:
-        """The rows from number `start` on, with constant memory."""
-        return read_rows([self.file], key=KEY, start=start)
+    def rows(self) -> Iterator[Row]:
+        """All rows, with constant memory."""
+        return read_rows([self.file], key=KEY)
 
     def chunks(self) -> Iterator[Chunk]:
         """All rows, undecoded."""
@@ -117,41 +117,57 @@ def read_group(row: Row, reader: RowReader, inputs: InputBuilder) -> PreferenceG
 class _Rewards:
     """The parts of one model in order, read in slices."""
 
-    def __init__(self, parts: Sequence[Path], columns: Sequence[str]) -> None:
-        self._tables = (pq.read_table(path, columns=list(columns)) for path in parts)
+    def __init__(self, parts: Parts) -> None:
+        self._tables = parts.read()
         self._rest: pa.Table | None = None
 
     def take(self, count: int) -> pa.Table:
-        """The next `count` rows."""
+        """The next `count` rows, or all that remain if there are fewer."""
         taken: list[pa.Table] = []
         while count:
             if self._rest is None or not len(self._rest):
-                self._rest = next(self._tables)
+                self._rest = next(self._tables, None)
+                if self._rest is None:
+                    break
             part = self._rest.slice(0, count)
             self._rest = self._rest.slice(len(part))
             count -= len(part)
             taken.append(part)
-        return pa.concat_tables(taken)
+        return pa.concat_tables(taken) if taken else pa.table({})
+
+    def is_empty(self) -> bool:
+        """Whether nothing remains."""
+        return not len(self.take(1))
 
 
 def write_output(
-    table: InputTable, output: Path, parts: Sequence[Sequence[Path]], columns: Sequence[Sequence[str]], *, parquet: bool
+    table: InputTable, output: Path, parts: Sequence[Parts], columns: Sequence[Sequence[str]], *, parquet: bool
 ) -> None:
     """Write every row of the input with its rewards, with constant memory.
 
-    parts: the parts of each model. columns: names of each model's reward columns in the output.
-    parquet: the output format; JSON lines otherwise. Raises UserError for JSON rows that no table can hold.
+    parts: of each model. columns: names of each model's reward columns in the output.
+    parquet: the output format; JSON lines otherwise. Raises UserError for JSON rows that no table can hold, and unless
+    the rewards were computed from exactly the rows that the file has now.
     """
-    rewards = [_Rewards(each, table.reward_columns) for each in parts]
     if parquet:
-        _write_parquet(table, output, rewards, columns)
+        _write_parquet(table, output, parts, columns)
     else:
-        _write_lines(table, output, rewards, columns)
+        _write_lines(table, output, parts, columns)
 
 
-def _write_parquet(
-    table: InputTable, output: Path, rewards: Sequence[_Rewards], columns: Sequence[Sequence[str]]
-) -> None:
+def _with_rewards(table: InputTable, parts: Sequence[Parts]) -> Iterator[tuple[Chunk, list[pa.Table]]]:
+    """The chunks of the file, each with the rewards of its rows by model; UserError if one is of another row."""
+    rewards, end = [_Rewards(each) for each in parts], 0
+    for chunk in table.chunks():
+        taken = [each.take(len(chunk)) for each in rewards]
+        check_rows(taken, chunk.rows(), table.file.name, end)
+        end += len(chunk)
+        yield chunk, taken
+    if end != table.num_rows or not all(each.is_empty() for each in rewards):
+        raise changed(table.file.name, end)
+
+
+def _write_parquet(table: InputTable, output: Path, parts: Sequence[Parts], columns: Sequence[Sequence[str]]) -> None:
     given = _input_schema(table)
     schema = given
     for names in columns:
@@ -159,10 +175,9 @@ def _write_parquet(
             schema = schema.append(pa.field(name, pa.list_(pa.float32()) if column == "rewards" else pa.float32()))
     with pq.ParquetWriter(output, schema) as writer:
         waiting: list[pa.Table] = []
-        for chunk in table.chunks():
+        for chunk, rewards in _with_rewards(table, parts):
             rows = _as_table(chunk, given)
-            for each, names in zip(rewards, columns, strict=True):
-                taken = each.take(len(chunk))
+            for taken, names in zip(rewards, columns, strict=True):
                 for name, column in zip(names, table.reward_columns, strict=True):
                     rows = rows.append_column(name, taken[column])
             waiting.append(rows.cast(schema))
@@ -201,16 +216,15 @@ def _as_table(chunk: Chunk, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_pylist([row.values for row in chunk.rows()], schema)
 
 
-def _write_lines(
-    table: InputTable, output: Path, rewards: Sequence[_Rewards], columns: Sequence[Sequence[str]]
-) -> None:
+def _write_lines(table: InputTable, output: Path, parts: Sequence[Parts], columns: Sequence[Sequence[str]]) -> None:
     names = [json.dumps(name) for each in columns for name in each]
-    rows = _reward_rows(table, rewards)
     with output.open("wb") as file:
-        for line in (line for chunk in table.chunks() for line in _json_objects(chunk)):
-            added = ", ".join(f"{name}: {_number(value)}" for name, value in zip(names, next(rows), strict=True))
-            opened = line[:-1].rstrip()
-            file.write(opened + (b"" if opened == b"{" else b", ") + added.encode() + b"}\n")
+        for chunk, rewards in _with_rewards(table, parts):
+            listed = [taken[column].to_pylist() for taken in rewards for column in table.reward_columns]
+            for line, *values in zip(_json_objects(chunk), *listed, strict=True):
+                added = ", ".join(f"{name}: {_number(value)}" for name, value in zip(names, values, strict=True))
+                opened = line[:-1].rstrip()
+                file.write(opened + (b"" if opened == b"{" else b", ") + added.encode() + b"}\n")
 
 
 def _json_objects(chunk: Chunk) -> Iterator[bytes]:
@@ -229,17 +243,6 @@ def _json_objects(chunk: Chunk) -> Iterator[bytes]:
             yield b" ".join(line.splitlines())  # rows of a JSON list may span several lines
         else:
             yield json.dumps({"unreadable_line": line.decode("utf-8", errors="replace")}).encode()
-
-
-def _reward_rows(table: InputTable, rewards: Sequence[_Rewards]) -> Iterator[list[Any]]:
-    """All rewards of each row, those of the first model first."""
-    done = 0
-    while done < table.num_rows:
-        count = min(_BATCH_ROWS, table.num_rows - done)
-        taken = [each.take(count) for each in rewards]
-        listed = [part[column].to_pylist() for part in taken for column in table.reward_columns]
-        yield from map(list, zip(*listed, strict=True))
-        done += count
 
 
 def _number(value: Any) -> str:

@@ -66,7 +66,9 @@ def test_pairs_keep_their_rows_and_get_two_columns(options: ScoreOptions, text_s
     expected = text_scorer.score_pairs(given.to_pylist())
     for name, side in (("reward_chosen", 0), ("reward_rejected", 1)):
         assert found[name].to_pylist() == pytest.approx([pair[side] for pair in expected], abs=1e-4)
-    assert sorted(path.name for path in Path().iterdir()) == [".out.parquet.score.json", "out.parquet", "pairs.parquet"]
+    assert sorted(path.name for path in Path().iterdir() if not path.name.endswith(".lock")) == [
+        ".out.parquet.score.json", "out.parquet", "pairs.parquet",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -78,12 +80,12 @@ def test_a_stopped_run_goes_on_where_it_stopped(options: ScoreOptions, parts: in
     done: list[int] = []
     score_files(options, on_part=done.append)
     assert sum(done) == 200 - 64 * parts
-    whole = pq.read_table("whole.parquet")["reward_chosen"].to_pylist()
-    assert pq.read_table("out.parquet")["reward_chosen"].to_pylist() == pytest.approx(whole, abs=1e-4)
+    assert Path("out.parquet").read_bytes() == Path("whole.parquet").read_bytes()
     assert score_files(options, on_part=done.append)[0].was_there
 
 
 def score_one_part(options: ScoreOptions) -> None:
+    score_files_module._MAX_ROWS = 64
     score_files(options, on_part=lambda rows: time.sleep(60))
 
 

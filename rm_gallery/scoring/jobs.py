@@ -1,0 +1,179 @@
+"""What `rm-gallery score` writes: one job per input, with its output, its parts and its lock.
+
+Next to an output NAME there are `.NAME.lock`, held by the command that writes it, `.NAME.parts/` while it is scored,
+and `.NAME.score.json` afterwards, which tells the same command that the output is finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rm_gallery import files
+from rm_gallery.errors import UserError
+from rm_gallery.scoring.model_folder import ModelFolder
+from rm_gallery.scoring.parts import Parts, cannot_write
+from rm_gallery.scoring.tables import JSON_LINES, PARQUET, InputTable, ScoreDataConfig
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Arguments of `rm-gallery score`."""
+
+    models: tuple[str, ...]
+    inputs: tuple[str, ...]
+    """Files, folders, globs, URLs and hub datasets."""
+    output: str
+    """A folder; or a file, for one input."""
+    device: str = "auto"
+    dtype: str = "auto"
+    token_budget: int | None = None
+    trust_remote_code: bool = False
+    data: ScoreDataConfig = field(default_factory=ScoreDataConfig)
+
+
+@dataclass(frozen=True)
+class ComputeSettings:
+    """What the last bits of a reward depend on, besides the row and the weights."""
+
+    device: str
+    dtype: str
+    token_budget: int
+
+
+def find_settings(options: ScoreOptions) -> ComputeSettings:
+    from rm_gallery.scoring.engine import default_budget
+    from rm_gallery.scoring.loading import find_device, find_dtype
+
+    device = find_device(options.device)
+    return ComputeSettings(
+        device.type, str(find_dtype(options.dtype, device)), options.token_budget or default_budget(device)
+    )
+
+
+@dataclass(frozen=True)
+class ScoringJob:
+    """One input with its output."""
+
+    table: InputTable
+    output: Path
+    models: list[str]
+    """A fingerprint per model, of the input, the settings and the content of the model folder."""
+    columns: list[str]
+    """Columns that the output adds."""
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(self.models)
+
+    @property
+    def parts_folder(self) -> Path:
+        return self.output.with_name(f".{self.output.name}.parts")
+
+    def parts(self, model: int, settings: ComputeSettings) -> Parts:
+        """The parts of a model."""
+        fingerprint = _fingerprint([self.models[model], asdict(settings)])
+        return Parts(self.parts_folder / fingerprint, fingerprint, self.table.reward_columns)
+
+    @property
+    def marker(self) -> Path:
+        """Records the fingerprint of the command, the hash of the output, and its rows without a reward."""
+        return self.output.with_name(f".{self.output.name}.score.json")
+
+    def is_done(self) -> bool:
+        """Whether the output exists; raises UserError if it is not an output of this command."""
+        if not self.output.exists():
+            return False
+        try:
+            record = json.loads(self.marker.read_text(encoding="utf-8"))
+            fingerprint, digest = record["fingerprint"], record["sha256"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            fingerprint = digest = None
+        if fingerprint != self.fingerprint:
+            raise UserError(
+                f"{self.output}: exists, and was not made of this input, these models and settings; "
+                "move it away or choose another --output"
+            )
+        if files.sha256(self.output) != digest:
+            raise UserError(
+                f"{self.output}: was changed after it was written; move it away to score the input again, or choose "
+                "another --output"
+            )
+        return True
+
+
+@contextmanager
+def lock_output(job: ScoringJob) -> Iterator[None]:
+    """Hold the output: the parts and the output of a job are written by one command at a time."""
+    path = job.output.with_name(f".{job.output.name}.lock")
+    with ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(files.lock(path, timeout=0))
+        except TimeoutError as error:
+            raise UserError(
+                f"{job.output}: another command is writing it ({error}); wait for it, or choose another --output"
+            ) from None
+        except OSError as error:
+            raise cannot_write(job.output, error) from error
+        yield
+
+
+def name_models(models: Sequence[str]) -> list[str]:
+    """Short names of model folders: the last part of each path, with as many parents as make the names unique.
+
+    `a/x` and `b/y` are `x` and `y`; `a/x` and `b/x` keep both parts. Raises UserError for a repeated model.
+    """
+    paths = [Path(os.path.abspath(os.path.expanduser(model))) for model in models]
+    if len(set(paths)) < len(paths):
+        raise UserError("--model has the same folder twice; give it once")
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]
+
+
+def plan_jobs(
+    options: ScoreOptions, tables: Sequence[InputTable], names: Sequence[str], models: Sequence[ModelFolder]
+) -> list[ScoringJob]:
+    """Where the rewards and the output of each input go.
+
+    Raises UserError for an output that does not suit the inputs, and for reward columns that exist already.
+    """
+    output = Path(options.output).expanduser()
+    is_file = output.suffix in PARQUET + JSON_LINES and not output.is_dir()
+    if is_file and len(tables) > 1:
+        raise UserError(f"--output {output}: one file for {len(tables)} inputs; name a folder")
+    outputs = [output if is_file else output / table.output_name for table in tables]
+    # A link is written through, so that two names of one file have one lock.
+    outputs = [path.resolve() if path.is_symlink() else path for path in outputs]
+    same = next((path for path in outputs if outputs.count(path) > 1), None)
+    if same is not None:
+        raise UserError(f"{same}: the output of two inputs; score them into different folders")
+    jobs = []
+    for table, path in zip(tables, outputs, strict=True):
+        if path.resolve() == Path(table.file.path).resolve():
+            raise UserError(f"{path}: is the input itself; choose another --output")
+        columns = [column for name in names for column in reward_columns(table, name, len(names))]
+        existing = [column for column in columns if column in table.columns]
+        if existing:
+            raise UserError(f"{table.file.name}: already has a column {existing[0]!r}; rename it")
+        facts = [table.file.identity, table.format_name, asdict(table.config), options.dtype, options.device]
+        prints = [_fingerprint([*facts, model.fingerprint]) for model in models]
+        jobs.append(ScoringJob(table, path, prints, columns))
+    return jobs
+
+
+def reward_columns(table: InputTable, name: str, num_models: int) -> list[str]:
+    """Columns that a model adds, prefixed with `NAME/` if there are several models."""
+    return [f"{name}/{column}" if num_models > 1 else column for column in table.reward_columns]
+
+
+def _fingerprint(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

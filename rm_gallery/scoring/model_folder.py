@@ -1,0 +1,95 @@
+"""The files of a model folder: whether they changed, a fingerprint of their content, and the checkpoints of a run."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from rm_gallery.errors import UserError
+from rm_gallery.files import sha256_files
+
+Stats: TypeAlias = dict[str, tuple[int, int]]
+"""Size and modification time (ns) of each file by name."""
+
+_CHECKPOINT = re.compile(r"(?:global_step_|checkpoint-)(\d+)")
+# Of a trainer, not of the model: large, or written again while the model is in use.
+_NOT_READ = re.compile(
+    r"\..*|readme.*|licen[cs]e.*|optimizer.*|scheduler.*|rng_state.*|training_args\.bin|trainer_state\.json|.*\.log",
+    re.IGNORECASE,
+)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the highest step in the folder of a run; None if there is none."""
+    found = [path.parent for path in folder.glob("*/config.json") if _CHECKPOINT.fullmatch(path.parent.name)]
+    return max(found, key=lambda path: int(re.sub(r"\D", "", path.name)), default=None)
+
+
+def check_not_run_folder(model: str, *, key: str) -> None:
+    """Raise UserError for the folder of a training run, with its newest checkpoint."""
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file() and (newest := newest_checkpoint(folder)):
+        raise UserError(f"{key}={model}: the folder of a run, not of a model; its newest checkpoint is {newest}")
+
+
+def stats_of(folder: str | Path) -> Stats:
+    """The files of a model folder at this moment; {} for anything but a folder."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        return {}
+    found = [each for each in [*path.iterdir(), *path.glob("additional_chat_templates/*")] if each.is_file()]
+    read = sorted(each for each in found if not _NOT_READ.fullmatch(each.name))
+    return {str(each.relative_to(path)): (each.stat().st_size, each.stat().st_mtime_ns) for each in read}
+
+
+class ModelFolder:
+    """The files of one model while it scores."""
+
+    def __init__(self, model: str) -> None:
+        """model: a folder, or a model of the hub. Raises UserError for the folder of a run."""
+        check_not_run_folder(model, key="model")
+        self.model = model
+        self._stats = self._now()
+
+    @cached_property
+    def fingerprint(self) -> list[Any]:
+        """The content of every file of the folder, or the commit of a hub model."""
+        folder = Path(self.model).expanduser()
+        if folder.is_dir():
+            return [[name, digest] for name, digest in self._hash(folder).items()]
+        return [self.model, _hub_commit(self.model)]
+
+    def check_unchanged(self) -> None:
+        """Raise UserError if the content of a file is another than when `fingerprint` was computed."""
+        now, before = self._now(), self.fingerprint
+        if now == self._stats:
+            return
+        del self.fingerprint
+        if self.fingerprint != before:
+            raise UserError(f"model={self.model}: the folder changed while it was used; rerun the command")
+        self._stats = now
+
+    def _hash(self, folder: Path) -> dict[str, str]:
+        try:
+            return sha256_files(folder, stats_of(folder))
+        except OSError as error:
+            raise UserError(f"model={self.model}: {error.filename or 'a file'} cannot be read ({error})") from error
+
+    def _now(self) -> list[Any]:
+        """Like `stats_of`, with the times that a program cannot set."""
+        folder = Path(self.model).expanduser()
+        changes = [((folder / name).stat().st_ino, (folder / name).stat().st_ctime_ns) for name in stats_of(folder)]
+        return [stats_of(folder), changes]
+
+
+def _hub_commit(model: str) -> str:
+    """The commit of a hub model in the local cache, which is downloaded if necessary; '' if there is none."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(model, "config.json")
+    except Exception:  # reported when the model is loaded
+        return ""
+    return "" if found is None else Path(found).parent.name
