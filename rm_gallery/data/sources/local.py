@@ -11,13 +11,14 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rm_gallery.data.sources.config import FileEntry, Role, refuse_keys
-from rm_gallery.data.sources.records import checked_kind, data_files, kind_of, of_one_kind
+from rm_gallery.data.sources.records import DataFile, checked_kind, data_files, kind_of, of_one_kind
 from rm_gallery.errors import UserError, nearest
 
 log = logging.getLogger(__name__)
@@ -33,9 +34,9 @@ def local_path(text: str) -> Path:
 
 
 def exists_here(text: str) -> bool:
-    """Whether a text, taken literally and not as a glob, names a file or folder on this machine."""
+    """Whether a text, taken literally and not as a glob, names a file, folder or link on this machine."""
     try:
-        return local_path(text).exists()
+        return os.path.lexists(local_path(text))
     except (OSError, ValueError):  # too long a name, a NUL byte in it
         return False
 
@@ -66,6 +67,8 @@ def _expand(entry: FileEntry, split: str | None, role: Role, what: str) -> list[
         return [path]
     if path.exists():
         raise UserError(f"{what}: neither a file nor a folder; write the rows to a file and name it")
+    if path.is_symlink():
+        raise UserError(f"{what}: a broken symbolic link (to {os.readlink(path)}); name the file itself")
     return _expand_glob(path, entry, what) if has_pattern(entry.path) else []
 
 
@@ -75,7 +78,9 @@ def has_pattern(text: str) -> bool:
 
 
 def _expand_glob(path: Path, entry: FileEntry, what: str) -> list[Path]:
-    matching = [name for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
+    names = _without_loops(sorted(glob.glob(str(path), recursive=True)))
+    matching, skipped = _regular_files(Path(), names)
+    _warn_of_skipped(skipped, what)
     if not matching:
         raise UserError(f"{what}: no file matches the pattern (working directory {Path.cwd()})")
     # Only the names count: the pattern itself may be in a hidden folder.
@@ -93,9 +98,11 @@ def _expand_folder(folder: Path, split: str | None, role: Role, what: str) -> li
         return [path for name in names for path in _expand_saved(folder / name, what)]
     if (folder / "state.json").is_file():  # what Dataset.save_to_disk writes
         return _expand_saved(folder, what)
-    names = data_files(each.name for each in folder.iterdir() if each.is_file())
-    if not names:
-        names = data_files(_names_below(folder))
+    found, skipped = _regular_files(folder, [each.name for each in folder.iterdir()])
+    if not data_files(found):
+        found, skipped = _regular_files(folder, list(_names_below(folder)))
+    _warn_of_skipped(skipped, what)
+    names = data_files(found)
     if not names:
         raise UserError(f"{what}: the folder has no data file (parquet, JSON lines, CSV, Arrow); name one that does")
     by_split = splits_by_name(names)
@@ -108,13 +115,56 @@ def _expand_folder(folder: Path, split: str | None, role: Role, what: str) -> li
     return [folder / name for name in names]
 
 
-def _names_below(folder: Path) -> list[str]:
-    return [
-        Path(parent, name).relative_to(folder).as_posix()
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if kind_of(name) is not None
-    ]
+def _names_below(folder: Path) -> Iterator[str]:
+    """Names like those of data files in the subfolders, each folder once however many symbolic links lead to it.
+
+    Raises OSError for a folder that cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in seen else sorted(each for each in folders if not each.startswith((".", "__")))
+        if real not in seen:
+            yield from (Path(parent, name).relative_to(folder).as_posix() for name in names if kind_of(name))
+        seen.add(real)
+
+
+def _without_loops(names: Sequence[str]) -> list[str]:
+    """The names without those of the same file in a folder that a symbolic link repeats."""
+    places = {(os.path.realpath(os.path.dirname(name)), os.path.basename(name)): name for name in reversed(names)}
+    kept = set(places.values())
+    return [name for name in names if name in kept]
+
+
+def _regular_files(folder: Path, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The regular files, and what else is named like a data file: opening a pipe would wait for its writer."""
+    files, others = [], []
+    for name in names:
+        path = folder / name
+        if path.is_file():
+            files.append(name)
+        elif data_files([path.name]):
+            others.append(f"{name} ({_type_of(path)})")
+    return files, others
+
+
+def _type_of(path: Path) -> str:
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return "a broken symbolic link" if path.is_symlink() else "cannot be looked up"
+    types = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
+    return next((label for matches, label in types if matches(mode)), "a device")
+
+
+def _warn_of_skipped(skipped: Sequence[str], what: str) -> None:
+    if skipped:
+        more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        log.warning("%s: skipped %s%s: not a regular file", what, ", ".join(skipped[:3]), more)
 
 
 def _expand_saved(folder: Path, what: str) -> list[Path]:
@@ -150,16 +200,40 @@ def _saved_json(folder: Path, name: str, key: str, what: str) -> list[Any] | Non
 
 
 def identity_of(path: Path) -> str:
-    """Hash of the path, size, modification time, and first and last 64 KiB of a file."""
+    """Hash of the path, size, times of the last modification and status change, and both ends of a file.
+
+    Programs can set the modification time but not the status change time (ctime), so that an edit in the middle that
+    keeps size and modification time is noticed too. A change of permissions or links then counts as an edit.
+    """
     digest = hashlib.sha256()
-    stat = path.stat()
-    digest.update(f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(errors="surrogateescape"))
+    facts = path.stat()
+    times = f"{facts.st_mtime_ns}\0{facts.st_ctime_ns}"
+    digest.update(f"{path.absolute()}\0{facts.st_size}\0{times}\0".encode(errors="surrogateescape"))
     with path.open("rb") as file:
         digest.update(file.read(_END_BYTES))
-        if stat.st_size > _END_BYTES:
-            file.seek(max(_END_BYTES, stat.st_size - _END_BYTES))
+        if facts.st_size > _END_BYTES:
+            file.seek(max(_END_BYTES, facts.st_size - _END_BYTES))
             digest.update(file.read(_END_BYTES))
     return digest.hexdigest()
+
+
+def version_of(path: Path) -> str:
+    """Size, modification time and inode of a file: whether it is still the same while it is read."""
+    facts = path.stat()
+    return f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
+
+
+def check_unchanged(file: DataFile) -> None:
+    """Raise OSError if a local file changed since it was resolved, as its rows would be of two versions.
+
+    A file that was deleted can still be read to its end.
+    """
+    try:
+        changed = version_of(Path(file.path)) != file.version
+    except FileNotFoundError:
+        return
+    if changed:
+        raise OSError("the file changed during this run; run again when its writer is done")
 
 
 Splits = dict[str, list[str]]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from rm_gallery.data.sources.local import check_unchanged
 from rm_gallery.data.sources.records import LABELS, Chunk, DataFile, FileKind, Row, suffixes
+from rm_gallery.data.sources.remote import is_url
 from rm_gallery.data.sources.tables import count_parquet, read_arrow, read_parquet
 from rm_gallery.data.sources.text_files import read_csv, read_json
 from rm_gallery.errors import UserError, one_line
@@ -21,14 +23,20 @@ def read_chunks(file: DataFile, *, key: str, start: int = 0) -> Iterator[Chunk]:
     Memory stays constant: a few chunks, and what the kind of file needs (see `read_parquet` and `read_arrow`).
     key: configuration key or option that named the file, for messages.
     start: rows to skip, for resuming; rows keep their number (`Chunk.first`).
-    Raises UserError, naming the file and the row it reached, for a file that cannot be read or holds no row.
+    Raises UserError, naming the file and the row it reached, for a file that cannot be read, holds no row, or changed
+    since it was resolved.
     """
     end = 0
+    is_local = not is_url(file.path)
     with _describe_errors(file, key, lambda: end):
+        if is_local:
+            check_unchanged(file)
         for chunk in _READERS[file.kind](file, start):
             end = chunk.first + len(chunk)
             if end > start:
                 yield chunk.skip(start - chunk.first) if chunk.first < start else chunk
+        if is_local:
+            check_unchanged(file)
     if not end and not start:
         raise UserError(f"{file.name}: the file has no rows; remove it from {key} or recreate it")
 

@@ -35,7 +35,9 @@ class DataFile:
     entry: int
     """Number of the entry that names it, from 0."""
     identity: str
-    """Changes with the content: hash of size, time and both ends of a local file, commit or ETag of a remote one."""
+    """Changes with the content: hash of size, times and both ends of a local file, commit or ETag of a remote one."""
+    version: str = ""
+    """Of a local file (downloaded ones included) when it was resolved; see `check_unchanged`."""
 
 
 @dataclass(frozen=True, slots=True)

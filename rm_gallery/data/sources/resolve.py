@@ -9,7 +9,14 @@ from pathlib import Path
 
 from rm_gallery.data.sources import hub
 from rm_gallery.data.sources.config import FileEntry, Files, Role, SourceConfig, as_entries, entries_of, role_of
-from rm_gallery.data.sources.local import exists_here, expand_local, has_pattern, identity_of, local_path
+from rm_gallery.data.sources.local import (
+    exists_here,
+    expand_local,
+    has_pattern,
+    identity_of,
+    local_path,
+    version_of,
+)
 from rm_gallery.data.sources.records import DataFile, checked_kind, without_query
 from rm_gallery.data.sources.remote import expand_remote, is_url
 from rm_gallery.errors import UserError, one_line
@@ -99,13 +106,18 @@ def _resolve(
         ]
     if where == "hub":
         return [
-            DataFile(str(file.path), file.name, checked_kind(file.name, what=what), place, _identity(file))
+            DataFile(
+                str(file.path), file.name, checked_kind(file.name, what=what), place, _identity(file),
+                version_of(file.path),
+            )
             for file in hub.download(entry, split, revision, role, what)
-        ]
+        ]  # fmt: skip
     paths = expand_local(entry, split, role, what)
     try:
         return [
-            DataFile(str(path), str(path), checked_kind(path.name, what=what), place, identity_of(path))
+            DataFile(
+                str(path), str(path), checked_kind(path.name, what=what), place, identity_of(path), version_of(path)
+            )
             for path in paths
         ]
     except OSError as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from rm_gallery.data.sources.local import check_unchanged
 from rm_gallery.data.sources.records import (
     CHUNK_BYTES,
     CHUNK_ROWS,
@@ -167,6 +168,8 @@ def read_arrow(file: DataFile, start: int = 0) -> Iterator[Chunk]:
         with source:
             first = 0
             for batch in _record_batches(source, is_file=head.startswith(b"ARROW1")):
+                if not is_url(file.path):
+                    check_unchanged(file)  # a mapped file that was truncated would end the process (SIGBUS)
                 check_names(file.name, batch.schema.names)
                 if first + len(batch) > start:
                     yield from _sound_chunks(batch, file.name, first)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,7 @@ from rm_gallery.data.sources import (
     resolve_files,
 )
 from rm_gallery.errors import UserError
-from tests.data.sources.writing import KEY, PAIRS, WRITERS, resolve, save_to_disk, values_of, write
+from tests.data.sources.writing import KEY, PAIRS, WRITERS, lines, resolve, save_to_disk, values_of, write
 
 
 def find(*paths: str, key: str = KEY) -> list[str]:
@@ -269,3 +271,100 @@ def test_entries_are_counted_over_the_whole_key() -> None:
     assert entries_of(config, KEY) == (FileEntry("a.parquet"), FileEntry("b", weight=2.0))
     assert entries_of(config, "data.val_files") == (FileEntry("c"),)
     assert entries_of(SourceConfig(), KEY) == ()
+
+
+def test_an_edit_that_keeps_size_ends_and_modification_time_changes_the_identity(in_tmp: Path) -> None:
+    path = in_tmp / "a.jsonl"
+    path.write_bytes(lines([{"chosen": f"{number:9}", "rejected": "b"} for number in range(9000)]))
+    before, facts = resolve("a.jsonl")[0].identity, path.stat()
+    while True:  # the clock of a file system has ticks of up to 10 ms
+        with path.open("r+b") as file:
+            file.seek(facts.st_size // 2)
+            file.write(b"edited")
+        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        if path.stat().st_ctime_ns != facts.st_ctime_ns:
+            break
+    assert path.stat().st_size == facts.st_size and path.stat().st_mtime_ns == facts.st_mtime_ns
+    assert resolve("a.jsonl")[0].identity != before
+
+
+@pytest.mark.parametrize("change", ["grown", "shrunk", "replaced", "edited"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.arrow"])
+def test_a_file_that_changes_while_it_is_read_is_refused(in_tmp: Path, name: str, change: str) -> None:
+    path = write(in_tmp / name, PAIRS, like="stream.arrow" if name == "a.arrow" else "")
+    [file] = resolve(name)
+    content = path.read_bytes()
+    rows = read_rows([file], key=KEY)
+    next(rows)
+    if change == "replaced":
+        (in_tmp / "new").write_bytes(content)
+        os.replace("new", path)
+    else:
+        path.write_bytes({"grown": content + content, "shrunk": content[:-9], "edited": content}[change])
+        os.utime(path, ns=(1, 1))
+    with pytest.raises(UserError, match=rf"^{name}.*changed during this run.*remove it from data\.train_files$"):
+        list(rows)
+
+
+def test_a_file_that_is_deleted_while_it_is_read_is_read_to_its_end(in_tmp: Path) -> None:
+    path = write(in_tmp / "a.jsonl")
+    rows = read_rows(resolve("a.jsonl"), key=KEY)
+    next(rows)
+    path.unlink()
+    assert len(list(rows)) == len(PAIRS) - 1
+
+
+def test_what_is_no_regular_file_is_skipped_with_a_warning(in_tmp: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = in_tmp / "data"
+    write(data / "a.jsonl")
+    os.mkfifo(data / "pipe.jsonl")
+    (data / "folder.jsonl").mkdir()
+    (data / "gone.jsonl").symlink_to("nowhere")
+    (data / "loop.jsonl").symlink_to("loop.jsonl")
+    (data / "zero.jsonl").symlink_to("/dev/zero")
+    os.mkfifo(data / "notes")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("data/socket.jsonl")
+        for path in ("data", "data/*"):
+            caplog.clear()
+            assert [file.path for file in resolve(path)] == ["data/a.jsonl"]
+            assert (
+                "skipped " in caplog.text
+                and " and 3 more: not a regular file" in caplog.text
+                and "notes" not in caplog.text
+            )
+    (data / "a.jsonl").unlink()
+    for name in ("zero.jsonl", "folder.jsonl", "socket.jsonl", "loop.jsonl"):
+        (data / name).rmdir() if name == "folder.jsonl" else (data / name).unlink()
+    caplog.clear()
+    with pytest.raises(UserError, match=r"^data\.train_files=data: the folder has no data file"):
+        resolve("data")
+    assert "gone.jsonl (a broken symbolic link)" in caplog.text and "pipe.jsonl (a named pipe)" in caplog.text
+    with pytest.raises(
+        UserError, match=r"^data\.train_files=data/gone\.jsonl: a broken symbolic link \(to nowhere\); "
+    ):
+        resolve("data/gone.jsonl")
+
+
+def test_folders_that_symbolic_links_repeat_are_read_once(in_tmp: Path) -> None:
+    write(in_tmp / "elsewhere/b.jsonl")
+    write(in_tmp / "data/part/a.jsonl")
+    (in_tmp / "data/part/loop").symlink_to(in_tmp / "data")
+    (in_tmp / "data/linked").symlink_to(in_tmp / "elsewhere")
+    assert sorted(find("data")) == ["data/linked/b.jsonl", "data/part/a.jsonl"]
+    assert sorted(find("data/**/*.jsonl")) == ["data/linked/b.jsonl", "data/part/a.jsonl"]
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(in_tmp / "data/part/a.jsonl")
+    (in_tmp / "data/secret").mkdir()
+    listed = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"^data\.train_files=data: cannot be looked up \(Permission denied\)"):
+        resolve("data")
