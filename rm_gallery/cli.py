@@ -113,9 +113,10 @@ def _add_estimate(commands: Any, default_config: str | None) -> None:
             "time of an epoch, and the changes that make the run fit. Reads the model's\n"
             "config.json and a sample of the data, no weights.\n"
             "  rm-gallery estimate model=qwen2.5-7b n_gpus=8 gpu=h200 data=train.parquet\n"
-            "Keys in addition to those of train: n_gpus, gpu (h200, h100, a100-80, a100-40,\n"
-            "l40s, 4090, cpu), gpus_per_node, gpu_memory_gib, mfu, pairs, prompt_tokens,\n"
-            "response_tokens, tokenizer, chars_per_token."
+            "Keys in addition to those of train: n_gpus, gpu (b200, h200, h100, a100-80,\n"
+            "a100-40, mi300x, l40s, a6000, 4090, 3090, l4, a10g, t4, cpu), gpus_per_node,\n"
+            "gpu_memory_gib, mfu, pairs, prompt_tokens, response_tokens, tokenizer,\n"
+            "chars_per_token."
         ),
     )
     _add_config(command, default_config)

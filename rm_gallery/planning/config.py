@@ -31,7 +31,22 @@ class EstimateConfig(TrainConfig):
 
     n_gpus: Annotated[int, Ge(1)] = 1
     """World size: one process per GPU, over all machines."""
-    gpu: Literal["h200", "h100", "a100-80", "a100-40", "l40s", "4090", "cpu"] = "h100"
+    gpu: Literal[
+        "b200",
+        "h200",
+        "h100",
+        "a100-80",
+        "a100-40",
+        "mi300x",
+        "l40s",
+        "a6000",
+        "4090",
+        "3090",
+        "l4",
+        "a10g",
+        "t4",
+        "cpu",
+    ] = "h100"
     """Kind of GPU; `cpu` divides this machine among the processes."""
     gpus_per_node: Annotated[int, Ge(1)] = 8
     """GPUs per machine."""
@@ -133,4 +148,14 @@ def check_positions(config: EstimateConfig, shape: ModelShape) -> str | None:
     return (
         f"data.max_length={config.data.max_length}, but the model has positions for {shape.max_positions} tokens; "
         f"set data.max_length={shape.max_positions}"
+    )
+
+
+def check_bf16(config: EstimateConfig, device: Device) -> str | None:
+    """A note if the run computes in bfloat16 on a device without units for it, else None."""
+    if device.has_bf16 or config.model.fsdp_config.model_dtype != "bf16":
+        return None
+    return (
+        f"{device.name} has no bf16 units and emulates them: the time is that of float32, a lower bound; "
+        "set model.fsdp_config.model_dtype=fp32"
     )

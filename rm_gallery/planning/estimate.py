@@ -14,7 +14,7 @@ from rm_gallery.data.batching.bin_packing import Packer, attention_length
 from rm_gallery.data.batching.plan import Mixture, PackingConfig, Plan
 from rm_gallery.data.batching.prompt_sharing import sizes_of
 from rm_gallery.data.token_cache.arrays import GroupSizes
-from rm_gallery.planning.config import EstimateConfig, check_positions, device_of, layout_of
+from rm_gallery.planning.config import EstimateConfig, check_bf16, check_positions, device_of, layout_of
 from rm_gallery.planning.devices import Device
 from rm_gallery.planning.memory import Layout, MemoryUse, Pack, activations, step_memory
 from rm_gallery.planning.model_shape import ModelShape, load_shape
@@ -63,7 +63,16 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= self.device.memory
+        """Whether the run fits with the margin of the device."""
+        return self.memory.total <= self.device.limit
+
+    @property
+    def run_seconds(self) -> float:
+        """Seconds of the whole run: `total_training_steps`, or else `total_epochs`."""
+        trainer = self.config.trainer
+        steps = trainer.total_training_steps
+        epochs = trainer.total_epochs if steps is None else steps / self.workload.steps
+        return self.timing.seconds * epochs
 
 
 def estimate(config: EstimateConfig) -> Estimate:
@@ -84,7 +93,7 @@ def estimate(config: EstimateConfig) -> Estimate:
     flops = flops_per_token(shape, work.units, checkpointing=layout.checkpointing) * work.tokens
     rate = config.n_gpus * device.flops(config.model.fsdp_config.model_dtype) * config.mfu * work.balance
     longest = int(packer.tokens(sample.data.sizes).max())
-    notes = [check_positions(config, shape)]
+    notes = [check_positions(config, shape), check_bf16(config, device)]
     if longest > budget:
         notes.append(
             f"the longest group has {longest} tokens, but a micro-batch holds {budget}: training splits it into "
@@ -103,7 +112,7 @@ def estimate(config: EstimateConfig) -> Estimate:
         activations={
             with_it: activations(shape, pack, layout.width, checkpointing=with_it) for with_it in (False, True)
         },
-        fitting=largest_that_fits(lambda tokens: memory(tokens).total <= device.memory),
+        fitting=largest_that_fits(lambda tokens: memory(tokens).total <= device.limit),
         longest_group=longest,
         timing=Timing(flops, flops / rate, _communication(config, shape, layout, work, device)),
         notes=tuple(note for note in notes if note),

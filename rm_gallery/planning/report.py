@@ -5,6 +5,7 @@ First every change on its own; if none is enough, the smallest combinations that
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, islice
@@ -71,7 +72,7 @@ class _Search:
         return layout_of(config, self.found.shape, self.found.device, one_micro_batch=False)
 
     def fits(self, config: EstimateConfig, tokens: int | None = None) -> bool:
-        return self.memory(config, tokens).total <= self.found.device.memory
+        return self.memory(config, tokens).total <= self.found.device.limit
 
     def steps(self, chosen: Sequence[Change]) -> list[Step]:
         """The changes applied one after the other; empty if one of them does not apply."""
@@ -97,6 +98,12 @@ def _set_model(text: str, **values: Any) -> Change:
         return text, replace(config, model=replace(config.model, fsdp_config=owner) if inner else owner)
 
     return change
+
+
+def _bf16(search: _Search, config: EstimateConfig) -> tuple[str, EstimateConfig] | None:
+    if not search.found.device.has_bf16:
+        return None
+    return _set_model("model.fsdp_config.model_dtype=bf16", model_dtype="bf16")(search, config)
 
 
 def _shard(search: _Search, config: EstimateConfig) -> tuple[str, EstimateConfig] | None:
@@ -134,7 +141,7 @@ def _smaller_micro_batch(search: _Search, config: EstimateConfig) -> tuple[str, 
 
 _CHANGES: tuple[Change, ...] = (
     _set_model("model.enable_gradient_checkpointing=true", enable_gradient_checkpointing=True),
-    _set_model("model.fsdp_config.model_dtype=bf16", model_dtype="bf16"),
+    _bf16,
     _shard,
     _set_model("model.fsdp_config.fsdp_size=-1", fsdp_size=-1),
     _set_model("model.fsdp_config.optimizer_offload=true", optimizer_offload=True),
@@ -155,14 +162,45 @@ _KINDS = {
 }
 
 
+_WIDTH = 80  # columns
+_NO_WAY = "use a smaller model or GPUs with more memory"
+
+
 def as_text(found: Estimate, advice: Advice | None) -> str:
-    """The report as text; memory in GiB."""
-    parts = [_what(found), _memory(found), _micro_batch(found), _time(found)]
+    """The report as text, the verdict first; memory in GiB."""
+    parts = [(2, [_verdict(found, advice)]), (13, _what(found)), (2, _memory(found)), (13, _micro_batch(found))]
+    parts.append((13, _time(found)))
     if advice is not None:
-        parts.append(_changes(found, advice))
+        parts.append((2, _changes(found, advice)))
     if found.notes:
-        parts.append([f"note: {note}" for note in found.notes])
-    return "\n\n".join("\n".join(lines) for lines in parts)
+        parts.append((6, [f"note: {note}" for note in found.notes]))
+    return "\n\n".join("\n".join(_fold(line, indent) for line in lines) for indent, lines in parts)
+
+
+def _fold(line: str, indent: int) -> str:
+    """Wrapped between words; a path or a number is never broken."""
+    return textwrap.fill(line, _WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _verdict(found: Estimate, advice: Advice | None) -> str:
+    """`fits: 22.08 of 74.40 GiB on 1 x h100; 1 epoch takes about 9.0 min`, or what would make it fit."""
+    config, device = found.config, found.device
+    each = f" per {_owner(found)}" if config.n_gpus > 1 else ""
+    used = f"{_gib(found.memory.total)} of {_gib(device.memory)} GiB{each} on {config.n_gpus} x {device.name}"
+    if advice is None:
+        return f"fits: {used}; {_run(found)} about {_duration(found.run_seconds)}"
+    if found.memory.total <= device.memory:
+        used += f", without a margin of {device.margin:.0%}"
+    enough = [(step,) for step in advice.alone if step.fits] or advice.together
+    ways = [" and ".join(step.change for step in steps) for steps in enough[:2]]
+    return f"does not fit: {used}; " + (f"it would with {', or with '.join(ways)}" if ways else _NO_WAY)
+
+
+def _run(found: Estimate) -> str:
+    trainer = found.config.trainer
+    if trainer.total_training_steps is not None:
+        return f"{trainer.total_training_steps:,} steps take"
+    return "1 epoch takes" if trainer.total_epochs == 1 else f"{trainer.total_epochs:,} epochs take"
 
 
 def _what(found: Estimate) -> list[str]:
@@ -172,7 +210,8 @@ def _what(found: Estimate) -> list[str]:
         found.layout.strategy, f"{found.layout.strategy}, sharded across {found.layout.shards} ranks"
     )
     layers = f"{shape.num_layers} layers of {_count(shape.layer_parameters)}"
-    rate = f"{device.flops(dtype) / 1e12:.3g} TFLOP/s in {dtype} ({device.source})"
+    emulated = ", emulated" if dtype == "bf16" and not device.has_bf16 else ""
+    rate = f"{device.flops(dtype) / 1e12:.3g} TFLOP/s in {dtype}{emulated} ({device.source})"
     checkpointing = "on" if found.layout.checkpointing else "off"
     per_pair = found.workload.tokens / found.workload.num_pairs
     once = "padding included" if shape.padded else "shared prompts once"
@@ -184,7 +223,7 @@ def _what(found: Estimate) -> list[str]:
         f"layout       model.strategy={config.model.strategy}: {spread}",
         f"             activation checkpointing {checkpointing}",
         f"data         {found.sample.how}",
-        f"             {found.workload.num_pairs:,} pairs per epoch, {per_pair:,.0f} tokens per pair ({once})",
+        f"             {found.workload.num_pairs:,} pairs per epoch, {per_pair:,.0f} tokens a pair ({once})",
     ]
 
 
@@ -195,8 +234,8 @@ def _memory(found: Estimate) -> list[str]:
     if found.layout.sharded:
         lines[2] = f"  {'weights, gathered layers':<26}{_gib(use.compute_copy):>8}"
     room = found.device.memory - use.total
-    verdict = f"fits, {_gib(room)} free" if found.fits else f"does not fit, {_gib(-room)} over"
-    lines.append(f"  {'total':<26}{_gib(use.total):>8}  of {_gib(found.device.memory)}: {verdict}")
+    left = f"{_gib(-room)} too much" if room < 0 else f"{_gib(room)} free{'' if found.fits else ', too little'}"
+    lines.append(f"  {'total':<26}{_gib(use.total):>8}  of {_gib(found.device.memory)} usable: {left}")
     if use.host:
         host = use.host * min(found.config.n_gpus, found.config.gpus_per_node)
         lines.append(f"  {'offloaded':<26}{_gib(use.host):>8}  in host memory; {_gib(host)} per machine")
@@ -217,7 +256,7 @@ def _micro_batch(found: Estimate) -> list[str]:
     if found.fitting >= 2 * data.budget:
         largest += f" (data.max_tokens_per_micro_batch={found.fitting})"
     without, with_it = (_gib(found.activations[checkpointing]) for checkpointing in (False, True))
-    kept = f"{without} GiB, {with_it} with activation checkpointing"
+    kept = f"{without} GiB, {with_it} with checkpointing"
     return [
         f"micro-batch  {data.budget:,} tokens at most",
         f"             ({setting})",
@@ -250,20 +289,21 @@ def _time(found: Estimate) -> list[str]:
 
 def _changes(found: Estimate, advice: Advice) -> list[str]:
     if not advice.alone and not advice.together:
-        return ["no setting helps: use a smaller model or GPUs with more memory"]
+        return [f"no setting helps; {_NO_WAY}"]
     lines = ["peak memory with one change"]
     lines += [_line(step) for step in advice.alone]
     for number, steps in enumerate(advice.together):
         lines.append("or:" if number else "no single change is enough; cumulative changes that are:")
         lines += [_line(step) for step in steps]
     if not advice.together and not any(step.fits for step in advice.alone):
-        lines.append("no combination is enough: use a smaller model or GPUs with more memory")
+        lines.append(f"no combination is enough; {_NO_WAY}")
     return lines
 
 
 def _line(step: Step) -> str:
-    host = f", {_gib(step.memory.host)} in host memory" if step.memory.host else ""
-    return f"  {step.change:<46}{_gib(step.memory.total):>8} GiB{host}{'  fits' if step.fits else ''}"
+    host = f", {_gib(step.memory.host)} on host" if step.memory.host else ""
+    line = f"  {step.change:<41}{_gib(step.memory.total):>8} GiB{host:<17}{'  fits' if step.fits else ''}"
+    return line.rstrip()
 
 
 def as_values(found: Estimate, advice: Advice | None) -> dict[str, Any]:
@@ -281,7 +321,9 @@ def as_values(found: Estimate, advice: Advice | None) -> dict[str, Any]:
         "memory": _use(found.memory),
         "activations": {"kept": found.activations[False], "checkpointed": found.activations[True]},
         "fits": found.fits,
+        "margin": found.device.margin,
         "micro_batch": {"tokens": found.micro_batch, "largest_that_fits": found.fitting},
+        "run": {"seconds": found.run_seconds},
         "epoch": {**asdict(found.timing), "seconds": found.timing.seconds, "mfu": found.config.mfu},
         "changes": changes,
         "notes": list(found.notes),
@@ -319,5 +361,5 @@ def _count(number: int) -> str:
 def _duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
+            return f"{seconds / size:,.1f} {unit}"
     return f"{seconds:.1f} s"

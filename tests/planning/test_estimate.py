@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from rm_gallery.cli import main
 from rm_gallery.config import known_keys
 from rm_gallery.planning.config import EstimateConfig, device_of, layout_of, load_estimate_config
+from rm_gallery.planning.devices import GIB, GPUS, KINDS, USABLE
 from rm_gallery.planning.model_shape import load_shape
 from tests.small import text_pairs, write_pairs
 
@@ -32,12 +33,12 @@ def _layout(*overrides: str) -> tuple[str, int]:
 def test_seven_billion_on_eight_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", SEVEN, "n_gpus=8", "gpu=h200"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].strip() == "7.07B parameters: 28 layers of 233M, 545M outside them"
+    assert lines[0] == "fits: 66.96 of 131.1 GiB per GPU on 8 x h200; 1 epoch takes about 20.1 min"
+    assert lines[3].strip() == "7.07B parameters: 28 layers of 233M, 545M outside them"
     kinds = dict(re.findall(r"^  ([a-z][a-z, 0-9]+?)  +([\d.]+)", "\n".join(lines), re.M))
     parts = [float(value) for name, value in kinds.items() if name != "total"]
     assert len(parts) == 7
     assert sum(parts) == pytest.approx(float(kinds["total"]), abs=0.05)
-    assert any("fits" in line for line in lines)
     assert not any("peak memory with one change" in line for line in lines)
 
 
@@ -103,9 +104,82 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(capsys: pytest.Captu
         assert _json(capsys, *arguments, f"data.max_tokens_per_micro_batch={tokens}")["fits"] is fits
 
 
-def test_where_nothing_helps_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["estimate", "model=qwen2.5-72b", "gpu=cpu", "gpu_memory_gib=1"]) == 0
-    assert "use a smaller model" in capsys.readouterr().out
+def _lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    assert main(["estimate", *arguments]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "verdict"),
+    [
+        (
+            (SEVEN, "trainer.total_epochs=2", "n_gpus=8", "gpu=h200"),
+            ["fits: 66.96 of 131.1 GiB per GPU on 8 x h200; 2 epochs take about 40.2 min"],
+        ),
+        (
+            ("model=qwen2.5-0.5b", "trainer.total_training_steps=39", "gpu=h100"),
+            ["fits: 22.08 of 74.40 GiB on 1 x h100; 39 steps take about 54.0 s"],
+        ),
+        (
+            (SEVEN,),
+            [
+                "does not fit: 168.5 of 74.40 GiB on 1 x h100; it would with",
+                "  model.fsdp_config.cpu_offload=true, or with n_gpus=8",
+            ],
+        ),
+        (
+            ("model=qwen2.5-72b",),
+            [
+                "does not fit: 1,443.0 of 74.40 GiB on 1 x h100; it would with",
+                "  model.enable_gradient_checkpointing=true and",
+                "  model.fsdp_config.cpu_offload=true, or with",
+                "  model.enable_gradient_checkpointing=true and n_gpus=32",
+            ],
+        ),
+        (
+            ("model=qwen2.5-72b", "gpu_memory_gib=1"),
+            ["does not fit: 1,443.0 of 1.00 GiB on 1 x h100; use a smaller model or GPUs with", "  more memory"],
+        ),
+    ],
+)
+def test_the_verdict_comes_first(
+    arguments: tuple[str, ...], verdict: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = _lines(capsys, *arguments)
+    assert lines[: len(verdict) + 1] == [*verdict, ""]
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_run_without_a_margin_of_5_percent_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    total = _json(capsys, SEVEN)["memory"]["total"] / 2**30
+    for factor, fits in ((1.04, False), (1.06, True)):
+        arguments = (SEVEN, f"gpu_memory_gib={factor * total}")
+        found = _json(capsys, *arguments)
+        assert found["fits"] is fits
+        assert (found["changes"] is None) is fits
+        assert (found["micro_batch"]["largest_that_fits"] >= found["micro_batch"]["tokens"]) is fits
+        verdict = _lines(capsys, *arguments)[0]
+        assert verdict.startswith("fits: " if fits else "does not fit: ")
+        assert (", without a margin of 5%; it would" in verdict) is not fits
+
+
+def test_every_gpu_can_be_named_and_its_figures_are_documented() -> None:
+    table = Path("docs/estimate.md").read_text()
+    assert known_keys(EstimateConfig)["gpu"] == Literal[KINDS]
+    for name, found in GPUS.items():
+        bf16 = f"{found.bf16_flops / 1e12:,.5g}" if found.has_bf16 else "none"
+        figures = (found.memory / USABLE / GIB, bf16, found.fp32_flops / 1e12, found.link / 1e9, found.network / 1e9)
+        row = "".join(f" {each if isinstance(each, str) else format(each, ',.5g')} |" for each in figures)
+        assert f"| `{name}` |{row} {found.source}" in table
+
+
+def test_a_gpu_without_bf16_units_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("model=qwen2.5-0.5b", "gpu=T4")
+    [note] = _json(capsys, *small)["notes"]
+    assert note.startswith("t4 has no bf16 units")
+    assert not _json(capsys, *small, "model.fsdp_config.model_dtype=fp32")["notes"]
+    changes = _json(capsys, *small, "model.fsdp_config.model_dtype=fp32")["changes"]["alone"]
+    assert "model.fsdp_config.model_dtype=bf16" not in [step["change"] for step in changes]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +231,7 @@ def test_notes_name_what_training_would_refuse(capsys: pytest.CaptureFixture[str
     ("arguments", "problems"),
     [
         ([], ["model is not set"]),
-        ([SEVEN, "gpu=h300"], ["gpu=h300: must be one of h200, h100"]),
+        ([SEVEN, "gpu=h300"], ["gpu=h300: must be one of b200, h200, h100"]),
         ([SEVEN, "n_gpus=0", "mfu=nan"], ["n_gpus=0: must be", "mfu=nan: must be a finite number"]),
         ([SEVEN, "n_gpus=two"], ["n_gpus='two': must be an integer"]),
         ([SEVEN, "n_gpus=true"], ["n_gpus=true: must be a number"]),
@@ -206,6 +280,7 @@ def test_every_own_key_is_named_in_the_help(capsys: pytest.CaptureFixture[str]) 
     text = capsys.readouterr().out
     own = [key for key in known_keys(EstimateConfig) if "." not in key]
     assert [key for key in own if key not in text and key not in ("data", "optim", "trainer")] == []
+    assert [kind for kind in KINDS if kind not in text] == []
 
 
 @pytest.mark.parametrize(
