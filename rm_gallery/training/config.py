@@ -98,6 +98,8 @@ class CheckpointConfig:
     async_save: bool = False
     """Save asynchronously: training waits only for the copy to host memory, which takes the size of this rank's shard
     of weights and optimizer state."""
+    license: str = "unknown"
+    """Licence in the model card of each checkpoint, e.g. `apache-2.0`."""
     default_hdfs_dir: str | None = None
     """Copy finished checkpoints to this URL as well: any that fsspec supports (hdfs://, s3://, gs://).
     `experiment_name` is appended as for the run directory. Nothing is ever deleted there."""

@@ -86,19 +86,24 @@ def _starts(path: Path, program: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _program() -> dict[str, Any]:
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": package_versions(*_PACKAGES),
         "commit": _commit(),
     }
+
+
+def package_versions(*names: str) -> dict[str, str]:
+    """The installed version of each package."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
 
 
 def _commit() -> str | None:

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,10 @@ from rm_gallery.training.checkpoint import (
 from rm_gallery.training.checkpoint.folders import step_of
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.data_setup import Loaded, check_data, load_sides
+from rm_gallery.training.model_card import model_card
 from rm_gallery.training.model_setup import StartModel, start_model
 from rm_gallery.training.optim import build_optimizer, build_schedule
-from rm_gallery.training.run_dir import draw_curves, lock_run_dir, write_run_facts
+from rm_gallery.training.run_dir import draw_curves, lock_run_dir, package_versions, write_run_facts
 from rm_gallery.training.signals import StopSignal
 from rm_gallery.training.trackers import NoTrackers, RunInfo, Trackers
 from rm_gallery.training.trainer import Intervals, MetricSink, Saver, Trainer
@@ -352,11 +354,16 @@ def build_checkpoints(
         exact=computes == written == "fp32",
         probes=[train.data[int(index)] for index in shortest],
     )
-    url = config.trainer.mirror_url
+    url, record = config.trainer.mirror_url, weights_folder.record
+    card = partial(
+        model_card, config, num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        comparisons=train.data.num_comparisons, input_style=record.input_style, separator=record.separator,
+        adds_special_tokens=bool(tokenizer.cls_token), versions=package_versions("torch", "transformers"),
+    )  # fmt: skip
     return Checkpoints(
         config.trainer.run_dir, config.trainer, tensors, weights_folder, ranks,
         facts=identity.facts(begin.origin), mirror=Mirror(url) if url and ranks.rank == 0 else None,
-        latest=begin.folder,
+        latest=begin.folder, card=lambda progress: card(step=progress.step, metrics=progress.last_val),
     )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ LAYERS = [
     "rm_gallery.serving",
     "rm_gallery.core",
     "rm_gallery.api",
+    "rm_gallery.push",
     "rm_gallery.cli",
     "rm_gallery.core.generator.export",  # `python -m`: an entry that calls the command line
 ]

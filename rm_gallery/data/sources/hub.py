@@ -171,7 +171,7 @@ class _Repository:
         """Result of the call, retried after transient errors; raises UserError if it fails."""
         try:
             return retry(self.name, call, waits=_WAITS, is_transient=_is_transient)
-        except _errors() as error:
+        except client_errors() as error:
             where = f"{self.name} at revision {self._revision!r}" if self._revision else self.name
             raise UserError(f"{self._what}: {hub_message(error, self.name, where)}") from error
 
@@ -199,7 +199,7 @@ def endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT") or None
 
 
-def _errors() -> tuple[type[Exception], ...]:
+def client_errors() -> tuple[type[Exception], ...]:
     """What calls to the hub raise.
 
     OSError is the base of the client's errors, ValueError means a name that the client does not allow, RecursionError
@@ -215,7 +215,7 @@ def _is_transient(error: Exception) -> bool:
     """Whether a retry can help: a dropped connection, or a server error (5xx)."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    if not isinstance(error, _errors()):
+    if not isinstance(error, client_errors()):
         return False
     answer = next((each for each in _chain(error) if isinstance(each, HfHubHTTPError)), None)
     if answer is not None:

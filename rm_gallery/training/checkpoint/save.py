@@ -44,6 +44,7 @@ from rm_gallery.training.checkpoint.state import (
     random_state,
 )
 from rm_gallery.training.config import CheckpointConfig
+from rm_gallery.training.model_card import CARD_NAME, NOT_UPLOADED
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +55,14 @@ class Checkpoints:
     def __init__(
         self, run_dir: Path, config: CheckpointConfig, tensors: RunTensors, weights_folder: WeightsFolder,
         ranks: HostGroup, *, facts: Mapping[str, Any], mirror: Mirror | None = None, latest: Path | None = None,
+        card: Callable[[Progress], str] | None = None,
     ) -> None:  # fmt: skip
-        """facts: of the run, for state.json. mirror: on rank 0. latest: the checkpoint that the run resumes from."""
+        """facts: of the run, for state.json. mirror: on rank 0. card: gives the text of the model card.
+
+        latest: the checkpoint that the run resumes from.
+        """
         self.run_dir, self.config, self.tensors, self.weights_folder = run_dir, config, tensors, weights_folder
-        self.ranks, self.facts, self.mirror = ranks, facts, mirror
+        self.ranks, self.facts, self.mirror, self.card = ranks, facts, mirror, card
         self.latest = latest
         """The newest complete checkpoint of the run."""
         self._thread_ranks = ranks.for_thread()  # collectives of the worker must not mix with those of training
@@ -188,6 +193,9 @@ class _Save:
         if missing:
             raise OSError(f"{missing[0]} of another node is not visible here; all nodes must share the run directory")
         (self.state / FACTS_NAME).write_text(json.dumps(self.run_facts, indent=2) + "\n", encoding="utf-8")
+        if self.owner.card is not None:
+            (self.staging / CARD_NAME).write_text(self.owner.card(self.progress), encoding="utf-8")
+        (self.staging / ".gitignore").write_text("\n".join(NOT_UPLOADED) + "\n", encoding="utf-8")
         weights = self.owner.weights_folder.write(self.staging, self.state)
         own = sha256_files(self.staging, [f"{STATE_NAME}/{FACTS_NAME}", f"{STATE_NAME}/.metadata"])
         publish(self.staging, self.folder, {**hashes, **weights, **own})

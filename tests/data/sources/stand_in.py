@@ -5,6 +5,7 @@ It can cut answers off half way, hide behind a token, and leave out parts of fil
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -55,6 +56,8 @@ class StandIn:
     """Statuses with which the next requests are refused, whatever they ask for."""
     has_parts: bool = True
     """Whether parts of files are sent when they are asked for."""
+    uploads: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """Model repositories that clients created: their files by path."""
     asked: list[str] = field(default_factory=list)
     """`METHOD path` of each request, in order."""
 
@@ -98,6 +101,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.state.asked.append(f"{self.command} {self.path}")
@@ -113,11 +119,53 @@ class _Handler(BaseHTTPRequestHandler):
                 self._api(match[1], match[2] or "revision", match[3] or "main", body)
             elif match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
                 self._resolve(match[1], match[2], match[3])
+            elif match := re.fullmatch(r"/api/(repos/create|validate-yaml)|/storage/(\w+)", path):
+                self._create(match[1] or match[2], body)
+            elif match := re.fullmatch(
+                r"/(?:api/models/)?([^/]+/[^/.]+)(?:\.git/info/lfs/objects)?/(\w+)(?:/\w+)?", path
+            ):
+                self._upload(match[1], match[2], body)
             else:
                 raise _Refused(404)
         except _Refused as refused:
             headers = {"X-Error-Code": refused.code} if refused.code else {}
             self._send(refused.status, b"{}", headers)
+
+    def _create(self, what: str, body: bytes) -> None:
+        """A new repository, metadata to check, or the content of a large file."""
+        if what == "validate-yaml":
+            return self._send_json({"errors": [], "warnings": []})
+        if what != "repos/create":
+            self.state.files[f"/storage/{what}"] = body
+            return self._send(200, b"", {})
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            raise _Refused(401)
+        asked = json.loads(body)
+        name = f"{asked.get('organization')}/{asked['name']}"
+        self.state.uploads.setdefault(name, {})
+        self._send_json({"url": f"{self.state.url}/{name}", "id": name})
+
+    def _upload(self, name: str, what: str, body: bytes) -> None:
+        """The steps of a commit: how each file is sent, where large ones go, and the commit itself."""
+        files = self.state.uploads[name]
+        if what == "preupload":
+            modes = [{"path": each["path"], "uploadMode": "lfs" if each["path"].endswith(".safetensors") else "regular",
+                      "shouldIgnore": False} for each in json.loads(body)["files"]]  # fmt: skip
+            return self._send_json({"files": modes})
+        if what == "batch":
+            objects = [{"oid": each["oid"], "size": each["size"],
+                        "actions": {"upload": {"href": f"{self.state.url}/storage/{each['oid']}"}}}
+                       for each in json.loads(body)["objects"]]  # fmt: skip
+            return self._send_json({"transfer": "basic", "objects": objects})
+        if what != "commit":
+            raise _Refused(404)
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "lfsFile":
+                files[line["value"]["path"]] = self.state.files[f"/storage/{line['value']['oid']}"]
+        commit = hashlib.sha1(body).hexdigest()
+        self._send_json({"success": True, "commitOid": commit, "commitUrl": f"{self.state.url}/{name}/commit/{commit}"})
 
     def _repository(self, name: str, *, content: bool) -> Repository:
         repository = self.state.repositories.get(name)

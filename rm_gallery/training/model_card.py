@@ -1,0 +1,162 @@
+"""The model card of a checkpoint: README.md, with the metadata that the Hugging Face hub reads.
+
+Local paths are not written, only the names of files: a card is made to be published.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from rm_gallery.data.sources.config import as_entries
+from rm_gallery.training.config import TrainConfig
+
+CARD_NAME = "README.md"
+NOT_UPLOADED = ("training_state/*", "manifest.json", ".gitignore")
+"""Files of a checkpoint that matter only where it was trained: the patterns of its .gitignore, which git and the hub
+respect."""
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SHOWN = ("val/accuracy", "val/loss", "val/margin")
+
+_TEMPLATE = """\
+---
+{{ metadata }}---
+
+# {{ name }}
+
+A reward model: it gives each response to a prompt one number, higher for the response that people prefer. Trained with
+the Bradley-Terry loss on pairs of a chosen and a rejected response, by RM-Gallery.
+
+| | |
+|---|---|
+{% for label, value in rows -%}
+| {{ label }} | {{ value }} |
+{% endfor %}
+{%- if metrics %}
+## Metrics
+
+| metric | step {{ step }} |
+|---|---|
+{% for label, value in metrics -%}
+| {{ label }} | {{ value }} |
+{% endfor %}
+{%- endif %}
+## How to use
+
+```python
+from rm_gallery import RewardScorer
+
+scorer = RewardScorer.from_folder("PATH")
+scorer.score_messages([[{"role": "user", "content": "Why is the sky blue?"},
+                        {"role": "assistant", "content": "Air scatters short waves of light more."}]])
+```
+
+With transformers alone:
+
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_NAME")
+model = AutoModelForSequenceClassification.from_pretrained("PATH_OR_NAME").eval()
+{% if chat -%}
+messages = [{"role": "user", "content": "Why is the sky blue?"},
+            {"role": "assistant", "content": "Air scatters short waves of light more."}]
+text = tokenizer.apply_chat_template(messages, tokenize=False)
+inputs = tokenizer(text, return_tensors="pt", add_special_tokens={{ special }})
+{%- else -%}
+inputs = tokenizer("Why is the sky blue?{{ separator }}Air scatters short waves of light more.", return_tensors="pt")
+{%- endif %}
+with torch.no_grad():
+    reward = model(**inputs).logits[0, 0].item()
+```
+
+Rewards are comparable between responses to the same prompt. They have no unit and no zero point; no sigmoid is applied.
+"""
+
+
+def model_card(
+    config: TrainConfig,
+    *,
+    num_parameters: int,
+    comparisons: int,
+    step: int,
+    metrics: Mapping[str, float],
+    input_style: str,
+    separator: str = "",
+    adds_special_tokens: bool = False,
+    versions: Mapping[str, str] | None = None,
+) -> str:
+    """The text of README.md.
+
+    comparisons: number of training pairs. metrics: by name, those of the last validation.
+    adds_special_tokens: whether a rendered chat still needs those of the tokenizer, as for encoders.
+    """
+    train, val = _sources(config.data.train_files), _sources(config.data.val_files)
+    base, is_hub = config.model.partial_pretrain, _is_hub_name(config.model.partial_pretrain)
+    metadata: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "license": config.trainer.license,
+        "tags": ["reward-model", "bradley-terry", "rm-gallery"],
+    }
+    if is_hub:
+        metadata["base_model"] = base
+    datasets = [name for name in dict.fromkeys((*train, *val)) if "/" in name]
+    if datasets:
+        metadata["datasets"] = datasets
+    optim, data = config.optim, config.data
+    rows = [
+        ("base model", base if is_hub else Path(base).name),
+        ("parameters", f"{num_parameters:,}"),
+        ("training data", f"{', '.join(train)} ({comparisons:,} pairs)"),
+        (
+            "validation data",
+            ", ".join(val) or (f"{data.val_fraction:g} of the prompts" if data.val_fraction else "none"),
+        ),
+        ("steps", f"{step:,} of {data.train_batch_size} pairs"),
+        ("learning rate", f"{optim.lr:g}, {optim.lr_scheduler}, warm-up {optim.warmup_steps_ratio:g}"),
+        ("weight decay, clipping", f"{optim.weight_decay:g}, {optim.clip_grad:g}"),
+        ("maximum length", f"{data.max_length} tokens"),
+        ("input", "conversations, rendered by the chat template" if input_style == "chat" else "plain text"),
+        ("compute dtype, seed", f"{config.model.fsdp_config.model_dtype}, {config.trainer.seed}"),
+        ("versions", ", ".join(f"{name} {number}" for name, number in (versions or {}).items())),
+    ]
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    return environment.from_string(_TEMPLATE).render(
+        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
+        name=config.trainer.experiment_name,
+        rows=[(label, _cell(value)) for label, value in rows if value],
+        metrics=[(name, f"{metrics[name]:.4f}") for name in _SHOWN if name in metrics],
+        step=step,
+        chat=input_style == "chat",
+        special=adds_special_tokens,
+        separator=json.dumps(separator)[1:-1],
+    )
+
+
+def _sources(files: Any) -> list[str]:
+    """Hub names as they are; of other paths and URLs only the last part."""
+    names = []
+    for entry in as_entries(files):
+        path = entry.path.partition("?")[0].rstrip("/")
+        repository = "/".join(path.split("/")[:2])
+        is_hub = not Path(path).expanduser().exists() and _is_hub_name(repository)
+        names.append(repository if is_hub else path.rpartition("/")[2])
+    return names
+
+
+def _is_hub_name(text: str) -> bool:
+    return bool(_HUB_NAME.fullmatch(text)) and not Path(text).exists()
+
+
+def _cell(value: str) -> str:
+    """Text that cannot end a cell of a table."""
+    return value.replace("|", "\\|").replace("\n", " ")
