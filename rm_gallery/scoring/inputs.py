@@ -5,11 +5,13 @@ Does not load torch.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
-from rm_gallery.data.formats import as_messages, without_repeats
+from rm_gallery.data.formats import as_messages, read_tools, without_repeats
 from rm_gallery.errors import BadRow, UserError
 from rm_gallery.schema import InputStyle, Message, PreferenceGroup
 
@@ -18,18 +20,23 @@ log = logging.getLogger(__name__)
 Text: TypeAlias = str | Message | Sequence[Message]
 """Text, one chat message, or several."""
 Pair: TypeAlias = Mapping[str, Any] | tuple[Text, Text]
-"""`{"chosen": ..., "rejected": ..., "prompt": ...}` (prompt is optional), or (chosen, rejected)."""
+"""(chosen, rejected), or a mapping with these keys and optionally `prompt` and `tools`."""
+Tools: TypeAlias = Sequence[Mapping[str, Any]] | str
+"""Tool definitions, as the chat template takes them, or their JSON text."""
 
 
 class InputBuilder:
     """Builds groups in the style that the model was trained on; logs once how it joins turns for a text model."""
 
-    def __init__(self, style: InputStyle, separator: str = "\n\n") -> None:
-        """separator: between turns for a text model, as in the chat template of its folder."""
-        self.style, self.separator = style, separator
+    def __init__(self, style: InputStyle, separator: str = "\n\n", *, reads_tools: bool = True) -> None:
+        """separator: between turns for a text model, as in the chat template of its folder.
+
+        reads_tools: whether the chat template writes tool definitions.
+        """
+        self.style, self.separator, self._reads_tools = style, separator, reads_tools
         self._warned: set[str] = set()
 
-    def group(self, query: Text | None, responses: Sequence[Text]) -> PreferenceGroup:
+    def group(self, query: Text | None, responses: Sequence[Text], tools: Tools | None = None) -> PreferenceGroup:
         """A query (text or messages; None or "" for none) with responses.
 
         Raises UserError for values that are neither text nor messages.
@@ -40,35 +47,41 @@ class InputBuilder:
         prompt = as_messages(_checked(query or "", "query"), "user")
         answers = [_answer(_checked(value, f"response {number}")) for number, value in enumerate(responses)]
         turns, answers = without_repeats(prompt, answers)
-        return self.fit(PreferenceGroup(turns, answers, style="chat"))
+        return self.fit(PreferenceGroup(turns, answers, style="chat", metadata=with_tools(tools)))
 
-    def pair(self, pair: Pair) -> PreferenceGroup:
-        """Chosen and rejected, as in training: a text model gets the prompt directly before the response."""
+    def pair(self, pair: Pair, tools: Tools | None = None) -> PreferenceGroup:
+        """Chosen and rejected, as in training: a text model gets the prompt directly before the response.
+
+        tools: for a pair without tools of its own.
+        """
         if isinstance(pair, Mapping):
             missing = [name for name in ("chosen", "rejected") if name not in pair]
             if missing:
                 raise UserError(f"a pair has no {missing[0]!r} (keys: {', '.join(map(str, pair)) or 'none'})")
             prompt, sides = pair.get("prompt") or "", [pair["chosen"], pair["rejected"]]
+            tools = pair.get("tools") or tools
         else:
-            if isinstance(pair, str) or len(pair) != 2:
+            if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
                 raise UserError("a pair is (chosen, rejected), or a mapping with these keys and optionally prompt")
             prompt, sides = "", list(pair)
         if self.style == "text" and all(isinstance(value, str) for value in (prompt, *sides)):
-            return PreferenceGroup(prompt, sides, style="text")
-        return self.group(prompt, sides)
+            return self.fit(PreferenceGroup(prompt, sides, style="text", metadata=with_tools(tools)))
+        return self.group(prompt, sides, tools)
 
-    def conversation(self, messages: Sequence[Message]) -> PreferenceGroup:
+    def conversation(self, messages: Sequence[Message], tools: Tools | None = None) -> PreferenceGroup:
         """One conversation, whose last turn is scored."""
         checked = _checked(messages, "conversation")
         if isinstance(checked, str) or not checked:
             raise UserError("a conversation is a list of messages; this one is " + ("text" if checked else "empty"))
-        return self.fit(PreferenceGroup((), [checked], style="chat"))
+        return self.fit(PreferenceGroup((), [checked], style="chat", metadata=with_tools(tools)))
 
     def fit(self, group: PreferenceGroup) -> PreferenceGroup:
         """The group in the style of this model: for a text model, the turns of a chat are joined by the separator.
 
         A group of raw text stays as it is: it may hold what the chat template would write.
         """
+        if group.metadata.get("tools") and not (self._reads_tools and group.style == self.style == "chat"):
+            self._warn_once("tools are given, but the model's input has none: the rewards do not depend on them")
         if group.style == "text":
             if self.style == "chat":
                 self._warn_once("the model was trained on chats but got raw text; see RewardScorer.build_group")
@@ -82,7 +95,7 @@ class InputBuilder:
             self._warn_once(
                 f"the model was trained on raw text: the query and the response are joined {how}, without role names"
             )
-        return PreferenceGroup(prompt + self.separator if group.prompt else "", responses, group.comparisons, "text")
+        return replace(group, prompt=prompt + self.separator if group.prompt else "", responses=responses, style="text")
 
     def _joined(self, turns: str | Sequence[Message]) -> str:
         return turns if isinstance(turns, str) else self.separator.join(_content(message) for message in turns)
@@ -91,6 +104,36 @@ class InputBuilder:
         if text not in self._warned:
             self._warned.add(text)
             log.warning(text)
+
+
+def spread_tools(tools: Tools | Sequence[Tools | None] | None, count: int, what: str) -> list[Tools | None]:
+    """The tools of each item of a call: one list for all of them, or one per item.
+
+    what: name of an item, for the message. Raises UserError for anything else.
+    """
+    if isinstance(tools, Sequence) and not isinstance(tools, str) and tools and not isinstance(tools[0], Mapping):
+        if callable(tools[0]):
+            raise UserError("tools has a function; pass its definition: transformers.utils.get_json_schema(function)")
+        if len(tools) != count:
+            raise UserError(
+                f"tools has {len(tools)} lists for {count} {what}s; pass one list of tools, or one per {what} "
+                "(None for none)"
+            )
+        return list(tools)  # type: ignore[arg-type]  # each is checked when its group is built
+    return [tools] * count  # type: ignore[list-item]
+
+
+def with_tools(tools: Tools | None) -> dict[str, Any]:
+    """The metadata of a group with these tools. Raises UserError for values that are not tool definitions."""
+    if isinstance(tools, Mapping) or not isinstance(tools, str | Sequence | None):
+        raise UserError(f"tools is {type(tools).__name__}; pass a list of tool definitions")
+    try:
+        # As JSON text, in which null is a value: a definition from Python has the fields that the caller gave it.
+        text = tools if isinstance(tools, str) or not tools else json.dumps(list(tools), allow_nan=False)
+        read = read_tools({"tools": text}, "tools")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"tools cannot be read ({error}); pass a list of tool definitions") from error
+    return {"tools": read} if read else {}
 
 
 def check_group(group: PreferenceGroup) -> None:

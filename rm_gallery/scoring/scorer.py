@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
+from rm_gallery.errors import UserError
 from rm_gallery.modeling.export import InputRecord
 from rm_gallery.schema import Message, PreferenceGroup
 from rm_gallery.scoring.batcher import Batcher, Rewards, describe
 from rm_gallery.scoring.engine import Encoded, Engine
-from rm_gallery.scoring.inputs import InputBuilder, Pair, Text
+from rm_gallery.scoring.inputs import InputBuilder, Pair, Text, Tools, spread_tools
 from rm_gallery.scoring.loading import ScoringModel, load_folder
 
 
@@ -29,7 +30,8 @@ class RewardScorer:
         self.folder = ""
         """Folder of the model; identifies the scorer when grading resumes."""
         self.engine = Engine(source, token_budget=token_budget)
-        self.inputs = InputBuilder(source.record.input_style, source.record.separator)
+        reads_tools = "tools" in str(source.tokenizer.chat_template)
+        self.inputs = InputBuilder(source.record.input_style, source.record.separator, reads_tools=reads_tools)
         self._batcher = Batcher(self.engine)
         # Runs when this scorer is garbage-collected, and before threads end at interpreter exit.
         self._finalizer = weakref.finalize(self, self._batcher.close)
@@ -61,13 +63,13 @@ class RewardScorer:
         """The input format of training."""
         return self.engine.record
 
-    def build_group(self, query: Text | None, responses: Sequence[Text]) -> PreferenceGroup:
+    def build_group(self, query: Text | None, responses: Sequence[Text], tools: Tools | None = None) -> PreferenceGroup:
         """A query with responses, each text or messages, in the style that the model was trained on.
 
-        For a text model, query and response are joined by the separator of training (by default a blank line), which
-        is logged once.
+        tools: tool definitions for the chat template, or their JSON text. For a text model, query and response are
+        joined by the separator of training (by default a blank line), which is logged once.
         """
-        return self.inputs.group(query, responses)
+        return self.inputs.group(query, responses, tools)
 
     def score(self, groups: Sequence[PreferenceGroup]) -> Rewards:
         """One list of K rewards per group, in the order of its responses.
@@ -75,7 +77,8 @@ class RewardScorer:
         Raises UserError for a text without tokens, with more tokens than the model has positions, and for a
         conversation that the chat template rejects.
         """
-        encoded = self.engine.encode([self.inputs.fit(group) for group in groups])
+        groups = self._fitted(groups)
+        encoded = self.engine.encode(groups)
         for index, units in enumerate(encoded):
             if isinstance(units, Exception):
                 raise describe(units, index, groups[index])
@@ -83,7 +86,7 @@ class RewardScorer:
 
     def score_each(self, groups: Sequence[PreferenceGroup]) -> list[list[float] | Exception]:
         """Like `score`, with an exception in place of the rewards of a group that cannot be scored."""
-        return self._run(self.engine.encode([self.inputs.fit(group) for group in groups]))
+        return self._run(self.engine.encode(self._fitted(groups)))
 
     def _run(self, encoded: Sequence[Encoded]) -> list[list[float] | Exception]:
         parts = [part for each in encoded if not isinstance(each, Exception) for part in each]
@@ -97,31 +100,76 @@ class RewardScorer:
             for each in encoded
         ]
 
-    def score_pairs(self, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
+    def score_pairs(
+        self, pairs: Sequence[Pair], tools: Tools | Sequence[Tools | None] | None = None
+    ) -> list[tuple[float, float]]:
         """(chosen reward, rejected reward) of each pair.
 
-        A pair is (chosen, rejected), or a mapping with these keys and optionally `prompt`: a row of training data.
+        A pair is (chosen, rejected), or a mapping with these keys and optionally `prompt` and `tools`: a row of
+        training data. tools: one list of tool definitions for all pairs, or one per pair, for pairs without their own.
         """
-        return _as_pairs(self.score([self.inputs.pair(pair) for pair in pairs]))
+        return _as_pairs(self.score(self._pairs(pairs, tools)))
 
-    def score_messages(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
-        """The reward of the last turn of each conversation."""
-        return _firsts(self.score([self.inputs.conversation(messages) for messages in conversations]))
+    def score_messages(
+        self, conversations: Sequence[Sequence[Message]], tools: Tools | Sequence[Tools | None] | None = None
+    ) -> list[float]:
+        """The reward of the last turn of each conversation.
+
+        tools: one list of tool definitions for all conversations, or one per conversation (None for none).
+        """
+        return _firsts(self.score(self._conversations(conversations, tools)))
+
+    def _pairs(self, pairs: Any, tools: Any) -> list[PreferenceGroup]:
+        if isinstance(pairs, str | Mapping) or (isinstance(pairs, tuple) and pairs and isinstance(pairs[0], str)):
+            raise UserError("score_pairs takes a list of pairs; for one pair, score_pairs([pair])")
+        pairs = list(pairs)
+        spread = spread_tools(tools, len(pairs), "pair")
+        return [self.inputs.pair(pair, own) for pair, own in zip(pairs, spread, strict=True)]
+
+    def _conversations(self, conversations: Any, tools: Any) -> list[PreferenceGroup]:
+        conversations = [conversations] if isinstance(conversations, str | Mapping) else list(conversations)
+        wrong = next((each for each in conversations if isinstance(each, str | Mapping | PreferenceGroup)), None)
+        if wrong is not None:
+            what = "text" if isinstance(wrong, str) else "one message" if isinstance(wrong, Mapping) else "a group"
+            raise UserError(
+                f"score_messages takes a list of conversations, each a list of messages, not {what}; for one "
+                'conversation, score_messages([[{"role": "user", "content": ...}, ...]])'
+            )
+        spread = spread_tools(tools, len(conversations), "conversation")
+        return [self.inputs.conversation(each, own) for each, own in zip(conversations, spread, strict=True)]
+
+    def _fitted(self, groups: Any) -> list[PreferenceGroup]:
+        """The groups of a call in the style of this model. Raises UserError, with the right call, for other values."""
+        items: list[Any] = [groups] if isinstance(groups, PreferenceGroup | str | Mapping) else list(groups)
+        for item in items:
+            if not isinstance(item, PreferenceGroup):
+                raise UserError(
+                    f"score takes a list of PreferenceGroup, not {type(item).__name__}: build one with "
+                    "scorer.build_group(query, responses), or call score_messages([messages]) or "
+                    "score_pairs([(chosen, rejected)])"
+                )
+        if items and items[0] is groups:
+            raise UserError("score takes a list of groups; for one group, score([group])")
+        return [self.inputs.fit(group) for group in items]
 
     async def ascore(self, groups: Sequence[PreferenceGroup]) -> Rewards:
         """Like `score`; concurrent calls from any tasks, event loops and threads share forward passes.
 
         Raises RuntimeError after `close`.
         """
-        return await asyncio.wrap_future(self._batcher.submit([self.inputs.fit(group) for group in groups]))
+        return await asyncio.wrap_future(self._batcher.submit(self._fitted(groups)))
 
-    async def ascore_pairs(self, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
+    async def ascore_pairs(
+        self, pairs: Sequence[Pair], tools: Tools | Sequence[Tools | None] | None = None
+    ) -> list[tuple[float, float]]:
         """Async `score_pairs`; see `ascore`."""
-        return _as_pairs(await self.ascore([self.inputs.pair(pair) for pair in pairs]))
+        return _as_pairs(await self.ascore(self._pairs(pairs, tools)))
 
-    async def ascore_messages(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
+    async def ascore_messages(
+        self, conversations: Sequence[Sequence[Message]], tools: Tools | Sequence[Tools | None] | None = None
+    ) -> list[float]:
         """Async `score_messages`; see `ascore`."""
-        return _firsts(await self.ascore([self.inputs.conversation(messages) for messages in conversations]))
+        return _firsts(await self.ascore(self._conversations(conversations, tools)))
 
     def close(self) -> None:
         """Stop the worker thread of the async methods, if it runs; other methods still work. Idempotent."""

@@ -176,6 +176,7 @@ def test_close_ends_the_thread_and_answers_who_still_waits(text_folder: Path, mo
 
 
 def test_a_scorer_that_nobody_holds_ends_its_thread(text_folder: Path) -> None:
+    gc.collect()  # scorers of earlier tests
     before = workers()
     scorer = RewardScorer.from_folder(text_folder, device="cpu")
     asyncio.run(scorer.ascore([single("a")]))

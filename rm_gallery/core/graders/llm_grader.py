@@ -87,16 +87,18 @@ class LLMGrader(BaseGrader):
         response: Any = None,
         context: Any = "",
         reference_response: Any = "",
+        tools: Any = None,
         **fields: Any,
     ) -> GraderScore | GraderRank | GraderError:
         """Grade one response (GraderScore), or a list of several (GraderRank).
 
         query, response: text or chat messages. context: what the query refers to; for a reward model it is prepended
-        to the query. reference_response: a correct answer; not used by a reward model. fields: more fields of a
+        to the query. reference_response: a correct answer; not used by a reward model. tools: definitions of the tools
+        of the conversation (a list, or JSON text), for a reward model and for templates. fields: more fields of a
         template. Never raises: failures are returned as GraderError.
         """
         given = {**fields, "query": query, "response": response}
-        given.update(context=context or "", reference_response=reference_response or "")
+        given.update(context=context or "", reference_response=reference_response or "", tools=tools)
         try:
             several = _is_several(response)
             if is_reward_model(self.model):
@@ -125,7 +127,7 @@ class LLMGrader(BaseGrader):
             else:
                 query = f"{before}\n\n{query}" if query else before
         responses = given["response"] if several else [given["response"]]
-        rewards = await score_responses(self._scorer, query, responses)
+        rewards = await score_responses(self._scorer, query, responses, given["tools"])
         metadata = {"not_used": ["reference_response"]} if given["reference_response"] else {}
         return as_rank(self.name, rewards, metadata) if several else as_score(self.name, rewards[0], metadata)
 

@@ -22,12 +22,19 @@ async def find_scorer(model: Any) -> Any:
     return model if callable(getattr(model, "ascore", None)) else await asyncio.to_thread(lambda: model.reward_scorer)
 
 
-async def score_responses(scorer: Any, query: Any, responses: Sequence[Any]) -> list[float]:
-    """One reward per response. Raises UserError for a reward that is not finite."""
+async def score_responses(scorer: Any, query: Any, responses: Sequence[Any], tools: Any = None) -> list[float]:
+    """One reward per response. Raises UserError for a reward that is not finite.
+
+    tools: tool definitions of the conversation, or their JSON text.
+    """
     if callable(getattr(scorer, "build_group", None)):
-        group = scorer.build_group(query, list(responses))
+        given = {"tools": tools} if tools else {}  # a scorer of other make may not take tools
+        group = scorer.build_group(query, list(responses), **given)
     else:
-        group = PreferenceGroup(_turns(query, "user"), [_turns(r, "assistant") for r in responses], style="chat")
+        from rm_gallery.scoring.inputs import with_tools
+
+        turns = [_turns(response, "assistant") for response in responses]
+        group = PreferenceGroup(_turns(query, "user"), turns, style="chat", metadata=with_tools(tools))
     [rewards] = await scorer.ascore([group])
     for reward in rewards:
         if not math.isfinite(reward):

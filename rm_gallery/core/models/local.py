@@ -7,7 +7,7 @@ import json
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from rm_gallery.errors import UserError, one_line
 from rm_gallery.schema import Message
 
 _MAX_BATCH = 32  # conversations that generate together
-_KNOWN = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed")
+_KNOWN = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "tools")
 _CLASSIFIERS = ("ForSequenceClassification", "ForRewardModel", "ForRewardModeling", "RewardModel")
 _WEIGHTS = ("*.safetensors", "*.bin")
 _loaded: WeakValueDictionary[tuple[str, ...], Any] = WeakValueDictionary()
@@ -135,10 +135,13 @@ class LocalRewardModel(_LocalModel):
         """The RewardScorer, shared by all instances with this folder."""
         return self.engine()
 
-    async def achat(self, messages: list[Message]) -> ChatResponse:
-        """The reward of the last message, given those before it. Raises UserError for a conversation without text."""
+    async def achat(self, messages: list[Message], tools: Any = None) -> ChatResponse:
+        """The reward of the last message, given those before it and the tools of the conversation.
+
+        Raises UserError for a conversation without text.
+        """
         scorer = await self.aengine()
-        group = scorer.build_group(messages[:-1] or None, [[messages[-1]]])
+        group = scorer.build_group(messages[:-1] or None, [[messages[-1]]], tools)
         [[reward]] = await scorer.ascore([group])
         metadata = {"model": str(self.folder), "finish_reason": "stop", "attempts": 1}
         return ChatResponse(content=repr(float(reward)), parsed={"reward": float(reward)}, metadata=metadata)
@@ -153,7 +156,7 @@ class LocalGenerator(_LocalModel):
         )
 
     async def achat(self, messages: list[Message], options: dict[str, Any]) -> ChatResponse:
-        """Generate one response. options: max_tokens (512), temperature (0 is greedy), top_p, seed."""
+        """Generate one response. options: tools, max_tokens (512), temperature (0 is greedy), top_p, seed."""
         generator = await self.aengine()
         made = await generator.agenerate(messages, options)
         total = made.prompt_tokens + made.completion_tokens
@@ -184,6 +187,7 @@ class _Settings(NamedTuple):
 class _Request:
     messages: list[Message]
     settings: _Settings
+    tools: list[Any]
     answer: Future[Generated]
 
 
@@ -230,7 +234,7 @@ class TextGenerator:
 
     async def agenerate(self, messages: list[Message], options: dict[str, Any]) -> Generated:
         """Generate one response; requests from any event loop or thread are batched together."""
-        request = _Request(messages, _read_settings(options), Future())
+        request = _Request(messages, _read_settings(options), _read_tools(options), Future())
         with self._lock:
             self._waiting.append(request)
             start = not self._busy
@@ -242,7 +246,7 @@ class TextGenerator:
     def _work(self) -> None:
         while batch := self._take():
             try:
-                answers = self._generate([request.messages for request in batch], batch[0].settings)
+                answers = self._generate(batch, batch[0].settings)
             except BaseException as error:
                 for request in batch:
                     request.answer.set_exception(error)
@@ -265,14 +269,16 @@ class TextGenerator:
             self._busy = bool(batch)
         return batch
 
-    def _generate(self, conversations: list[list[Message]], settings: _Settings) -> list[Generated]:
+    def _generate(self, batch: Sequence[_Request], settings: _Settings) -> list[Generated]:
         # B conversations, P prompt tokens (padded on the left), L = P + response tokens
         import torch
 
         tokenizer = self.tokenizer
         texts = [
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            for messages in conversations
+            tokenizer.apply_chat_template(
+                request.messages, tools=request.tools or None, tokenize=False, add_generation_prompt=True
+            )
+            for request in batch
         ]
         inputs = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt", verbose=False)
         input_ids = inputs["input_ids"].to(self.network.device)  # [B, P]
@@ -301,6 +307,12 @@ class TextGenerator:
         known = self.network.generation_config.eos_token_id
         ends = {*(known if isinstance(known, list) else [known]), self.tokenizer.eos_token_id}
         return sorted(token for token in ends if token is not None)
+
+
+def _read_tools(options: dict[str, Any]) -> list[Any]:
+    from rm_gallery.scoring.inputs import with_tools
+
+    return with_tools(options.get("tools")).get("tools", [])
 
 
 def _read_settings(options: dict[str, Any]) -> _Settings:

@@ -88,12 +88,13 @@ class OpenAIChatModel(BaseChatModel):
     ) -> ChatResponse:
         """Respond to a conversation; see `BaseChatModel.achat` for the arguments.
 
-        For a reward model `content` is the reward as text and `parsed` is {"reward": x}; options are ignored.
+        For a reward model `content` is the reward as text and `parsed` is {"reward": x}; it reads no option but
+        `tools`.
         """
         turns = as_messages(messages)
         options = {**self.options, **kwargs}
         if isinstance(self._local, LocalRewardModel):
-            return await self._local.achat(turns)
+            return await self._local.achat(turns, options.get("tools"))
         if isinstance(self._local, LocalGenerator):
             asked = with_instruction(turns, response_format) if response_format else turns
             response = await self._local.achat(asked, options)

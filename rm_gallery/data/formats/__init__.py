@@ -18,7 +18,7 @@ catch BadRow. `input_style="chat"` makes every row a chat, as a model that was t
 
 from __future__ import annotations
 
-from rm_gallery.data.formats.cells import read_cell
+from rm_gallery.data.formats.cells import read_cell, read_tools
 from rm_gallery.data.formats.config import (
     ColumnNames,
     CustomClassConfig,
@@ -50,5 +50,5 @@ __all__ = [
     "FormatConfig", "ColumnNames", "PublishedColumns", "CustomClassConfig", "ResponsesConfig",
     "READERS", "SAMPLE_ROWS", "Choice", "choose_format",
     "Reader", "RowReader", "Readers", "RowCounts", "read_groups", "Task", "iter_tasks", "source_of",
-    "HoldOut", "is_wanted", "prompt_key", "hash_prompt", "read_cell", "as_messages", "without_repeats",
+    "HoldOut", "is_wanted", "prompt_key", "hash_prompt", "read_cell", "read_tools", "as_messages", "without_repeats",
 ]  # fmt: skip

@@ -141,6 +141,6 @@ def test_a_missing_query_is_an_error_but_not_for_the_reward_itself(folder: Path)
 
 def test_bad_input_to_a_reward_model_is_one_sentence(folder: Path) -> None:
     grader = RelevanceGrader(OpenAIChatModel(str(folder), is_local=True))
-    for query, response in ((5, "r"), ("q", 5), ("q", [None, "r"]), ("q", {"role": "assistant", "content": "r"})):
+    for query, response in ((5, "r"), ("q", 5), ("q", [None, "r"]), ("q", {"role": "user", "content": "r"})):
         result = grader.evaluate(query=query, response=response)
         assert isinstance(result, GraderError) and "\n" not in result.error, result

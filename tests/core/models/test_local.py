@@ -110,9 +110,9 @@ def test_a_language_model_is_asked_for_json_in_the_prompt(qwen2_folder: Path, mo
     asked = []
     generate = TextGenerator._generate
 
-    def say(self: TextGenerator, texts: list, how: object) -> list:
-        asked.extend(texts)
-        return [made._replace(text="{'number': '7'", finish_reason="stop") for made in generate(self, texts, how)]
+    def say(self: TextGenerator, batch: list, how: object) -> list:
+        asked.extend(request.messages for request in batch)
+        return [made._replace(text="{'number': '7'", finish_reason="stop") for made in generate(self, batch, how)]
 
     monkeypatch.setattr(TextGenerator, "_generate", say)
     model = OpenAIChatModel(str(qwen2_folder), is_local=True, max_tokens=2)
