@@ -164,7 +164,7 @@ def _add_export_data(commands: Any) -> None:
     command = commands.add_parser(
         "export-data",
         help="export scored responses as training data",
-        usage="%(prog)s --input PATH ... --output-dir FOLDER [options]",
+        usage="%(prog)s (--input PATH ... | --dataset NAME) --output-dir FOLDER [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         description=(
@@ -182,13 +182,16 @@ def _add_export_data(commands: Any) -> None:
         epilog=(
             "examples:\n"
             "  rm-gallery export-data --input cases.jsonl --output-dir data\n"
+            "  rm-gallery export-data --dataset helpsteer2 --output-dir data\n"
             "  rm-gallery export-data --input samples.jsonl --results results.jsonl \\\n"
             "      --grader relevance --map prompt=question response=answer.text \\\n"
             "      --output-dir data --split train=0.9 test=0.1"
         ),
     )
     add = command.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="file, folder, glob, URL or hub dataset of cases")
+    cases = command.add_mutually_exclusive_group(required=True)
+    cases.add_argument("--input", nargs="+", metavar="PATH", help="file, folder, glob, URL or hub dataset of cases")
+    cases.add_argument("--dataset", metavar="NAME", help="hub dataset of cases: helpsteer2, or org/name")
     add("--output-dir", required=True, metavar="FOLDER", help="folder for train.parquet, test.parquet, ...")
     add("--format", nargs="+", default=["parquet"], metavar="NAME", help="parquet (default), jsonl or both")
     add("--overwrite", action="store_true", help="replace the files of an earlier export")
@@ -322,8 +325,14 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _export_data(arguments: argparse.Namespace) -> None:
-    from rm_gallery.core.generator import export_data
+    from rm_gallery.core.generator.write import export_data, known_dataset
 
+    cases, mapper = arguments.input, _named(arguments.map or [], "--map", "FIELD=PATH")
+    if arguments.dataset is not None:
+        cases, own = known_dataset(arguments.dataset)
+        mapper = {**own, **mapper}
+        fields = "".join(f", {name}={path}" for name, path in mapper.items())
+        log.info("--dataset %s: reading %s%s", arguments.dataset, cases, fields)
     grader: Any = arguments.grader
     if grader is not None and any(item.startswith(("response_a=", "response_b=")) for item in grader):
         grader = _named(grader, "--grader", "response_a=NAME response_b=NAME")
@@ -338,11 +347,11 @@ def _export_data(arguments: argparse.Namespace) -> None:
     for name in ("seed", "layout", "pairs", "min_difference", "max_pairs_per_prompt", "contradictions", "source"):
         options[name] = getattr(arguments, name)
     summary = export_data(
-        arguments.input,
+        cases,
         arguments.output_dir,
         results=arguments.results,
         grader=grader,
-        mapper=_named(arguments.map or [], "--map", "FIELD=PATH") or None,
+        mapper=mapper or None,
         formats=arguments.format,
         overwrite=arguments.overwrite,
         **options,

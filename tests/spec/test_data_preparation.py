@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 from rm_gallery.cli import main
-from rm_gallery.core.generator import export_data
+from rm_gallery.core.generator import export, export_data
 from tests.core.generator.exported import read_back
+from tests.data.sources.stand_in import Repository, StandIn
 from tests.spec.text import tab_blocks
 
 
@@ -69,3 +74,31 @@ def test_export_data_makes_the_pairs_of_option_2(spec: str, in_tmp: Path, qwen2_
     assert exported == {(row["chosen"], row["rejected"]) for row in read_back(Path("data/bt_train.parquet"))}
     assert (summary.ties, summary.sides["train"].num_rows, summary.sides["test"].num_rows) == (8, 26, 6)
     assert (train(qwen2_folder, "data/train.parquet", "data/test.parquet", "ours") / "model.safetensors").is_file()
+
+
+def test_export_data_takes_the_cases_under_the_name_of_the_overview(linked_pages: str, in_tmp: Path) -> None:
+    [call] = re.findall(r"`(export_data\(eval_cases=\.\.\., .*?\))`", linked_pages)
+    names = {"export_data": export_data, "cases": scored_cases(40, seed=0)}
+    summary = eval(call.replace("eval_cases=...", "eval_cases=cases"), names)
+    assert summary.files == (Path("training_data/train.parquet"), Path("training_data/test.parquet"))
+    assert [len(read_back(file)) for file in summary.files] == [26, 6]
+
+
+def test_the_command_of_the_overview_reads_helpsteer2_from_the_hub(linked_pages: str, site: StandIn) -> None:
+    """With the files of nvidia/HelpSteer2 at the stand-in: both splits are read, the folders of other data are not."""
+    [command] = re.findall(r"`python -m rm_gallery\.core\.generator\.export (.*?)`", linked_pages)
+    rows = [
+        {"prompt": f"Question {n // 2}", "response": f"Answer {n}", "helpfulness": n % 2 + 2, "verbosity": 4 - n % 2}
+        for n in range(40)
+    ]
+    lines = [json.dumps(row).encode() + b"\n" for row in rows]
+    preference = b'{"prompt": "p", "response_1": "a", "response_2": "b", "preference_strength": 1}\n'
+    files = {"README.md": b"# HelpSteer2", "train.jsonl.gz": gzip.compress(b"".join(lines[:30])),
+             "validation.jsonl.gz": gzip.compress(b"".join(lines[30:])),
+             "preference/preference.jsonl.gz": gzip.compress(preference)}  # fmt: skip
+    site.repositories["nvidia/HelpSteer2"] = Repository({"main": files})
+    assert export.main(shlex.split(command)) == 0
+    pairs = [row for side in ("train", "test") for row in read_back(Path(f"data/{side}.parquet"))]
+    assert sorted((row["prompt"], row["chosen"], row["rejected"], row["margin"]) for row in pairs) == sorted(
+        (f"Question {n}", f"Answer {2 * n + 1}", f"Answer {2 * n}", 1.0) for n in range(20)
+    )

@@ -4,35 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from rm_gallery.cli import main
-from tests.data.sources.stand_in import Repository, StandIn, serving
-from tests.small import text_pairs, write_pairs
+from tests.data.sources.stand_in import StandIn
 from tests.spec.text import tab_blocks
-
-
-@pytest.fixture
-def site(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    """A hub with the specification's data set: two files of training pairs, no test split."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(in_tmp / "cache"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    files = {
-        f"data/train-0000{number}-of-00002-9d1f.parquet": write_pairs(
-            in_tmp / f"{number}.parquet", text_pairs(20, seed=number)
-        ).read_bytes()
-        for number in range(2)
-    }
-    with serving() as state:
-        monkeypatch.setenv("HF_ENDPOINT", state.url)
-        state.repositories["hendrydong/preference_700K"] = Repository({"main": files})
-        yield state
 
 
 @pytest.fixture

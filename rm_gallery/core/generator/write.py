@@ -29,7 +29,7 @@ from rm_gallery.core.runner.results_file import GraderChoice, GradingResults
 from rm_gallery.data.formats import as_messages
 from rm_gallery.data.formats.cells import Cell
 from rm_gallery.data.sources import DataFile, read_rows, resolve_entries
-from rm_gallery.errors import UserError, one_line
+from rm_gallery.errors import UserError, nearest, one_line
 from rm_gallery.files import sync, temporary_path
 
 log = logging.getLogger(__name__)
@@ -40,9 +40,10 @@ __all__ = ["ExportSummary", "export_data"]
 
 
 def export_data(
-    cases: Iterable[Any] | str | os.PathLike[str],
-    output_dir: str | os.PathLike[str],
+    cases: Iterable[Any] | str | os.PathLike[str] | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
     *,
+    eval_cases: Iterable[Any] | str | os.PathLike[str] | None = None,
     results: Mapping[str, Sequence[Any]] | str | os.PathLike[str] | None = None,
     grader: GraderChoice = None,
     mapper: Mapper | None = None,
@@ -65,6 +66,7 @@ def export_data(
         responses with scores (or ranks, 1 is best), or responses as [{"response": ..., "score": ...}]
         response with score, or messages with score; all responses to one prompt are compared with each other
     and, where there is one, its prompt (or query, or messages), text or chat messages; `source` names its data set.
+    eval_cases: another name of `cases`.
     results: what a GradingRunner returned for these cases, or its results file; replaces scores in the cases.
     grader: whose results, when there are several; {"response_a": name, "response_b": name} for one each.
     mapper: where in a case the fields named above are, as for a GradingRunner: {"prompt": "input.question"}, or a
@@ -83,6 +85,10 @@ def export_data(
     Raises UserError, and writes nothing, for invalid options, files and results, when no case gives a pair, and when a
     file cannot be written. Memory: all texts once, and about 2 kB for each case.
     """
+    if (cases is None) == (eval_cases is None):
+        how = "both set, and mean the same" if eval_cases is not None else "not set"
+        raise UserError(f"cases and eval_cases are {how}; give the cases as one of them")
+    cases = eval_cases if cases is None else cases
     options = ExportOptions.create(
         formats=formats, split_ratio=split_ratio, seed=seed, layout=layout, pairs=pairs, min_difference=min_difference,
         max_pairs_per_prompt=max_pairs_per_prompt, contradictions=contradictions, source=source, overwrite=overwrite,
@@ -109,6 +115,27 @@ def export_data(
     for name in summary.empty_sides:
         log.warning("split_ratio: %r has no rows and no file; there are too few prompts for this split", name)
     return summary
+
+
+DATASETS: dict[str, tuple[str, dict[str, str]]] = {"helpsteer2": ("nvidia/HelpSteer2", {"score": "helpfulness"})}
+"""Short name of a dataset -> its name on the hub, and the paths of the fields that it names differently."""
+
+
+def known_dataset(name: str) -> tuple[str, dict[str, str]]:
+    """Hub name and mapper of a dataset by its short name or its hub name.
+
+    Raises UserError for a name that is neither.
+    """
+    for short, (path, mapper) in DATASETS.items():
+        if name.lower() in (short, path.lower()):
+            return path, mapper
+    if "/" in name:
+        return name, {}
+    known = ", ".join(DATASETS)
+    raise UserError(
+        f"--dataset {name}: must be one of {known} or a hub name such as org/name.{nearest(name.lower(), DATASETS)} "
+        "(--input reads files)"
+    )
 
 
 def _resolve(cases: Any) -> list[DataFile] | None:

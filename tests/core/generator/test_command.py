@@ -13,6 +13,7 @@ import pytest
 
 from rm_gallery.core.generator import export_data
 from rm_gallery.core.generator.export import main
+from rm_gallery.core.generator.write import known_dataset
 from rm_gallery.core.runner.fingerprint import of_sample
 from tests.core.generator.exported import both_sides, graded, read_back
 
@@ -65,7 +66,10 @@ def run(arguments: str) -> int:
 
 
 WRONG: list[tuple[str, str]] = [
-    ("", "the following arguments are required: --input, --output-dir"),
+    ("", "the following arguments are required: --output-dir"),
+    ("--output-dir out", "one of the arguments --input --dataset is required"),
+    ("--input cases.jsonl --dataset helpsteer2 --output-dir out", "--dataset: not allowed with argument --input"),
+    ("--dataset helpster2 --output-dir out", "such as org/name. Did you mean 'helpsteer2'? (--input reads files)"),
     ("--input cases.jsonl", "required: --output-dir"),
     ("--input cases.jsonl --output-dir out --sed 1", "unrecognized arguments: --sed 1"),
     ("--input cases.jsonl --output-dir out --seed x", "argument --seed: invalid int value"),
@@ -119,6 +123,20 @@ def test_graders_of_a_pair_are_named_on_the_command_line(in_tmp: Path, capsys: p
     assert "EMPTY" in capsys.readouterr().out
     assert main([*arguments, "--overwrite", "--grader", "response_a=one"]) == 2
     assert "one for response_a and one for response_b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["helpsteer2", "HelpSteer2", "nvidia/HelpSteer2"])
+def test_a_known_dataset_has_its_own_score(name: str, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = '{"prompt": "p", "response": "%s", "helpfulness": %d, "correctness": %d}\n'
+    (in_tmp / "nvidia/HelpSteer2").mkdir(parents=True)  # a local folder comes before the hub
+    (in_tmp / "nvidia/HelpSteer2/train.jsonl").write_text(row % ("x", 1, 4) + row % ("y", 2, 0))
+    arguments = ["--dataset", name, "--output-dir", "out", "--format", "jsonl", "--overwrite"]
+    assert main(arguments) == 0
+    assert read_back(in_tmp / "out/train.jsonl") == [{"prompt": "p", "chosen": "y", "rejected": "x", "margin": 1.0}]
+    assert "reading nvidia/HelpSteer2, score=helpfulness" in capsys.readouterr().err
+    assert main([*arguments, "--map", "score=correctness"]) == 0
+    assert read_back(in_tmp / "out/train.jsonl")[0]["chosen"] == "x"
+    assert known_dataset("org/name") == ("org/name", {})
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -151,6 +151,16 @@ def test_what_is_no_folder_is_refused(folder: Any, in_tmp: Path) -> None:
     assert not list(in_tmp.iterdir())
 
 
+def test_cases_have_a_second_name(in_tmp: Path) -> None:
+    cases = graded(20)
+    assert str(export_data(eval_cases=cases, output_dir="a")) == str(export_data(cases, "b")).replace("b/", "a/")
+    for both, how in (({}, "not set"), ({"cases": cases, "eval_cases": cases}, "both set")):
+        with pytest.raises(UserError, match=f"cases and eval_cases are {how}"):
+            export_data(output_dir="c", **both)
+    with pytest.raises(UserError, match="output_dir is None"):
+        export_data(eval_cases=cases)
+
+
 def test_an_input_is_never_replaced(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(case) + "\n" for case in graded(20)))
