@@ -105,6 +105,14 @@ HARMLESS: dict[str, set[str]] = {
     "assistant by default": {"missing", "null"},
     "true": {"true"},
     "false": {"false"},
+    "answer or answers": _TEXT | {"list of text"},
+    "answer of several": _TEXT | {"missing"},
+    "post": _TEXT - {"deep JSON"},
+    "0 or 1": {"zero"},
+    "before": _TEXT | set(NOTHING) | {"empty list"},
+    "earlier turns": set(NOTHING) | {"empty list", "JSON null"},
+    "earlier turn": {"missing"},
+    "said before": _TEXT | _ONLY_IN_TURNS | {"empty", "blank"},
 }  # fmt: skip
 
 
@@ -319,6 +327,86 @@ SAMPLES: dict[str, Sample] = {
             **{("completions", i, "overall_score"): "number" for i in range(3)},
         },
         "completions",
+    ),
+    "lists": Sample(
+        {"prompt": "hi", "chosen": ["yes"], "rejected": ["no", "never"]},
+        {
+            ("prompt",): "prompt",
+            ("chosen",): "answer or answers",
+            ("chosen", 0): "answer",
+            ("rejected",): "answer or answers",
+            ("rejected", 0): "answer of several",
+            ("rejected", 1): "answer of several",
+        },
+        "lists",
+    ),
+    "swift": Sample(
+        {"messages": _turns("s", "u", "yes"), "rejected_response": "no"},
+        {
+            ("messages",): "nothing else",
+            **_kinds_of_turns(("messages",), 3, answered=True),
+            ("rejected_response",): "answer",
+        },
+        "swift",
+    ),
+    "saferlhf": Sample(
+        {"prompt": "hi", "response_0": "a", "response_1": "b", "better_response_id": 1, "safer_response_id": 0},
+        {
+            ("prompt",): "prompt",
+            ("response_0",): "answer",
+            ("response_1",): "answer",
+            ("better_response_id",): "0 or 1",
+            ("safer_response_id",): "anything",
+        },
+        "saferlhf",
+    ),
+    "shp": Sample(
+        {"history": "hi", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 7},
+        {
+            ("history",): "post",
+            ("human_ref_A",): "answer",
+            ("human_ref_B",): "answer",
+            ("labels",): "0 or 1",
+            ("score_A",): "anything",
+        },
+        "shp",
+    ),
+    "arena": Sample(
+        {"conversation_a": _turns("s", "u", "yes"), "conversation_b": _turns("s", "u", "no"), "winner": "model_a"},
+        {
+            ("conversation_a",): "nothing else",
+            **_kinds_of_turns(("conversation_a",), 3, answered=True),
+            ("conversation_b",): "nothing else",
+            **_kinds_of_turns(("conversation_b",), 3, answered=True),
+            ("winner",): "nothing else",
+        },
+        "arena",
+    ),
+    "summaries": Sample(
+        {"info": {"post": "hi"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1},
+        {
+            ("info",): "nothing else",
+            ("info", "post"): "prompt",
+            ("summaries",): "nothing else",
+            **{("summaries", i): "nothing else" for i in range(2)},
+            **{("summaries", i, "text"): "answer" for i in range(2)},
+            ("choice",): "0 or 1",
+        },
+        "summaries",
+    ),
+    "system and history": Sample(
+        {"system": "s", "history": [["q", "a"]], "prompt": "hi", "chosen": "yes", "rejected": "no"},
+        {
+            ("system",): "before",
+            ("history",): "earlier turns",
+            ("history", 0): "earlier turn",
+            ("history", 0, 0): "said before",
+            ("history", 0, 1): "said before",
+            ("prompt",): "prompt",
+            ("chosen",): "answer",
+            ("rejected",): "answer",
+        },
+        "prompt",
     ),
 }
 # fmt: on

@@ -6,9 +6,10 @@
     iter_tasks(files, entries, config, key, logged) -> Task        chunks of all files with their format, for workers
     Readers(config).by_file(rows) -> reader, rows                decoded rows of several files
 
-A format is one entry of `READERS` (detect.py): a function from a row's columns to a `Draft` (pairs.py), one to its
-comparisons, and the columns. cells.py reads text, messages, numbers and lists; conversations.py joins turns and
-identifies prompts; row_reader.py makes the group.
+A format is one entry of `READERS` (registry.py): a function from a row's columns to a `Draft` (pairs.py), one to its
+comparisons, and the columns. cells.py reads text, messages, numbers and lists; prompts.py the prompt and the turns
+before it; conversations.py joins turns and identifies prompts; row_reader.py makes the group. names.py knows the
+columns of published layouts, unread.py finds input and labels that no format reads.
 
 Scoring reads every layout that training accepts, without labels, and three more (`responses`, `response`,
 `conversation`): with `ResponsesConfig` in place of `FormatConfig`, `choose_format` and `RowReader` need no
@@ -34,7 +35,8 @@ from rm_gallery.data.formats.conversations import (
     prompt_key,
     without_repeats,
 )
-from rm_gallery.data.formats.detect import READERS, SAMPLE_ROWS, Choice, choose_format
+from rm_gallery.data.formats.detect import SAMPLE_ROWS, WARNING, Choice, choose_format
+from rm_gallery.data.formats.registry import READERS
 from rm_gallery.data.formats.row_reader import (
     Reader,
     Readers,
@@ -48,7 +50,7 @@ from rm_gallery.data.formats.row_reader import (
 
 __all__ = [
     "FormatConfig", "ColumnNames", "PublishedColumns", "CustomClassConfig", "ResponsesConfig",
-    "READERS", "SAMPLE_ROWS", "Choice", "choose_format",
+    "READERS", "SAMPLE_ROWS", "WARNING", "Choice", "choose_format",
     "Reader", "RowReader", "Readers", "RowCounts", "read_groups", "Task", "iter_tasks", "source_of",
     "HoldOut", "is_wanted", "prompt_key", "hash_prompt", "read_cell", "read_tools", "as_messages", "without_repeats",
 ]  # fmt: skip

@@ -28,9 +28,18 @@ ROLES = frozenset({
 control tokens, would go unnoticed."""
 
 
-def read_cell(value: Any, name: str, *, required: bool = True) -> Cell:
-    """Text or messages of one cell. A JSON string of a list of messages becomes that list, one message a list of one.
+_SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "model": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
+    "tool_response": "tool",
+}  # fmt: skip
+_SHAREGPT_CALLS = ("function_call", "tool_call")
 
+
+def read_cell(value: Any, name: str, *, required: bool = True) -> Cell:
+    """Text or messages of one cell. A JSON string of messages becomes these messages, one message a list of one.
+
+    Messages have `role` and `content`, or `from` and `value` as in ShareGPT; an object with `messages` stands for them.
     Raises BadRow for anything else. An empty cell is '', or a BadRow if `required`.
     """
     if isinstance(value, str):
@@ -42,8 +51,11 @@ def read_cell(value: Any, name: str, *, required: bool = True) -> Cell:
         if required:
             raise BadRow(f"null {name}")
         return ""
-    if isinstance(value, Mapping) and "role" in value:
-        return _check_messages([value], name, required)
+    if isinstance(value, Mapping):
+        if _is_message(value):
+            return _check_messages([value], name, required)
+        if isinstance(value.get("messages"), list):
+            return _check_messages(value["messages"], name, required)
     if not isinstance(value, list):
         raise BadRow(f"{name} that is {type(value).__name__}, not text or messages")
     return _check_messages(value, name, required) if value or required else ""
@@ -57,34 +69,65 @@ def kind_of(value: Any) -> Literal["text", "messages", "json"] | None:
         except BadRow:
             return "json"
     if isinstance(value, Mapping):
-        return "messages" if "role" in value else None
+        return "messages" if _is_message(value) or isinstance(value.get("messages"), list) else None
     if isinstance(value, list):
         first = next((item for item in value if item is not None), None)
         return "messages" if first is None or isinstance(first, Mapping) else None
     return None
 
 
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("role" in value or ("from" in value and "value" in value))
+
+
 _OPENS_LIST = re.compile(r"\s*\[\s*\{")
-_OPENS_MESSAGES = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']\s*:")
+_OPENS_OBJECT = re.compile(r"\s*\{")
+_OPENS_MESSAGES = re.compile(r"\s*\[?\s*\{\s*[\"'](role|content|from|value)[\"']\s*:")
 
 
 def _json_messages(text: str, name: str) -> list[Any] | None:
-    """The list in a JSON string of messages, or None for any other text, other JSON included.
+    """The messages in a JSON string of a list of them, or of one; None for any other text, other JSON included.
 
     Raises BadRow for text that begins like such a list but is not JSON: truncated, or written by Python's `str`.
     """
-    if not _OPENS_LIST.match(text):
+    is_list = bool(_OPENS_LIST.match(text))
+    if not is_list and not (_OPENS_OBJECT.match(text) and _OPENS_MESSAGES.match(text)):
         return None
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError):
-        if _OPENS_MESSAGES.match(text):
+        if is_list and _OPENS_MESSAGES.match(text):
             raise BadRow(f"{name} with a list of messages that is not valid JSON") from None
         return None
-    is_messages = isinstance(parsed, list) and any(
-        isinstance(item, dict) and "role" in item and ("content" in item or "tool_calls" in item) for item in parsed
-    )
-    return parsed if is_messages else None
+    items = parsed if is_list and isinstance(parsed, list) else [parsed]
+    is_messages = any(_is_message(item) and not item.keys().isdisjoint(_SAID) for item in items)
+    return items if is_messages and (is_list or _role_of(parsed) in ROLES) else None
+
+
+_SAID = ("content", "tool_calls", "value")
+
+
+def _role_of(message: Mapping[str, Any]) -> Any:
+    """The role of a message, that of ShareGPT in the words of chat templates; None for none."""
+    role = message.get("role")
+    if role is not None or not isinstance(message.get("from"), str):
+        return role
+    said = message["from"]
+    return "assistant" if said in _SHAREGPT_CALLS else _SHAREGPT_ROLES.get(said, said)
+
+
+def _from_sharegpt(message: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A turn with `from` and `value` as a turn with role and content; `function_call` holds a call, or several."""
+    turn = {key: value for key, value in message.items() if key not in ("from", "value", "role", "content")}
+    role, said = _role_of(message), message.get("value")
+    if message["from"] not in _SHAREGPT_CALLS:
+        return {"role": role, "content": said, **turn}
+    calls = _parsed(said, name) if isinstance(said, str) else said
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, Mapping) and {"name", "arguments"} <= call.keys() for call in calls):
+        raise BadRow(f"{name} with a function call without name and arguments")
+    functions = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
+    return {"role": role, "content": "", "tool_calls": [{"type": "function", "function": f} for f in functions], **turn}
 
 
 def _check_messages(messages: Sequence[Any], name: str, required: bool) -> list[Message]:
@@ -95,11 +138,13 @@ def _check_messages(messages: Sequence[Any], name: str, required: bool) -> list[
 
 def _check_message(message: Any, name: str) -> Message:
     """The message without null fields; content as one text, or the null that a message with tool calls may have."""
-    role = message.get("role") if isinstance(message, Mapping) else None
+    role = _role_of(message) if isinstance(message, Mapping) else None
     if not isinstance(role, str):
         raise BadRow(f"{name} with a message that has no role")
     if role not in ROLES:
         raise BadRow(f"{name} with an unknown role")
+    if message.get("role") is None:
+        message = _from_sharegpt(message, name)
     checked = {key: value for key, value in message.items() if value is not None or key == "content"}
     if "tool_calls" in checked:
         checked["tool_calls"] = _tool_calls(checked["tool_calls"], name)
@@ -190,6 +235,16 @@ def read_list(value: Any, name: str) -> Sequence[Any]:
     if not isinstance(value, list):
         raise BadRow(f"{name} that is not a list")
     return value
+
+
+def as_record(value: Any) -> Mapping[str, Any] | None:
+    """The object in a cell, or in the JSON text of a cell; None for anything else."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    return value if isinstance(value, Mapping) else None
 
 
 def _parsed(text: str, name: str) -> Any:

@@ -35,13 +35,46 @@ class PublishedColumns:
     individual_preference: str | None = "individual_preference"
     """helpsteer3: list of `{score: ...}`, one per annotator; gives the share of annotators who agree."""
     input: str | None = "input"
-    """nested: the conversation before the responses, as messages or text."""
+    """nested: the conversation before the responses, as messages or text. Elsewhere: text that follows the
+    instruction, on a new line; the prompt in a file without another one."""
     output: str | None = "output"
     """nested: list of responses, each with a label or score, optionally inside `answer`."""
     instruction: str | None = "instruction"
-    """completions: the prompt."""
+    """The prompt in a file without the column of `data.prompt_key`."""
     completions: str | None = "completions"
     """completions: list of responses, each with scores."""
+    response_0: str | None = "response_0"
+    """saferlhf: the first response."""
+    response_1: str | None = "response_1"
+    """saferlhf: the second response."""
+    better_response_id: str | None = "better_response_id"
+    """saferlhf: 0 if the first response is better, 1 if the second is; `safer_response_id` trains on safety instead."""
+    human_ref_A: str | None = "human_ref_A"
+    """shp: the first response."""
+    human_ref_B: str | None = "human_ref_B"
+    """shp: the second response."""
+    labels: str | None = "labels"
+    """shp: 1 if the first response is better, 0 if the second is."""
+    conversation_a: str | None = "conversation_a"
+    """arena: the first response, or the whole conversation with it; `response_a` in a file without this column."""
+    conversation_b: str | None = "conversation_b"
+    """arena: the second; `response_b` in a file without this column."""
+    winner: str | None = "winner"
+    """arena: `model_a` or `model_b` (or `a`, `b`, or the value of the column `model_a` or `model_b`), or a tie."""
+    summaries: str | None = "summaries"
+    """summaries: list of `{text: ...}`."""
+    choice: str | None = "choice"
+    """summaries: index of the best summary, from 0."""
+    info: str | None = "info"
+    """summaries: the prompt, as `{title: ..., post: ...}`, or with `article` in place of `post`."""
+    messages: str | None = "messages"
+    """swift: the conversation that ends with the chosen response."""
+    rejected_response: str | None = "rejected_response"
+    """swift: the rejected response; `rejected_messages` in a file without this column."""
+    response: str | None = "response"
+    """helpsteer2: the response of a row; consecutive rows with the same prompt are one group."""
+    helpfulness: str | None = "helpfulness"
+    """helpsteer2: its score, higher is better."""
     score: str | None = None
     """nested, completions: the field of a response that holds its score; by default the first of `label`,
     `is_preferred`, `preference`, `preference_score`, `score`, `reward`, `fine-grained_score`, `overall_score`."""
@@ -54,9 +87,16 @@ class ColumnNames:
     __pydantic_config__ = {"extra": "forbid"}
 
     prompt_key: str | None = "prompt"
-    """Column of the prompt; a file without it has the prompt inside its responses. null reads no prompt column."""
+    """Column of the prompt. A row without it has the prompt in the first of `instruction` (with `input`), `question`,
+    `query`, `input`, `context`, `messages`, `conversations`, `conversation`, `trajectory` and `history` (text), or
+    inside its responses. null reads no prompt column."""
+    system_key: str | None = "system"
+    """Column of the system turn before the prompt."""
+    history_key: str | None = "history"
+    """Column of earlier turns, before the prompt: messages, or pairs of what the user and the assistant said."""
     chosen_key: str | None = "chosen"
-    """Column of the preferred response."""
+    """Column of the preferred response. A file without both columns may have `chosen_response` and `rejected_response`,
+    `response` and `rejected_response`, or `preferred_output` and `non_preferred_output`."""
     rejected_key: str | None = "rejected"
     """Column of the rejected response."""
     responses_key: str | None = "responses"
@@ -85,8 +125,9 @@ class FormatConfig(ColumnNames):
     """Whether a row must say which response is better."""
 
     format: Literal[
-        "auto", "text", "messages", "json", "prompt", "scored", "ranked", "helpsteer3", "nested", "completions"
-    ] = "auto"
+        "auto", "text", "messages", "json", "prompt", "lists", "scored", "ranked", "helpsteer3", "nested",
+        "completions", "swift", "saferlhf", "shp", "arena", "summaries", "helpsteer2"
+    ] = "auto"  # fmt: skip
     """Format of the rows; `auto` detects it from the columns and first rows of each file, and logs its choice."""
     input_style: Literal["auto", "text", "chat"] = "auto"
     """`chat` renders messages with the chat template, `text` uses strings as they are. `auto`: chat for messages, and

@@ -1,50 +1,43 @@
-"""Detection: the format of a file, from its columns and first rows, and a check of what the columns hold.
-
-`READERS` has the formats by name.
-"""
+"""Detection: the format of a file, from its columns and first rows, and a check of what the columns hold."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, TypeVar
 
-from rm_gallery.data.formats.cells import is_number, kind_of
+from rm_gallery.data.formats.cells import as_record, is_number, kind_of, read_cell
 from rm_gallery.data.formats.config import FormatConfig
-from rm_gallery.data.formats.pairs import (
-    COMMON_COLUMNS,
-    Column,
-    Format,
-    compare_pair,
-    read_conversations,
-    read_prompted,
-    read_texts,
-)
-from rm_gallery.data.formats.rankings import (
-    compare_completions,
-    compare_helpsteer3,
-    compare_nested,
-    compare_ranks,
-    compare_scores,
-    read_completions,
-    read_conversation,
-    read_helpsteer3,
-    read_nested,
-    read_responses,
-    read_single,
-)
+from rm_gallery.data.formats.names import with_found_names
+from rm_gallery.data.formats.pairs import COMMON_COLUMNS, Column, Format, list_of_responses, read_prompted
+from rm_gallery.data.formats.prompts import find_prompt
+from rm_gallery.data.formats.registry import READERS, UNLABELED_READERS
+from rm_gallery.data.formats.unread import are_sides, find_labels, find_unread_inputs
 from rm_gallery.data.sources import Row
-from rm_gallery.errors import UserError, nearest
+from rm_gallery.errors import BadRow, UserError, nearest
 
 log = logging.getLogger(__name__)
 
+_Config = TypeVar("_Config", bound=FormatConfig)
+
 SAMPLE_ROWS = 32
 """Rows from the start of a file that detection needs."""
-_PAIRS = ("text", "messages", "json", "prompt")
+WARNING = "warning: "
+"""Start of what `choose_format` adds to `logged` for a warning."""
+_PAIRS = ("text", "messages", "json", "prompt", "lists")
+_DOCS = "docs/custom-datasets.md"
 _KINDS = {"text": "text", "messages": "lists of messages", "json": "JSON strings of lists of messages"}
-_HOLDS = {"cell": "text or messages", "list": "lists or their JSON", "number": "numbers", "name": "names"}
+_HOLDS = {
+    "cell": "text or messages",
+    "responses": "text, messages or lists of these",
+    "record": "objects",
+    "list": "lists or their JSON",
+    "number": "numbers",
+    "name": "names",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +69,26 @@ def choose_format(rows: Sequence[Row], config: FormatConfig, *, logged: set[str]
     found = dict.fromkeys(name for row in readable for name in row.values)
     name = config.format
     _check_renamed(file, found, config, _formats(config) if name == "auto" else [name])
+    named = _with_names_of(readable, found, config)
     if name == "auto":
-        choice = _choose(file, readable, found, config)
+        choice = _choose(file, readable, found, named)
     else:
-        _check_needed(file, found, _columns(name, config))
+        _check_needed(file, found, _columns(name, named))
         choice = Choice(name, f"data.format={name}")
-    for column in _columns(choice.name, config):
+    columns = _columns(choice.name, named)
+    for column in columns:
         _check_values(readable, column)
-    if name == "auto" and (logged is None or f"{choice}" not in logged):
+    if config.has_preferences:
+        _check_labels(readable, choice.name, columns, named)
+        _check_joined(readable, choice.name, named)
+    said = set[str]() if logged is None else logged
+    if name == "auto" and f"{choice}" not in said:
         log.info("%s: detected data.format=%s: %s", file, choice.name, choice.why)
-        if logged is not None:
-            logged.add(f"{choice}")
+        said.add(f"{choice}")
+    for warning in _warnings(readable, choice.name, columns, named):
+        if not any(each.endswith(warning) for each in said):
+            log.warning("%s: %s", file, warning)
+            said.add(f"{WARNING}{file}: {warning}")
     return choice
 
 
@@ -105,20 +107,42 @@ def _formats(config: FormatConfig) -> dict[str, Format]:
 def _columns(name: str, config: FormatConfig, *, common: bool = True) -> list[Column]:
     """The columns of a format; without labels where no preferences are read."""
     columns = find_format(name, config).columns + (COMMON_COLUMNS if common else ())
-    return [column.bind(config) for column in columns if config.has_preferences or not column.is_label]
+    bound = [column.bind(config) for column in columns if config.has_preferences or not column.is_label]
+    # A text `history` may be the prompt; raw texts have no turns before them.
+    skipped = (
+        ("system_key", "history_key")
+        if name == "text"
+        else ("history_key",) * (config.prompt_key == config.history_key)
+    )
+    return [column for column in bound if column.key not in skipped]
+
+
+def _with_names_of(rows: Sequence[Row], found: Mapping[str, None], config: _Config) -> _Config:
+    """The configuration with the names of the columns that are read, the prompt of most rows included."""
+    named = with_found_names(config, found)
+    prompts = Counter(name for row in rows if (name := find_prompt(row.values, config)) is not None)
+    return replace(named, prompt_key=prompts.most_common(1)[0][0]) if prompts else named
 
 
 def _choose(file: str, rows: Sequence[Row], found: Mapping[str, None], config: FormatConfig) -> Choice:
     fitting = [name for name in _formats(config) if all(column.name in found for column in _needed(name, config))]
     if not fitting:
-        raise _no_format(file, found, config)
+        raise _no_format(rows, found, config)
     chosen = Choice(fitting[0], "")
     if fitting[0] in _PAIRS:
         chosen = _choose_pairs(rows, config)
+    elif (
+        fitting[0] == "conversation"
+        and {"response", "responses"} & set(fitting)
+        and not _end_with_answers(rows, config)
+    ):
+        chosen = Choice("responses" if "responses" in fitting else "response", "")
     why = chosen.why or f"it has {_listed(column.name for column in _needed(chosen.name, config))}"
     optional = [column.name for column in _columns(chosen.name, config) if not column.needed and column.name in found]
+    if config.prompt_key == config.columns.instruction and config.columns.input in found:
+        optional.append(config.columns.input)
     if optional:
-        why += f"; read too: {_listed(optional)}"
+        why += f"; read too: {_listed(dict.fromkeys(optional))}"
     others = [name for name in fitting if name not in _PAIRS and name != chosen.name]
     if others:
         why += f"; {_listed(others)} would fit too"
@@ -128,18 +152,60 @@ def _choose(file: str, rows: Sequence[Row], found: Mapping[str, None], config: F
 def _choose_pairs(rows: Sequence[Row], config: FormatConfig) -> Choice:
     """By what most responses in these rows hold, and by whether any row has a prompt."""
     names = [name for name in (config.chosen_key, config.rejected_key) if name is not None]
-    kinds = Counter(kind for row in rows for name in names if (kind := kind_of(row.values.get(name))))
+    kinds = Counter(kind for row in rows for name in names if (kind := _kind_of(row.values.get(name))))
+    if kinds["lists"] * 2 >= kinds.total() > 0:
+        return Choice("lists", f"{_listed(names)} hold lists of responses")
     chats = kinds["messages"] + kinds["json"]
     kind = "text" if kinds["text"] > chats or not chats else "json" if kinds["json"] > kinds["messages"] else "messages"
     what = f"{_listed(names)} hold {_KINDS[kind]}"
     if len(kinds) > 1:
         what += f" in {kinds[kind]} of {kinds.total()} cells"
-    prompts = [row.values.get(config.prompt_key) for row in rows] if config.prompt_key is not None else []
-    prompt = next((value for value in prompts if value and (not isinstance(value, str) or value.strip())), None)
-    if prompt is not None:
-        kind_of_prompt = _KINDS.get(kind_of(prompt) or "", "something else")
-        return Choice("prompt", f"{_shown(config.prompt_key)} holds {kind_of_prompt}, and {what}")
-    return Choice(kind, f"{what}, and there is no prompt")
+    prompt = next((value for row in rows if (value := _prompt_of(row, config)) is not None), None)
+    if prompt is None or _repeat_prompts(rows, config):
+        return Choice(kind, f"{what}, and there is no prompt")
+    kind_of_prompt = _KINDS.get(kind_of(prompt) or "", "something else")
+    return Choice("prompt", f"{_shown(config.prompt_key)} holds {kind_of_prompt}, and {what}")
+
+
+def _kind_of(value: Any) -> str | None:
+    return "lists" if list_of_responses(value) is not None else kind_of(value)
+
+
+def _prompt_of(row: Row, config: FormatConfig) -> Any:
+    """The cell of the prompt that the format `prompt` reads; None for none."""
+    try:
+        if not read_prompted(row.values, config).prompt:
+            return None
+    except BadRow:  # which the row is counted for later
+        pass
+    return row.values.get(config.prompt_key or "") or None
+
+
+def _repeat_prompts(rows: Sequence[Row], config: FormatConfig) -> bool:
+    """Whether responses are texts that contain the prompt, in a column that is not named as such."""
+    if config.prompt_key == FormatConfig.prompt_key:
+        return False
+    texts = [
+        [row.values.get(key or "") for key in (config.prompt_key, config.chosen_key, config.rejected_key)]
+        for row in rows
+    ]
+    full = [list(map(str, cells)) for cells in texts if all(isinstance(cell, str) and cell.strip() for cell in cells)]
+    repeated = [cells for cells in full if all(cells[0].strip() in cell for cell in cells[1:])]
+    return bool(full) and len(repeated) == len(full) and sum(len(cells[0]) for cells in full) >= 12 * len(full)
+
+
+def _end_with_answers(rows: Sequence[Row], config: FormatConfig) -> bool:
+    """Whether most conversations end with an assistant turn."""
+    ends = Counter(_last_role(row.values.get(getattr(config, "messages_key", None) or "")) for row in rows)
+    return ends["assistant"] * 2 >= ends.total()
+
+
+def _last_role(value: Any) -> str:
+    try:
+        cell = read_cell(value, "messages")
+    except BadRow:
+        return ""
+    return "" if isinstance(cell, str) else str(cell[-1]["role"])
 
 
 def _needed(name: str, config: FormatConfig) -> list[Column]:
@@ -179,6 +245,10 @@ def _check_values(rows: Sequence[Row], column: Column) -> None:
 
 
 def _fits(value: Any, column: Column) -> bool:
+    if column.holds == "responses":
+        return _kind_of(value) is not None
+    if column.holds == "record":
+        return as_record(value) is not None
     if column.holds == "cell":
         return kind_of(value) is not None
     if column.holds == "list":
@@ -195,8 +265,70 @@ def _held(value: Any) -> str:
     return "text" if isinstance(value, str) else type(value).__name__
 
 
-def _no_format(file: str, found: Mapping[str, None], config: FormatConfig) -> UserError:
+def _check_labels(rows: Sequence[Row], name: str, columns: Sequence[Column], config: FormatConfig) -> None:
+    """Raise UserError if chosen and rejected are sides, and another column says which of them is better."""
+    first, second = config.chosen_key or "", config.rejected_key or ""
+    if name not in _PAIRS or not are_sides(first, second):
+        return
+    labels = find_labels(rows, [column.name or "" for column in columns])
+    if labels:
+        fitting = [each for each in READERS if each not in _PAIRS and _has_needed(rows, each)]
+        advice = f"remove both keys: data.format={fitting[0]} reads it" if fitting else f"see {_DOCS}"
+        raise UserError(
+            f"{rows[0].file}: data.chosen_key={_shown(first)} and data.rejected_key={_shown(second)} are the two sides "
+            f"of a comparison, and {_listed(labels)} looks like the label that says which side is better: training "
+            f"would ignore it; {advice}, or drop that column if it is no label"
+        )
+
+
+def _has_needed(rows: Sequence[Row], name: str) -> bool:
+    found = dict.fromkeys(column for row in rows for column in row.values)
+    return all(column.name in found for column in _needed(name, _with_names_of(rows, found, FormatConfig())))
+
+
+def _check_joined(rows: Sequence[Row], name: str, config: FormatConfig) -> None:
+    """Raise UserError if no two consecutive rows have the same prompt, in a format that joins such rows."""
+    if not find_format(name, config).joins_rows or len(rows) < 2:
+        return
+    prompts = [row.values.get(config.prompt_key or "") for row in rows]
+    if not any(prompt and prompt == following for prompt, following in pairwise(prompts)):
+        raise UserError(
+            f"{rows[0].file}: each row has one response with {_shown(config.columns.helpfulness)}, and no two "
+            f"consecutive rows have the same {_shown(config.prompt_key)}; sort the rows by prompt, or compare them "
+            f"with rm-gallery export-data (docs/exporting.md, {_DOCS})"
+        )
+
+
+def _warnings(rows: Sequence[Row], name: str, columns: Sequence[Column], config: FormatConfig) -> Iterator[str]:
+    """Warnings about columns that look like input and are not read."""
+    read = {column.name for column in columns if column.name is not None}
+    if config.prompt_key == config.columns.instruction and config.columns.input is not None:
+        read.add(config.columns.input)
+    drafts = []
+    for row in rows:
+        try:
+            drafts.append((row, find_format(name, config).read(row.values, config)))
+        except (BadRow, RecursionError):
+            continue
+    prompt = next((draft.prompt_name for _, draft in drafts if draft.prompt), None)
+    for column, held, key in find_unread_inputs(drafts, read, config):
+        instead = f" instead of {_shown(prompt)}" if prompt is not None and key == "prompt_key" else ""
+        yield (
+            f"column {_shown(column)!r} holds {held}, looks like input and is not read; set "
+            f"data.{key}={_shown(column)} to read it{instead}, or see {_DOCS}"
+        )
+
+
+def _no_format(rows: Sequence[Row], found: Mapping[str, None], config: FormatConfig) -> UserError:
     """Names the missing column of the format that fits best; all formats if no column is known."""
+    file = rows[0].file
+    labels = find_labels(rows) if config.has_preferences else []
+    if labels:
+        return UserError(
+            f"{file}: no known format in the columns {_listed(found)}; {_listed(labels)} looks like a label that says "
+            f"which response is better, so no two columns are always chosen and rejected; write these columns, or read "
+            f"the rows with a class ({_DOCS})"
+        )
     best: list[Column] = []
     share = 0.0
     for name in _formats(config):
@@ -235,81 +367,3 @@ def _shown(name: str | None) -> str:
     text = name or ""
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= 40 else f"{text[:40]}..."
-
-
-_PROMPT = Column("prompt_key", "cell")
-_PAIR = (Column("chosen_key", "cell", needed=True), Column("rejected_key", "cell", needed=True))
-_PAIR_LABELS = (Column("margin_key", "number", is_label=True), Column("p_chosen_key", "number", is_label=True))
-_RESPONSES = (Column("responses_key", "list", needed=True), _PROMPT)
-
-_PAIR_READERS: dict[str, Format] = {
-    "text": Format("chosen and rejected as raw texts", read_texts, compare_pair, (*_PAIR, _PROMPT, *_PAIR_LABELS)),
-    "messages": Format(
-        "chosen and rejected as lists of messages", read_conversations, compare_pair, (*_PAIR, _PROMPT, *_PAIR_LABELS)
-    ),
-    "json": Format(
-        "chosen and rejected as JSON strings of lists of messages",
-        read_conversations,
-        compare_pair,
-        (*_PAIR, _PROMPT, *_PAIR_LABELS),
-    ),
-    "prompt": Format(
-        "a prompt with chosen and rejected",
-        read_prompted,
-        compare_pair,
-        (Column("prompt_key", "cell", needed=True), *_PAIR, *_PAIR_LABELS),
-    ),
-}
-_PUBLISHED_READERS: dict[str, Format] = {
-    "helpsteer3": Format(
-        "two responses with an overall preference",
-        read_helpsteer3,
-        compare_helpsteer3,
-        (
-            Column("columns.context", "cell", needed=True, may_be_null=True),
-            Column("columns.response1", "cell", needed=True),
-            Column("columns.response2", "cell", needed=True),
-            Column("columns.overall_preference", "number", needed=True, is_label=True),
-            Column("columns.individual_preference", "list", is_label=True),
-        ),
-    ),
-    "nested": Format(
-        "input, and output with a label or score for each response",
-        read_nested,
-        compare_nested,
-        (Column("columns.input", "cell", needed=True), Column("columns.output", "list", needed=True)),
-    ),
-    "completions": Format(
-        "completions with scores",
-        read_completions,
-        compare_completions,
-        (Column("columns.completions", "list", needed=True), Column("columns.instruction", "cell"), _PROMPT),
-    ),
-}
-READERS: dict[str, Format] = {
-    **_PAIR_READERS,
-    "scored": Format(
-        "responses with scores",
-        read_responses,
-        compare_scores,
-        (*_RESPONSES, Column("scores_key", "list", needed=True, is_label=True)),
-    ),
-    "ranked": Format(
-        "responses with ranks",
-        read_responses,
-        compare_ranks,
-        (*_RESPONSES, Column("ranks_key", "list", needed=True, is_label=True)),
-    ),
-    **_PUBLISHED_READERS,
-}
-"""`auto` takes the first in this order whose columns a file has; the first three differ by what these hold."""
-UNLABELED_READERS: dict[str, Format] = {
-    **_PAIR_READERS,
-    "conversation": Format(
-        "messages that end with the response", read_conversation, None, (Column("messages_key", "cell", needed=True),)
-    ),
-    "responses": Format("a list of responses", read_responses, None, _RESPONSES),
-    "response": Format("one response", read_single, None, (Column("response_key", "cell", needed=True), _PROMPT)),
-    **_PUBLISHED_READERS,
-}
-"""The same for a `ResponsesConfig`."""

@@ -5,6 +5,7 @@ Also what every format is made of: `Draft` (what a reader finds in a row), `Colu
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -12,8 +13,12 @@ from typing import Any, Literal
 
 from rm_gallery.data.formats.cells import Cell, optional_number, read_cell
 from rm_gallery.data.formats.config import FormatConfig
+from rm_gallery.data.formats.prompts import read_column, read_prompt
 from rm_gallery.errors import BadRow
 from rm_gallery.schema import Comparison
+
+MAX_RESPONSES = 256
+"""Per row: every two are compared, and 256 responses make 32,640 comparisons."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +42,8 @@ class Column:
 
     key: str
     """Configuration key below `data`."""
-    holds: Literal["cell", "list", "number", "name"]
-    """text or messages, a list or its JSON, a number, or text."""
+    holds: Literal["cell", "responses", "list", "record", "number", "name"]
+    """text or messages, these or a list of them, a list or its JSON, an object, a number, or text."""
     needed: bool = False
     """Whether a file without it is not in this format."""
     is_label: bool = False
@@ -66,9 +71,13 @@ class Format:
     """Comparisons between the given number of responses; None for a layout without preferences. Raises BadRow."""
     columns: tuple[Column, ...]
     """The columns of the layout, without `COMMON_COLUMNS`."""
+    joins_rows: bool = False
+    """Whether consecutive rows with the same prompt are one group; see joined.py."""
 
 
 COMMON_COLUMNS = (
+    Column("system_key", "cell"),
+    Column("history_key", "list"),
     Column("weight_key", "number", is_label=True),
     Column("source_key", "name"),
     Column("tools_key", "list"),
@@ -78,11 +87,12 @@ COMMON_COLUMNS = (
 
 def read_texts(values: Mapping[str, Any], config: FormatConfig) -> Draft:
     """Format `text`: both responses are raw texts; a prompt, which few rows have, precedes them directly."""
-    draft = read_prompted(values, config, bare=True)
-    for part, name in ((draft.prompt, config.prompt_key), *zip(draft.responses, draft.names, strict=True)):
+    responses, names = _responses(values, config, config.chosen_key, config.rejected_key)
+    prompt = read_column(values, config.prompt_key)
+    for part, name in ((prompt, config.prompt_key), *zip(responses, names, strict=True)):
         if not isinstance(part, str):
             raise BadRow(f"{name} with messages in a file of texts")
-    return draft
+    return Draft(prompt, responses, names, bare=True)
 
 
 def read_conversations(values: Mapping[str, Any], config: FormatConfig) -> Draft:
@@ -97,21 +107,75 @@ def read_conversations(values: Mapping[str, Any], config: FormatConfig) -> Draft
     return draft
 
 
-def read_prompted(values: Mapping[str, Any], config: FormatConfig, *, bare: bool = False) -> Draft:
+def read_prompted(values: Mapping[str, Any], config: FormatConfig) -> Draft:
     """Format `prompt`: a prompt, as text or messages, with responses that are texts or messages.
 
     A row without a prompt is valid if both responses are conversations, which then contain it.
     """
-    names = (config.chosen_key or "", config.rejected_key or "")
-    responses = [read_response(values.get(name), name, config) for name in names]
-    prompt = read_prompt(values, config.prompt_key)
-    return Draft(prompt, responses, names, None if bare else config.prompt_key, bare)
+    return read_two(values, config, config.chosen_key, config.rejected_key)
+
+
+def read_two(values: Mapping[str, Any], config: FormatConfig, *keys: str | None) -> Draft:
+    """A prompt with the responses in these columns."""
+    return prompted(values, config, *_responses(values, config, *keys))
+
+
+def _responses(values: Mapping[str, Any], config: FormatConfig, *keys: str | None) -> tuple[list[Cell], list[str]]:
+    names = [key or "" for key in keys]
+    return [read_response(values.get(name), name, config) for name in names], names
+
+
+def prompted(
+    values: Mapping[str, Any],
+    config: FormatConfig,
+    responses: Sequence[Cell],
+    names: Sequence[str],
+    *,
+    first: str | None = None,
+) -> Draft:
+    """These responses with the prompt of the row. first: see `read_prompt`."""
+    prompt, name = read_prompt(values, config, responses, first=first)
+    return Draft(prompt, responses, names, name)
 
 
 def compare_pair(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
     """Chosen is better than rejected; margin and share of annotators where a row has them."""
     margin = optional_number(values, config.margin_key)
     return [Comparison(0, 1, margin=margin, p_better=read_share(values, config.p_chosen_key))]
+
+
+def read_lists(values: Mapping[str, Any], config: FormatConfig) -> Draft:
+    """Format `lists`: several chosen and several rejected responses to one prompt, as in RewardBench 2."""
+    sides = _sides(values, config)
+    names = [name for name, side in sides for _ in side]
+    return prompted(values, config, [read_response(item, name, config) for name, side in sides for item in side], names)
+
+
+def compare_lists(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
+    """Every chosen response is better than every rejected one."""
+    if count > MAX_RESPONSES:
+        raise BadRow(f"more than {MAX_RESPONSES} responses")
+    (name, chosen), (other, rejected) = _sides(values, config)
+    for key, side in ((name, chosen), (other, rejected)):
+        if not side:
+            raise BadRow(f"empty {key}")
+    return [Comparison(better, worse) for better in range(len(chosen)) for worse in range(len(chosen), count)]
+
+
+def _sides(values: Mapping[str, Any], config: FormatConfig) -> list[tuple[str, Sequence[Any]]]:
+    names = [config.chosen_key or "", config.rejected_key or ""]
+    return [(name, list_of_responses(values.get(name)) or [values.get(name)]) for name in names]
+
+
+def list_of_responses(value: Any) -> Sequence[Any] | None:
+    """A list of texts or of conversations, or the JSON of a list of texts; None for anything else."""
+    if isinstance(value, str) and value.lstrip().startswith('["'):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    is_list = isinstance(value, list) and bool(value) and all(isinstance(item, str | list) for item in value)
+    return value if is_list else None
 
 
 def read_share(values: Mapping[str, Any], name: str | None) -> float | None:
@@ -135,8 +199,3 @@ def read_response(value: Any, name: str, config: FormatConfig) -> Cell:
     if value is None:
         raise BadRow(f"null {name}")
     return read_cell(value, name, required=config.has_preferences)
-
-
-def read_prompt(values: Mapping[str, Any], name: str | None) -> Cell:
-    """Text or messages of the prompt column; '' where the row has none."""
-    return "" if name is None else read_cell(values.get(name), name, required=False)

@@ -4,36 +4,32 @@
 label: {is_preferred: true}}}, ...]`, with or without `answer`. `completions`, as in UltraFeedback: `instruction` and
 `completions: [{response, overall_score}, ...]`.
 
+Nectar is `nested` under other names, with ranks in place of scores.
+
 `helpsteer3`, as published: a conversation, two responses, and how much one is preferred, overall and per annotator.
-HelpSteer2's preferences have the same layout: set `data.columns` to its names (`prompt`, `response_1`, `response_2`,
-`preference_strength`).
+HelpSteer2's preferences have the same layout under other names.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from rm_gallery.data.formats.cells import Cell, is_nothing, is_number, read_list, read_number
 from rm_gallery.data.formats.config import FormatConfig, ResponsesConfig
-from rm_gallery.data.formats.pairs import Draft, read_prompt, read_response
+from rm_gallery.data.formats.pairs import MAX_RESPONSES, Draft, prompted, read_response
+from rm_gallery.data.formats.prompts import read_column
 from rm_gallery.errors import BadRow
 from rm_gallery.schema import Comparison, Message
-
-MAX_RESPONSES = 256
-"""Per row: every two are compared, and 256 responses make 32,640 comparisons."""
 
 
 def read_responses(values: Mapping[str, Any], config: FormatConfig) -> Draft:
     """Formats `scored`, `ranked` and `responses`: a list of responses to one prompt."""
     name = config.responses_key or ""
     responses = [read_response(cell, "response", config) for cell in read_list(values.get(name), name)]
-    return _draft(values, responses, config.prompt_key)
-
-
-def _draft(values: Mapping[str, Any], responses: list[Cell], prompt: str | None) -> Draft:
-    return Draft(read_prompt(values, prompt), responses, ["response"] * len(responses), prompt)
+    return prompted(values, config, responses, ["response"] * len(responses))
 
 
 def compare_scores(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
@@ -93,14 +89,26 @@ _WORDS = {"chosen": True, "rejected": False}
 
 def read_nested(values: Mapping[str, Any], config: FormatConfig) -> Draft:
     """Format `nested`."""
-    return _draft(values, _responses(values, config.columns.output, config), config.columns.input)
+    responses = _responses(values, config.columns.output, config)
+    prompt = read_column(values, config.columns.input)
+    return Draft(_turns_of(prompt), responses, ["response"] * len(responses), config.columns.input)
+
+
+def _turns_of(prompt: Cell) -> Cell:
+    """A prompt that Anthropic's markers divide into turns, as in Nectar: `\\n\\nHuman: hi\\n\\nAssistant: `."""
+    if not isinstance(prompt, str) or not (prompt.startswith("\n\nHuman: ") and prompt.endswith("\n\nAssistant: ")):
+        return prompt
+    said = re.split(r"\n\n(Human|Assistant): ", prompt)[1:-2]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": text.strip()} for who, text in zip(said[::2], said[1::2], strict=True)]
 
 
 def read_completions(values: Mapping[str, Any], config: FormatConfig) -> Draft:
     """Format `completions`; the prompt is in `instruction` or, in a file without it, in the usual prompt column."""
     has_instruction = config.columns.instruction is not None and config.columns.instruction in values
-    prompt = config.columns.instruction if has_instruction else config.prompt_key
-    return _draft(values, _responses(values, config.columns.completions, config), prompt)
+    responses = _responses(values, config.columns.completions, config)
+    first = config.columns.instruction if has_instruction else None
+    return prompted(values, config, responses, ["response"] * len(responses), first=first)
 
 
 def _responses(values: Mapping[str, Any], name: str | None, config: FormatConfig) -> list[Cell]:
@@ -150,6 +158,10 @@ def compare_completions(values: Mapping[str, Any], config: FormatConfig, count: 
 def _compare_records(values: Mapping[str, Any], name: str, score_field: str | None) -> list[Comparison]:
     records = _records(values, name)
     _check_count(len(records), name)
+    unlabelled = all(fields.keys().isdisjoint(_LABELS) for fields in records)
+    if score_field == "rank" or (score_field is None and unlabelled and any("rank" in fields for fields in records)):
+        ranks = [read_number(fields.get("rank"), f"rank in {name}") for fields in records]
+        return compare([-rank for rank in ranks], f"all ranks in {name} equal")
     verdicts = [_verdict(fields, name, score_field) for fields in records]
     return _comparisons([label for label, _ in verdicts], [score for _, score in verdicts], name)
 
@@ -209,7 +221,7 @@ def read_helpsteer3(values: Mapping[str, Any], config: FormatConfig) -> Draft:
     columns = config.columns
     names = (columns.response1 or "", columns.response2 or "")
     responses = [read_response(values.get(name), name, config) for name in names]
-    return Draft(read_prompt(values, columns.context), responses, names, columns.context)
+    return Draft(read_column(values, columns.context), responses, names, columns.context)
 
 
 def compare_helpsteer3(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
@@ -242,7 +254,7 @@ def _agreement(values: Mapping[str, Any], name: str | None, overall: float) -> f
 def read_single(values: Mapping[str, Any], config: FormatConfig) -> Draft:
     """Format `response`: one response to a prompt."""
     name = _scoring(config).response_key or ""
-    return Draft(read_prompt(values, config.prompt_key), [read_response(values.get(name), name, config)], [name])
+    return prompted(values, config, [read_response(values.get(name), name, config)], [name])
 
 
 def read_conversation(values: Mapping[str, Any], config: FormatConfig) -> Draft:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -20,10 +20,13 @@ from rm_gallery.data.formats.conversations import (
     without_repeats,
 )
 from rm_gallery.data.formats.detect import SAMPLE_ROWS, choose_format, find_format
+from rm_gallery.data.formats.joined import join_chunks, join_rows
+from rm_gallery.data.formats.names import with_found_names
 from rm_gallery.data.formats.pairs import Draft, read_weight
+from rm_gallery.data.formats.prompts import read_before
 from rm_gallery.data.sources import Chunk, DataFile, FileEntry, Row, read_chunks
 from rm_gallery.errors import BadRow, Dropped, UserError
-from rm_gallery.schema import Comparison, PreferenceGroup
+from rm_gallery.schema import Comparison, Message, PreferenceGroup
 
 
 class Reader(Protocol):
@@ -103,7 +106,9 @@ class Readers:
             of_file = iter(rows_of_file)
             head = list(islice(of_file, SAMPLE_ROWS))
             name = "" if self._custom is not None else choose_format(head, self._config, logged=logged).name
-            yield self.get(name), chain(head, of_file)
+            all_rows: Iterable[Row] = chain(head, of_file)
+            joins = bool(name) and find_format(name, self._config).joins_rows
+            yield self.get(name), join_rows(all_rows, self._config) if joins else all_rows
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,10 @@ def iter_tasks(
         if config.custom_cls.path is None:
             wanted = config if entry.format is None else replace(config, format=entry.format)  # type: ignore[arg-type]
             name = choose_format(list(islice(first.rows(), SAMPLE_ROWS)), wanted, logged=logged).name
-        for chunk in chain([first], chunks):
+        of_file: Iterable[Chunk] = chain([first], chunks)
+        if name and find_format(name, config).joins_rows:
+            of_file = join_chunks(of_file, config)
+        for chunk in of_file:
             yield Task(chunk, name, source_of(entry, entries))
 
 
@@ -143,6 +151,9 @@ def source_of(entry: FileEntry, entries: Sequence[FileEntry]) -> str:
     if entry.name is not None:
         return entry.name
     return Path(entry.path.rstrip("/")).stem if len(entries) > 1 else ""
+
+
+_MAX_COLUMN_SETS = 256  # rows of JSON lines may each have columns of their own
 
 
 class RowReader:
@@ -160,6 +171,7 @@ class RowReader:
         """
         self._config, self._has_template = config, has_chat_template
         self._format = find_format(format_name, config)
+        self._by_columns: dict[tuple[str, ...], FormatConfig] = {}
 
     def read(self, row: Row) -> PreferenceGroup:
         """The group of a row; raises BadRow with a reason, the same text for all rows with the same fault."""
@@ -167,20 +179,32 @@ class RowReader:
             raise BadRow(row.fault)
         try:
             row = replace(row, values=own_values(row, self._config.tools_key))
-            return self._group(self._format.read(row.values, self._config), row)
+            config = self._config_for(row)
+            return self._group(self._format.read(row.values, config), row, config)
         except RecursionError:
             raise BadRow("values nested too deeply") from None
 
-    def _group(self, draft: Draft, row: Row) -> PreferenceGroup:
-        config = self._config
-        comparisons = self._compare(draft, row) if config.has_preferences else []
-        tools = read_tools(row.values, config.tools_key)
+    def _config_for(self, row: Row) -> FormatConfig:
+        """The configuration with the names of this row's columns, which most rows of a file share."""
+        columns = tuple(row.values)
+        if columns not in self._by_columns:
+            if len(self._by_columns) >= _MAX_COLUMN_SETS:
+                self._by_columns.clear()
+            self._by_columns[columns] = with_found_names(self._config, columns)
+        return self._by_columns[columns]
+
+    def _group(self, draft: Draft, row: Row, config: FormatConfig) -> PreferenceGroup:
+        comparisons = self._compare(draft, row, config) if config.has_preferences else []
+        before = [] if draft.bare else read_before(row.values, config, draft.prompt_name)
+        tools = read_tools(row.values, config.tools_key) or _tools_in(row.values.get(draft.prompt_name or ""))
         about: dict[str, Any] = {
             "where": row.where,
             "source": read_name(row.values, config.source_key),
             "metadata": {"tools": tools} if tools else {},
         }
-        if not self._is_chat(draft):
+        if not self._is_chat(draft, before):
+            if before:
+                raise BadRow("turns before the prompt under data.input_style=text")
             if not all(isinstance(part, str) for part in (draft.prompt, *draft.responses)):
                 raise BadRow("messages under data.input_style=text")
             return PreferenceGroup(draft.prompt, draft.responses, self._kept(comparisons, draft.responses, draft),
@@ -191,12 +215,15 @@ class RowReader:
                 check_answer(answer, name)
         answers = [answer or [{"role": "assistant", "content": ""}] for answer in answers]
         is_blank = isinstance(draft.prompt, str) and not draft.prompt.strip()
-        turns, answers = without_repeats([] if is_blank else as_messages(draft.prompt, "user"), answers)
+        turns = [] if is_blank else as_messages(draft.prompt, "user")
+        repeated = len(before) if turns[: len(before)] == before else int(turns[:1] == before[:1])
+        turns, answers = without_repeats([*before, *turns[repeated:]], answers)
+        if before and any(_has_second_system_turn([*turns, *answer]) for answer in answers):
+            raise BadRow(f"{config.system_key} that differs from the system turn of the conversation")
         return PreferenceGroup(turns, answers, self._kept(comparisons, answers, draft), "chat", **about)
 
-    def _compare(self, draft: Draft, row: Row) -> list[Comparison]:
+    def _compare(self, draft: Draft, row: Row, config: FormatConfig) -> list[Comparison]:
         """The comparisons of a row that training can use."""
-        config = self._config
         assert self._format.compare is not None, "find_format refuses a layout without preferences"
         comparisons = self._format.compare(row.values, config, len(draft.responses))
         # A text response without a prompt among chats would be a raw text, in another style than the rest of its file.
@@ -207,11 +234,11 @@ class RowReader:
         weight = read_weight(row.values, config.weight_key)
         return [replace(each, weight=weight) for each in comparisons]
 
-    def _is_chat(self, draft: Draft) -> bool:
+    def _is_chat(self, draft: Draft, before: list[Message]) -> bool:
         wanted = self._config.input_style
         if wanted != "auto":
             return wanted == "chat"
-        if not all(isinstance(part, str) for part in (draft.prompt, *draft.responses)):
+        if before or not all(isinstance(part, str) for part in (draft.prompt, *draft.responses)):
             return True
         return bool(draft.prompt) and self._has_template and not draft.bare
 
@@ -222,3 +249,12 @@ class RowReader:
             first, second = draft.names[:2]
             raise BadRow(f"{first} equal to {second}" if first != second else "responses that are compared are equal")
         return tuple(kept)
+
+
+def _tools_in(prompt: Any) -> list[Any]:
+    """The tools of a prompt that is an object with messages and tools, as OpenAI's `input`."""
+    return read_tools(prompt, "tools") if isinstance(prompt, Mapping) else []
+
+
+def _has_second_system_turn(turns: Sequence[Message]) -> bool:
+    return sum(turn["role"] == "system" for turn in turns) > 1

@@ -24,7 +24,7 @@ from annotated_types import Ge
 
 from rm_gallery import __version__
 from rm_gallery.data.custom import CustomFacts, source_fingerprint
-from rm_gallery.data.formats import HoldOut, iter_tasks, source_of
+from rm_gallery.data.formats import WARNING, HoldOut, iter_tasks, source_of
 from rm_gallery.data.sources import DataFile, FileEntry
 from rm_gallery.data.token_cache.row_processor import (
     Processed,
@@ -77,6 +77,8 @@ def prepare(
         store = open_store(folder)
         if store is not None:
             log.info("%s: tokens from the cache (%s)", key, folder)
+            for warning in (each for each in store.facts.formats if each.startswith(WARNING)):
+                log.warning("%s", warning.removeprefix(WARNING))
             return store
         with _locked(folder, key):
             store = open_store(folder)  # another process may have built it in the meantime

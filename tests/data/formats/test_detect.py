@@ -20,7 +20,7 @@ RANKED: dict[str, Any] = {"prompt": "hi", "responses": ["a", "b"], "scores": [1,
 OUTPUT = [{"content": "a", "label": 1}, {"content": "b", "label": 0}]
 PUBLISHED: dict[str, Any] = {"context": [user("hi")], "response1": "a", "response2": "b", "overall_preference": 1}
 
-EXAMPLES: dict[str, tuple[dict[str, Any], str]] = {
+EXAMPLES: dict[str, tuple[Any, str]] = {
     "text": (TEXTS, "chosen, rejected hold text, and there is no prompt"),
     "messages": (CHATS, "chosen, rejected hold lists of messages, and there is no prompt"),
     "json": (
@@ -33,6 +33,31 @@ EXAMPLES: dict[str, tuple[dict[str, Any], str]] = {
     "helpsteer3": (PUBLISHED, "it has context, response1, response2, overall_preference"),
     "nested": ({"input": "hi", "output": OUTPUT}, "it has input, output"),
     "completions": ({"instruction": "hi", "completions": OUTPUT}, "it has completions; read too: instruction"),
+    "lists": (
+        {"prompt": "hi", "chosen": ["a"], "rejected": ["b", "c"]},
+        "chosen, rejected hold lists of responses; read too: prompt",
+    ),
+    "swift": ({"messages": CHATS["chosen"], "rejected_response": "b"}, "it has messages, rejected_response"),
+    "saferlhf": (
+        {"prompt": "hi", "response_0": "a", "response_1": "b", "better_response_id": 1},
+        "it has response_0, response_1, better_response_id; read too: prompt",
+    ),
+    "shp": (
+        {"history": "hi", "human_ref_A": "a", "human_ref_B": "b", "labels": 1},
+        "it has human_ref_A, human_ref_B, labels; read too: history",
+    ),
+    "arena": (
+        {"conversation_a": CHATS["chosen"], "conversation_b": CHATS["rejected"], "winner": "model_b"},
+        "it has conversation_a, conversation_b, winner",
+    ),
+    "summaries": (
+        {"info": {"post": "hi"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1},
+        "it has summaries, choice; read too: info",
+    ),
+    "helpsteer2": (
+        [{"prompt": "hi", "response": text, "helpfulness": score} for text, score in (("a", 1), ("b", 2))],
+        "it has response, helpfulness, prompt",
+    ),
 }
 
 
@@ -50,15 +75,17 @@ def refused(*rows: dict[str, Any], **options: Any) -> str:
 @pytest.mark.parametrize("name", list(READERS))
 def test_auto_finds_each_format_and_says_what_decided(name: str) -> None:
     row, why = EXAMPLES[name]
-    assert choose(row) == (name, why)
-    assert len(read(row)[0]) == 1
+    rows = row if isinstance(row, list) else [row]
+    assert choose(*rows) == (name, why)
+    assert len(read(*rows)[0]) == 1
 
 
 @pytest.mark.parametrize("name", list(READERS))
 def test_each_format_can_be_named(name: str) -> None:
     row, _ = EXAMPLES[name]
-    assert choose(row, format=name) == (name, f"data.format={name}")
-    assert len(read(row, format=name)[0]) == 1
+    rows = row if isinstance(row, list) else [row]
+    assert choose(*rows, format=name) == (name, f"data.format={name}")
+    assert len(read(*rows, format=name)[0]) == 1
 
 
 def test_the_configuration_knows_the_names_of_all_formats() -> None:
@@ -166,8 +193,8 @@ def test_a_column_that_is_needed_cannot_be_null() -> None:
 
 
 def test_columns_of_no_format_are_listed_with_all_formats() -> None:
-    sentence = refused({"question": "a", "preferred": "b"})
-    assert sentence.startswith("a.parquet: no known format in the columns question, preferred; rename them, or")
+    sentence = refused({"ask": "a", "reply": "b"})
+    assert sentence.startswith("a.parquet: no known format in the columns ask, reply; rename them, or")
     assert all(f"{name}: {READERS[name].looks}" in sentence for name in READERS)
     assert refused({}).startswith("a.parquet: no known format in the columns none; ")
     many = refused({f"column {number}\n": 1 for number in range(1000)})

@@ -1,0 +1,132 @@
+"""Labelled responses, as published: a column says which of two or more responses is better; ties are dropped.
+
+`saferlhf` (PKU-SafeRLHF), `shp` (Stanford Human Preferences), `arena` (Chatbot Arena), `summaries`
+(summarize-from-feedback), `helpsteer2` (rows of one response with its score; see joined.py), `swift` (ms-swift: a
+conversation with a rejected response).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rm_gallery.data.formats.cells import Cell, as_record, check_text, read_list, read_number
+from rm_gallery.data.formats.config import FormatConfig
+from rm_gallery.data.formats.pairs import MAX_RESPONSES, Draft, prompted, read_response, read_two
+from rm_gallery.data.formats.rankings import compare
+from rm_gallery.errors import BadRow
+from rm_gallery.schema import Comparison
+
+
+def read_saferlhf(values: Mapping[str, Any], config: FormatConfig) -> Draft:
+    """Format `saferlhf`: a prompt with two responses."""
+    return read_two(values, config, config.columns.response_0, config.columns.response_1)
+
+
+def compare_saferlhf(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
+    """0: the first response is better, 1: the second."""
+    return _best(_index(values, config.columns.better_response_id, 2), 2)
+
+
+def read_shp(values: Mapping[str, Any], config: FormatConfig) -> Draft:
+    """Format `shp`: a post with two comments."""
+    return read_two(values, config, config.columns.human_ref_A, config.columns.human_ref_B)
+
+
+def compare_shp(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
+    """1: the first response is better, 0: the second."""
+    return _best(1 - _index(values, config.columns.labels, 2), 2)
+
+
+def read_arena(values: Mapping[str, Any], config: FormatConfig) -> Draft:
+    """Format `arena`: two conversations, or a prompt with two responses."""
+    return read_two(values, config, config.columns.conversation_a, config.columns.conversation_b)
+
+
+_FIRST, _SECOND = {"a", "model_a", "response_a", "conversation_a"}, {"b", "model_b", "response_b", "conversation_b"}
+
+
+def compare_arena(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
+    """By the side that the column names, as letter or column, or by the name of the model."""
+    name = config.columns.winner or ""
+    value = values.get(name)
+    if value is None:
+        raise BadRow(f"null {name}")
+    if not isinstance(value, str):
+        raise BadRow(f"{name} that is not text")
+    models = [values.get("model_a"), values.get("model_b")]
+    if value in models and models[0] != models[1]:
+        return _best(models.index(value), 2)
+    said = value.strip().lower()
+    if said.startswith("tie") or said.replace("_", "").replace(" ", "") in ("bothbad", "bothgood", "both", "draw"):
+        raise BadRow(f"{name} that is a tie")
+    if said not in _FIRST | _SECOND:
+        raise BadRow(f"{name} that names neither side")
+    return _best(0 if said in _FIRST else 1, 2)
+
+
+def read_summaries(values: Mapping[str, Any], config: FormatConfig) -> Draft:
+    """Format `summaries`: summaries of a post or an article."""
+    name = config.columns.summaries or ""
+    items = read_list(values.get(name), name)
+    if not all(isinstance(item, Mapping) for item in items):
+        raise BadRow(f"{name} with a summary that is not a record")
+    responses = [read_response(item.get("text"), "summary", config) for item in items]
+    names = ["summary"] * len(responses)
+    info = as_record(values.get(config.columns.info)) if config.columns.info is not None else None
+    if info is None:
+        return prompted(values, config, responses, names)
+    parts = [info.get(key) for key in ("title", "post", "article")]
+    text = "\n\n".join(check_text(part) for part in parts if isinstance(part, str) and part.strip())
+    return Draft(text, responses, names, config.columns.info)
+
+
+def compare_summaries(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
+    """The chosen summary is better than each of the others."""
+    if not 2 <= count <= MAX_RESPONSES:
+        raise BadRow(f"{config.columns.summaries} with fewer than 2 or more than {MAX_RESPONSES} summaries")
+    return _best(_index(values, config.columns.choice, count), count)
+
+
+def _index(values: Mapping[str, Any], name: str | None, count: int) -> int:
+    """The index in a column, from 0."""
+    number = read_number(values.get(name or ""), name or "")
+    if number not in range(count):
+        raise BadRow(f"{name} that is not from 0 to {count - 1}")
+    return int(number)
+
+
+def _best(best: int, count: int) -> list[Comparison]:
+    return [Comparison(best, other) for other in range(count) if other != best]
+
+
+def read_swift(values: Mapping[str, Any], config: FormatConfig) -> Draft:
+    """Format `swift`: a conversation that ends with the chosen response, and the rejected one."""
+    names = [config.columns.messages or "", config.columns.rejected_response or ""]
+    chosen, rejected = [read_response(values.get(name), name, config) for name in names]
+    if isinstance(chosen, str) or len(chosen) < 2 or chosen[-1]["role"] != "assistant":
+        raise BadRow(f"{names[0]} that do not end with an assistant turn after others")
+    return Draft(chosen[:-1], [chosen[-1:], rejected], names)
+
+
+def read_helpsteer2(values: Mapping[str, Any], config: FormatConfig) -> Draft:
+    """Format `helpsteer2`: the responses of joined rows to one prompt."""
+    name = config.columns.response or ""
+    responses: list[Cell] = [read_response(cell, name, config) for cell in _joined(values, name)]
+    return prompted(values, config, responses, [name] * len(responses))
+
+
+def compare_helpsteer2(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
+    """By score, higher is better; the difference is the margin."""
+    name = config.columns.helpfulness or ""
+    if count < 2:
+        raise BadRow("one response to a prompt that the next row does not repeat")
+    if count > MAX_RESPONSES:
+        raise BadRow(f"more than {MAX_RESPONSES} responses")
+    scores = [read_number(value, name) for value in _joined(values, name)]
+    return compare(scores, f"all {name} of a prompt equal", with_margins=True)
+
+
+def _joined(values: Mapping[str, Any], name: str) -> Sequence[Any]:
+    value = values.get(name)
+    return value if isinstance(value, list) else [value]
