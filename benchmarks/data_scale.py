@@ -4,7 +4,9 @@
 
 For each size: the time from the start of the command to the first training step, with nothing in the cache and then
 again; the highest proportional memory (PSS) of the whole process tree, with the mapped cache files apart; and rows a
-second on one core, with templating, against the tokenizer library alone on the same texts, rendered before.
+second on one core, with templating, against the tokenizer library alone on the same texts, rendered before; and the
+time to verify the cache at each start, in percent of the time to read and tokenize the same data. `--pairs` without a
+number prints only the figures for one core.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _RATE_ROWS = 4096
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--pairs", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--words", type=int, default=90, help="median words of a response (default: %(default)s)")
     parser.add_argument("--folder", help="where data and cache are written; default: a temporary folder")
     parser.add_argument("--tokenizer", help="folder of a tokenizer with a chat template; default: one is trained")
@@ -48,10 +50,18 @@ def main() -> None:
             f"one core: tokenizer library alone {rates['library']:.0f} texts/s, ours with templating "
             f"{rates['ours']:.0f} texts/s: {rates['ratio']:.2f} ({rates['lowest']:.2f} to {rates['highest']:.2f})"
         )
+        cache = measure_verification(folder, model, arguments.words)
+        print(
+            f"cache of {cache['mb']:.0f} MB: tokenized in {cache['tokenize_s']:.1f} s on one core, hashed and written "
+            f"in {cache['write_s']:.2f} s, verified in {cache['verify_s']:.2f} s ({cache['verify_gb_s']:.2f} GB/s): "
+            f"{100 * cache['verify_s'] / cache['tokenize_s']:.2f}% of tokenizing"
+        )
         rows = [measure(folder, model, count, arguments.words) for count in arguments.pairs]
-    print_table(rows)
+    if rows:
+        print_table(rows)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"rates": rates, "sizes": rows}, indent=2) + "\n")
+        found = {"rates": rates, "verification": cache, "sizes": rows}
+        Path(arguments.json).write_text(json.dumps(found, indent=2) + "\n")
 
 
 def make_text(draw: random.Random, vocabulary: list[str], words: int) -> str:
@@ -148,6 +158,42 @@ def measure_rates(folder: Path, model: Path, words: int, repeats: int = 5) -> di
         "library": statistics.median(library), "ours": statistics.median(ours), "ratio": statistics.median(ratios),
         "lowest": min(ratios), "highest": max(ratios),
     }  # fmt: skip
+
+
+def measure_verification(folder: Path, model: Path, words: int, repeats: int = 2) -> dict[str, float]:
+    """Seconds to tokenize rows on one core, to write their tokens with hashes, and to verify them at the next start."""
+    from rm_gallery.data.sources import SourceConfig, read_chunks, resolve_files
+    from rm_gallery.data.token_cache.row_processor import RowProcessor, RowsConfig, Work
+    from rm_gallery.data.token_cache.store import Facts, StoreWriter, open_store
+    from rm_gallery.data.tokenization.tokenizer import load_tokenizer
+    from rm_gallery.errors import Dropped
+
+    [file] = resolve_files(SourceConfig(train_files=str(folder / "rates.parquet")), key="data.train_files")
+    processor = RowProcessor(Work(RowsConfig(), load_tokenizer(str(model))))
+    reader = processor.readers.get("prompt")
+    seconds = {"tokenize_s": 0.0, "write_s": 0.0}
+    with StoreWriter(folder / "store") as writer:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            made = [processor.process(chunk.rows(), reader, "").chunk for chunk in read_chunks(file, key="a")]
+            seconds["tokenize_s"] += time.perf_counter() - start
+            start = time.perf_counter()
+            for _ in range(8):  # larger than a processor's caches
+                for chunk in made:
+                    writer.append(chunk)
+            seconds["write_s"] += time.perf_counter() - start
+        seconds["tokenize_s"] *= 8
+        start = time.perf_counter()
+        writer.finish(Facts("chat", False, [], 0, 0), Dropped())
+        seconds["write_s"] += time.perf_counter() - start
+    size = sum(path.stat().st_size for path in (folder / "store").iterdir()) / 1e6
+    took = []
+    for _ in range(5):
+        start = time.perf_counter()
+        open_store(folder / "store")
+        took.append(time.perf_counter() - start)
+    verify = statistics.median(took)
+    return {"mb": size, **seconds, "verify_s": verify, "verify_gb_s": size / 1000 / verify}
 
 
 def measure(folder: Path, model: Path, count: int, words: int) -> dict[str, Any]:

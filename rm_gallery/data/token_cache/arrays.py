@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from rm_gallery.data.tokenization.token_group import Origin, TokenGroup
+from rm_gallery.errors import UserError
 from rm_gallery.schema import Comparison, InputStyle
 
 # N groups, R responses, C comparisons, T tokens; each count is over the whole data set or chunk
@@ -28,7 +30,7 @@ from rm_gallery.schema import Comparison, InputStyle
 PER_GROUP = {
     "prefix": np.int32, "num_responses": np.int32, "num_comparisons": np.int32, "group_tokens": np.int32,
     "longest_text": np.int32, "file": np.int32, "row": np.int64, "source": np.int32, "prompt_hash": np.uint64,
-    "metadata_bytes": np.int32,
+    "metadata_bytes": np.int32, "checksum": np.uint32,
 }  # fmt: skip
 PER_RESPONSE = {"tail": np.int32}
 PER_COMPARISON = {
@@ -81,13 +83,31 @@ def make_chunk(groups: Iterable[tuple[TokenGroup, Origin]]) -> TokenChunk:
         tokens += [group.prefix, *group.tails]
         metadata.append(note)
     arrays = {
-        **_columns(PER_GROUP, per_group),
+        **_columns({name: kind for name, kind in PER_GROUP.items() if name != "checksum"}, per_group),
         **_columns(PER_COMPARISON, comparisons),
         "tail": np.array(tails, np.int32),
         "tokens": np.concatenate(tokens).astype(np.int32, copy=False) if tokens else np.zeros(0, np.int32),
         "metadata": np.frombuffer(b"".join(metadata), np.uint8),
     }
+    arrays["checksum"] = np.zeros(len(per_group), np.uint32)
+    starts = with_starts(arrays)
+    for index in range(len(per_group)):
+        arrays["checksum"][index] = _checksum(starts, index)
     return TokenChunk(arrays, list(files), list(sources))
+
+
+def _checksum(arrays: Mapping[str, np.ndarray], index: int) -> int:
+    """CRC-32 of what the model sees of a group."""
+
+    def span(name: str) -> slice:
+        return slice(int(arrays[name][index]), int(arrays[name][index + 1]))
+
+    found = zlib.crc32(arrays["prefix"][index : index + 1].data)
+    found = zlib.crc32(arrays["tokens"][span("token_start")].data, found)
+    found = zlib.crc32(arrays["tail"][span("response_start")].data, found)
+    for name in PER_COMPARISON:
+        found = zlib.crc32(arrays[name][span("comparison_start")].data, found)
+    return found
 
 
 def _columns(types: Mapping[str, Any], rows: list[tuple[Any, ...]]) -> dict[str, np.ndarray]:
@@ -190,7 +210,13 @@ class TokenData:
         return len(self.sizes)
 
     def __getitem__(self, index: int) -> TokenGroup:
+        """Raises UserError if a mapped file no longer has what was written."""
         arrays = self._arrays
+        if _checksum(arrays, index) != int(arrays["checksum"][index]):
+            raise UserError(
+                f"group {index} of the token cache changed during this run (a disk fault, or a program that wrote to "
+                "data.cache_dir); start the same command again: it tokenizes the data again"
+            )
         start, prefix = int(arrays["token_start"][index]), int(arrays["prefix"][index])
         tails = arrays["tail"][arrays["response_start"][index] : arrays["response_start"][index + 1]]
         tokens = np.asarray(arrays["tokens"][start : int(arrays["token_start"][index + 1])])

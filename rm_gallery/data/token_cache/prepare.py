@@ -33,14 +33,14 @@ from rm_gallery.data.token_cache.row_processor import (
     Work,
     process_in_order,
 )
-from rm_gallery.data.token_cache.store import Facts, Store, StoreWriter, open_store
+from rm_gallery.data.token_cache.store import DamagedStore, Facts, Store, StoreWriter, open_store
 from rm_gallery.errors import Dropped, UserError
 from rm_gallery.files import lock
 from rm_gallery.schema import InputStyle
 
 log = logging.getLogger(__name__)
 
-_STORE_VERSION = 2  # increase it when the stored arrays, or how rows become tokens, change
+_STORE_VERSION = 3  # increase it when the stored arrays, or how rows become tokens, change
 _LOG_INTERVAL_S = 10.0
 _CHECK_ROWS = 8  # rows per file that `peek` reads
 
@@ -74,14 +74,14 @@ def prepare(
     folder = cache_folder(config.cache_dir) / _fingerprint(files, entries, config, tokenizer, share)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        store = open_store(folder)
+        store = _open(folder, key, logging.WARNING)
         if store is not None:
             log.info("%s: tokens from the cache (%s)", key, folder)
             for warning in (each for each in store.facts.formats if each.startswith(WARNING)):
                 log.warning("%s", warning.removeprefix(WARNING))
             return store
         with _locked(folder, key):
-            store = open_store(folder)  # another process may have built it in the meantime
+            store = _open(folder, key, logging.DEBUG)  # another process may have built it in the meantime
             return store or _build(folder, files, entries, Work(config, tokenizer, share), config, key)
     except OSError as error:  # errors of reading the data are UserErrors
         raise UserError(
@@ -149,6 +149,15 @@ def _fingerprint(
     return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
+def _open(folder: Path, key: str, level: int) -> Store | None:
+    """The store in the cache; None if there is none, or a damaged one, which is logged."""
+    try:
+        return open_store(folder)
+    except DamagedStore as damage:
+        log.log(level, "%s: the token cache %s is damaged (%s); tokenizing the data again", key, folder, damage)
+        return None
+
+
 def _build(
     folder: Path, files: Sequence[DataFile], entries: Sequence[FileEntry], work: Work, config: PrepareConfig, key: str
 ) -> Store:
@@ -160,9 +169,12 @@ def _build(
             totals.add(processed)
             writer.append(processed.chunk)
         writer.finish(totals.facts(sorted(chosen)), totals.dropped, totals.custom)
-    store = open_store(folder)
+    try:
+        store = open_store(folder)
+    except DamagedStore as damage:
+        raise UserError(f"{folder}: the cache that was just written is damaged ({damage}); check the disk") from damage
     if store is None:
-        raise UserError(f"{folder}: the cache that was just written cannot be read; check the disk")
+        raise UserError(f"{folder}: the cache that was just written was deleted; run again")
     return store
 
 

@@ -1,13 +1,17 @@
 """Token store: token data as a folder of flat files, written once chunk by chunk, and memory-mapped.
 
-The folder is written atomically: under a temporary name, `store.json` last, then renamed.
+The folder is written atomically: under a temporary name, `store.json` last, then renamed. `store.json` has the SHA-256
+of every block of every file and of itself; `open_store` verifies all of them before it maps a file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +28,12 @@ from rm_gallery.schema import InputStyle
 
 RECORD_NAME = "store.json"
 _START_TYPE = np.int64
+_BLOCK_BYTES = 16 << 20
+_HASH_THREADS = 4
+
+
+class DamagedStore(Exception):
+    """A store that is not what was written; the message names the file and the fault."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,26 @@ class Facts:
     """Groups on the other side of `data.val_fraction`."""
 
 
+class _BlockHashes:
+    """SHA-256 of each block of a file, updated as the file is written."""
+
+    def __init__(self) -> None:
+        self._done: list[str] = []
+        self._block, self._room = hashlib.sha256(), _BLOCK_BYTES
+
+    def update(self, data: memoryview) -> None:
+        while len(data):
+            part, data = data[: self._room], data[self._room :]
+            self._block.update(part)
+            self._room -= len(part)
+            if not self._room:
+                self._done.append(self._block.hexdigest())
+                self._block, self._room = hashlib.sha256(), _BLOCK_BYTES
+
+    def hexdigests(self) -> list[str]:
+        return [*self._done, self._block.hexdigest()] if self._room < _BLOCK_BYTES else self._done
+
+
 class StoreWriter:
     """Writes a store atomically: `folder` exists after `finish`, and without it no file remains."""
 
@@ -49,6 +79,7 @@ class StoreWriter:
         self._counts = dict.fromkeys([*ARRAYS, *STARTS], 0)
         self._ends = dict.fromkeys(STARTS, 0)
         self._files: dict[str, BinaryIO] = {}
+        self._hashes = {name: _BlockHashes() for name in self._counts}
         self._names: dict[str, dict[str, int]] = {"file": {}, "source": {}}
         self._fingerprint = Fingerprint()
         self._stack = ExitStack()
@@ -80,21 +111,26 @@ class StoreWriter:
             self._ends[name] = int(ends[-1]) if len(ends) else self._ends[name]
 
     def _write(self, name: str, array: np.ndarray) -> None:
-        self._files[name].write(np.ascontiguousarray(array).data)
+        data = np.ascontiguousarray(array).view(np.uint8).data
+        self._hashes[name].update(data)
+        self._files[name].write(data)
         self._counts[name] += len(array)
 
     def finish(self, facts: Facts, dropped: Dropped, custom: CustomFacts | None = None) -> None:
         """Write the metadata and rename the folder."""
         self._stack.close()
         record = {
+            "folder": self.folder.name,
             "facts": asdict(facts),
             "custom": asdict(custom or CustomFacts()),
             "dropped": {"counts": dropped.counts, "examples": dropped.examples},
             "counts": self._counts,
             "names": {kind: list(names) for kind, names in self._names.items()},
             "fingerprint": self._fingerprint.hexdigest(),
+            "hashes": {name: hashes.hexdigests() for name, hashes in self._hashes.items()},
         }
-        (self._temporary / RECORD_NAME).write_text(json.dumps(record), encoding="utf-8")
+        signed = json.dumps({"sha256": _hash_of(record), "record": record})
+        (self._temporary / RECORD_NAME).write_text(signed, encoding="utf-8")
         replace(self._temporary, self.folder)  # an existing folder is damaged, or it would have been used
 
     def __exit__(
@@ -121,13 +157,19 @@ class Store:
 
 
 def open_store(folder: Path) -> Store | None:
-    """Memory-map a store; None if there is none or it is incomplete."""
+    """Verify a store and map its files; None if there is none.
+
+    Raises DamagedStore for one that cannot be read or is not what was written.
+    """
+    if not folder.exists():
+        return None
     try:
-        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
-        arrays = {name: _mapped(folder / f"{name}.bin", name, count) for name, count in record["counts"].items()}
+        record = _read_record(folder)
+        names = [*ARRAYS, *STARTS]
+        _verify(folder, {name: _size_of(name, record["counts"][name]) for name in names}, record["hashes"])
         facts = Facts(**record["facts"])
         data = TokenData(
-            arrays,
+            {name: _mapped(folder / f"{name}.bin", name, record["counts"][name]) for name in names},
             files=record["names"]["file"],
             sources=record["names"]["source"],
             style=facts.style,
@@ -135,14 +177,53 @@ def open_store(folder: Path) -> Store | None:
             fingerprint=record["fingerprint"],
         )
         return Store(data, facts, Dropped(**record["dropped"]), CustomFacts(**record["custom"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except OSError as error:
+        raise DamagedStore(f"{Path(error.filename or folder).name}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedStore(f"{RECORD_NAME} is not what was written") from error
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    signed = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+    record: dict[str, Any] = signed["record"]
+    if signed["sha256"] != _hash_of(record):
+        raise ValueError
+    if record["folder"] != folder.name:
+        raise DamagedStore(f"it holds the tokens of {record['folder']}")
+    return record
+
+
+def _hash_of(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _size_of(name: str, count: int) -> int:
+    return count * np.dtype(ARRAYS.get(name, _START_TYPE)).itemsize
+
+
+def _verify(folder: Path, sizes: Mapping[str, int], hashes: Mapping[str, list[str]]) -> None:
+    """Compare every block with its hash. Files are read, not mapped: an I/O error on a mapped file ends the process."""
+    blocks = []
+    for name, size in sizes.items():
+        found = (folder / f"{name}.bin").stat().st_size
+        if found != size:
+            raise DamagedStore(f"{name}.bin has {found} bytes instead of {size}")
+        starts = range(0, size, _BLOCK_BYTES)
+        blocks += [(name, start, digest) for start, digest in zip(starts, hashes[name], strict=True)]
+
+    def is_intact(block: tuple[str, int, str]) -> bool:
+        name, start, digest = block
+        with (folder / f"{name}.bin").open("rb", buffering=0) as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(_BLOCK_BYTES)).hexdigest() == digest
+
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        for (name, _, _), intact in zip(blocks, pool.map(is_intact, blocks), strict=True):
+            if not intact:
+                raise DamagedStore(f"{name}.bin is not what was written")
 
 
 def _mapped(file: Path, name: str, count: int) -> np.ndarray:
     kind: Any = ARRAYS.get(name, _START_TYPE)
-    size = count * np.dtype(kind).itemsize
-    if file.stat().st_size != size:
-        raise ValueError(f"{file} has {file.stat().st_size} bytes, not {size}")
     # asarray: slicing a plain array is faster than slicing np.memmap
     return np.asarray(np.memmap(file, kind, mode="r", shape=(count,))) if count else np.zeros(0, kind)

@@ -88,11 +88,27 @@ def test_changed_data_are_read_again(files: Path, tokenizer: Any) -> None:
     assert run(tokenizer).data.fingerprint() != first.data.fingerprint()
 
 
-def test_a_damaged_store_is_built_again(files: Path, tokenizer: Any) -> None:
+@pytest.mark.parametrize("name", ["tokens.bin", "weight.bin", "store.json"])
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_a_damaged_store_is_built_again_with_a_warning(
+    files: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture, name: str, damage: str
+) -> None:
     tokens = run(tokenizer).data.tokens.tolist()
-    [name] = stores()
-    (Path("cache") / name / "tokens.bin").unlink()  # not cut in place, where a running process may have it mapped
+    [folder] = stores()
+    file = Path("cache") / folder / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.unlink()  # not changed in place, where a running process may have it mapped
+    if damage == "flipped":
+        file.write_bytes(content)
+    reason = "is not what was written" if damage == "flipped" else "No such file or directory"
     assert run(tokenizer).data.tokens.tolist() == tokens
+    [warning] = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+    assert warning.startswith(f"data.train_files: the token cache cache/{folder} is damaged ({name}")
+    assert reason in warning and warning.endswith("; tokenizing the data again")
+    caplog.clear()
+    assert run(tokenizer).data.tokens.tolist() == tokens
+    assert "damaged" not in caplog.text
 
 
 def test_workers_give_the_same_store_as_one_process(

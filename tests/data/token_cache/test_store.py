@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rm_gallery.data.token_cache.arrays import TokenData, make_chunk
-from rm_gallery.data.token_cache.store import Facts, Store, StoreWriter, open_store
+from rm_gallery.data.token_cache import store as module
+from rm_gallery.data.token_cache.arrays import ARRAYS, STARTS, TokenData, make_chunk
+from rm_gallery.data.token_cache.store import DamagedStore, Facts, Store, StoreWriter, open_store
 from rm_gallery.data.tokenization.token_group import Origin, TokenGroup
-from rm_gallery.errors import Dropped
+from rm_gallery.errors import Dropped, UserError
 from rm_gallery.schema import Comparison
 from tests.small import random_groups
 
@@ -89,23 +91,95 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "no record", "half a record", "other version"])
-def test_a_store_that_lacks_a_part_is_not_opened(tmp_path: Path, damage: str) -> None:
-    folder = tmp_path / "s"
-    write(folder, 10)
-    record = folder / "store.json"
-    if damage == "cut":
-        (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-4])
-    elif damage == "missing":
-        (folder / "row.bin").unlink()
-    elif damage == "no record":
-        record.unlink()
-    elif damage == "half a record":
-        record.write_text(record.read_text()[:-10])
-    else:
-        record.write_text(record.read_text().replace('"style"', '"stile"'))
-    assert open_store(folder) is None
-    assert len(write(folder, 10).data) == len(groups_with_origins()), "written again in its place"
+FILES = [*(f"{name}.bin" for name in (*ARRAYS, *STARTS)), "store.json"]
+
+
+def flip(file: Path) -> None:
+    """One bit, in a new file: a running process may have the old one mapped."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.unlink()
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_store_with_one_flipped_bit_is_damaged(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "s", 10)
+    flip(tmp_path / "s" / name)
+    with pytest.raises(DamagedStore, match=rf"^{name} is not what was written$"):
+        open_store(tmp_path / "s")
+    assert len(write(tmp_path / "s", 10).data) == len(groups_with_origins()), "written again in its place"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_store_that_lacks_a_part_is_damaged(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "s", 10)
+    file = tmp_path / "s" / name
+    content = file.read_bytes()
+    for kept in (content[:-4], content + b"0000", b"", None):
+        file.unlink()
+        if kept is not None:
+            file.write_bytes(kept)
+        with pytest.raises(DamagedStore, match=rf"^{name}"):
+            open_store(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("null chosen", "null"),
+     ('"num_rows": 30', '"num_rows": 31'), ('"style"', '"stile"'), ('["a", "b"]', '["b", "a"]'),
+     ('"record": {', '"record": [{')],
+)  # fmt: skip
+def test_an_edited_record_is_noticed(tmp_path: Path, old: str, new: str) -> None:
+    write(tmp_path / "s", 10)
+    record = tmp_path / "s" / "store.json"
+    record.write_text(record.read_text().replace(old, new))
+    with pytest.raises(DamagedStore, match=r"^store\.json is not what was written$"):
+        open_store(tmp_path / "s")
+
+
+def test_files_of_the_same_size_that_change_places_are_noticed(tmp_path: Path) -> None:
+    write(tmp_path / "s", 10)
+    write(tmp_path / "t", 10)
+    better, worse = tmp_path / "s/better.bin", tmp_path / "s/worse.bin"
+    better.rename(tmp_path / "swap")
+    worse.rename(better)
+    (tmp_path / "swap").rename(worse)
+    with pytest.raises(DamagedStore, match=r"^better\.bin is not what was written$"):
+        open_store(tmp_path / "s")
+    shutil.rmtree(tmp_path / "s")
+    (tmp_path / "t").rename(tmp_path / "s")
+    with pytest.raises(DamagedStore, match=r"^it holds the tokens of t$"):
+        open_store(tmp_path / "s")
+
+
+def test_every_block_of_a_large_file_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 100)
+    for chunk_size in (1, 4, 100):
+        write(tmp_path / "s", chunk_size)
+        size = (tmp_path / "s" / "tokens.bin").stat().st_size
+        assert size > 1000 and size % 100
+    tokens = tmp_path / "s" / "tokens.bin"
+    intact = tokens.read_bytes()
+    for place in (*range(0, size, 100), size - 1):
+        tokens.unlink()
+        tokens.write_bytes(intact[:place] + bytes([intact[place] ^ 128]) + intact[place + 1 :])
+        with pytest.raises(DamagedStore, match=r"^tokens\.bin is not what was written$"):
+            open_store(tmp_path / "s")
+
+
+@pytest.mark.parametrize("name", ["tokens", "tail", "prefix", "weight", "better", "token_start", "checksum"])
+def test_damage_to_a_file_that_is_mapped_stops_the_run_that_uses_it(tmp_path: Path, name: str) -> None:
+    data = write(tmp_path / "s", 10).data
+    file = tmp_path / "s" / f"{name}.bin"
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        byte = opened.read(1)
+        opened.seek(-1, 1)
+        opened.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(UserError, match=r"^group \d+ of the token cache changed during this run"):
+        for index in range(len(data)):
+            data[index]
 
 
 def test_arrays_are_mapped_from_the_files_and_cannot_be_changed(tmp_path: Path) -> None:
