@@ -61,6 +61,12 @@ class ModelConfig:
 
     partial_pretrain: str = ""
     """Folder or hub name of the model to start from: a base model, a chat model, or a reward model."""
+    new_head: bool = False
+    """Train a newly initialized reward head, and replace the head of the folder if it has one. Without it, a head that
+    is missing in a reward model's folder, or that cannot be run, is an error."""
+    resize_embeddings: bool = False
+    """Add randomly initialized embedding rows for tokens of the tokenizer that have none, and train them. Without it
+    such a tokenizer is an error."""
     trust_remote_code: bool = False
     """Run Python code from the model folder."""
     enable_gradient_checkpointing: bool = False

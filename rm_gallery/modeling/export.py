@@ -29,7 +29,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rm_gallery.errors import UserError
 from rm_gallery.files import sha256, sha256_files
-from rm_gallery.modeling.reward_model import RewardModel, quiet_transformers
+from rm_gallery.modeling.model_folder import quiet_transformers
+from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.schema import InputStyle
 
 log = logging.getLogger(__name__)
@@ -56,29 +57,47 @@ class InputRecord:
     rewards of training, message lists do not."""
 
 
-def set_pad_token(model: RewardModel, tokenizer: Any) -> None:
-    """Give tokenizer and model a pad token that is not EOS; resizes the embeddings only if they are too small.
+def set_pad_token(model: RewardModel, tokenizer: Any, *, what: str = "model", resize: bool | None = False) -> None:
+    """Give tokenizer and model a pad token that is not EOS.
 
     Call it before training, because the padded forward pass reads the reward at the last token that is not a pad token.
+    what, resize: see `missing_embedding_rows`; the embeddings are resized here. The row of a pad token that has none is
+    zero: no reward depends on it.
     """
-    num_rows = model.network.get_input_embeddings().num_embeddings
-    missing = missing_embedding_rows(model, tokenizer)
+    embedding = model.network.get_input_embeddings()
+    num_rows, missing = embedding.num_embeddings, missing_embedding_rows(model, tokenizer, what=what, resize=resize)
     if missing:
-        model.network.resize_token_embeddings(len(tokenizer))
+        with torch.random.fork_rng(devices=[], enabled=not resize):
+            model.network.resize_token_embeddings(num_rows + missing, mean_resizing=bool(resize))
+        with torch.no_grad():
+            model.network.get_input_embeddings().weight[tokenizer.pad_token_id :] *= tokenizer.pad_token_id < num_rows
         log.info("embeddings: resized from %d to %d rows for the tokenizer", num_rows, num_rows + missing)
     model.network.config.pad_token_id = tokenizer.pad_token_id
 
 
-def missing_embedding_rows(model: RewardModel, tokenizer: Any) -> int:
-    """Number of tokens without an embedding row, after giving the tokenizer a pad token that is not EOS."""
+def missing_embedding_rows(
+    model: RewardModel, tokenizer: Any, *, what: str = "model", resize: bool | None = False
+) -> int:
+    """Number of embedding rows to add, after giving the tokenizer a pad token that is not EOS.
+
+    resize: new rows for any token (`model.resize_embeddings`); otherwise for that pad token only, and None if new rows
+    cannot be trained, since the model scores. Raises UserError, which begins with `what`, for tokens without a row.
+    """
+    vocabulary, num_rows = tokenizer.get_vocab(), model.network.get_input_embeddings().num_embeddings
+    without = sorted((index, token) for token, index in vocabulary.items() if index >= num_rows)
+    if without and not resize:
+        hint = "" if resize is None else ", or set model.resize_embeddings=true to train new rows"
+        raise UserError(
+            f"{what}: the embedding has {num_rows} rows, but the tokenizer has {len(without)} tokens beyond them "
+            f"(ids {without[0][0]} to {without[-1][0]}, first: {without[0][1]!r}); use the model's own tokenizer{hint}"
+        )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        vocabulary = tokenizer.get_vocab()
         known = [token for token in _PAD_CANDIDATES if token in vocabulary and token != tokenizer.eos_token]
         tokenizer.add_special_tokens({"pad_token": known[0] if known else "<|pad|>"})
         log.info(
             "pad token: set to %s (id %d), since it must differ from EOS", tokenizer.pad_token, tokenizer.pad_token_id
         )
-    return max(0, len(tokenizer) - model.network.get_input_embeddings().num_embeddings)
+    return max(0, max([tokenizer.pad_token_id, *vocabulary.values()]) + 1 - num_rows)
 
 
 def write_folder(

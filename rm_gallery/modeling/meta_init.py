@@ -6,7 +6,6 @@ not contain, have their values.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,14 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rm_gallery.errors import UserError, one_line
-from rm_gallery.modeling.reward_model import (
-    LoadedModel,
-    RewardModel,
-    has_head,
-    lost_parts,
-    network_class_arguments,
-    quiet_transformers,
-)
+from rm_gallery.modeling.heads import HEADS
+from rm_gallery.modeling.model_folder import check_values, initialize, lost_parts, open_model, quiet_transformers
+from rm_gallery.modeling.reward_model import LoadedModel, RewardModel
+from rm_gallery.modeling.weight_files import StoredTensor
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -47,7 +42,8 @@ class WeightFiles:
     def load_into(self, state: Mapping[str, Tensor]) -> None:
         """Load every tensor of `state` in place; of a DTensor only this rank's shard is read.
 
-        state: tensors under the model's names, of any floating-point dtype. Raises UserError for an unreadable file.
+        state: tensors under the model's names, of any floating-point dtype. Raises UserError for an unreadable file and
+        as `check_values` does.
         """
         by_file: dict[Path, list[str]] = {}
         for name in state:
@@ -60,7 +56,14 @@ class WeightFiles:
             try:
                 with safe_open(file, framework="pt") as source:
                     for name in names:
-                        _copy_rows(state[name], source.get_slice(self.tensors[name][1]))
+                        saved = self.tensors[name][1]
+                        _copy_rows(state[name], source.get_slice(saved))
+                        local = _local(state[name])
+                        # A shard alone may be zero: rows of the embedding that no token has.
+                        values = local if local.any() or not local.numel() else source.get_tensor(saved)
+                        check_values([(name, values)], str(file), but=HEADS)
+            except UserError:
+                raise
             except Exception as error:
                 raise UserError(f"{file}: cannot read the weights ({one_line(error)})") from error
 
@@ -93,8 +96,9 @@ def _copy_rows(tensor: Tensor, source: Any) -> None:
 
 
 def init_on_meta(
-    path: str, *, seed: int, key: str = "model.partial_pretrain", trust_remote_code: bool = False, dropout: float = 0.0
-) -> tuple[LoadedModel, WeightFiles]:
+    path: str, *, seed: int, key: str = "model.partial_pretrain", trust_remote_code: bool = False,
+    dropout: float = 0.0, new_head: bool = False,
+) -> tuple[LoadedModel, WeightFiles]:  # fmt: skip
     """As `load_reward_model`, with parameters on the meta device and the files that contain them.
 
     Newly initialized tensors get the same values as from `load_reward_model` after `torch.manual_seed(seed)`. Raises
@@ -103,44 +107,34 @@ def init_on_meta(
     """
     from transformers import AutoModelForSequenceClassification
 
-    config, extra = network_class_arguments(path, key=key, trust_remote_code=trust_remote_code, dropout=dropout)
-    if getattr(config, "quantization_config", None):
+    source = open_model(path, key=key, trust_remote_code=trust_remote_code, dropout=dropout, new_head=new_head)
+    if getattr(source.config, "quantization_config", None):
         raise MetaInitError("its weights are quantized")
-    if trust_remote_code and getattr(config, "auto_map", None):
+    if trust_remote_code and getattr(source.config, "auto_map", None):
         raise MetaInitError("the folder has custom code")
-    files = _weight_files(path)
+    if not source.files.tensors:
+        raise MetaInitError("it has neither model.safetensors nor the shards of an index")
     try:
         with quiet_transformers(), _parameters_on_meta():
-            network = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, **extra)
+            network = AutoModelForSequenceClassification.from_config(
+                source.config, dtype=torch.float32, **source.arguments
+            )
     except Exception as error:
         raise UserError(f"{key}={path}: the model cannot be loaded ({one_line(error)})") from error
-    found, missing = _locate_tensors(network, files)
+    stored = source.files.tensors
+    if new_head:
+        stored = {name: each for name, each in stored.items() if not name.startswith(HEADS)}
+    found, missing, unread = _locate_tensors(network, stored)
     lost = lost_parts(missing)
     if lost:
         raise MetaInitError(f"no file contains {lost[0]}")
-    new = _initialize(network, missing, seed)
-    return LoadedModel(RewardModel(network), has_head(missing), tuple(missing)), WeightFiles(found, new)
-
-
-def _weight_files(path: str) -> list[Path]:
-    """The safetensors files that transformers would load: model.safetensors, or the shards that the index names."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            with quiet_transformers():
-                folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
-        except Exception as error:
-            raise MetaInitError(f"its safetensors files cannot be downloaded ({one_line(error)})") from error
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if all((folder / name).is_file() for name in names):
-            return [folder / name for name in names]
-    raise MetaInitError("it has neither model.safetensors nor the shards of an index")
+    head = source.resolve_head(network, missing, unread)
+    if head.adopted is not None:
+        found["score.weight"] = head.adopted.weight
+    new = _initialize(network, list(head.new_parts), seed)
+    locations = {name: (each.file, each.name) for name, each in found.items()}
+    loaded = LoadedModel(RewardModel(network), head.name, head.bias, head.new_parts)
+    return loaded, WeightFiles(locations, new)
 
 
 @contextmanager
@@ -160,36 +154,28 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def _locate_tensors(network: Any, files: list[Path]) -> tuple[dict[str, tuple[Path, str]], list[str]]:
-    """The location of each tensor of the network, and the names of tensors that no file contains.
+def _locate_tensors(
+    network: Any, stored: Mapping[str, StoredTensor]
+) -> tuple[dict[str, StoredTensor], list[str], list[str]]:
+    """The stored tensor of each tensor of the network, the names without one, and stored names that have no place.
 
     A causal language model has the names of our backbone and an extra head. A bare backbone lacks the prefix: its
     `norm.weight` is our `model.norm.weight`. Raises MetaInitError for another shape or dtype.
     """
-    locations: dict[str, tuple[Path, str]] = {}
-    shapes: dict[str, list[int]] = {}
-    dtypes: dict[str, str] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as source:
-                for name in source.keys():  # noqa: SIM118 (not a dict)
-                    entry = source.get_slice(name)
-                    locations[name], shapes[name], dtypes[name] = (file, name), entry.get_shape(), entry.get_dtype()
-        except Exception as error:
-            raise MetaInitError(f"{file} cannot be read ({one_line(error)})") from error
     prefix = f"{network.base_model_prefix}."
     found, missing = {}, []
     for name, tensor in network.state_dict().items():
-        saved = name if name in locations else name.removeprefix(prefix)
-        if saved not in locations:
+        entry = stored.get(name) or stored.get(name.removeprefix(prefix)) or stored.get(prefix + name)
+        if entry is None:
             missing.append(name)
-        elif list(tensor.shape) != shapes[saved]:
-            raise MetaInitError(f"{saved} has shape {shapes[saved]}, not {list(tensor.shape)}")
-        elif dtypes[saved] not in _FLOATS and tensor.is_floating_point():
-            raise MetaInitError(f"{saved} has dtype {dtypes[saved]}")
+        elif tuple(tensor.shape) != entry.shape:
+            raise MetaInitError(f"{entry.name} has shape {list(entry.shape)}, not {list(tensor.shape)}")
+        elif entry.dtype not in _FLOATS and tensor.is_floating_point():
+            raise MetaInitError(f"{entry.name} has dtype {entry.dtype}")
         else:
-            found[name] = locations[saved]
-    return found, sorted(missing)
+            found[name] = entry
+    unread = set(stored) - {entry.name for entry in found.values()}
+    return found, sorted(missing), sorted(unread)
 
 
 @torch.no_grad()
@@ -201,16 +187,12 @@ def _initialize(network: Any, names: list[str], seed: int) -> dict[str, Tensor]:
     """
     if not names:
         return {}
-    for name, parameter in network.named_parameters():
+    for name, parameter in list(network.named_parameters()):
         if name in names:
             _set_parameter(network, name, torch.empty(parameter.shape, dtype=parameter.dtype))
-        else:
-            parameter._is_hf_initialized = True
-    for module in network.modules():
-        module._is_hf_initialized = False
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network.initialize_weights()
+        initialize(network, names)
     values = {name: network.get_parameter_or_buffer(name).detach() for name in names}
     for name, value in values.items():
         if isinstance(network.get_parameter_or_buffer(name), nn.Parameter):

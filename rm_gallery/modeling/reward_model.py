@@ -7,11 +7,9 @@ they run on padded texts behind the same interface.
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,18 +17,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from rm_gallery.data.batching.packed_batch import PackedBatch
-from rm_gallery.errors import UserError, one_line
-from rm_gallery.modeling.architectures import DECODERS, ENCODERS, architecture
+from rm_gallery.modeling.architectures import DECODERS, architecture
 from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.config import AttentionKernel
 from rm_gallery.modeling.decoder_layers import adapt
+from rm_gallery.modeling.heads import HEADS
+from rm_gallery.modeling.model_folder import open_model
 
 log = logging.getLogger(__name__)
 
 # T tokens, R responses, L longest text, D hidden
-
-HEADS = ("score", "classifier")
-_HEAD_PARTS = (*HEADS, "pooler", "head.")  # may be missing in the weights of a backbone
 
 
 class RewardModel(nn.Module):
@@ -138,139 +134,35 @@ class LoadedModel:
     """A model in float32 on the CPU, and which of its tensors were missing in the folder."""
 
     model: RewardModel
-    has_own_head: bool
-    """Whether the folder has the weights of the reward head; if not, the head is newly initialized."""
+    head_name: str = ""
+    """Tensor of the folder that the reward head was loaded from; empty if the head is newly initialized."""
+    head_bias: float = 0.0
+    """Constant that the folder's head adds to each reward. `model` is without it: `score` has no bias."""
     new_parts: tuple[str, ...] = ()
     """Names of tensors missing in the folder (head, pooler): newly initialized, to be trained."""
 
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the folder has the weights of the reward head."""
+        return bool(self.head_name)
+
 
 def load_reward_model(
-    path: str, *, key: str = "model.partial_pretrain", trust_remote_code: bool = False, dropout: float = 0.0
-) -> LoadedModel:
+    path: str, *, key: str = "model.partial_pretrain", trust_remote_code: bool = False, dropout: float = 0.0,
+    new_head: bool | None = False,
+) -> LoadedModel:  # fmt: skip
     """Load a backbone or a reward model as a sequence classification model with one label.
 
-    key: configuration key that `path` comes from, for messages.
-    Raises UserError for a folder without configuration or weights, an architecture that is not supported, and a
-    classifier with more than one label.
+    key: configuration key that `path` comes from, for messages. new_head: initialize a new head even if the folder has
+    one; None never initializes a weight. Raises UserError for a folder without configuration or weights, an
+    architecture that is not supported, a head that cannot be run, a reward model without its head, and weights that are
+    incomplete, quantized, all zero or not finite.
     """
     from transformers import AutoModelForSequenceClassification
 
-    path = os.path.expanduser(path)
-    config, extra = network_class_arguments(path, key=key, trust_remote_code=trust_remote_code, dropout=dropout)
-    try:
-        with quiet_transformers():
-            network, info = AutoModelForSequenceClassification.from_pretrained(
-                path, config=config, dtype=torch.float32, output_loading_info=True,
-                trust_remote_code=trust_remote_code, **extra,
-            )  # fmt: skip
-    except Exception as error:
-        raise UserError(f"{key}={path}: the model cannot be loaded ({one_line(error)})") from error
-    missing = sorted(info["missing_keys"])
-    lost = lost_parts(missing)
-    if lost:
-        raise UserError(
-            f"{key}={path}: the weights lack {len(lost)} tensors (first: {lost[0]}); is the download complete?"
-        )
-    return LoadedModel(RewardModel(network), has_head(missing), tuple(missing))
-
-
-def network_class_arguments(
-    path: str, *, key: str, trust_remote_code: bool, dropout: float
-) -> tuple[Any, dict[str, Any]]:
-    """The folder's configuration with one label and these dropout rates, and more arguments for the library's class."""
-    config = load_model_config(path, key=key, trust_remote_code=trust_remote_code)
-    config.num_labels = 1
-    config.problem_type = "regression"
-    for name, value in vars(config).items():
-        is_rate = isinstance(value, float | int) and not isinstance(value, bool)
-        if is_rate and ("dropout" in name or name.endswith("pdrop")):
-            setattr(config, name, dropout)
-    extra = {}
-    if config.model_type in DECODERS:
-        dispatch.install()
-        extra["attn_implementation"] = dispatch.NAME
-    return config, extra
-
-
-def lost_parts(missing: Iterable[str]) -> list[str]:
-    """Required tensors among the missing ones: all except the reward head and the pooler."""
-    return [name for name in missing if not name.startswith(_HEAD_PARTS) and ".pooler." not in name]
-
-
-def has_head(missing: Iterable[str]) -> bool:
-    """Whether a folder with these missing tensors has a reward head."""
-    return not any(name.startswith(HEADS) for name in missing)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Disable progress bars and load reports of transformers; the caller reports missing tensors itself."""
-    from transformers.utils import logging as library
-
-    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
-    library.set_verbosity_error()
-    library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        library.set_verbosity(level)
-        if bars:
-            library.enable_progress_bar()
-
-
-def load_model_config(path: str, *, key: str = "model.partial_pretrain", trust_remote_code: bool = False) -> Any:
-    """The transformers configuration of a model folder that can be trained.
-
-    Raises UserError for a folder without configuration or weights, an adapter, an architecture that is not
-    supported, and a classifier with more than one label.
-    """
-    config = read_model_config(path, key=key, trust_remote_code=trust_remote_code)
-    check_model_config(config, path, key=key)
-    return config
-
-
-def check_model_config(config: Any, path: str, *, key: str) -> None:
-    """Raise UserError for a configuration that cannot be trained: see `load_model_config`."""
-    if config.model_type not in DECODERS + ENCODERS:
-        raise UserError(
-            f"{key}={path}: architecture {config.model_type!r} is not supported; "
-            f"decoders: {', '.join(DECODERS)}; encoders: {', '.join(ENCODERS)}"
-        )
-    check_one_label(config, path, key=key, hint="start from its base model")
-    if getattr(config, "use_bidirectional_attention", None):
-        raise UserError(f"{key}={path}: bidirectional attention (use_bidirectional_attention) cannot be packed")
-
-
-def check_one_label(config: Any, path: str, *, key: str, hint: str) -> None:
-    """Raise UserError, ending in `hint`, for a classifier with more than one label."""
-    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-    if is_classifier and config.num_labels != 1:
-        raise UserError(
-            f"{key}={path}: a classifier with {config.num_labels} labels, but a reward model has one; {hint}"
-        )
-
-
-def read_model_config(path: str, *, key: str, trust_remote_code: bool = False) -> Any:
-    """The transformers configuration of a model folder of any architecture.
-
-    Raises UserError for an adapter and for a folder without configuration or weights.
-    """
-    from transformers import AutoConfig
-
-    folder = Path(path).expanduser()
-    if folder.is_dir() and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise UserError(f"{key}={path}: the folder holds an adapter; merge it into its base model first")
-    if not folder.exists() and (folder.is_absolute() or path.startswith((".", "~"))):
-        raise UserError(f"{key}={path}: no such folder (working directory {Path.cwd()})")
-    try:
-        config = AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise UserError(
-            f"{key}={path}: no model found ({one_line(error)}); name a folder with config.json and weights"
-        ) from error
-    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise UserError(f"{key}={path}: the folder has no weights; copy the model's *.safetensors files there")
-    return config
+    source = open_model(path, key=key, trust_remote_code=trust_remote_code, dropout=dropout, new_head=new_head)
+    network, head = source.load(AutoModelForSequenceClassification, torch.float32, trust_remote_code=trust_remote_code)
+    return LoadedModel(RewardModel(network), head.name, head.bias, head.new_parts)
 
 
 def max_positions(model: RewardModel) -> int | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rm_gallery.errors import UserError, nearest, one_line
 from rm_gallery.modeling.architectures import DECODERS, ENCODERS
+from rm_gallery.modeling.weight_files import check_not_adapter, read_weight_folder
 
 _MAX_LAYERS = 1000  # a configuration with more is a typo; building it would take minutes
 
@@ -60,10 +61,11 @@ def load_shape(model: str, *, key: str = "model.partial_pretrain", trust_remote_
 
     Raises UserError for any other name, and for a model that cannot be trained.
     """
-    from rm_gallery.modeling.reward_model import check_model_config
+    from rm_gallery.modeling.model_folder import check_model_config
 
     source, config = _find_config(model, key, trust_remote_code)
-    check_model_config(config, model, key=key)
+    is_folder = Path(model).expanduser().is_dir()
+    check_model_config(config, model, key=key, files=read_weight_folder(model, key=key) if is_folder else None)
     _check_layers(getattr(config, "num_hidden_layers", None), model, key)
     try:
         return measure(config, name=model, source=source)
@@ -75,6 +77,7 @@ def _find_config(model: str, key: str, trust_remote_code: bool) -> tuple[str, An
     path = Path(model).expanduser()
     is_path = path.is_absolute() or model.startswith((".", "~")) or model.endswith(".json") or model.count("/") > 1
     file = path / "config.json" if path.is_dir() else path
+    check_not_adapter(model, key=key)
     if not file.is_file():
         if path.is_dir():
             raise UserError(f"{key}={model}: the folder has no config.json")
@@ -87,7 +90,7 @@ def _find_config(model: str, key: str, trust_remote_code: bool) -> tuple[str, An
             raise UserError(_unknown(model, key))
     from transformers import AutoConfig
 
-    from rm_gallery.modeling.reward_model import quiet_transformers
+    from rm_gallery.modeling.model_folder import quiet_transformers
 
     try:
         if file.is_file():  # before transformers, which is slow for millions of layers
@@ -126,7 +129,8 @@ def measure(config: Any, *, name: str, source: str) -> ModelShape:
     from transformers import AutoModelForSequenceClassification
 
     from rm_gallery.modeling.attention import dispatch
-    from rm_gallery.modeling.reward_model import RewardModel, max_positions, quiet_transformers
+    from rm_gallery.modeling.model_folder import quiet_transformers
+    from rm_gallery.modeling.reward_model import RewardModel, max_positions
 
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads

@@ -7,7 +7,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,20 @@ from torch import Tensor, nn
 from rm_gallery.data.batching.packed_batch import PackedBatch
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.distributed.cpu import keep_freed_memory
-from rm_gallery.errors import UserError, one_line
+from rm_gallery.errors import UserError
 from rm_gallery.modeling.architectures import DECODERS, ENCODERS
 from rm_gallery.modeling.export import InputRecord, read_record, set_pad_token
-from rm_gallery.modeling.parallel.apply import DTYPES
-from rm_gallery.modeling.reward_model import (
-    RewardModel,
+from rm_gallery.modeling.heads import has_foreign_head, is_reward_model, num_outputs
+from rm_gallery.modeling.model_folder import (
+    ModelSource,
     check_one_label,
-    load_reward_model,
-    max_positions,
-    pad_texts,
+    no_head,
     quiet_transformers,
     read_model_config,
 )
+from rm_gallery.modeling.parallel.apply import DTYPES
+from rm_gallery.modeling.reward_model import RewardModel, load_reward_model, max_positions, pad_texts
+from rm_gallery.modeling.weight_files import WeightFolder, check_not_quantized, read_weight_folder
 
 log = logging.getLogger(__name__)
 
@@ -88,15 +89,23 @@ def load_folder(
     kind = find_dtype(dtype, where)
     _check_remote_code(path, trust_remote_code)
     config = read_model_config(path, key=KEY, trust_remote_code=trust_remote_code)
-    check_one_label(config, path, key=KEY, hint="choose the folder of a reward model")
+    files = read_weight_folder(path, key=KEY)
+    check_one_label(config, files, path, key=KEY, hint="choose the folder of a reward model")
     has_own_code = trust_remote_code and bool(getattr(config, "auto_map", None))
     is_known = config.model_type in DECODERS + ENCODERS and not getattr(config, "use_bidirectional_attention", None)
+    names = list(config.architectures or [])
+    has_head = is_reward_model(names) or num_outputs(files) is not None or has_foreign_head(files)
+    if not has_own_code and files.tensors and not has_head:  # before the weights are read
+        raise UserError(no_head(config, f"{KEY}={path}"))
     tokenizer = load_tokenizer(path, key=KEY, trust_remote_code=trust_remote_code)
-    model = (
-        _load_known(path, config) if is_known and not has_own_code else _load_other(path, config, has_own_code, kind)
-    )
+    model: RewardModel | PaddedModel
+    if is_known and not has_own_code:
+        loaded = load_reward_model(path, key=KEY, new_head=None)
+        model = _with_bias(path, loaded.model, loaded.model.head, loaded.head_name, loaded.head_bias)
+    else:
+        model = _load_other(path, config, files, has_own_code, kind)
     with quiet_transformers():
-        set_pad_token(model, tokenizer)  # type: ignore[arg-type]  # it needs the network alone
+        set_pad_token(model, tokenizer, what=f"{KEY}={path}", resize=None)  # type: ignore[arg-type]  # it needs the network alone
     try:
         model.to(where, kind).eval()
     except torch.OutOfMemoryError as error:
@@ -124,48 +133,32 @@ def load_folder(
     return ScoringModel(model, tokenizer, record, limit if _has_position_table(model, limit) else None, closing)
 
 
-def _load_known(path: str, config: Any) -> RewardModel:
-    loaded = load_reward_model(path, key=KEY)
-    _check_parts(path, config, loaded.new_parts)
-    return loaded.model
+_Model = TypeVar("_Model", RewardModel, PaddedModel)
 
 
-def _load_other(path: str, config: Any, has_own_code: bool, dtype: torch.dtype) -> PaddedModel:
+def _with_bias(path: str, model: _Model, head: Any, name: str, bias: float) -> _Model:
+    """The model with the constant that the folder's head adds to each reward; logs another name and the constant."""
+    if name not in ("", "score.weight") and not name.startswith("classifier"):
+        log.info("%s: reward head: %s", path, name)
+    if bias:
+        head.bias = nn.Parameter(torch.tensor([bias]), requires_grad=False)
+        log.info("%s: the reward head adds %.6g to each reward", path, bias)
+    return model
+
+
+def _load_other(path: str, config: Any, files: WeightFolder, has_own_code: bool, dtype: torch.dtype) -> PaddedModel:
     from transformers import AutoModel, AutoModelForSequenceClassification
 
     library: Any = AutoModelForSequenceClassification
-    names = list(config.architectures or [])
     if has_own_code and library.__name__ not in config.auto_map:
         library = AutoModel  # auto_map of InternLM2's reward model has only this name
-    elif not has_own_code and not any(name.endswith("ForSequenceClassification") for name in names):
-        _refuse_without_head(path, config)
-    try:
-        with quiet_transformers():
-            network, info = library.from_pretrained(
-                os.path.expanduser(path), dtype=dtype, output_loading_info=True, trust_remote_code=has_own_code
-            )
-    except Exception as error:
-        raise UserError(f"{KEY}={path}: cannot load the model ({one_line(error)})") from error
-    _check_parts(path, config, sorted(info["missing_keys"]))
+    check_not_quantized(files, config, path, key=KEY)
+    if not has_own_code:
+        config.num_labels = 1
+    source = ModelSource(path, KEY, config, {}, files, None)
+    network, head = source.load(library, dtype, trust_remote_code=has_own_code)
     log.info("%s: packed batches are not implemented for %s", path, config.model_type)
-    return PaddedModel(network)
-
-
-def _check_parts(path: str, config: Any, missing: Any) -> None:
-    """Raise UserError for missing tensors: transformers would initialize them randomly, the head included."""
-    if not missing:
-        return
-    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
-        _refuse_without_head(path, config)
-    raise UserError(f"{KEY}={path}: {len(missing)} tensors are missing (first: {missing[0]}); copy the folder again")
-
-
-def _refuse_without_head(path: str, config: Any) -> None:
-    name = (config.architectures or [config.model_type])[0]
-    raise UserError(
-        f"{KEY}={path}: {name} is not a sequence classification model, so it has no reward head; "
-        "choose a trained reward model"
-    )
+    return _with_bias(path, PaddedModel(network), getattr(network, "score", None), head.name, head.bias)
 
 
 def _check_remote_code(path: str, allowed: bool) -> None:

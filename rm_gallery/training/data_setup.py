@@ -20,7 +20,9 @@ from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.architectures import ENCODERS
 from rm_gallery.modeling.export import InputRecord
-from rm_gallery.modeling.reward_model import RewardModel, load_model_config, max_positions
+from rm_gallery.modeling.model_folder import load_model_config
+from rm_gallery.modeling.reward_model import RewardModel, max_positions
+from rm_gallery.modeling.weight_files import check_not_adapter
 from rm_gallery.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -82,10 +84,11 @@ def check_inputs(config: TrainConfig) -> None:
     Raises UserError as `run_training` would.
     """
     model = config.model
+    check_not_adapter(model.partial_pretrain, key="model.partial_pretrain")
     tokenizer = load_tokenizer(
         model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template
     )
-    load_model_config(model.partial_pretrain, trust_remote_code=model.trust_remote_code)
+    load_model_config(model.partial_pretrain, trust_remote_code=model.trust_remote_code, new_head=model.new_head)
     for side in sides_of(config.data):
         files, entries = resolve_files(config.data, key=side.key), entries_of(config.data, side.key)
         for warning in peek(files, entries, config.data, tokenizer, key=side.key).warnings():

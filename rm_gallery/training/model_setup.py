@@ -57,33 +57,58 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
         log.warning("every rank reads the whole model before sharding, since %s", reason)
     if config.model.trust_remote_code:
         log.warning("model.trust_remote_code=true: Python code of the model folder may run")
-    if loaded.has_own_head:
-        log.info("reward head: loaded from %s", config.model.partial_pretrain)
-    else:
-        log.info("reward head: newly initialized with trainer.seed=%d", config.trainer.seed)
+    _log_head(config, loaded)
     return StartModel(loaded.model, strategy, files, count)
 
 
+def _log_head(config: TrainConfig, loaded: LoadedModel) -> None:
+    path = config.model.partial_pretrain
+    if not loaded.has_own_head:
+        replaced = ", which replaces that of the folder if there is one (model.new_head=true)"
+        log.info(
+            "reward head: newly initialized with trainer.seed=%d%s",
+            config.trainer.seed, replaced if config.model.new_head else "",
+        )  # fmt: skip
+    elif hasattr(loaded.model.network, loaded.head_name.partition(".")[0]):
+        log.info("reward head: loaded from %s", path)
+    else:
+        log.info("reward head: loaded from %s of %s; checkpoints have it as score.weight", loaded.head_name, path)
+    if loaded.head_bias:
+        log.warning(
+            "reward head: its bias of %.6g is dropped, since checkpoints have none: rewards start %.6g %s than those "
+            "of %s; differences between rewards, and the loss, do not change",
+            loaded.head_bias, abs(loaded.head_bias), "lower" if loaded.head_bias > 0 else "higher", path,
+        )  # fmt: skip
+
+
 def _load(config: TrainConfig, tokenizer: Any) -> LoadedModel:
+    model = config.model
     loaded = load_reward_model(
-        config.model.partial_pretrain,
-        trust_remote_code=config.model.trust_remote_code,
-        dropout=config.model.dropout,
+        model.partial_pretrain,
+        trust_remote_code=model.trust_remote_code,
+        dropout=model.dropout,
+        new_head=model.new_head,
     )
-    set_pad_token(loaded.model, tokenizer)
+    set_pad_token(loaded.model, tokenizer, what=_what(config), resize=model.resize_embeddings)
     return loaded
 
 
 def _load_on_meta(config: TrainConfig, tokenizer: Any) -> tuple[LoadedModel, WeightFiles]:
     """The same on the meta device, and the files with its weights; raises MetaInitError if that is not possible."""
+    model = config.model
     with torch.random.fork_rng(devices=[]):  # `_load` may follow, and must draw the same head
         loaded, files = init_on_meta(
-            config.model.partial_pretrain,
+            model.partial_pretrain,
             seed=config.trainer.seed,
-            trust_remote_code=config.model.trust_remote_code,
-            dropout=config.model.dropout,
+            trust_remote_code=model.trust_remote_code,
+            dropout=model.dropout,
+            new_head=model.new_head,
         )
-    if missing_embedding_rows(loaded.model, tokenizer):
+    if missing_embedding_rows(loaded.model, tokenizer, what=_what(config), resize=model.resize_embeddings):
         raise MetaInitError("its embeddings are resized for the tokenizer")
     set_pad_token(loaded.model, tokenizer)
     return loaded, files
+
+
+def _what(config: TrainConfig) -> str:
+    return f"model.partial_pretrain={config.model.partial_pretrain}"

@@ -30,6 +30,7 @@ from rm_gallery.errors import StoppedBySignal, UserError
 from rm_gallery.modeling.parallel.apply import DTYPES, apply, offload_optimizer
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
+from rm_gallery.modeling.weight_files import check_not_adapter
 from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.training.checkpoint import (
     PLAN,
@@ -98,6 +99,7 @@ def run_training(config: TrainConfig, *, callbacks: Callbacks | None = None) -> 
 
 
 def _run(config: TrainConfig, world: World, stop: StopSignal, callbacks: Callbacks) -> RunResult:
+    check_not_adapter(config.model.partial_pretrain, key="model.partial_pretrain")
     tokenizer = load_tokenizer(
         config.model.partial_pretrain,
         trust_remote_code=config.model.trust_remote_code,

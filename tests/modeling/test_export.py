@@ -105,8 +105,11 @@ def test_embeddings_are_resized_for_the_pad_token_only_if_too_small(tmp_path: Pa
     vocabulary = tokenizer.get_vocab()
     assert "<|new|>" not in vocabulary
     tokenizer.add_tokens(["<|new|>"])
-    set_pad_token(tight, tokenizer)
+    with pytest.raises(UserError, match=rf"has {size} rows, .* 1 tokens .*'<\|new\|>'.*model.resize_embeddings=true"):
+        set_pad_token(tight, tokenizer)
+    set_pad_token(tight, tokenizer, resize=True)
     assert tight.network.get_input_embeddings().num_embeddings == size + 1
+    assert tight.network.get_input_embeddings().weight[size].any()
 
 
 def test_tokenizer_config_names_a_class_that_older_servers_know(qwen2_folder: Path, tmp_path: Path) -> None:

@@ -128,13 +128,20 @@ def test_models_with_code_of_their_own_need_leave(tmp_path: Path, monkeypatch: p
     (folder / "config.json").write_text(json.dumps({**values, "reward_token_id": 9}))
     from safetensors.torch import save_file
 
-    weights = {"tok_embeddings.weight": torch.zeros(264, 8), "v_head.weight": torch.ones(1, 8)}
+    embedding = torch.zeros(264, 8)
+    embedding[263] = 1  # of no token here: an embedding of zeros is an error
+    weights = {"tok_embeddings.weight": embedding, "v_head.weight": torch.ones(1, 8)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"needs code from its folder \(tiny_own\).*trust_remote_code=True"):
         load(folder)
     scorer = RewardScorer.from_folder(folder, device="cpu", trust_remote_code=True)
     rewards = scorer.score([PreferenceGroup("", ["a", "a longer text"]), PreferenceGroup("", ["b"])])
     assert rewards == [[9.0, 9.0], [9.0]], "the reward is read at the reward token behind each text"
+    hides = OWN_CODE.replace("config_class =", '_keys_to_ignore_on_load_missing = ["v_head"]\n    config_class =')
+    (folder / "tiny_own_code.py").write_text(hides)
+    save_file({"tok_embeddings.weight": embedding}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="TinyForRewardModel initializes weights randomly when it is loaded"):
+        RewardScorer.from_folder(folder, device="cpu", trust_remote_code=True)
 
 
 def test_a_text_past_the_position_table_is_refused(tmp_path: Path) -> None:
@@ -150,3 +157,96 @@ def test_a_decoder_scores_a_longer_text_and_says_so_once(tmp_path: Path, caplog:
     for _ in range(2):
         assert scorer.score([PreferenceGroup("", ["long " * 20])])[0]
     assert caplog.text.count("a text has 100 tokens, more than the max_length of training (50)") == 1
+
+
+def other_layout(source: Path, folder: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
+    """The folder of a reward model with these tensors instead of `score.weight`."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder)
+    state = load_file(folder / "model.safetensors")
+    state.pop("score.weight")
+    save_file({**state, **tensors}, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_config(folder, **config)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_a_head_under_another_name_gives_the_same_rewards(kind: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    more = {"num_key_value_heads": 2} if kind == "qwen2" else {}
+    source = make_classifier(kind, tmp_path / "source", **more)
+    head = load_file(source / "model.safetensors")["score.weight"]
+    groups = [PreferenceGroup("", ["a", "a longer text"])]
+    [expected] = load(source).score(groups)
+    bias = {"v_head.summary.weight": head, "v_head.summary.bias": torch.tensor([0.5])}
+    folders = {
+        0.0: [
+            other_layout(source, tmp_path / "openrlhf", {"value_head.weight": head}, architectures=["XForCausalLM"]),
+            other_layout(source, tmp_path / "labels", {"score.weight": head}, id2label={"0": "a", "1": "b"}),
+        ],
+        0.5: [
+            other_layout(source, tmp_path / "trl", bias),
+            other_layout(source, tmp_path / "token", {"score.weight": head, "score.bias": torch.tensor([0.5])}),
+            other_layout(source, tmp_path / "factory", {}, architectures=["XForCausalLM"]),
+        ],
+    }
+    save_file(bias, tmp_path / "factory/value_head.safetensors")
+    for shift, layouts in folders.items():
+        for folder in layouts:
+            torch.manual_seed(len(folder.name))
+            before = torch.get_rng_state()
+            [rewards] = load(folder).score(groups)
+            assert torch.equal(before, torch.get_rng_state()), "nothing is drawn"
+            torch.testing.assert_close(rewards, [each + shift for each in expected], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "bert", "gpt2"])
+def test_no_weight_is_initialized_by_loading(kind: str, tmp_path: Path) -> None:
+    """Two loads are equal bit for bit, and each missing tensor is an error, those of the head included."""
+    from safetensors.torch import load_file, save_file
+
+    more = {"num_key_value_heads": 2} if kind == "qwen2" else {}
+    folder = make_classifier(kind, tmp_path / "model", **more)
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(load(folder).engine.model.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    names = ["score.weight", *[*tensors][::9]]
+    for name in names:
+        save_file({key: value for key, value in tensors.items() if key != name}, file, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=f"first: {name}"):
+            load(folder)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_an_error(text_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = Path(shutil.copytree(text_folder, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|new|>", "<|newer|>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(
+        UserError, match=r"264 rows, but the tokenizer has 1 tokens .*\(ids 264 to 264, first: '<\|newer\|>'\)"
+    ):
+        load(folder)
+
+
+def test_a_pad_token_without_a_row_changes_no_reward(tmp_path: Path) -> None:
+    """The embedding has a row for each token, and none of them can pad: the new row is zero, not random."""
+    folder = make_classifier("gpt2", tmp_path / "model", vocab_size=263)
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|pad|>", "<|first|>").replace("<|endoftext|>", "<|second|>"))
+    groups = [PreferenceGroup("", ["a", "a longer text"])]
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        scorer = load(folder)
+        assert torch.equal(before, torch.get_rng_state())
+        states.append((scorer.score(groups), scorer.engine.model.network.get_input_embeddings().weight[263:]))
+    assert states[0][0] == states[1][0] and states[0][1].shape == (1, 32) and not states[0][1].any()

@@ -17,6 +17,8 @@ from weakref import WeakValueDictionary
 from rm_gallery.core.models.base_chat_model import ChatResponse, Usage
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import UserError, one_line
+from rm_gallery.modeling.heads import has_foreign_head, num_outputs
+from rm_gallery.modeling.weight_files import WeightFolder, check_not_adapter, read_weight_folder
 from rm_gallery.schema import Message
 
 _MAX_BATCH = 32  # conversations that generate together
@@ -38,12 +40,19 @@ def open_folder(
     folder = Path(model).expanduser()
     if not folder.is_dir():
         raise UserError(f"model={model}: no such folder (working directory {Path.cwd()}); is_local=True needs a folder")
+    check_not_adapter(model, key="model")
     config = _read_config(folder)
     if not any(found for pattern in _WEIGHTS for found in folder.glob(pattern)):
         raise UserError(f"model={model}: the folder has no weights; copy the model's *.safetensors files there")
     names = [str(name) for name in config.get("architectures") or []]
-    if any(name.endswith(_CLASSIFIERS) for name in names):
-        labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+    try:
+        files = read_weight_folder(model, key="model")
+    except UserError:  # raised again, and once, when the weights are loaded
+        files = WeightFolder(folder)
+    if any(name.endswith(_CLASSIFIERS) for name in names) or has_foreign_head(files):
+        named = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+        # The weights decide; a head under another name is checked when it is loaded.
+        labels = num_outputs(files) or (1 if has_foreign_head(files) else named)
         if labels != 1:
             raise UserError(
                 f"model={model}: a classifier with {labels} labels, but a reward model has one; choose another folder"
@@ -60,8 +69,6 @@ def open_folder(
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise UserError(f"model={folder}: the folder has an adapter; merge it into its base model first")
         steps = sorted(found.parent.name for found in folder.glob("*/config.json"))
         hint = f"use a checkpoint in it, e.g. {folder / steps[-1]}" if steps else "use a folder with config.json"
         raise UserError(f"model={folder}: config.json is missing; {hint}")
@@ -208,7 +215,7 @@ class TextGenerator:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from rm_gallery.modeling.reward_model import quiet_transformers
+        from rm_gallery.modeling.model_folder import check_values, quiet_transformers
 
         tokenizer = load_tokenizer(str(folder), key="model", trust_remote_code=trust_remote_code)
         if not tokenizer.chat_template:
@@ -219,14 +226,21 @@ class TextGenerator:
             raise UserError(f"dtype={dtype}: must be auto, bf16 or fp32")
         try:
             with quiet_transformers():
-                network = AutoModelForCausalLM.from_pretrained(
+                network, info = AutoModelForCausalLM.from_pretrained(
                     folder,
                     dtype=torch.bfloat16 if wanted == "bf16" else torch.float32,
                     trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
                 )
             network.to(where)
         except Exception as error:
             raise UserError(f"model={folder}: the model cannot be loaded ({one_line(error)})") from error
+        if missing := sorted(info["missing_keys"]):
+            raise UserError(
+                f"model={folder}: the weights lack {len(missing)} tensors (first: {missing[0]}); is the "
+                "download complete?"
+            )
+        check_values(network.named_parameters(), f"model={folder}")
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token

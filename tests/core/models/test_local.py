@@ -132,7 +132,7 @@ def test_a_folder_that_cannot_be_loaded_is_tried_once(
     monkeypatch.setattr(LocalRewardModel, "_load", lambda self: tries.append(1) or load(self))
     model = OpenAIChatModel(str(folder), is_local=True)
     for _ in range(3):
-        with pytest.raises(UserError, match="step: the model cannot be loaded"):
+        with pytest.raises(UserError, match=r"step: model\.safetensors cannot be read"):
             model.chat(CHAT)
     assert len(tries) == 1
 
@@ -156,7 +156,7 @@ def nested(folder: Path) -> None:
         (lambda folder: folder.rmdir(), "no such folder .working directory"),
         (lambda folder: None, "config.json is missing; use a folder with config.json"),
         (nested, "use a checkpoint in it, e.g. .*global_step_7"),
-        (lambda folder: (folder / "adapter_config.json").touch(), "has an adapter; merge it into its base"),
+        (lambda folder: (folder / "adapter_config.json").touch(), "holds an adapter; merge it into its base"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: cannot be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json: not a model configuration"),
         (lambda folder: (folder / "config.json").write_text("{}"), "has no weights"),

@@ -1,0 +1,178 @@
+"""The weight files of a model folder: name, shape and dtype of each tensor, read from the headers alone.
+
+Loads no torch and no transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rm_gallery.errors import UserError, one_line
+
+_INDEX = "model.safetensors.index.json"
+_NOT_FLOATS = ("I8", "U8", "I32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
+"""Dtypes of quantized weights. Tables of positions are I64."""
+_QUANTIZED = (
+    "qweight", "qzeros", "scales", "g_idx", "weight_scale", "weight_scale_inv", "weight_packed", "input_scale",
+    "absmax", "quant_map", "SCB",
+)  # fmt: skip
+_MAX_HEADER_BYTES = 100_000_000  # the library's limit
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a safetensors file."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors writes it: F32, BF16, ..."""
+
+    def __str__(self) -> str:
+        return f"{self.name} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class WeightFolder:
+    """The safetensors files of a model folder."""
+
+    folder: Path
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """Those of the files that transformers loads; empty for a folder with other weight files."""
+    head_file: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """Those of `value_head.safetensors`, which LLaMA-Factory writes beside the model."""
+    other_files: tuple[str, ...] = ()
+    """Names of files with weights that are not read."""
+
+
+def read_weight_folder(path: str, *, key: str) -> WeightFolder:
+    """The headers of a local model folder or of a model of the hub, whose safetensors files are downloaded.
+
+    Raises UserError for a damaged file, a missing shard, and a tensor that several shards contain.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        folder = _download(path)
+        if not folder.is_dir():
+            return WeightFolder(folder)
+    what = f"{key}={path}"
+    files = _loaded_files(folder, what)
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in _read_header(file, what).items():
+            if name in tensors:
+                raise UserError(
+                    f"{key}={path}: {tensors[name].file.name} and {file.name} both contain {name}; copy the folder "
+                    "again"
+                )
+            tensors[name] = tensor
+    head_file = folder / "value_head.safetensors"
+    head = _read_header(head_file, what) if head_file.is_file() else {}
+    known = {*files, head_file}
+    others = [each.name for each in sorted(folder.glob("*.safetensors")) if each not in known]
+    pickles = [each.name for each in sorted(folder.glob("value_head.bin"))]
+    # Mistral's own format of the same weights.
+    return WeightFolder(folder, tensors, head, (*(each for each in others if "consolidated" not in each), *pickles))
+
+
+def _download(path: str) -> Path:
+    """The folder of a hub model in the local cache; `path` itself if there is none."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                path,
+                allow_patterns=["*.safetensors", "*.safetensors.index.json"],
+                ignore_patterns=["*/*", "consolidated*"],
+            )
+        )
+    except Exception:
+        return Path(path)  # transformers loads it, or reports why it cannot
+
+
+def _loaded_files(folder: Path, what: str) -> list[Path]:
+    """The files that transformers would load: model.safetensors, or the shards that the index names; [] for neither."""
+    index = folder / _INDEX
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not index.is_file():
+        return []
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not an index of weight files ({one_line(error)}); copy the folder again") from error
+    lost = [name for name in names if not (folder / name).is_file()]
+    if lost:
+        raise UserError(
+            f"{what}: {len(lost)} of the {len(names)} weight files that {_INDEX} names are missing (first: {lost[0]}); "
+            "is the download complete?"
+        )
+    return [folder / name for name in names]
+
+
+def _read_header(file: Path, what: str) -> dict[str, StoredTensor]:
+    """Layout of the file: length of the header (8 bytes, little-endian), header (JSON), tensors."""
+    try:
+        with file.open("rb") as source:
+            length = int.from_bytes(source.read(8), "little")
+            if not 0 < length <= min(_MAX_HEADER_BYTES, file.stat().st_size):
+                raise ValueError("it has no header")
+            header = json.loads(source.read(length))
+        header.pop("__metadata__", None)
+        found = {
+            name: StoredTensor(file, name, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()
+        }
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if end != file.stat().st_size:
+            raise ValueError(f"it has {file.stat().st_size} bytes instead of {end}")
+        return found
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise UserError(f"{what}: {file.name} cannot be read ({one_line(error)}); copy it again") from error
+
+
+def check_not_adapter(path: str, *, key: str) -> None:
+    """Raise UserError, naming the base model, for a folder with an adapter (LoRA)."""
+    folder = Path(path).expanduser()
+    config = folder / "adapter_config.json"
+    found = [name for name in ("adapter_config.json", *_ADAPTER_FILES) if (folder / name).is_file()]
+    if not found:
+        return
+    base = ""
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+        base = str(values.get("base_model_name_or_path") or "") if isinstance(values, dict) else ""
+    except (OSError, ValueError):
+        pass  # the name of the base model is only a hint
+    if (folder / "model.safetensors").is_file() or (folder / _INDEX).is_file():
+        raise UserError(
+            f"{key}={path}: the folder holds both a model and an adapter ({', '.join(found)}); if the adapter is "
+            "merged into the model, delete its files, otherwise merge it first"
+        )
+    into = f"its base model {base}" if base else "its base model"
+    raise UserError(f"{key}={path}: the folder holds an adapter; merge it into {into} first, and use the merged folder")
+
+
+def check_not_quantized(files: WeightFolder, config: Any, path: str, *, key: str) -> None:
+    """Raise UserError for quantized weights that the configuration does not declare: they would be read as numbers."""
+    if getattr(config, "quantization_config", None):
+        return  # transformers reads these, or reports why it cannot
+    for name, tensor in files.tensors.items():
+        if name.rpartition(".")[2] in _QUANTIZED or (tensor.dtype in _NOT_FLOATS and len(tensor.shape) >= 2):
+            raise UserError(
+                f"{key}={path}: the weights are quantized ({name} is {tensor.dtype}), and config.json has no "
+                "quantization_config; use the folder with float weights"
+            )
+
+
+def list_names(names: Iterable[str], limit: int = 3) -> str:
+    """`a, b, c and 4 more`."""
+    ordered = sorted(names)
+    rest = len(ordered) - limit
+    return ", ".join(ordered[:limit]) + (f" and {rest} more" if rest > 0 else "")
