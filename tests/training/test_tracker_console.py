@@ -36,9 +36,9 @@ def test_console_lines_are_plain_and_carry_the_time_left(tmp_path: Path) -> None
         clock.now += 40 if step == 1 else 4
         console.log(metrics, step)
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "step 1/300  loss 0.6931  grad_norm 1.23  pairs/s 45.1  eta 3:19:20"
+    assert lines[0] == "step 1/300  loss 0.6931  45 pairs/s  eta 3:19:20"
     # The first step, which compiles, no longer counts in the rate.
-    assert lines[2] == "step 3/300  loss 0.6931  grad_norm 1.23  pairs/s 45.1  eta 0:19:48"
+    assert lines[2] == "step 3/300  loss 0.6931  45 pairs/s  eta 0:19:48"
 
 
 def test_console_thins_lines_of_fast_runs_but_keeps_validation_and_the_last_step(tmp_path: Path) -> None:
@@ -93,6 +93,29 @@ def test_console_of_a_run_that_stopped_at_once_says_so(tmp_path: Path) -> None:
     console, stream, _ = plain_console(tmp_path, total_steps=3)
     console.close(failed=True)
     assert stream.getvalue() == "stopped at step 0/3 after 0:00:00\n"
+
+
+def test_the_table_shows_means_since_the_validation_before(tmp_path: Path) -> None:
+    console, stream, _ = plain_console(tmp_path, total_steps=4)
+    for step, loss in enumerate((1.0, 0.5, 0.3, 0.1), start=1):
+        console.log({"train/loss": loss}, step)
+        if step in (2, 4):
+            console.log({"val/loss": loss}, step)
+    console.close()
+    rows = [line.split() for line in stream.getvalue().splitlines() if line.startswith("   ")]
+    assert rows[-2:] == [["2", "0.7500", "-", "0.5000", "-"], ["4", "0.2000", "-", "0.1000", "-"]]
+
+
+def test_no_line_is_wider_than_a_terminal_and_no_number_is_broken(tmp_path: Path) -> None:
+    console, stream, _ = plain_console(tmp_path, total_steps=123456)
+    train = {"train/loss": 0.69314, "train/accuracy": 0.5, "train/lr": 1e-6, "perf/pairs_per_second": 12345.6}
+    val = {f"val/{name}": -12.3456 for name in ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")}
+    console.log(train, 123455)
+    console.log(val, 123455)
+    text = stream.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    fields = "step 123455/123456  val/loss -12.3456  val/accuracy -12.3456  val/margin -12.3456"
+    assert fields.rpartition("  ")[0] in text and "    val/margin -12.3456  val/reward_chosen -12.3456" in text
 
 
 def test_closing_table_thins_to_twelve_rows_with_both_ends() -> None:

@@ -1,4 +1,4 @@
-"""Console: a progress bar on a terminal, plain lines elsewhere, and a final table."""
+"""Console: a progress bar on a terminal, plain lines elsewhere, and a final table; nothing is wider than 80 columns."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from typing import TextIO
 from rm_gallery.progress_bar import ProgressBar, is_terminal
 from rm_gallery.training.trackers.base import METRICS_NAME, RunInfo
 
-# Metric -> label and format in a line, in this order. val/ metrics follow under their full names.
+# Metric -> its text in a line, in this order. val/ metrics follow under their full names.
 LINE_FIELDS = {
-    "train/loss": ("loss", ".4f"),
-    "train/accuracy": ("accuracy", ".3f"),
-    "train/margin": ("margin", ".3f"),
-    "train/lr": ("lr", ".2e"),
-    "train/grad_norm": ("grad_norm", ".3g"),
-    "perf/pairs_per_second": ("pairs/s", ".1f"),
+    "train/loss": "loss {:.4f}",
+    "train/accuracy": "accuracy {:.3f}",
+    "train/lr": "lr {:.1e}",
+    "perf/pairs_per_second": "{:.0f} pairs/s",
 }
 BAR_FIELDS = {
     "train/loss": "loss {:.4f}",
@@ -30,6 +28,7 @@ BAR_FIELDS = {
     "perf/pairs_per_second": "{:.1f} pairs/s",
 }
 TABLE_COLUMNS = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
+WIDTH = 80  # columns of a line; longer ones are wrapped between their fields
 MAX_TABLE_ROWS = 12
 LINE_INTERVAL_S = 2.0
 RATE_WINDOW = 50  # number of log calls that the remaining time is estimated from
@@ -54,6 +53,7 @@ class ConsoleTracker:
         self._last_line_time = -math.inf
         self._latest: dict[str, float] = {}
         self._val_points: list[dict[str, float]] = []
+        self._since_val: dict[str, list[float]] = {}  # training metrics logged since the last validation
         self._closed = False
         if run.start_step:
             self._recall(run.run_dir / METRICS_NAME)
@@ -65,7 +65,7 @@ class ConsoleTracker:
         now = self._clock()
         self._note_time(now, step)
         self._step = step
-        self._latest.update(metrics)
+        self._note(metrics)
         has_val = any(name.startswith("val/") for name in metrics)
         if has_val:
             self._note_val(metrics, step)
@@ -97,11 +97,11 @@ class ConsoleTracker:
     def _line(self, metrics: Mapping[str, float], step: int, eta: str) -> str:
         """A plain line: `step 10/300  loss 0.6931  accuracy 0.500  eta 0:01:20`."""
         parts = [f"step {step}/{self._total}"]
-        parts += [f"{label} {metrics[name]:{form}}" for name, (label, form) in LINE_FIELDS.items() if name in metrics]
+        parts += [form.format(metrics[name]) for name, form in LINE_FIELDS.items() if name in metrics]
         parts += [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("val/")]
         if metrics.get("train/bad_steps"):
             parts.append(f"bad_steps {metrics['train/bad_steps']:.0f}")
-        return "  ".join([*parts, f"eta {eta}"] if eta else parts)
+        return wrapped([*parts, f"eta {eta}"] if eta else parts)
 
     def _bar_text(self, eta: str) -> str:
         """The latest metrics: `loss 0.5123  accuracy 0.790  45.1 pairs/s  0:01:20 left  val 0.800`."""
@@ -134,20 +134,41 @@ class ConsoleTracker:
         """On resume: read the metrics up to the checkpoint, so that the final table shows the whole run."""
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             row = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
-            self._latest.update(row)
+            self._note(row)
             if any(name.startswith("val/") for name in row):
                 self._note_val(row, int(row["step"]))
 
+    def _note(self, metrics: Mapping[str, float]) -> None:
+        self._latest.update(metrics)
+        for name in TABLE_COLUMNS:
+            if name in metrics and name.startswith("train/"):
+                self._since_val.setdefault(name, []).append(metrics[name])
+
+    def _means(self) -> dict[str, float]:
+        """Means of the training metrics since the last validation: those of one step say little."""
+        return {name: sum(values) / len(values) for name, values in self._since_val.items()}
+
     def _note_val(self, metrics: Mapping[str, float], step: int) -> None:
-        """Keep a row for the table: this validation with the latest training metrics."""
-        row = {name: self._latest[name] for name in TABLE_COLUMNS if name in self._latest}
-        row = {name: value for name, value in row.items() if name in metrics or not name.startswith("val/")}
-        self._val_points.append({"step": step, **row})
+        """Keep a row for the table: this validation, and the training metrics since the one before."""
+        row = {name: metrics[name] for name in TABLE_COLUMNS if name in metrics}
+        self._val_points.append({"step": step, **self._means(), **row})
+        self._since_val = {}
 
     def _last_point(self) -> list[dict[str, float]]:
-        """Without validation: a single row of the last training metrics, if any."""
-        row = {name: self._latest[name] for name in TABLE_COLUMNS if name in self._latest}
-        return [{"step": self._step, **row}] if row else []
+        """Without validation: a single row of the training metrics, if any."""
+        means = self._means()
+        return [{"step": self._step, **means}] if means else []
+
+
+def wrapped(parts: Sequence[str]) -> str:
+    """Parts joined by two spaces, with a new, indented line where one would be wider than a terminal."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + 2 + len(part) > WIDTH:
+            lines.append(f"    {part}")
+        else:
+            lines[-1] += f"  {part}"
+    return "\n".join(lines)
 
 
 def val_accuracy(point: Mapping[str, float]) -> float:
