@@ -10,11 +10,14 @@ import glob
 import logging
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from rm_gallery.data.sources.config import FileEntry, Role, refuse_keys
 from rm_gallery.data.sources.local import Layout, choose_split, choose_subset, has_pattern, layout_of, matching_paths
@@ -169,6 +172,7 @@ class _Repository:
 
     def _tried(self, call: Callable[[], _Result]) -> _Result:
         """Result of the call, retried after transient errors; raises UserError if it fails."""
+        go_offline_if_unreachable()
         try:
             return retry(self.name, call, waits=_WAITS, is_transient=_is_transient)
         except client_errors() as error:
@@ -197,6 +201,41 @@ def retry(
 def endpoint() -> str | None:
     """URL of the hub from the environment, read at each call; None for the default of the client."""
     return os.environ.get("HF_ENDPOINT") or None
+
+
+_unreachable: dict[str, str] = {}  # URL of a hub -> why it cannot be reached
+_CONNECT_S = 3.0
+
+
+def go_offline_if_unreachable() -> None:
+    """Set the client to offline mode if no connection to the hub can be made, with a warning.
+
+    The client would try each file again for up to a minute. Behind a proxy nothing is checked.
+    """
+    from huggingface_hub import constants
+
+    site = urlsplit(endpoint() or constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or site.scheme in getproxies():
+        return
+    try:
+        port = site.port or (80 if site.scheme == "http" else 443)
+        socket.create_connection((site.hostname, port), timeout=_CONNECT_S).close()
+    except OSError as error:
+        constants.HF_HUB_OFFLINE = True
+        _unreachable[site.geturl()] = one_line(error)
+        log.warning(
+            "%s cannot be reached (%s): only models and datasets in the cache are used", site.geturl(), one_line(error)
+        )
+
+
+def why_offline() -> str:
+    """Why only the cache of the hub is used, for messages; "" if the hub is used."""
+    from huggingface_hub import constants
+
+    site = endpoint() or constants.ENDPOINT
+    if not constants.HF_HUB_OFFLINE:
+        return ""
+    return f"{site} cannot be reached ({_unreachable[site]})" if site in _unreachable else "HF_HUB_OFFLINE is set"
 
 
 def client_errors() -> tuple[type[Exception], ...]:
@@ -255,6 +294,11 @@ def hub_message(error: BaseException, repo: str, where: str) -> str:
         return f"access to {repo} is disabled by the hub; choose another dataset"
     if status == 403:
         return f"{site} denies access to {repo}; accept its terms and set HF_TOKEN to a token with read access"
+    if site in _unreachable and (find(errors.OfflineModeIsEnabled) or find(errors.LocalEntryNotFoundError)):
+        return (
+            f"no local file or folder (working directory {Path.cwd()}), and {where} is not complete in the cache while "
+            f"{why_offline()}; check the path and the network"
+        )
     if find(errors.OfflineModeIsEnabled):
         return (
             f"no local file or folder, and {where} is not complete in the cache while HF_HUB_OFFLINE is set; unset it"

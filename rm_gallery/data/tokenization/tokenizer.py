@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rm_gallery.data.sources.hub import go_offline_if_unreachable, why_offline
 from rm_gallery.errors import BadRow, UserError, one_line
 from rm_gallery.schema import Comparison, PreferenceGroup
 
@@ -93,11 +94,19 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
+    is_folder = os.path.isdir(os.path.expanduser(path))
+    if not is_folder:
+        go_offline_if_unreachable()
     try:
         tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
     except Exception as error:
         reason = one_line(error)
-        if not os.path.isdir(os.path.expanduser(path)):
+        if not is_folder and (offline := why_offline()):
+            raise UserError(
+                f"{key}={path}: no such folder (working directory {os.getcwd()}), and no model of this name in the "
+                f"cache of the hub while {offline}; give a model folder"
+            ) from error
+        if not is_folder:
             raise UserError(
                 f"{key}={path}: neither a folder (working directory {os.getcwd()}) nor a model on the hub "
                 f"({reason}); give a model folder"

@@ -243,3 +243,28 @@ def test_offline_mode_reads_a_warm_cache_only(site: StandIn) -> None:
 def test_a_full_disk_is_named(site: StandIn) -> None:
     Path("cache").write_text("a file where the cache should be")
     assert refused("org/pairs").startswith(f"org/pairs cannot be put into the cache {Path.cwd()}/cache (")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(
+    site: StandIn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    hub.go_offline_if_unreachable()
+    hub.go_offline_if_unreachable()
+    assert constants.HF_HUB_OFFLINE
+    reason = "http://127.0.0.1:9 cannot be reached ([Errno 111] Connection refused)"
+    assert hub.why_offline() == reason
+    assert [record.message for record in caplog.records] == [
+        f"{reason}: only models and datasets in the cache are used"
+    ]
+
+
+def test_a_hub_behind_a_proxy_is_left_to_the_client(site: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:8")
+    hub.go_offline_if_unreachable()
+    assert not constants.HF_HUB_OFFLINE and not hub.why_offline()

@@ -24,7 +24,7 @@ def test_a_broken_tokenizer_file_is_named(qwen2_folder: Path, tmp_path: Path) ->
 
 
 def test_a_name_that_is_neither_folder_nor_hub_model_says_so(in_tmp: Path) -> None:
-    with pytest.raises(UserError, match=r"^model\.partial_pretrain=models/nope: neither a folder \(working directory "):
+    with pytest.raises(UserError, match=r"^model\.partial_pretrain=models/nope: no such folder \(working directory "):
         load_tokenizer("models/nope")
 
 
