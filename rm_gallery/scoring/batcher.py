@@ -12,12 +12,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.errors import UserError
 from rm_gallery.schema import PreferenceGroup
-from rm_gallery.scoring.engine import Engine
+from rm_gallery.scoring import forks
+from rm_gallery.scoring.engine import Engine, find_bad_reward
 
 Rewards: TypeAlias = list[list[float]]
 
@@ -63,15 +64,23 @@ class _Part:
     was_deferred: bool = False
 
 
-class Batcher:
+class Batcher(forks.SurvivesFork):
     """Owns the worker thread, which starts with the first call and ends with `close`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._closed = False
+        forks.watch(self)
+
+    def fork_locks(self) -> Sequence[Any]:
+        return (self._lock,)
+
+    def renew_after_fork(self) -> None:
+        """The calls in the queue are those of the other process."""
+        self._queue, self._thread = queue.SimpleQueue(), None
 
     def submit(self, groups: Sequence[PreferenceGroup]) -> Future[Rewards]:
         """Queue groups; the future gives one list of rewards per group.
@@ -82,7 +91,7 @@ class Batcher:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the scorer is closed")
-            if self._thread is None or not self._thread.is_alive():  # not alive in a forked process
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._work, name="rm-gallery-scorer", daemon=True)
                 self._thread.start()
             self._queue.put(call)
@@ -215,6 +224,10 @@ class Batcher:
             return
         for part, found in zip(pack, rewards, strict=True):
             call = part.call
+            bad = find_bad_reward(found)
+            if bad is not None:
+                call.fail(describe(bad, part.group, call.groups[part.group]))
+                continue
             call.rewards[part.group][part.first : part.first + len(found)] = found
             call.num_missing -= len(found)
             if not call.num_missing:

@@ -6,9 +6,11 @@ A group that exceeds the token budget is split into several parts, each with the
 from __future__ import annotations
 
 import logging
+import math
+import os
 import threading
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -19,8 +21,9 @@ from rm_gallery.data.token_cache.arrays import GroupSizes
 from rm_gallery.data.tokenization.encoder import Encoder
 from rm_gallery.data.tokenization.token_group import TokenGroup, split_prefix
 from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
-from rm_gallery.errors import BadRow
+from rm_gallery.errors import BadRow, UserError
 from rm_gallery.schema import PreferenceGroup
+from rm_gallery.scoring import forks
 from rm_gallery.scoring.inputs import check_group
 from rm_gallery.scoring.loading import ScoringModel
 
@@ -38,20 +41,47 @@ def default_budget(device: torch.device) -> int:
     return _CUDA_TOKENS if device.type == "cuda" else _CPU_TOKENS
 
 
-class Engine:
+def check_weights(model: torch.nn.Module) -> None:
+    """Raise UserError for a model with weights that are not finite: its rewards would not be numbers."""
+    limits = {
+        name.removeprefix("network."): torch.stack(torch.aminmax(weight.detach())).float()
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and weight.numel()
+    }
+    if not limits:
+        return
+    is_finite = torch.stack([each.to("cpu") for each in limits.values()]).isfinite().all(dim=1).tolist()
+    bad = [name for name, finite in zip(limits, is_finite, strict=True) if not finite]
+    if bad:
+        config = getattr(getattr(model, "network", None), "config", None)
+        path = getattr(config, "_name_or_path", "")
+        raise UserError(
+            f"{f'model={path}' if path else 'the model'}: {len(bad)} of {len(limits)} weights have values that are not "
+            f"finite (first: {bad[0]}); choose another checkpoint"
+        )
+
+
+def find_bad_reward(rewards: Sequence[float]) -> BadRow | None:
+    """Why these rewards of one row cannot be used; None if all are finite."""
+    return None if all(map(math.isfinite, rewards)) else BadRow("reward that is not finite")
+
+
+class Engine(forks.SurvivesFork):
     """Tokenizes groups and computes rewards of packs. Thread-safe; model calls run one at a time."""
 
     def __init__(self, source: ScoringModel, *, token_budget: int | None = None) -> None:
         """token_budget: maximum tokens of a pack, except for a single longer text; None depends on the device."""
         self.source = source
         self.model, self.tokenizer, self.record = source.model, source.tokenizer, source.record
+        check_weights(self.model)
         self.device = next(self.model.parameters()).device
         self.packer = Packer(token_budget or default_budget(self.device), padded=self.model.padded)
         self.num_packs = 0
         """Model calls so far."""
-        self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._lock = threading.RLock()
         # Fast tokenizers are not thread-safe: concurrent calls raise "Already borrowed".
-        self._tokenizer_lock = threading.Lock()
+        self._tokenizer_lock = threading.RLock()
         self._warned_of_length = False
         self._encoder = Encoder(
             self.tokenizer,
@@ -61,6 +91,11 @@ class Engine:
                 text_special_tokens=self.record.text_special_tokens,
             ),
         )
+
+        forks.watch(self)
+
+    def fork_locks(self) -> Sequence[Any]:
+        return self._lock, self._tokenizer_lock
 
     def encode(self, groups: Sequence[PreferenceGroup]) -> list[Encoded]:
         """Tokens of each group, or the exception that says why it has none; a bad group does not affect others."""
@@ -133,8 +168,13 @@ class Engine:
         return [rewards for part in pack for rewards in self._run([part])]
 
     def _run(self, pack: Sequence[TokenGroup]) -> list[list[float]]:
-        batch = collate(pack)
+        if self.device.type == "cuda" and os.getpid() != self._process:
+            raise UserError(
+                "the model is on a GPU, which a forked process cannot use: load it in this process, with "
+                "RewardScorer.from_folder, or start processes with the method 'spawn'"
+            )
         with self._lock, torch.inference_mode():
+            forks.compute_in_fork()
             self.num_packs += 1
-            flat = iter(self.model(batch.to(self.device)).tolist())
+            flat = iter(self.model(collate(pack).to(self.device)).tolist())
         return [[next(flat) for _ in part.tails] for part in pack]

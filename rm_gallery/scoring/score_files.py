@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -222,8 +221,6 @@ def _score_rows(chunk: Sequence[Row], job: ScoringJob, reader: RowReader, scorer
             results[index] = (None, str(rewards))
         elif isinstance(rewards, Exception):
             raise rewards
-        elif not all(map(math.isfinite, rewards)):
-            results[index] = (None, "reward that is not finite")
         else:
             results[index] = (rewards, None)
     if job.table.config.bad_rows == "error":

@@ -7,28 +7,32 @@ import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.export import InputRecord
 from rm_gallery.schema import Message, PreferenceGroup
+from rm_gallery.scoring import forks
 from rm_gallery.scoring.batcher import Batcher, Rewards, describe
-from rm_gallery.scoring.engine import Encoded, Engine
+from rm_gallery.scoring.engine import Encoded, Engine, find_bad_reward
 from rm_gallery.scoring.inputs import InputBuilder, Pair, Text, Tools, spread_tools
 from rm_gallery.scoring.loading import ScoringModel, load_folder
+from rm_gallery.scoring.model_folder import Stats, check_not_run_folder, stats_of
 
 
 class RewardScorer:
     """Scores responses with a trained model; the prompt of several responses is computed once.
 
     A reward depends only on its own text, not on the other texts of the call or their order. Thread-safe. The async
-    methods return the same rewards; concurrent calls share forward passes.
+    methods return the same rewards; concurrent calls share forward passes. A forked process can use the scorer of its
+    parent on a CPU; a pickle of a scorer from a folder loads it again.
     """
 
     def __init__(self, source: ScoringModel, *, token_budget: int | None = None) -> None:
         """source: from `load_folder`. token_budget: maximum tokens of a model call; None depends on the device."""
         self.folder = ""
         """Folder of the model; identifies the scorer when grading resumes."""
+        self._origin: tuple[dict[str, Any], Stats] | None = None
         self.engine = Engine(source, token_budget=token_budget)
         reads_tools = "tools" in str(source.tokenizer.chat_template)
         self.inputs = InputBuilder(source.record.input_style, source.record.separator, reads_tools=reads_tools)
@@ -51,12 +55,26 @@ class RewardScorer:
         device: `auto` uses a GPU if there is one. dtype: `auto` is bfloat16 on a GPU that supports it, else float32;
         the reward head of packed architectures stays float32. On a CPU, freed memory is kept for the next call (see
         `keep_freed_memory`).
-        Raises UserError for a folder without such a model.
+        Raises UserError for a folder without such a model, for the folder of a run (the error names its newest
+        checkpoint), and for weights that are not finite.
         """
-        source = load_folder(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        scorer = cls(source, token_budget=token_budget)
-        scorer.folder = str(folder)
+        check_not_run_folder(str(folder), key="model")
+        settings: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        is_here = Path(folder).expanduser().is_dir()
+        where = str(Path(folder).expanduser().resolve()) if is_here else str(folder)
+        origin = {"folder": where, "token_budget": token_budget, **settings}, stats_of(folder)
+        forks.compute_in_fork()
+        scorer = cls(load_folder(folder, **settings), token_budget=token_budget)
+        scorer.folder, scorer._origin = str(folder), origin
         return scorer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles and copies hold the folder and the settings; the copy loads the model again."""
+        if self._origin is None:
+            raise TypeError(
+                "a RewardScorer of a model in memory cannot be pickled or copied; make it with RewardScorer.from_folder"
+            )
+        return _load_again, (*self._origin, self.folder)
 
     @property
     def record(self) -> InputRecord:
@@ -74,15 +92,13 @@ class RewardScorer:
     def score(self, groups: Sequence[PreferenceGroup]) -> Rewards:
         """One list of K rewards per group, in the order of its responses.
 
-        Raises UserError for a text without tokens, with more tokens than the model has positions, and for a
-        conversation that the chat template rejects.
+        Raises UserError for a text without tokens, with more tokens than the model has positions, for a conversation
+        that the chat template rejects, and for a reward that is not finite.
         """
         groups = self._fitted(groups)
         encoded = self.engine.encode(groups)
-        for index, units in enumerate(encoded):
-            if isinstance(units, Exception):
-                raise describe(units, index, groups[index])
-        return [rewards for rewards in self._run(encoded) if not isinstance(rewards, Exception)]
+        _raise_first(encoded, groups)
+        return _raise_first(self._run(encoded), groups)
 
     def score_each(self, groups: Sequence[PreferenceGroup]) -> list[list[float] | Exception]:
         """Like `score`, with an exception in place of the rewards of a group that cannot be scored."""
@@ -95,10 +111,14 @@ class RewardScorer:
             for index, rewards in zip(pack, self.engine.run([parts[index] for index in pack]), strict=True):
                 found[index] = rewards
         ordered = iter(found)
-        return [
-            each if isinstance(each, Exception) else [reward for _ in each for reward in next(ordered)]
-            for each in encoded
-        ]
+        results: list[list[float] | Exception] = []
+        for each in encoded:
+            if isinstance(each, Exception):
+                results.append(each)
+            else:
+                rewards = [reward for _ in each for reward in next(ordered)]
+                results.append(find_bad_reward(rewards) or rewards)
+        return results
 
     def score_pairs(
         self, pairs: Sequence[Pair], tools: Tools | Sequence[Tools | None] | None = None
@@ -182,6 +202,31 @@ class RewardScorer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+T = TypeVar("T")
+
+
+def _raise_first(results: Sequence[T | Exception], groups: Sequence[PreferenceGroup]) -> list[T]:
+    """The results. Raises the first exception among them, with the place of its group."""
+    found: list[T] = []
+    for index, each in enumerate(results):
+        if isinstance(each, Exception):
+            raise describe(each, index, groups[index])
+        found.append(each)
+    return found
+
+
+def _load_again(settings: dict[str, Any], stats: Stats, folder: str) -> RewardScorer:
+    """The copy of a scorer that was pickled."""
+    if stats_of(settings["folder"]) != stats:
+        raise UserError(
+            f"model={folder}: the folder changed after the scorer was loaded, so a copy would give other rewards; "
+            "load it with RewardScorer.from_folder"
+        )
+    scorer = RewardScorer.from_folder(**settings)
+    scorer.folder = folder
+    return scorer
 
 
 def _as_pairs(rewards: Rewards) -> list[tuple[float, float]]:

@@ -210,6 +210,7 @@ def test_an_input_that_changes_while_it_is_scored_is_an_error(
     options: ScoreOptions, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rm_gallery.data.sources.resolve.identity_of", lambda path: "the same")
+    monkeypatch.setattr("rm_gallery.data.sources.read.check_unchanged", lambda file: None)
     done: list[int] = []
 
     def hook(count: int) -> None:

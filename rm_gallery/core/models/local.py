@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -20,6 +21,7 @@ from rm_gallery.errors import UserError, one_line
 from rm_gallery.modeling.heads import has_foreign_head, num_outputs
 from rm_gallery.modeling.weight_files import WeightFolder, check_not_adapter, read_weight_folder
 from rm_gallery.schema import Message
+from rm_gallery.scoring.model_folder import newest_checkpoint
 
 _MAX_BATCH = 32  # conversations that generate together
 _KNOWN = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "tools")
@@ -27,6 +29,15 @@ _CLASSIFIERS = ("ForSequenceClassification", "ForRewardModel", "ForRewardModelin
 _WEIGHTS = ("*.safetensors", "*.bin")
 _loaded: WeakValueDictionary[tuple[str, ...], Any] = WeakValueDictionary()
 _loading = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """In a forked process: the thread that held the lock was not copied."""
+    global _loading
+    _loading = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def open_folder(
@@ -69,8 +80,8 @@ def open_folder(
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        steps = sorted(found.parent.name for found in folder.glob("*/config.json"))
-        hint = f"use a checkpoint in it, e.g. {folder / steps[-1]}" if steps else "use a folder with config.json"
+        newest = newest_checkpoint(folder) or next((path.parent for path in sorted(folder.glob("*/config.json"))), None)
+        hint = f"use a checkpoint in it, e.g. {newest}" if newest else "use a folder with config.json"
         raise UserError(f"model={folder}: config.json is missing; {hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -98,6 +109,9 @@ class _LocalModel(ABC):
         self.trust_remote_code = trust_remote_code
         self._engine: Any = None
         self._error: UserError | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_engine": None}  # a copy loads the model on first use
 
     @abstractmethod
     def _load(self) -> Any:
@@ -203,6 +217,7 @@ class TextGenerator:
 
     def __init__(self, network: Any, tokenizer: Any) -> None:
         self.network, self.tokenizer = network.eval(), tokenizer
+        self._process = os.getpid()
         self._waiting: deque[_Request] = deque()
         self._lock = threading.Lock()
         self._busy = False
@@ -247,7 +262,12 @@ class TextGenerator:
         return cls(network, tokenizer)
 
     async def agenerate(self, messages: list[Message], options: dict[str, Any]) -> Generated:
-        """Generate one response; requests from any event loop or thread are batched together."""
+        """Generate one response; requests from any event loop or thread are batched together.
+
+        Raises UserError in a forked process.
+        """
+        if os.getpid() != self._process:
+            raise UserError("the model was loaded before this process was forked; make the OpenAIChatModel in it")
         request = _Request(messages, _read_settings(options), _read_tools(options), Future())
         with self._lock:
             self._waiting.append(request)
