@@ -19,11 +19,12 @@ from rm_gallery.data.formats.conversations import (
     prompt_key,
     without_repeats,
 )
-from rm_gallery.data.formats.detect import SAMPLE_ROWS, choose_format, find_format
+from rm_gallery.data.formats.detect import SAMPLE_ROWS, choose_format
 from rm_gallery.data.formats.joined import join_chunks, join_rows
 from rm_gallery.data.formats.names import with_found_names
 from rm_gallery.data.formats.pairs import Draft, read_weight
 from rm_gallery.data.formats.prompts import read_before
+from rm_gallery.data.formats.registry import find_format
 from rm_gallery.data.sources import Chunk, DataFile, FileEntry, Row, read_chunks
 from rm_gallery.errors import BadRow, Dropped, UserError
 from rm_gallery.schema import Comparison, Message, PreferenceGroup
