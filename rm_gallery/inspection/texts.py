@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 import zlib
 from array import array
 from collections.abc import Sequence
@@ -82,25 +81,6 @@ class WordIds(dict[str, int]):
 def hash_text(text: str) -> int:
     """64-bit hash, the same in every process; lone surrogates are hashed too."""
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
-# C0 and C1 controls (terminal escape sequences), lone surrogates, and marks that change the reading direction.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
-
-
-def visible(text: str) -> str:
-    """The text with control characters escaped (`\\x1b`); tabs and line breaks stay."""
-    return _CONTROL.sub(lambda found: _escape(found.group()), text)
-
-
-def one_line(text: str) -> str:
-    """The same with tabs and line breaks escaped too."""
-    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
-
-
-def _escape(character: str) -> str:
-    is_control = unicodedata.category(character) == "Cc" and ord(character) < 256
-    return f"\\x{ord(character):02x}" if is_control else f"\\u{ord(character):04x}"
 
 
 @dataclass(frozen=True, slots=True)

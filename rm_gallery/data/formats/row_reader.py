@@ -26,7 +26,9 @@ from rm_gallery.data.formats.pairs import Draft, read_weight
 from rm_gallery.data.formats.prompts import read_before
 from rm_gallery.data.formats.registry import find_format
 from rm_gallery.data.sources import Chunk, DataFile, FileEntry, Row, read_chunks
+from rm_gallery.data.sources.records import without_query
 from rm_gallery.errors import BadRow, Dropped, UserError
+from rm_gallery.safe_text import redact
 from rm_gallery.schema import Comparison, Message, PreferenceGroup
 
 
@@ -150,8 +152,8 @@ def iter_tasks(
 def source_of(entry: FileEntry, entries: Sequence[FileEntry]) -> str:
     """Name of the dataset for rows that name none: with several entries the last part of their path."""
     if entry.name is not None:
-        return entry.name
-    return Path(entry.path.rstrip("/")).stem if len(entries) > 1 else ""
+        return redact(entry.name)
+    return Path(without_query(entry.path).rstrip("/")).stem if len(entries) > 1 else ""
 
 
 _MAX_COLUMN_SETS = 256  # rows of JSON lines may each have columns of their own

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from rm_gallery.errors import UserError
+from rm_gallery.safe_text import redact_urls
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +99,12 @@ LABELS: dict[FileKind, str] = {"parquet": "parquet", "jsonl": "JSON lines", "csv
 
 
 def without_query(name: str) -> str:
-    """A URL without query and fragment; anything else as it is. Messages use it, as a query may hold a key."""
-    return name.partition("?")[0].partition("#")[0] if urlsplit(name).scheme in ("http", "https") else name
+    """A URL without credentials, query and fragment; anything else as it is. Messages use it."""
+    try:
+        is_web = urlsplit(name).scheme in ("http", "https")
+    except ValueError:  # not a URL, e.g. with an unclosed bracket
+        is_web = False
+    return redact_urls(name.partition("?")[0].partition("#")[0] if is_web else name)
 
 
 def suffixes(name: str) -> tuple[str, str]:
