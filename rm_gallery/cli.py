@@ -106,7 +106,9 @@ def _add_show_data(commands: Any, default_config: str | None) -> None:
         ),
     )
     _add_config(command, default_config)
-    command.add_argument("--html", metavar="FILE", help="also write the report as a self-contained HTML file")
+    command.add_argument(
+        "--html", metavar="FILE", help="write the report as a self-contained HTML file; print the summary only"
+    )
     command.add_argument("--json", action="store_true", help="print every figure as JSON instead")
     command.add_argument("--samples", type=int, default=3, metavar="N", help="number of rows to show (default: 3)")
     command.set_defaults(run=_show_data, words="overrides", when_stopped="nothing was written")

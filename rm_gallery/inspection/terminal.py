@@ -20,14 +20,14 @@ _LEVELS = {"error": "bold red", "warning": "yellow", "ok": "green"}
 _COLORS = {"shared prefix": "cyan", "chosen": "green", "rejected": "red"}
 
 
-def print_page(page: Page, stream: TextIO | None = None) -> None:
-    """Print the report; characters that the stream cannot encode become escapes."""
+def print_page(page: Page, stream: TextIO | None = None, *, summary_only: bool = False) -> None:
+    """Print the report, or its summary only; characters that the stream cannot encode become escapes."""
     stream = stream or sys.stdout
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
     console = Console(file=stream, highlight=False, markup=False, emoji=False)
     console.width = min(console.width, MAX_WIDTH)
-    _Printer(console).page(page)
+    _Printer(console).page(page, summary_only)
 
 
 class _Printer:
@@ -36,7 +36,7 @@ class _Printer:
         self._in_color = console.color_system is not None
         self._full = "\u2588" if "utf" in (console.encoding or "").lower() else "#"
 
-    def page(self, page: Page) -> None:
+    def page(self, page: Page, summary_only: bool) -> None:
         self._print(Text(page.title, style="bold"))
         for line in page.lead:
             self._print(Text(visible_line(line), style="dim"))
@@ -44,7 +44,7 @@ class _Printer:
         for message in page.summary:
             level = Text(f"{message.level:<9}", style=_LEVELS[message.level])
             self._print(Text(visible_line(message.text)), 9, level)
-        for section in page.sections:
+        for section in () if summary_only else page.sections:
             self._title(section.title)
             self._print(Text(section.why, style="dim"))
             for block in section.blocks:

@@ -12,8 +12,13 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
+from rm_gallery.data.sources import Row
 from rm_gallery.data.tokenization.encoder import Encoder, Render
 from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
 from rm_gallery.errors import BadRow
@@ -81,6 +86,82 @@ class WordIds(dict[str, int]):
 def hash_text(text: str) -> int:
     """64-bit hash, the same in every process; lone surrogates are hashed too."""
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class ExampleText:
+    """The text of a row that a finding names."""
+
+    where: str
+    parts: tuple[tuple[str, str], ...]
+    """Label (prompt, chosen, rejected, or the column of a dropped row) and text, shortened."""
+
+
+MAX_RESPONSES = 8
+_HEAD_CHARS, _TAIL_CHARS = 400, 200
+
+
+def shorten(text: str) -> str:
+    """The beginning and the end of a long text."""
+    hidden = len(text) - _HEAD_CHARS - _TAIL_CHARS
+    return text if hidden <= 0 else f"{text[:_HEAD_CHARS]} ... {hidden:,} characters hidden ... {text[-_TAIL_CHARS:]}"
+
+
+def labels_of(group: PreferenceGroup) -> list[str]:
+    """chosen and rejected for a pair; `response 1` and so on with wins and losses for a ranking."""
+    if len(group.responses) == 2 and len(group.comparisons) == 1:
+        return ["chosen" if index == group.comparisons[0].better else "rejected" for index in range(2)]
+    wins = [sum(each.better == index for each in group.comparisons) for index in range(len(group.responses))]
+    losses = [sum(each.worse == index for each in group.comparisons) for index in range(len(group.responses))]
+    return [f"response {index + 1}, +{wins[index]} -{losses[index]}" for index in range(len(group.responses))]
+
+
+class TextStore:
+    """The texts of groups, shortened, in a file; it can be deleted after `finish`, and is read from memory pages."""
+
+    _BUFFER = 1 << 20
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._buffer = path, bytearray()
+        self._starts = array("q", [0])
+        self._data = np.zeros(0, np.uint8)
+
+    def add(self, group: PreferenceGroup, texts: GroupTexts) -> None:
+        responses = list(zip(labels_of(group), texts.responses, strict=True))[:MAX_RESPONSES]
+        if responses[0][0] == "rejected":
+            responses.reverse()
+        parts = [("prompt", texts.prompt), *responses] if texts.prompt.strip() else responses
+        line = json.dumps([(label, shorten(text)) for label, text in parts]).encode()
+        self._buffer += line
+        self._starts.append(self._starts[-1] + len(line))
+        if len(self._buffer) > self._BUFFER:
+            self._flush()
+
+    def finish(self) -> None:
+        """Write what is left and map the file."""
+        self._flush()
+        if self._starts[-1]:
+            self._data = np.memmap(self._path, np.uint8, "r")
+
+    def _flush(self) -> None:
+        with self._path.open("ab") as file:
+            file.write(self._buffer)
+        self._buffer.clear()
+
+    def get(self, index: int) -> tuple[tuple[str, str], ...]:
+        """Label and text of the prompt and of the responses of a group."""
+        parts = json.loads(self._data[self._starts[index] : self._starts[index + 1]].tobytes())
+        return tuple((label, text) for label, text in parts)
+
+
+def text_of_row(row: Row) -> ExampleText:
+    """The columns of a row that is not used."""
+    columns = islice(row.values.items(), MAX_RESPONSES)
+    values = (
+        (name, each if isinstance(each, str) else json.dumps(each, ensure_ascii=False, default=str))
+        for name, each in columns
+    )
+    return ExampleText(row.where, tuple((name, shorten(value)) for name, value in values))
 
 
 @dataclass(frozen=True, slots=True)
