@@ -12,14 +12,14 @@ import logging
 import os
 import re
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rm_gallery import __version__
 from rm_gallery.errors import StoppedBySignal, UserError
-from rm_gallery.log import setup_logging, wait_for_local_main
+from rm_gallery.log import safe_traceback, setup_excepthook, setup_logging, wait_for_local_main
+from rm_gallery.safe_text import safe, visible
 
 log = logging.getLogger(__name__)
 
@@ -35,22 +35,30 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
     # times slower. torch reads it when it is imported, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     setup_logging(logging.DEBUG if arguments.debug else logging.INFO)
+    setup_excepthook()
     try:
         arguments.run(arguments)
     except UserError as error:
         if arguments.debug:
-            traceback.print_exc()
+            print(safe_traceback(error), end="", file=sys.stderr)
         rank = wait_for_local_main()
-        for line in str(error).splitlines():
+        for line in visible(str(error)).split("\n"):
             print(f"{rank}rm-gallery: error: {line}", file=sys.stderr)
         return 2
     except StoppedBySignal as stopped:
-        print(f"rm-gallery: {stopped}", file=sys.stderr)
+        print(safe(f"rm-gallery: {stopped}"), file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:
         print(f"rm-gallery: stopped by Ctrl-C; {arguments.when_stopped}", file=sys.stderr)
         return 130
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Escapes control characters in its messages, which repeat arguments."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(safe(message), file)
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -64,7 +72,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 
 def _parser(default_config: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rm-gallery", description="Train Bradley-Terry reward models and use them.")
+    parser = _Parser(prog="rm-gallery", description="Train Bradley-Terry reward models and use them.")
     parser.add_argument("--version", action="version", version=f"rm-gallery {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, text in (
@@ -98,7 +106,9 @@ def _add_show_data(commands: Any, default_config: str | None) -> None:
         ),
     )
     _add_config(command, default_config)
-    command.add_argument("--html", metavar="FILE", help="also write the report as a self-contained HTML file")
+    command.add_argument(
+        "--html", metavar="FILE", help="write the report as a self-contained HTML file; print the summary only"
+    )
     command.add_argument("--json", action="store_true", help="print every figure as JSON instead")
     command.add_argument("--samples", type=int, default=3, metavar="N", help="number of rows to show (default: 3)")
     command.set_defaults(run=_show_data, words="overrides", when_stopped="nothing was written")
@@ -264,7 +274,7 @@ def _train(arguments: argparse.Namespace) -> None:
         from rm_gallery.training.setup import run_training
     result = run_training(load_config(arguments.config, arguments.overrides))
     if result.is_main:
-        print(f"checkpoint: {result.checkpoint}")
+        print(visible(f"checkpoint: {result.checkpoint}"))
 
 
 def _validate_config(arguments: argparse.Namespace) -> None:
@@ -273,7 +283,7 @@ def _validate_config(arguments: argparse.Namespace) -> None:
         from rm_gallery.training.data_setup import check_inputs
     config = load_config(arguments.config, arguments.overrides)
     check_inputs(config)
-    print(f"configuration is valid; run directory: {config.trainer.run_dir}")
+    print(visible(f"configuration is valid; run directory: {config.trainer.run_dir}"))
 
 
 def _show_data(arguments: argparse.Namespace) -> None:
@@ -293,7 +303,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
 
     found = estimate(config)
     advice = None if found.fits else advise(found)
-    print(json.dumps(as_values(found, advice), indent=2) if arguments.json else as_text(found, advice))
+    print(json.dumps(as_values(found, advice), indent=2) if arguments.json else safe(as_text(found, advice)))
 
 
 def _score(arguments: argparse.Namespace) -> None:
@@ -312,10 +322,10 @@ def _score(arguments: argparse.Namespace) -> None:
     )
     without: list[str] = []
     for scored in score_files(options):
-        print(f"{scored.output}: {scored.num_rows} rows" + (", already scored" if scored.was_there else ""))
+        print(safe(f"{scored.output}: {scored.num_rows} rows" + (", already scored" if scored.was_there else "")))
         for model, unscored in scored.unscored.items():
             if unscored.total:
-                print(f"  {model}: {unscored.total} without a reward: {unscored.describe()}")
+                print(safe(f"  {model}: {unscored.total} without a reward: {unscored.describe()}"))
             if unscored.total == scored.num_rows:
                 of_model = f" of {model}" if len(options.models) > 1 else ""
                 without.append(f"{scored.output}: no row has a reward{of_model}: {unscored.describe(1)}")
@@ -356,21 +366,20 @@ def _export_data(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         **options,
     )
-    print(summary, flush=True)
+    print(safe(str(summary)), flush=True)
 
 
 def _push(arguments: argparse.Namespace) -> None:
     from rm_gallery.push import push
 
-    print(
-        push(
-            arguments.folder,
-            arguments.name,
-            private=arguments.private,
-            revision=arguments.revision,
-            message=arguments.message,
-        )
+    address = push(
+        arguments.folder,
+        arguments.name,
+        private=arguments.private,
+        revision=arguments.revision,
+        message=arguments.message,
     )
+    print(safe(address))
 
 
 def _named(items: Sequence[str], option: str, form: str) -> dict[str, str]:

@@ -4,6 +4,10 @@
     compose(kind, file, overrides)  Hydra: defaults lists, override grammar, interpolation -> nested plain values
     build(kind, values)             pydantic types, then checks across fields -> the dataclass
 
+What the file or an override reads from the environment, `${oc.env:NAME}`, is kept as that text for saving
+(`from_environment` of the dataclass, `to_save`), so that a secret is in no file and a saved configuration can be
+read back.
+
 Problems are `Problem(key, text)` records. All of them are collected and raised as one UserError, one a line.
 No other module imports Hydra or OmegaConf.
 """
@@ -13,11 +17,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from rm_gallery.errors import Problem, UserError, nearest
+from rm_gallery.safe_text import HIDDEN, redact, register_variable
 
 Config = TypeVar("Config")
 
@@ -44,7 +49,40 @@ def load(
     values = compose(kind, file, [_expand_alias(override, aliases or {}) for override in overrides])
     for key, value in (settings or {}).items():
         _set(values, key, value)
-    return build(kind, values, prepare=prepare, check=check, ignore=ignore)
+    config = build(kind, values, prepare=prepare, check=check, ignore=ignore)
+    texts = {
+        key: text
+        for key, text in getattr(values, "from_environment", {}).items()
+        if not any(f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.") for other in settings or {})
+    }
+    if texts and FROM_ENVIRONMENT in {each.name for each in fields(config)}:  # type: ignore[arg-type]
+        config = replace(config, **{FROM_ENVIRONMENT: texts})  # type: ignore[type-var]
+    return config
+
+
+FROM_ENVIRONMENT = "from_environment"
+"""Field of a configuration that can be saved: dotted key -> its text before interpolation. Not a key itself."""
+
+
+class Composed(dict[str, Any]):
+    """Nested plain values, and of the keys that read the environment also the text before interpolation."""
+
+    from_environment: dict[str, Any]
+
+
+def to_save(values: Mapping[str, Any], from_environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested plain values without secrets: what was read from the environment as `${oc.env:NAME}`, and no credentials.
+
+    from_environment: see `FROM_ENVIRONMENT`.
+    """
+    saved = deepcopy(dict(values))
+    for key, text in from_environment.items():
+        *sections, name = key.split(".")
+        section = saved
+        for each in sections:
+            section = section[each]
+        section[name] = text
+    return redact(saved)
 
 
 def build(
@@ -67,7 +105,11 @@ def build(
     known = known_keys(kind)
     # An empty section in a YAML file is null: it keeps its defaults.
     values = {key: deepcopy(value) for key, value in values.items() if value is not None or not _is_section(known, key)}
-    first = [*(prepare(values) if prepare else ()), *_booleans_for_numbers(values, known)]
+    first = [
+        *(prepare(values) if prepare else ()), *_booleans_for_numbers(values, known), *_hidden_credentials(values),
+    ]  # fmt: skip
+    if FROM_ENVIRONMENT in values:
+        first.append(Problem(FROM_ENVIRONMENT, f"{FROM_ENVIRONMENT}: unknown key"))
     problems = {problem.key: problem for problem in reversed(first)}
     for key in problems:
         _remove(values, key)
@@ -109,6 +151,8 @@ def known_keys(kind: type, prefix: str = "") -> dict[str, Any]:
     hints = get_type_hints(kind)
     found: dict[str, Any] = {}
     for each in fields(kind):
+        if each.name == FROM_ENVIRONMENT:
+            continue
         found[prefix + each.name] = hints[each.name]
         if is_dataclass(hints[each.name]):
             found.update(known_keys(hints[each.name], f"{prefix}{each.name}."))
@@ -146,6 +190,7 @@ def compose(kind: type, file: str | None, overrides: Sequence[str]) -> dict[str,
         with initialize_config_dir(str(folder or Path(__file__).parent), version_base="1.3", job_name="rm-gallery"):
             composed = hydra_compose(None if path is None else path.stem, arguments)
         container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        raw = OmegaConf.to_container(composed, resolve=False)
     except OverrideParseException as error:
         override = error.override.removeprefix("++")
         raise UserError(
@@ -160,7 +205,35 @@ def compose(kind: type, file: str | None, overrides: Sequence[str]) -> dict[str,
             raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from error
         raise
     assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    values = Composed({str(key): value for key, value in container.items()})
+    values.from_environment = dict(_from_environment(raw, container))
+    return values
+
+
+_VARIABLE = re.compile(r"oc\.env\s*:\s*['\"]?([^,}\s'\"]+)")
+
+
+def _from_environment(raw: Any, resolved: Any) -> Iterator[tuple[str, Any]]:
+    """(dotted key, text before interpolation) of every key that reads the environment, directly or from another key."""
+    for name in _VARIABLE.findall(repr(raw)):
+        register_variable(name)
+
+    def merged(raw: Any, resolved: Any) -> Any:
+        if isinstance(raw, dict) and isinstance(resolved, dict):
+            return {key: merged(raw[key], resolved[key]) for key in raw}
+        if isinstance(raw, list) and isinstance(resolved, list):
+            return [merged(*pair) for pair in zip(raw, resolved, strict=True)]
+        reads = isinstance(raw, str) and "${" in raw and ("oc.env" in raw or redact(resolved) != resolved)
+        return raw if reads else resolved
+
+    def walk(raw: Any, resolved: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in raw.items():
+            if isinstance(value, dict) and isinstance(resolved[key], dict):
+                yield from walk(value, resolved[key], f"{prefix}{key}.")
+            elif (text := merged(value, resolved[key])) != resolved[key]:
+                yield f"{prefix}{key}", text
+
+    yield from walk(raw, resolved, "")
 
 
 def _expand_alias(override: str, aliases: Mapping[str, str]) -> str:
@@ -208,6 +281,22 @@ def _booleans_for_numbers(values: Mapping[str, Any], known: Mapping[str, Any]) -
         value = _value_at(values, key)
         if isinstance(value, bool) and {int, float} & {hint, *get_args(hint)}:
             yield Problem(key, f"{key}={str(value).lower()}: must be a number")
+
+
+def _hidden_credentials(values: Any, key: str = "") -> Iterator[Problem]:
+    """Texts of a saved configuration whose credentials were replaced when it was written."""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from _hidden_credentials(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _hidden_credentials(value, key)
+    elif isinstance(values, str) and (values == HIDDEN or f"{HIDDEN}@" in values or f"={HIDDEN}" in values):
+        yield Problem(
+            key,
+            f"{key}={values}: a credential was removed when this was saved; set it again, e.g. as ${{oc.env:NAME}} to "
+            "read the variable NAME of the environment",
+        )
 
 
 def _value_at(values: Any, key: str) -> Any:

@@ -10,13 +10,18 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from rm_gallery.safe_text import redact
+
 
 class UserError(ValueError):
     """A mistake in the configuration, the data or the environment.
 
     The message says what is wrong, where (file:row or configuration key) and what to do.
-    Entry points print it and exit with status 2; `--debug` adds the traceback.
+    Entry points print it and exit with status 2; `--debug` adds the traceback. Secrets in it are redacted.
     """
+
+    def __init__(self, *message: object) -> None:
+        super().__init__(*map(redact, message))
 
 
 class TrainingStopped(UserError):

@@ -6,6 +6,10 @@ import logging
 import os
 import sys
 import time
+import traceback
+from typing import Any
+
+from rm_gallery.safe_text import redact, safe, visible_line
 
 
 def setup_logging(level: int = logging.INFO) -> None:
@@ -18,13 +22,34 @@ def setup_logging(level: int = logging.INFO) -> None:
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
         prefix = f"[rank {rank}] " if rank else ""
-        handler.setFormatter(logging.Formatter(f"{prefix}%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(_Formatter(f"{prefix}%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
     for known in logger.handlers:
         if type(known) is logging.StreamHandler:
             known.stream = sys.stderr  # setStream would flush the old stream, which may be closed
     logger.setLevel(level if rank == 0 else logging.ERROR)
+
+
+class _Formatter(logging.Formatter):
+    """Redacts secrets and escapes control characters. A message stays in one line, so that no text forges a second."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = visible_line(redact(record.message))
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return safe(super().formatException(ei))
+
+
+def setup_excepthook() -> None:
+    """Print the traceback of an uncaught exception as log lines are printed: redacted and escaped."""
+    sys.excepthook = lambda _kind, error, _trace: print(safe_traceback(error), end="", file=sys.stderr)
+
+
+def safe_traceback(error: BaseException) -> str:
+    """The traceback of an error, redacted and escaped."""
+    return safe("".join(traceback.format_exception(error)))
 
 
 def wait_for_local_main(seconds: float = 2.0) -> str:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+from rm_gallery.safe_text import visible, visible_line
+
 log = logging.getLogger(__name__)
 
 _LOG_INTERVAL_S = 30.0
@@ -61,7 +63,9 @@ class ProgressBar:
         """Set the number of completed items and the text after the bar."""
         self._done = done
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=done, count=self._count(), text=text)
+            self._progress.update(
+                self._progress.task_ids[0], completed=done, count=self._count(), text=visible_line(text)
+            )
         elif self._log_unit and time.monotonic() - self._logged_at > _LOG_INTERVAL_S:
             self._logged_at = time.monotonic()
             log.info("%s %s, %.1f %s/s", self._count(), self._log_unit, self.rate, self._log_unit)
@@ -73,7 +77,7 @@ class ProgressBar:
 
     def print(self, text: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._progress.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Remove the bar, and restore the streams and the log handlers."""
@@ -84,7 +88,7 @@ class ProgressBar:
             self._progress.stop()
 
     def _count(self) -> str:
-        return f"{self._description} {self._done}/{'?' if self._total is None else self._total}"
+        return f"{visible_line(self._description)} {self._done}/{'?' if self._total is None else self._total}"
 
     def _draw(self, stream: TextIO, times: bool) -> None:
         from rich.console import Console

@@ -10,7 +10,7 @@ import logging
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 
 from rm_gallery.data.config import DataConfig, Side
-from rm_gallery.data.formats import iter_tasks
+from rm_gallery.data.formats import Task, iter_tasks
 from rm_gallery.data.sources import DataFile, entries_of
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.token_cache.row_processor import RowProcessor, Work
@@ -28,7 +28,17 @@ from rm_gallery.errors import Dropped, UserError
 from rm_gallery.inspection.baselines import MAX_PAIRS, SampledPair, sampled_pair
 from rm_gallery.inspection.findings import flags_of
 from rm_gallery.inspection.near_duplicates import Signatures
-from rm_gallery.inspection.texts import InspectionEncoder, TokenEncoder, WordEncoder, hash_text, texts_of, words_of
+from rm_gallery.inspection.texts import (
+    ExampleText,
+    InspectionEncoder,
+    TextStore,
+    TokenEncoder,
+    WordEncoder,
+    hash_text,
+    text_of_row,
+    texts_of,
+    words_of,
+)
 from rm_gallery.sampling import Reservoir
 from rm_gallery.schema import PreferenceGroup
 
@@ -52,6 +62,9 @@ class Split:
     data: TokenData
     """The groups as tokens (or words), in files that are mapped into memory."""
     dropped: Dropped
+    dropped_texts: Mapping[str, ExampleText]
+    """Reason -> the first row that is dropped for it."""
+    texts: TextStore
     encoder: InspectionEncoder
     styles: dict[str, int]
     """Number of groups of each input style."""
@@ -102,6 +115,16 @@ class Split:
         """`file:row` of a pair."""
         return self.where(int(self.group[pair]))
 
+    def text(self, *groups: int, where: str = "") -> ExampleText:
+        """The text of a group, or of several after each other; `where` replaces the place of the first."""
+        return ExampleText(
+            where or self.where(groups[0]), tuple(part for group in groups for part in self.texts.get(group))
+        )
+
+    def text_of_pair(self, pair: int) -> ExampleText:
+        """The text of the group of a pair."""
+        return self.text(int(self.group[pair]))
+
     def prompt_share(self) -> float:
         """Share of groups that have the most frequent prompt."""
         return float(np.unique(self.prompt, return_counts=True)[1].max() / self.num_groups)
@@ -130,23 +153,26 @@ def collect(
     Bad rows are dropped and counted whatever `data.bad_rows` is. Raises UserError if no row is usable.
     """
     config = replace(config, bad_rows="drop")
-    observer = _Observer(num_samples, seed)
     encoder = WordEncoder if tokenizer is None else TokenEncoder
-    processor = RowProcessor(Work(config, tokenizer, side.share), encoder_type=encoder, observe=observer.add)
-    observer.encoder = cast(InspectionEncoder, processor.encoder)
     dropped = Dropped()
+    dropped_texts: dict[str, ExampleText] = {}
     num_rows = held_out = logged = 0
     with tempfile.TemporaryDirectory(prefix="rm-gallery-") as folder:
+        observer = _Observer(num_samples, seed, TextStore(Path(folder) / "texts"))
+        processor = RowProcessor(Work(config, tokenizer, side.share), encoder_type=encoder, observe=observer.add)
+        observer.encoder = cast(InspectionEncoder, processor.encoder)
         with StoreWriter(Path(folder) / "tokens") as writer:
             for task in iter_tasks(files, entries_of(config, side.key), config, side.key, set()):
                 done = processor.process(task.chunk.rows(), processor.readers.get(task.format_name), task.source)
                 writer.append(done.chunk)
+                dropped_texts.update(_dropped_texts(task, done.dropped, dropped, short_names))
                 dropped.merge(done.dropped)
                 num_rows, held_out = num_rows + done.num_rows, held_out + done.held_out
                 if num_rows - logged >= _ROWS_BETWEEN_LOGS:
                     logged = num_rows
                     log.info("%s: %s rows read", name, f"{num_rows:,}")
             writer.finish(Facts("text", False, [], num_rows, held_out), dropped)
+        observer.texts.finish()
         store = open_store(Path(folder) / "tokens")  # the mapped files stay readable after the folder is deleted
     assert store is not None, "written above"
     if not len(store.data):
@@ -155,7 +181,17 @@ def collect(
             "data.max_length where texts are too long"
         )
     examples = {reason: short_place(place, short_names) for reason, place in dropped.examples.items()}
-    return observer.split(name, tuple(files), short_names, store.data, Dropped(dropped.counts, examples))
+    return observer.split(name, tuple(files), short_names, store.data, Dropped(dropped.counts, examples), dropped_texts)
+
+
+def _dropped_texts(
+    task: Task, found: Dropped, known: Dropped, short_names: Mapping[str, str]
+) -> Iterator[tuple[str, ExampleText]]:
+    """Reason and text of the rows of a chunk that are the first to be dropped for a reason."""
+    reasons = {place: reason for reason, place in found.examples.items() if reason not in known.counts}
+    for row in task.chunk.rows() if reasons else ():
+        if row.where in reasons:
+            yield reasons[row.where], replace(text_of_row(row), where=short_place(row.where, short_names))
 
 
 class _Observer:
@@ -163,12 +199,13 @@ class _Observer:
 
     encoder: InspectionEncoder
 
-    def __init__(self, num_samples: int, seed: int) -> None:
+    def __init__(self, num_samples: int, seed: int, texts: TextStore) -> None:
         self._response = array("Q")
         self._chars, self._encoded, self._flags = array("q"), array("q"), array("q")
         self._first, self._group, self._better, self._worse = array("q", [0]), array("q"), array("q"), array("q")
         self._styles: Counter[str] = Counter()
         self._signatures = Signatures()
+        self.texts = texts
         self._pairs: Reservoir[SampledPair] = Reservoir(MAX_PAIRS, seed=seed)
         self._samples: Reservoir[tuple[int, PreferenceGroup]] = Reservoir(num_samples, seed=seed + 1)
 
@@ -176,6 +213,7 @@ class _Observer:
         """A group that training uses."""
         number, first = len(self._encoded), self._first[-1]
         texts = texts_of(group)
+        self.texts.add(group, texts)
         self._encoded.append(len(self.encoder.longest) - 1)
         self._styles[group.style] += 1
         for text in texts.responses:
@@ -203,6 +241,7 @@ class _Observer:
         short_names: Mapping[str, str],
         data: TokenData,
         dropped: Dropped,
+        dropped_texts: Mapping[str, ExampleText],
     ) -> Split:
         signatures, comparable = self._signatures.finish()
         return Split(
@@ -211,6 +250,8 @@ class _Observer:
             short_names=short_names,
             data=data,
             dropped=dropped,
+            dropped_texts=dropped_texts,
+            texts=self.texts,
             encoder=self.encoder,
             styles=dict(self._styles),
             response=_numbers(self._response, np.uint64),

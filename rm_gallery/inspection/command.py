@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rm_gallery import __version__
 from rm_gallery.data.batching.bin_packing import Packer, attention_length
 from rm_gallery.data.config import sides_of
 from rm_gallery.data.sources import resolve_files
@@ -20,6 +23,7 @@ from rm_gallery.inspection.html import MARKER, html_of
 from rm_gallery.inspection.page import page_of
 from rm_gallery.inspection.report import Report, build_report
 from rm_gallery.inspection.terminal import print_page
+from rm_gallery.safe_text import redact
 from rm_gallery.training.config import TrainConfig, load_config
 
 log = logging.getLogger(__name__)
@@ -28,12 +32,17 @@ log = logging.getLogger(__name__)
 def show_data(
     config_file: str | None, overrides: Sequence[str], *, html: str | None, as_json: bool, samples: int
 ) -> None:
-    """Print the report as text or JSON, and write it as HTML if a file is named."""
+    """Print the report as text or JSON. If a file is named, write it there as HTML and print the summary only."""
     if samples < 0:
         raise UserError(f"--samples={samples}: must be at least 0")
     target = _check_target(html) if html is not None else None
     config = load_config(config_file, overrides, only_data=True)
-    page = page_of(inspect_data(config, num_samples=samples))
+    options = ["--config", config_file] if config_file else []
+    options += ["--html", html] if html is not None else []
+    command = shlex.join(["rm-gallery", "show-data", *options, "--samples", str(samples), *overrides])
+    made = time.strftime("%Y-%m-%d %H:%M %Z")
+    about = (("made", f"{made}, by rm-gallery {__version__}"), ("command", redact(command)))
+    page = page_of(inspect_data(config, num_samples=samples), about)
     if target is not None:
         try:
             write_text(target, html_of(page))
@@ -42,7 +51,7 @@ def show_data(
     if as_json:
         print(json.dumps(page.as_dict(), indent=2))
         return
-    print_page(page)
+    print_page(page, summary_only=target is not None)
     if target is not None:
         print(f"\nreport: {html}")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from rm_gallery.inspection.baselines import CONSTANT_SHARE
 from rm_gallery.inspection.collect import Split
 from rm_gallery.inspection.findings import MAX_EXAMPLES, Finding
 from rm_gallery.inspection.near_duplicates import near_clusters
+from rm_gallery.inspection.texts import ExampleText
 
 _NEAR = "rows with at least about 80% of the word trigrams in common (MinHash estimate"
 
@@ -47,12 +49,12 @@ def duplicate_findings(split: Split) -> list[Finding]:
     return [
         Finding(
             "repeated_pairs", "exact duplicates", len(repeats), split.num_pairs,
-            "every copy adds the same pair to the loss again", _couples(split, first[repeats], repeats),
+            "every copy adds the same pair to the loss again", *_couples(split, first[repeats], repeats),
         ),
         Finding(
             "contradictions", "contradictory labels", len(both.members), split.num_pairs,
             "same prompt and responses, opposite labels: no model can fit both",
-            _couples(split, both.one, both.other),
+            *_couples(split, both.one, both.other),
         ),
         _near_duplicates(split),
     ]  # fmt: skip
@@ -85,13 +87,11 @@ def _near_duplicates(split: Split) -> Finding:
     candidates = _candidates(split)
     cluster = near_clusters(split.signatures[candidates])
     later = np.flatnonzero(cluster != np.arange(len(cluster)))
-    examples = tuple(
-        f"{split.where(int(candidates[cluster[index]]))} ~ {split.where(int(candidates[index]))}"
-        for index in later[:MAX_EXAMPLES]
-    )
+    couples = [(int(candidates[cluster[index]]), int(candidates[index])) for index in later[:MAX_EXAMPLES]]
+    texts = tuple(split.text(*each, where=" ~ ".join(map(split.where, each))) for each in couples)
     return Finding(
         "near_duplicates", "near duplicates", len(later), split.num_groups,
-        f"{_NEAR}, first 300 words of a response)", examples, "row",
+        f"{_NEAR}, first 300 words of a response)", tuple(each.where for each in texts), "row", texts,
     )  # fmt: skip
 
 
@@ -130,14 +130,15 @@ def leakage_findings(train: Split, val: Split) -> list[Finding]:
     if max(train.prompt_share(), val.prompt_share()) > CONSTANT_SHARE:
         masks = masks[1:]
     found = [
-        Finding(key, title, int(mask.sum()), val.num_pairs, why, _where(val, mask)) for key, title, mask, why in masks
+        Finding(key, title, int(mask.sum()), val.num_pairs, why, *_examples(val, mask))
+        for key, title, mask, why in masks
     ]
     is_copy = np.isin(group_keys(val), group_keys(train))
     in_val = _candidates(val)
     near = _near_across(train, val, _candidates(train), in_val[~is_copy[in_val]])
-    examples = tuple(val.where(int(index)) for index in near[:MAX_EXAMPLES])
-    title = "near duplicates of training rows"
-    found.append(Finding("near_shared", title, len(near), val.num_groups, f"{_NEAR})", examples, "row"))
+    texts = tuple(val.text(int(index)) for index in near[:MAX_EXAMPLES])
+    title, examples = "near duplicates of training rows", tuple(each.where for each in texts)
+    found.append(Finding("near_shared", title, len(near), val.num_groups, f"{_NEAR})", examples, "row", texts))
     return found
 
 
@@ -160,13 +161,19 @@ def _first_of_equals(keys: np.ndarray) -> np.ndarray:
     return first[inverse] if len(keys) else np.zeros(0, np.int64)
 
 
-def _where(split: Split, mask: np.ndarray) -> tuple[str, ...]:
-    return tuple(split.where_pair(int(pair)) for pair in np.flatnonzero(mask)[:MAX_EXAMPLES])
+_Examples: TypeAlias = tuple[tuple[str, ...], str, tuple[ExampleText, ...]]
+"""Places, what is counted, and texts, as `Finding` takes them."""
 
 
-def _couples(split: Split, one: np.ndarray, other: np.ndarray) -> tuple[str, ...]:
-    """`file:row = file:row` of the first couples of pairs."""
-    return tuple(
-        f"{split.where_pair(int(a))} = {split.where_pair(int(b))}"
-        for a, b in zip(one[:MAX_EXAMPLES], other[:MAX_EXAMPLES], strict=True)
-    )
+def _examples(split: Split, mask: np.ndarray) -> _Examples:
+    """The first pairs of the mask."""
+    texts = tuple(split.text_of_pair(int(pair)) for pair in np.flatnonzero(mask)[:MAX_EXAMPLES])
+    return tuple(each.where for each in texts), "pair", texts
+
+
+def _couples(split: Split, one: np.ndarray, other: np.ndarray) -> _Examples:
+    """`file:row = file:row` of the first couples of pairs, with the text of the first of each."""
+    texts = []
+    for a, b in zip(one[:MAX_EXAMPLES].tolist(), other[:MAX_EXAMPLES].tolist(), strict=True):
+        texts.append(replace(split.text_of_pair(a), where=f"{split.where_pair(a)} = {split.where_pair(b)}"))
+    return tuple(each.where for each in texts), "pair", tuple(texts)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from rm_gallery.errors import Dropped
-from rm_gallery.inspection.texts import GroupTexts, words_of
+from rm_gallery.inspection.texts import ExampleText, GroupTexts, words_of
 from rm_gallery.schema import Comparison
 
 MAX_EXAMPLES = 3
@@ -30,6 +30,8 @@ class Finding:
     """`file:row` of the first ones, or two of them for a pair of rows."""
     thing: str = "pair"
     """What is counted: `pair` or `row`."""
+    texts: tuple[ExampleText, ...] = ()
+    """Of the examples."""
 
     @property
     def share(self) -> float:
@@ -37,12 +39,22 @@ class Finding:
         return self.count / self.total if self.total else 0.0
 
 
-def dropped_findings(dropped: Dropped, num_kept: int) -> list[Finding]:
-    """One finding per reason, the most frequent first."""
+def dropped_findings(dropped: Dropped, num_kept: int, texts: Mapping[str, ExampleText]) -> list[Finding]:
+    """One finding per reason, the most frequent first. texts: of the first row of each reason."""
     total = num_kept + dropped.total
     ordered = sorted(dropped.counts.items(), key=lambda item: (-item[1], item[0]))
     return [
-        Finding("dropped", reason, count, total, "", (dropped.examples[reason],), "row") for reason, count in ordered
+        Finding(
+            "dropped",
+            reason,
+            count,
+            total,
+            "",
+            (dropped.examples[reason],),
+            "row",
+            (texts[reason],) if reason in texts else (),
+        )
+        for reason, count in ordered
     ]
 
 
@@ -115,14 +127,15 @@ def _is_below(value: float | None, limit: float) -> bool:
     return value is not None and not math.isnan(value) and value < limit
 
 
-def suspicious_findings(flags: np.ndarray, where: Callable[[int], str]) -> list[Finding]:
+def suspicious_findings(flags: np.ndarray, text: Callable[[int], ExampleText]) -> list[Finding]:
     """One finding per check, those without a match included.
 
-    flags: [C] int64, as of `flags_of`. where: `file:row` of a pair.
+    flags: [C] int64, as of `flags_of`. text: of a pair.
     """
     findings = []
     for check in CHECKS:
         matches = np.flatnonzero(flags & _BIT[check.key])
-        examples = tuple(where(int(pair)) for pair in matches[:MAX_EXAMPLES])
-        findings.append(Finding(check.key, check.title, len(matches), len(flags), check.why, examples))
+        texts = tuple(text(int(pair)) for pair in matches[:MAX_EXAMPLES])
+        examples = tuple(each.where for each in texts)
+        findings.append(Finding(check.key, check.title, len(matches), len(flags), check.why, examples, texts=texts))
     return findings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rm_gallery.inspection.page import Page
-from rm_gallery.inspection.texts import one_line, visible
+from rm_gallery.safe_text import visible, visible_line
 
 MARKER = "rm-gallery show-data"
 """In the first lines of every report, so that no other file is overwritten."""
@@ -18,7 +18,7 @@ def html_of(page: Page) -> str:
 
     def show(value: Any) -> Any:
         """Applied to every expression of the template, before autoescape."""
-        return one_line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        return visible_line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     def multiline(text: str) -> Markup:
         """Text of a sample; line breaks stay, and are marked."""

@@ -55,6 +55,11 @@ class SourceReport:
     share: float
     longer_chosen: float | None
     """By characters, without ties."""
+    chosen_length: int
+    """Median of the response, in tokens or words."""
+    rejected_length: int
+    flagged: int
+    """Pairs with a suspicious match."""
 
 
 def source_reports(split: Split) -> list[SourceReport]:
@@ -63,18 +68,32 @@ def source_reports(split: Split) -> list[SourceReport]:
     if len(sources) < 2 or not split.num_pairs:
         return []
     source = split.data.source_numbers[split.group]
-    difference = split.chars[split.better] - split.chars[split.worse]
-    masks = (np.ones(len(source), bool), difference > 0, difference < 0)
-    counts = np.stack([np.bincount(source[mask], minlength=len(sources)) for mask in masks], axis=1)
-    rows = [(name, *row) for name, row in zip(sources, counts.tolist(), strict=True)]
-    rows.sort(key=lambda row: (-row[1], row[0]))
-    if len(rows) > _MAX_SOURCES:
-        rest = np.sum([row[1:] for row in rows[_MAX_SOURCES - 1 :]], axis=0).tolist()
-        rows = [*rows[: _MAX_SOURCES - 1], (f"({len(rows) - _MAX_SOURCES + 1} others)", *rest)]
-    return [
-        SourceReport(name or "(no name)", count, count / split.num_pairs, up / (up + down) if up + down else None)
-        for name, count, up, down in rows
-    ]
+    counts = np.bincount(source, minlength=len(sources))
+    order = sorted(np.flatnonzero(counts).tolist(), key=lambda number: (-counts[number], sources[number]))
+    shown, others = order, order[_MAX_SOURCES - 1 :]
+    if len(order) > _MAX_SOURCES:
+        shown = order[: _MAX_SOURCES - 1]
+    reports = [_source_report(split, sources[number] or "(no name)", source == number) for number in shown]
+    if len(shown) < len(order):
+        reports.append(_source_report(split, f"({len(others)} others)", np.isin(source, others)))
+    return reports
+
+
+def _source_report(split: Split, name: str, mask: np.ndarray) -> SourceReport:
+    """mask: [C] bool, the pairs of the source; at least one."""
+    better, worse, tails = split.better[mask], split.worse[mask], split.data.tail_lengths
+    difference = split.chars[better] - split.chars[worse]
+    up, down = int((difference > 0).sum()), int((difference < 0).sum())
+    chosen, rejected = (int(np.percentile(tails[each], 50, method="lower")) for each in (better, worse))
+    return SourceReport(
+        name=name,
+        pairs=len(better),
+        share=len(better) / split.num_pairs,
+        longer_chosen=up / (up + down) if up + down else None,
+        chosen_length=chosen,
+        rejected_length=rejected,
+        flagged=int((split.flags[mask] != 0).sum()),
+    )
 
 
 @dataclass(frozen=True)
@@ -120,10 +139,11 @@ def length_report(split: Split, *, long_texts: LongTexts) -> LengthReport:
     """Percentiles of prompts, responses and whole texts, and how many exceed `data.max_length`."""
     unit, max_length = split.encoder.unit, split.encoder.max_length
     tails = split.data.tail_lengths
+    responses = np.concatenate([tails[split.better], tails[split.worse]])
     distributions = (
         distribution("prompt", "prompt (common prefix)", split.data.prefix_lengths),
-        distribution("chosen", "chosen, after the prefix", tails[split.better]),
-        distribution("rejected", "rejected, after the prefix", tails[split.worse]),
+        distribution("chosen", "chosen, after the prefix", tails[split.better], like=responses),
+        distribution("rejected", "rejected, after the prefix", tails[split.worse], like=responses),
         distribution("whole", "longest text of a row", split.longest),
     )
     is_beyond = np.zeros(len(split.longest), bool) if max_length is None else split.longest > max_length
@@ -132,19 +152,21 @@ def length_report(split: Split, *, long_texts: LongTexts) -> LengthReport:
     return LengthReport(unit, distributions, max_length, len(is_beyond), num_beyond, long_texts, tuple(examples))
 
 
-def distribution(key: str, title: str, values: np.ndarray) -> Distribution:
-    """Of at least one value; percentiles are values that occur."""
+def distribution(key: str, title: str, values: np.ndarray, *, like: np.ndarray | None = None) -> Distribution:
+    """Of at least one value; percentiles are values that occur. like: the values that the histogram's bins span."""
     low, p50, p90, p99, high = (int(v) for v in np.percentile(values, [0, 50, 90, 99, 100], method="lower"))
-    return Distribution(key, title, low, p50, p90, p99, high, float(values.mean()), histogram(values))
+    return Distribution(
+        key, title, low, p50, p90, p99, high, float(values.mean()), histogram(values, values if like is None else like)
+    )
 
 
-def histogram(values: np.ndarray) -> Histogram:
-    """At most NUM_BINS bins of equal, round width up to the 99th percentile; the last one is open-ended."""
-    low, top = int(values.min()), int(np.percentile(values, 99, method="higher"))
+def histogram(values: np.ndarray, like: np.ndarray) -> Histogram:
+    """At most NUM_BINS bins of equal, round width up to the 99th percentile of `like`; the last one is open-ended."""
+    low, top = int(like.min()), int(np.percentile(like, 99, method="higher"))
     width = _round_up(max(1, -(-(top - low + 1) // (NUM_BINS - 1))))
     start = low // width * width
-    place = np.minimum((values - start) // width, NUM_BINS - 1)
-    counts = np.bincount(place, minlength=1)
+    last = min((int(like.max()) - start) // width, NUM_BINS - 1)
+    counts = np.bincount(np.minimum((values - start) // width, last), minlength=last + 1)
     return Histogram(tuple(start + width * i for i in range(len(counts))), tuple(counts.tolist()))
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any, ClassVar, TypeAlias
 
 from rm_gallery.inspection.baselines import BaselineReport
 from rm_gallery.inspection.findings import Finding
 from rm_gallery.inspection.lengths import CostReport, Histogram, LengthBias, LengthReport, LongTexts, SourceReport
 from rm_gallery.inspection.report import Message, Report, Sample, SplitReport, percent
+from rm_gallery.inspection.texts import ExampleText
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Figure:
     examples: tuple[str, ...] = ()
     is_hit: bool = False
     """Highlighted."""
+    texts: tuple[ExampleText, ...] = ()
+    """Of the examples; in HTML only."""
 
 
 @dataclass(frozen=True)
@@ -82,17 +85,37 @@ class Chart:
     title: str
     histogram: Histogram
     unit: str
+    thing: str
+    """What is counted: `rows` or `pairs`."""
+    most: int
+    """Count that the y axis includes; charts with the same one can be compared."""
     limit: int | None = None
     """`data.max_length`, where it applies."""
     is_main: bool = False
     """Whether the terminal shows it."""
 
+    def y_ticks(self) -> tuple[int, ...]:
+        """From 0 in equal round steps, at most 5, to at least `most`.
+
+        Example: 0, 500, 1000, 1500 for 1317.
+        """
+        step = next(step for scale in count() for step in (10**scale, 2 * 10**scale, 5 * 10**scale)
+                    if 4 * step >= self.most)  # fmt: skip
+        return tuple(range(0, self.most + step, step))
+
+    def x_ticks(self) -> tuple[tuple[float, str], ...]:
+        """Position from 0 to 1 and label of at most 4 bin edges, the first and the last bin's among them."""
+        edges = self.histogram.edges
+        places = sorted({round(part * (len(edges) - 1) / 3) for part in range(4)})
+        return tuple((place / len(edges), f"{edges[place]:,}{'+' * (place == len(edges) - 1)}") for place in places)
+
     def bins(self) -> Iterator[tuple[str, int, bool]]:
         """Range, count, and whether the bin lies beyond the limit."""
         edges = self.histogram.edges
         ends = [f"{low:,} to {high - 1:,}" for low, high in pairwise(edges)]
-        for label, low, count in zip([*ends, f"{edges[-1]:,} and more"], edges, self.histogram.counts, strict=True):
-            yield label, count, self.limit is not None and low > self.limit
+        labels = [*ends, f"{edges[-1]:,} and more"]
+        for label, low, number in zip(labels, edges, self.histogram.counts, strict=True):
+            yield label, number, self.limit is not None and low > self.limit
 
 
 @dataclass(frozen=True)
@@ -133,14 +156,16 @@ class Page:
     summary: tuple[Message, ...]
     sections: tuple[Section, ...]
     report: Report
+    about: tuple[tuple[str, str], ...] = ()
+    """Label and value: when, with what command and by which version the report was made."""
 
     def as_dict(self) -> dict[str, Any]:
         """Every figure as plain values, for JSON."""
         return asdict(self.report)
 
 
-def page_of(report: Report) -> Page:
-    """The report in words."""
+def page_of(report: Report, about: Sequence[tuple[str, str]] = ()) -> Page:
+    """The report in words. about: as in `Page`."""
     train, unit = report.splits[0], report.unit.capitalize()
     sections = [
         *_data_sections(train),
@@ -157,7 +182,7 @@ def page_of(report: Report) -> Page:
     for split in report.splits[1:]:
         sections += [*_data_sections(split), *_quality_sections(split)]
     sections += [_samples(split, report.unit) for split in report.splits if split.samples]
-    return Page("Preference data report", tuple(_lead(report)), report.summary, tuple(sections), report)
+    return Page("Preference data report", tuple(_lead(report)), report.summary, tuple(sections), report, tuple(about))
 
 
 def _lead(report: Report) -> Iterator[str]:
@@ -175,7 +200,8 @@ def _data_sections(split: SplitReport) -> Iterator[Section]:
     name = split.name.capitalize()
     yield Section(f"{name} rows", "Rows read, used and dropped.", (_rows(split),))
     if len(split.sources) > 1:
-        yield Section(f"{name} sources", "Pairs and length bias by source.", (_sources(split.sources),))
+        why = f"Length bias, median length of the responses in {split.lengths.unit}, and pairs with a suspicious match."
+        yield Section(f"{name} sources", why, (_sources(split.sources),))
     yield Section(
         f"{name} lengths",
         f"In {split.lengths.unit}. The common prefix of a row's responses, mostly its prompt, is computed once.",
@@ -203,7 +229,8 @@ def _rows(split: SplitReport) -> Figures:
         Figure("pairs", f"{split.num_pairs:,}", "comparisons of two responses; a ranking of K gives several"),
         Figure("distinct prompts", f"{split.num_prompts:,}", prompts),
     ]
-    figures += [Figure(f"dropped: {each.title}", _count(each), "", each.examples, True) for each in split.dropped]
+    for each in split.dropped:
+        figures.append(Figure(f"dropped: {each.title}", _count(each), "", each.examples, True, each.texts))
     return Figures(tuple(figures))
 
 
@@ -211,8 +238,10 @@ def _sources(sources: Sequence[SourceReport]) -> Table:
     rows = []
     for each in sources:
         longer = "-" if each.longer_chosen is None else f"{each.longer_chosen:.2f}"
-        rows.append((each.name, f"{each.pairs:,}", percent(each.share), longer))
-    return Table(("source", "pairs", "share", "longer chosen"), tuple(rows))
+        medians = f"{each.chosen_length:,}", f"{each.rejected_length:,}"
+        flagged = f"{each.flagged:,} ({percent(each.flagged / each.pairs)})" if each.flagged else "none"
+        rows.append((each.name, f"{each.pairs:,}", percent(each.share), longer, *medians, flagged))
+    return Table(("source", "pairs", "share", "longer chosen", "chosen p50", "rejected p50", "suspicious"), tuple(rows))
 
 
 _LONG_TEXTS: dict[LongTexts, str] = {
@@ -236,9 +265,13 @@ def _lengths(report: LengthReport) -> Iterator[Block]:
         points = (each.min, each.p50, each.p90, each.p99, each.max)
         rows.append((each.title, *(f"{point:,}" for point in points), f"{each.mean:,.1f}"))
     yield Table((report.unit, "min", "p50", "p90", "p99", "max", "mean"), tuple(rows))
+    counts = {each.key: max(each.histogram.counts) for each in report.distributions}
+    counts["chosen"] = counts["rejected"] = max(counts["chosen"], counts["rejected"])
     for each in report.distributions:
         is_whole = each.key == "whole"
-        yield Chart(each.title, each.histogram, report.unit, report.max_length if is_whole else None, is_whole)
+        thing = "pairs" if each.key in ("chosen", "rejected") else "rows"
+        limit = report.max_length if is_whole else None
+        yield Chart(each.title, each.histogram, report.unit, thing, counts[each.key], limit, is_whole)
 
 
 def _cost(cost: CostReport) -> Iterator[Block]:
@@ -276,7 +309,7 @@ def _length_bias(reports: Sequence[LengthBias]) -> tuple[Figures]:
 def _findings(findings: Sequence[Finding]) -> Figures:
     return Figures(
         tuple(
-            Figure(each.title, _count(each), each.why if each.count else "", each.examples, each.count > 0)
+            Figure(each.title, _count(each), each.why if each.count else "", each.examples, each.count > 0, each.texts)
             for each in findings
         )
     )
@@ -293,7 +326,8 @@ def _baselines(report: BaselineReport) -> Section:
         for each in report.baselines:
             text = f"{each.accuracy:.3f} +-{each.standard_error:.3f}"
             bars.append(Bar(f"{each.title}, {each.on}", each.accuracy, text, each.standard_error))
-        blocks.append(Bars(tuple(bars), start=0.4, end=1.0, mark=(0.5, "chance")))
+        start = min(4, *(int(10 * bar.value) for bar in bars)) / 10
+        blocks.append(Bars(tuple(bars), start=start, end=1.0, mark=(0.5, "chance")))
         rules = {each.title: each.why for each in report.baselines}
         blocks += [Note(f"{title.capitalize()}: {why}.") for title, why in rules.items()]
         validation = any(each.on == "validation" for each in report.baselines)

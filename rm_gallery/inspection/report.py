@@ -28,7 +28,7 @@ from rm_gallery.inspection.lengths import (
     length_report,
     source_reports,
 )
-from rm_gallery.inspection.texts import Piece
+from rm_gallery.inspection.texts import MAX_RESPONSES, Piece, labels_of
 from rm_gallery.schema import PreferenceGroup
 
 
@@ -97,9 +97,9 @@ def _split_report(split: Split, config: DataConfig, packer: Packer | None, *, se
         prompt_share=split.prompt_share(),
         styles=split.styles,
         sources=tuple(source_reports(split)),
-        dropped=tuple(dropped_findings(split.dropped, split.num_groups)),
+        dropped=tuple(dropped_findings(split.dropped, split.num_groups, split.dropped_texts)),
         duplicates=tuple(duplicate_findings(split)),
-        suspicious=tuple(suspicious_findings(split.flags, split.where_pair)),
+        suspicious=tuple(suspicious_findings(split.flags, split.text_of_pair)),
         lengths=length_report(split, long_texts=_long_texts(config)),
         cost=cost_report(split, config, packer, seed=seed),
         length_bias=(
@@ -118,7 +118,6 @@ def _long_texts(config: DataConfig) -> LongTexts:
 
 HEAD_PIECES = 90
 TAIL_PIECES = 40
-MAX_RESPONSES = 8
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ class Sample:
 def make_sample(split: Split, index: int, group: PreferenceGroup) -> Sample:
     """The pieces of the group with this index."""
     tokens = split.data[index]
-    labels = _labels(group)[:MAX_RESPONSES]
+    labels = labels_of(group)[:MAX_RESPONSES]
     tails = tokens.tails[:MAX_RESPONSES]
     return Sample(
         split.where(index),
@@ -157,15 +156,6 @@ def make_sample(split: Split, index: int, group: PreferenceGroup) -> Sample:
         tuple(_segment(label, tail.tolist(), split, group) for label, tail in zip(labels, tails, strict=True)),
         len(tokens.tails) - len(tails),
     )
-
-
-def _labels(group: PreferenceGroup) -> list[str]:
-    """chosen and rejected for a pair; `response 1` and so on with wins and losses for a ranking."""
-    if len(group.responses) == 2 and len(group.comparisons) == 1:
-        return ["chosen" if index == group.comparisons[0].better else "rejected" for index in range(2)]
-    wins = [sum(each.better == index for each in group.comparisons) for index in range(len(group.responses))]
-    losses = [sum(each.worse == index for each in group.comparisons) for index in range(len(group.responses))]
-    return [f"response {index + 1}, +{wins[index]} -{losses[index]}" for index in range(len(group.responses))]
 
 
 def _segment(label: str, ids: Sequence[int], split: Split, group: PreferenceGroup) -> Segment:

@@ -12,21 +12,22 @@ from rich.text import Text
 
 from rm_gallery.inspection.page import Bars, Block, Chart, Figures, Page, Samples, Table
 from rm_gallery.inspection.report import Sample, Segment
-from rm_gallery.inspection.texts import Piece, one_line, visible
+from rm_gallery.inspection.texts import Piece
+from rm_gallery.safe_text import visible, visible_line
 
 MAX_WIDTH = 100
 _LEVELS = {"error": "bold red", "warning": "yellow", "ok": "green"}
 _COLORS = {"shared prefix": "cyan", "chosen": "green", "rejected": "red"}
 
 
-def print_page(page: Page, stream: TextIO | None = None) -> None:
-    """Print the report; characters that the stream cannot encode become escapes."""
+def print_page(page: Page, stream: TextIO | None = None, *, summary_only: bool = False) -> None:
+    """Print the report, or its summary only; characters that the stream cannot encode become escapes."""
     stream = stream or sys.stdout
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
     console = Console(file=stream, highlight=False, markup=False, emoji=False)
     console.width = min(console.width, MAX_WIDTH)
-    _Printer(console).page(page)
+    _Printer(console).page(page, summary_only)
 
 
 class _Printer:
@@ -35,15 +36,15 @@ class _Printer:
         self._in_color = console.color_system is not None
         self._full = "\u2588" if "utf" in (console.encoding or "").lower() else "#"
 
-    def page(self, page: Page) -> None:
+    def page(self, page: Page, summary_only: bool) -> None:
         self._print(Text(page.title, style="bold"))
         for line in page.lead:
-            self._print(Text(one_line(line), style="dim"))
+            self._print(Text(visible_line(line), style="dim"))
         self._title("Summary")
         for message in page.summary:
             level = Text(f"{message.level:<9}", style=_LEVELS[message.level])
-            self._print(Text(one_line(message.text)), 9, level)
-        for section in page.sections:
+            self._print(Text(visible_line(message.text)), 9, level)
+        for section in () if summary_only else page.sections:
             self._title(section.title)
             self._print(Text(section.why, style="dim"))
             for block in section.blocks:
@@ -75,19 +76,19 @@ class _Printer:
             if block.is_main:
                 self._chart(block)
         else:
-            self._print(Text(one_line(block.text), style="dim"), 2)
+            self._print(Text(visible_line(block.text), style="dim"), 2)
 
     def _figures(self, block: Figures) -> None:
         for row in block.rows:
             style = "bold yellow" if row.is_hit else "bold"
-            self._print(Text(f"{one_line(row.label)}: ").append(row.value, style=style), 2)
+            self._print(Text(f"{visible_line(row.label)}: ").append(row.value, style=style), 2)
             if row.why:
-                self._print(Text(one_line(row.why), style="dim"), 4)
+                self._print(Text(visible_line(row.why), style="dim"), 4)
             if row.examples:
-                self._print(Text("e.g. " + ", ".join(map(one_line, row.examples)), style="dim"), 4)
+                self._print(Text("e.g. " + ", ".join(map(visible_line, row.examples)), style="dim"), 4)
 
     def _table(self, block: Table) -> None:
-        rows = [[one_line(cell) for cell in row] for row in (block.header, *block.rows)]
+        rows = [[visible_line(cell) for cell in row] for row in (block.header, *block.rows)]
         widths = [max(cell_len(row[place]) for row in rows) for place in range(len(block.header))]
         widths[0] = min(widths[0], self._console.width - 2 - sum(widths[1:]) - 2 * len(widths[1:]))
         for number, row in enumerate(rows):
@@ -131,7 +132,9 @@ class _Printer:
 
     def _sample(self, sample: Sample, unit: str) -> None:
         self._console.print()
-        self._print(Text(one_line(sample.where), style="bold").append(f"  {one_line(sample.source)}", style="dim"), 2)
+        self._print(
+            Text(visible_line(sample.where), style="bold").append(f"  {visible_line(sample.source)}", style="dim"), 2
+        )
         for segment in (sample.prefix, *sample.responses):
             color = _COLORS.get(segment.label, "yellow")
             label = Text(segment.label, style=f"bold {color}")

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 import zlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
+from rm_gallery.data.sources import Row
 from rm_gallery.data.tokenization.encoder import Encoder, Render
 from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
 from rm_gallery.errors import BadRow
@@ -84,23 +88,80 @@ def hash_text(text: str) -> int:
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-# C0 and C1 controls (terminal escape sequences), lone surrogates, and marks that change the reading direction.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+@dataclass(frozen=True)
+class ExampleText:
+    """The text of a row that a finding names."""
+
+    where: str
+    parts: tuple[tuple[str, str], ...]
+    """Label (prompt, chosen, rejected, or the column of a dropped row) and text, shortened."""
 
 
-def visible(text: str) -> str:
-    """The text with control characters escaped (`\\x1b`); tabs and line breaks stay."""
-    return _CONTROL.sub(lambda found: _escape(found.group()), text)
+MAX_RESPONSES = 8
+_HEAD_CHARS, _TAIL_CHARS = 400, 200
 
 
-def one_line(text: str) -> str:
-    """The same with tabs and line breaks escaped too."""
-    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+def shorten(text: str) -> str:
+    """The beginning and the end of a long text."""
+    hidden = len(text) - _HEAD_CHARS - _TAIL_CHARS
+    return text if hidden <= 0 else f"{text[:_HEAD_CHARS]} ... {hidden:,} characters hidden ... {text[-_TAIL_CHARS:]}"
 
 
-def _escape(character: str) -> str:
-    is_control = unicodedata.category(character) == "Cc" and ord(character) < 256
-    return f"\\x{ord(character):02x}" if is_control else f"\\u{ord(character):04x}"
+def labels_of(group: PreferenceGroup) -> list[str]:
+    """chosen and rejected for a pair; `response 1` and so on with wins and losses for a ranking."""
+    if len(group.responses) == 2 and len(group.comparisons) == 1:
+        return ["chosen" if index == group.comparisons[0].better else "rejected" for index in range(2)]
+    wins = [sum(each.better == index for each in group.comparisons) for index in range(len(group.responses))]
+    losses = [sum(each.worse == index for each in group.comparisons) for index in range(len(group.responses))]
+    return [f"response {index + 1}, +{wins[index]} -{losses[index]}" for index in range(len(group.responses))]
+
+
+class TextStore:
+    """The texts of groups, shortened, in a file; it can be deleted after `finish`, and is read from memory pages."""
+
+    _BUFFER = 1 << 20
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._buffer = path, bytearray()
+        self._starts = array("q", [0])
+        self._data = np.zeros(0, np.uint8)
+
+    def add(self, group: PreferenceGroup, texts: GroupTexts) -> None:
+        responses = list(zip(labels_of(group), texts.responses, strict=True))[:MAX_RESPONSES]
+        if responses[0][0] == "rejected":
+            responses.reverse()
+        parts = [("prompt", texts.prompt), *responses] if texts.prompt.strip() else responses
+        line = json.dumps([(label, shorten(text)) for label, text in parts]).encode()
+        self._buffer += line
+        self._starts.append(self._starts[-1] + len(line))
+        if len(self._buffer) > self._BUFFER:
+            self._flush()
+
+    def finish(self) -> None:
+        """Write what is left and map the file."""
+        self._flush()
+        if self._starts[-1]:
+            self._data = np.memmap(self._path, np.uint8, "r")
+
+    def _flush(self) -> None:
+        with self._path.open("ab") as file:
+            file.write(self._buffer)
+        self._buffer.clear()
+
+    def get(self, index: int) -> tuple[tuple[str, str], ...]:
+        """Label and text of the prompt and of the responses of a group."""
+        parts = json.loads(self._data[self._starts[index] : self._starts[index + 1]].tobytes())
+        return tuple((label, text) for label, text in parts)
+
+
+def text_of_row(row: Row) -> ExampleText:
+    """The columns of a row that is not used."""
+    columns = islice(row.values.items(), MAX_RESPONSES)
+    values = (
+        (name, each if isinstance(each, str) else json.dumps(each, ensure_ascii=False, default=str))
+        for name, each in columns
+    )
+    return ExampleText(row.where, tuple((name, shorten(value)) for name, value in values))
 
 
 @dataclass(frozen=True, slots=True)

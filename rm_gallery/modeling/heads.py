@@ -9,6 +9,7 @@ Loads no torch until a head is read.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -36,8 +37,11 @@ class RewardHead:
     bias: StoredTensor | None = None
 
     def read_bias(self) -> float:
-        """The constant that it adds to each reward."""
-        return 0.0 if self.bias is None else float(_read(self.bias).float().item())
+        """The constant that it adds to each reward. Raises UserError if it is not finite."""
+        value = 0.0 if self.bias is None else float(_read(self.bias).float().item())
+        if self.bias is not None and not math.isfinite(value):
+            raise UserError(f"{self.bias.file}: {self.bias.name} is {value}; copy the model again")
+        return value
 
     def copy_to(self, module: Any) -> None:
         """Copy the weight into a linear layer."""
@@ -65,11 +69,15 @@ def is_reward_model(architectures: Iterable[str]) -> bool:
 
 
 def has_foreign_head(files: WeightFolder) -> bool:
-    """Whether a tensor looks like a head with one output under another name, by name and shape alone."""
+    """Whether a tensor looks like the last layer of a head with one output under another name, or a pickle holds one.
+
+    By names and shapes alone: whether the head can be run is known when the model is loaded.
+    """
     tensors = [*files.tensors.values(), *files.head_file.values()]
-    return any(
+    return any(name.endswith(".bin") for name in files.other_files) or any(
         len(each.shape) == 2 and each.shape[0] == 1 and each.name.endswith(".weight")
-        and not re.search(r"\.\d+\.|embed", each.name) and each.name.partition(".")[0] not in _OTHER_TASKS
+        and not re.search(r"\b(layers?|h|blocks?)\.\d+\.|embed", each.name)
+        and each.name.partition(".")[0] not in _OTHER_TASKS
         for each in tensors
     )  # fmt: skip
 

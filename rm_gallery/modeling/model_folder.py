@@ -82,7 +82,10 @@ class ModelSource:
                         trust_remote_code=trust_remote_code, ignore_mismatched_sizes=True, **self.arguments,
                     )  # fmt: skip
             except Exception as error:
-                raise UserError(f"{self.what}: the model cannot be loaded ({one_line(error)})") from error
+                reason = one_line(error)
+                if reason.startswith("Weights only load failed"):
+                    reason = "its .bin file is a pickle with more than tensors, which can execute code; use safetensors"
+                raise UserError(f"{self.what}: the model cannot be loaded ({reason})") from error
             is_unchanged = torch.equal(before, torch.get_rng_state())
         self._check_shapes(info["mismatched_keys"])
         missing = set(info["missing_keys"])
@@ -91,6 +94,7 @@ class ModelSource:
         head = self.resolve_head(network, missing, info["unexpected_keys"])
         if head.adopted is not None:
             head.adopted.copy_to(network.score)
+            check_values([(head.name, network.score.weight)], self.what, but=() if for_scoring else (head.name,))
         elif for_scoring and not is_unchanged:
             raise UserError(
                 f"{self.what}: {type(network).__name__} initializes weights randomly when it is loaded, so rewards "
@@ -146,6 +150,12 @@ class ModelSource:
         if hasattr(network.config, "value_head_prefix"):
             network.config.value_head_prefix = "score"  # where a checkpoint has it
         adopted = found if is_missing else None
+        if adopted is not None and getattr(self.config, "auto_map", None) and not network.is_custom_code():
+            log.warning(
+                "%s: the folder has code of its own for its reward head (auto_map of config.json), which is not run: "
+                "the head is read as one matrix at the last token",
+                self.what,
+            )
         return ResolvedHead(name, adopted, 0.0 if found is None else found.read_bias(), new_parts)
 
     def _check_missing(self, missing: Sequence[str], head_name: str) -> None:

@@ -63,6 +63,7 @@ def read_weight_folder(path: str, *, key: str) -> WeightFolder:
             return WeightFolder(folder)
     what = f"{key}={path}"
     files = _loaded_files(folder, what)
+    head_file = folder / "value_head.safetensors"
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         for name, tensor in _read_header(file, what).items():
@@ -72,8 +73,11 @@ def read_weight_folder(path: str, *, key: str) -> WeightFolder:
                     "again"
                 )
             tensors[name] = tensor
-    head_file = folder / "value_head.safetensors"
     head = _read_header(head_file, what) if head_file.is_file() else {}
+    if twice := sorted(set(head) & set(tensors)):
+        raise UserError(
+            f"{what}: {tensors[twice[0]].file.name} and {head_file.name} both contain {twice[0]}; delete one of them"
+        )
     known = {*files, head_file}
     others = [each.name for each in sorted(folder.glob("*.safetensors")) if each not in known]
     pickles = [each.name for each in sorted(folder.glob("value_head.bin"))]
@@ -108,6 +112,8 @@ def _loaded_files(folder: Path, what: str) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not an index of weight files ({one_line(error)}); copy the folder again") from error
+    if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise UserError(f"{index}: it names {outside[0]}, which is outside of the folder; copy the folder again")
     lost = [name for name in names if not (folder / name).is_file()]
     if lost:
         raise UserError(

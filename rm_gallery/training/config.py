@@ -5,6 +5,7 @@ Loads no torch: `show-data` and `estimate` read the same configuration.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from rm_gallery.config import load, problem_of, to_yaml
+from rm_gallery.config import load, problem_of, to_save, to_yaml
 from rm_gallery.data.config import DataConfig, data_problems, normalize_data
 from rm_gallery.errors import Problem, nearest
 from rm_gallery.modeling.config import ModelConfig
@@ -134,14 +135,33 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    from_environment: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Not a key: the texts `${oc.env:NAME}` of the keys that read the environment; see `rm_gallery.config.to_save`."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Nested plain dict of every value, defaults included."""
-        return asdict(self)
+        """Nested plain dict of every value, defaults included. It may hold secrets: `to_save` is for files."""
+        return {name: asdict(getattr(self, name)) for name in ("model", "data", "optim", "trainer")}
+
+    def to_save(self) -> dict[str, Any]:
+        """The same without secrets, for everything that is written: files, trackers, messages."""
+        return to_save(self.as_dict(), self.from_environment)
+
+    def to_compare(self) -> dict[str, Any]:
+        """As `to_save`, with a short hash of each value from the environment, so that a change of it is noticed."""
+        values = self.as_dict()
+        return to_save(values, {key: _marked(key, text, values) for key, text in self.from_environment.items()})
 
     def to_yaml(self) -> str:
-        """The same as YAML, which `load_config` reads back."""
-        return to_yaml(self.as_dict())
+        """`to_save` as YAML, which `load_config` reads back in an environment that has the same variables."""
+        return to_yaml(self.to_save())
+
+
+def _marked(key: str, text: Any, values: Any) -> str:
+    """`${oc.env:NAME} (value 3f2a)`. 16 bits show that a value has changed, and too little to guess it."""
+    for part in key.split("."):
+        values = values[part]
+    digest = hashlib.blake2b(f"{key}={values!r}".encode(errors="surrogatepass"), digest_size=2).hexdigest()
+    return f"{text} (value {digest})"
 
 
 def load_config(

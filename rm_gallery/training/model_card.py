@@ -15,6 +15,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from rm_gallery.data.sources.config import as_entries
+from rm_gallery.safe_text import redact
 from rm_gallery.training.config import TrainConfig
 
 CARD_NAME = "README.md"
@@ -130,7 +131,7 @@ def model_card(
         ("versions", ", ".join(f"{name} {number}" for name, number in (versions or {}).items())),
     ]
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    return environment.from_string(_TEMPLATE).render(
+    card = environment.from_string(_TEMPLATE).render(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         name=config.trainer.experiment_name,
         rows=[(label, _cell(value)) for label, value in rows if value],
@@ -140,6 +141,7 @@ def model_card(
         special=adds_special_tokens,
         separator=json.dumps(separator)[1:-1],
     )
+    return redact(card)
 
 
 def _sources(files: Any) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from rm_gallery.errors import UserError
 from rm_gallery.files import lock, write_text
+from rm_gallery.safe_text import redact
 from rm_gallery.training.trackers import METRICS_NAME
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def write_run_facts(run_dir: Path, config_yaml: str, facts: Mapping[str, Any], *
             metrics.rename(run_dir / f"metrics-{stamp}.jsonl")
         program = {**_program(), "start_step": start_step}
         write_text(run_dir / CONFIG_NAME, config_yaml)
-        text = json.dumps({**program, **facts, "earlier_starts": _starts(path, program)}, indent=2)
+        text = json.dumps({**program, **redact(dict(facts)), "earlier_starts": _starts(path, program)}, indent=2)
         write_text(path, text + "\n")
     except OSError as error:
         raise _cannot_write(run_dir, error) from error
@@ -88,7 +89,7 @@ def _starts(path: Path, program: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _program() -> dict[str, Any]:
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
+        "command": redact(sys.argv),
         "python": platform.python_version(),
         "versions": package_versions(*_PACKAGES),
         "commit": _commit(),

@@ -179,7 +179,7 @@ def _train(
         config.trainer.project_name,
         config.trainer.experiment_name,
         config.trainer.run_dir,
-        config.as_dict(),
+        config.to_save(),
         loop.total_steps,
         start_step=begin.progress.step,
         repeats_validation=begin.progress.validation_pending,
@@ -333,7 +333,7 @@ def run_identity(config: TrainConfig, data: TokenData, plan: Plan, shape: str, t
             "model": shape,
             PLAN: f"fingerprint {plan.fingerprint()}",
         },
-        config=config.as_dict(),
+        config=config.to_compare(),
         total_steps=total_steps,
         rate_at=lambda total_steps, step: build_schedule(config.optim, total_steps)(step),
     )

@@ -40,9 +40,20 @@ def test_ties_alone_give_no_share(show: Show) -> None:
 
 def test_length_bias_of_each_source(show: Show) -> None:
     rows = [*by_length(4, 9, 4, source="wordy"), *by_length(2, 4, 9, seed=1, source="brief")]
-    assert [(each["name"], each["pairs"], each["longer_chosen"]) for each in show.of(rows).train["sources"]] == [
-        ("wordy", 4, 1.0), ("brief", 2, 0.0)
+    rows.append(pair("q", "Yes, it is.", "YES IT IS", source="brief"))
+    names = ("name", "pairs", "longer_chosen", "chosen_length", "rejected_length", "flagged")
+    assert [tuple(each[name] for name in names) for each in show.of(rows).train["sources"]] == [
+        ("wordy", 4, 1.0, 10, 5, 0), ("brief", 3, 1 / 3, 5, 10, 1)
     ]  # fmt: skip
+
+
+def test_sources_beyond_twenty_are_counted_as_one(show: Show) -> None:
+    rows = [
+        each for number in range(22) for each in by_length(1 + (number < 19), 9, 4, seed=number, source=f"{number:02}")
+    ]
+    found = show.of(rows).train["sources"]
+    assert [each["name"] for each in found] == [*(f"{number:02}" for number in range(19)), "(3 others)"]
+    assert (found[-1]["pairs"], found[-1]["longer_chosen"]) == (3, 1.0)
 
 
 @pytest.mark.parametrize(("chosen", "rejected", "which"), [(9, 4, "longer"), (4, 9, "shorter")])

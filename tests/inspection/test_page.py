@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rm_gallery import __version__
+from rm_gallery.inspection.lengths import Histogram
+from rm_gallery.inspection.page import Chart
 from tests.inspection.data import Show, files, flipped, pair, plain_rows
 from tests.small import write_pairs
 
@@ -64,14 +69,116 @@ def test_hostile_text_is_escaped_wherever_it_stands(show: Show) -> None:
 
 def test_the_html_page_has_every_section_of_the_terminal(show: Show) -> None:
     rows = plain_rows(120, seed=0)
-    printed = show.text(*files([*rows, rows[0]], plain_rows(20, seed=1)), "--html", "report.html")
+    arguments = files([*rows, rows[0]], plain_rows(20, seed=1))
+    printed = show.text(*arguments)
+    show.text(*arguments, "--html", "report.html")
     page = Path("report.html").read_text()
     titles = [title for title, line in zip(printed.splitlines(), printed.splitlines()[1:], strict=False)
               if line and set(line) == {"-"}]  # fmt: skip
     assert len(titles) >= 10
     missing = [title for title in titles if f">{title}<" not in page]
     assert not missing
+    links = re.findall(r'<a href="#(section-\d+)">(.*?)</a>', page)
+    assert [title for _, title in links] == titles[1:], "the table of contents names every section but the summary"
+    assert all(f'<section id="{name}"><h2>{title}</h2>' in page for name, title in links)
     assert "train.parquet:0 = train.parquet:120" in page and "prefers-color-scheme" in page
+
+
+def test_with_an_html_page_the_terminal_has_the_summary_and_the_path(show: Show) -> None:
+    rows = plain_rows(60, seed=0)
+    arguments = files([*rows, rows[0]])
+    printed = show.text(*arguments)
+    summary = printed[: printed.index("\n\nTraining rows\n")]
+    assert show.text(*arguments, "--html", "report.html") == f"{summary}\n\nreport: report.html\n"
+
+
+def test_the_html_page_says_when_and_how_it_was_made(show: Show) -> None:
+    show.text(*files(plain_rows(3, seed=0)), "--html", "my report.html", "--samples", "0")
+    page = Path("my report.html").read_text()
+    command = "rm-gallery show-data --html 'my report.html' --samples 0 data.train_files=train.parquet"
+    assert f"<code>{command}</code>" in unescape(page)
+    assert re.search(rf"<dd>20\d\d-\d\d-\d\d \d\d:\d\d \S+, by rm-gallery {re.escape(__version__)}</dd>", page)
+
+
+def test_flagged_rows_are_shown_with_their_text(show: Show) -> None:
+    """Of each finding, also of dropped rows; a long text is shortened, and what it holds is only text."""
+    rows = plain_rows(60, seed=0)
+    odd = [
+        pair("is it equal?", "same answer", "same answer"),
+        pair("is it loud?", "Yes, it is.", "YES IT IS"),
+        pair("is it long?", "short", f"short begin <b> {'x' * 900} end"),
+    ]
+    report = show.of([*rows, rows[7], flipped(rows[8]), *odd], [rows[9], *plain_rows(20, seed=1)])
+    texts = {
+        finding["key"] + each["where"]: dict(each["parts"])
+        for group in (
+            *(report.train[name] for name in ("dropped", "duplicates", "suspicious")),
+            report.leakage.values(),
+        )
+        for finding in group
+        for each in finding["texts"]
+    }
+    assert texts["droppedtrain.parquet:62"]["chosen"] == "same answer"
+    assert "is it equal?" in texts["droppedtrain.parquet:62"]["prompt"]
+    assert texts["same_wordstrain.parquet:63"] == {
+        "prompt": "is it loud?", "chosen": "Yes, it is.", "rejected": "YES IT IS"
+    }  # fmt: skip
+    known = [(each["prompt"][0]["content"], each["chosen"]) for each in rows]
+    for name, number in (
+        ("repeated_pairstrain.parquet:7 = train.parquet:60", 7),
+        ("contradictionstrain.parquet:8 = train.parquet:61", 8),
+        ("shared_pairsval.parquet:0", 9),
+    ):
+        assert (texts[name]["prompt"], texts[name]["chosen"]) == known[number]
+    show.text("data.train_files=train.parquet", "data.val_files=val.parquet", "--html", "report.html")
+    page = Path("report.html").read_text()
+    assert "<summary>train.parquet:63</summary>" in page and "YES IT IS" in page
+    assert "short begin &lt;b&gt; xxx" in page and "characters hidden ... xxx" in page and "x end</pre>" in page
+
+
+def test_charts_of_chosen_and_rejected_have_the_same_axes(show: Show) -> None:
+    rows = [pair("q", "word " * number, f"w{number} " * (number // 3 + 1)) for number in range(1, 101)]
+    page = page_of_json(show.of(rows).values)
+    chosen, rejected = (page[key] for key in ("chosen", "rejected"))
+    assert chosen["edges"] == rejected["edges"] and sum(chosen["counts"]) == sum(rejected["counts"]) == 100
+    show.text("data.train_files=train.parquet", "--html", "report.html")
+    html = Path("report.html").read_text()
+    charts = dict(re.findall(r'<figcaption>(chosen|rejected),.*?<div class="y">(.*?)</div>', html, re.DOTALL))
+    assert charts["chosen"] == charts["rejected"] != ""
+    assert re.findall(r"<span>([\d,]+)</span>", charts["chosen"])[-1] == "0"
+    most = max(*chosen["counts"], *rejected["counts"])
+    assert int(re.findall(r"<span>([\d,]+)</span>", charts["chosen"])[0].replace(",", "")) >= most
+
+
+def page_of_json(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Histogram by length of the training data."""
+    return {each["key"]: each["histogram"] for each in values["splits"][0]["lengths"]["distributions"]}
+
+
+@pytest.mark.parametrize(
+    ("most", "ticks"),
+    [
+        (1, (0, 1)),
+        (3, (0, 1, 2, 3)),
+        (7, (0, 2, 4, 6, 8)),
+        (1317, (0, 500, 1000, 1500)),
+        (2000, (0, 500, 1000, 1500, 2000)),
+    ],
+)
+def test_the_y_axis_has_round_ticks(most: int, ticks: tuple[int, ...]) -> None:
+    histogram = Histogram((0, 10, 20), (most, 0, 1))
+    chart = Chart("", histogram, "words", "rows", most)
+    assert chart.y_ticks() == ticks
+    assert chart.x_ticks() == ((0.0, "0"), (1 / 3, "10"), (2 / 3, "20+"))
+
+
+def test_nothing_of_the_page_is_wider_than_a_phone(show: Show) -> None:
+    """No box has a fixed width or scrolls sideways, tables become lists, and texts break anywhere."""
+    show.text(*files(plain_rows(3, seed=0)), "--html", "report.html")
+    style = Path("report.html").read_text().partition("<style>")[2].partition("</style>")[0]
+    assert "overflow-wrap: anywhere" in style and "white-space: pre-wrap" in style and "overflow-x" not in style
+    phone = style.partition("@media (max-width: 620px)")[2]
+    assert ".grid thead { display: none; }" in phone and "content: attr(data-name)" in phone
 
 
 def test_the_html_page_is_well_formed(show: Show) -> None:

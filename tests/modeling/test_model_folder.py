@@ -84,6 +84,20 @@ def test_a_head_beside_the_model_is_kept(backbone: Path, tmp_path: Path) -> None
     save_file({"v_head.summary.weight": HEAD, "v_head.summary.bias": BIAS}, folder / "value_head.safetensors")
     loaded, weight = load_both(folder)
     assert torch.equal(weight, HEAD) and (loaded.head_name, loaded.head_bias) == ("v_head.summary.weight", 0.75)
+    save_file({"v_head.summary.weight": HEAD, "v_head.summary.bias": BIAS / 0}, folder / "value_head.safetensors")
+    with pytest.raises(UserError, match=r"value_head.safetensors: v_head.summary.bias is inf"):
+        load_reward_model(str(folder))
+    folder = make_folder(folder, tmp_path / "twice", {"v_head.summary.weight": HEAD})
+    with pytest.raises(UserError, match=r"model.safetensors and value_head.safetensors both contain v_head.summary.we"):
+        load_reward_model(str(folder))
+
+
+def test_code_of_the_folder_for_its_head_is_named(
+    backbone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    code = {"auto_map": {"AutoModel": "own.OwnRewardModel"}}
+    load_reward_model(str(make_folder(backbone, tmp_path / "model", {"reward_head.weight": HEAD}, **code)))
+    assert "has code of its own for its reward head (auto_map of config.json), which is not run" in caplog.text
 
 
 MLP = {"score.0.weight": torch.ones(32, 32), "score.0.bias": torch.ones(32), "score.2.weight": HEAD}
@@ -133,6 +147,19 @@ def test_a_pickled_head_is_not_read(backbone: Path, tmp_path: Path) -> None:
         (folder / name).unlink()
     with pytest.raises(UserError, match=r"cannot be run \(v_head.weight\): .*in a safetensors file"):
         load_reward_model(str(folder))
+
+
+def test_code_in_a_pickle_is_not_executed(backbone: Path, tmp_path: Path) -> None:
+    class Writes:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "executed",)
+
+    folder = make_folder(backbone, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Writes()}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"its \.bin file is a pickle with more than tensors, .*; use safetensors"):
+        load_reward_model(str(folder))
+    assert not (tmp_path / "executed").exists()
 
 
 def test_an_encoder_has_only_the_heads_of_its_class(tmp_path: Path) -> None:
@@ -195,6 +222,12 @@ def shards(folder: Path, *, lost: bool) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
 
 
+def shards_elsewhere(folder: Path) -> None:
+    shards(folder, lost=True)
+    path = folder / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace("b.safetensors", "../b.safetensors"))
+
+
 def adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
 
@@ -222,6 +255,7 @@ NORM, EMBEDDING, UP = "model.norm.weight", "model.embed_tokens.weight", "model.l
         (renamed("module."), r"lack 26 tensors .*; it has module.lm_head.weight, module.model.embed_tokens.weight"),
         (renamed("base_model.model."), r"lack 26 tensors .*; it has base_model.model"),
         (lambda folder: shards(folder, lost=True), r"1 of the 2 weight files .* are missing \(first: b.safetensors\)"),
+        (shards_elsewhere, r"it names ../b.safetensors, which is outside of the folder"),
         (lambda folder: shards(folder, lost=False), "a.safetensors and b.safetensors both contain model.norm.weight"),
         (flat(lambda state: state.update({UP: state[UP][:9].clone()})), r"up_proj.weight has shape \[9, 32\], but"),
         (adapter, r"both a model and an adapter \(adapter_config.json\)"),

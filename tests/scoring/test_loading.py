@@ -78,6 +78,18 @@ def test_a_language_model_is_not_given_a_random_head(qwen2_folder: Path) -> None
         load(qwen2_folder)
 
 
+def test_a_head_that_cannot_be_run_is_named(qwen2_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(qwen2_folder, tmp_path / "model"))
+    layers = {"v_head.0.weight": torch.ones(32, 32), "v_head.2.weight": torch.ones(1, 32)}
+    save_file({**load_file(folder / "model.safetensors"), **layers}, folder / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"cannot be run \(v_head.0.weight \[32, 32\], v_head.2.*; choose another folder"
+    ):
+        load(folder)
+
+
 def test_weights_without_the_head_are_refused(text_folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,49 @@ def test_what_a_run_writes_reads_back_to_the_same_configuration() -> None:
     )  # fmt: skip
     Path("config.yaml").write_text(config.to_yaml())
     assert load_config("config.yaml", []) == config
+
+
+def test_values_of_the_environment_are_saved_as_their_text_and_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("MY_SECRET", "sk-123"), ("RATE", "5e-7"), ("FILE", "data/train.parquet")):
+        monkeypatch.setenv(name, value)
+    overrides = [
+        "trainer.project_name=${oc.env:MY_SECRET}", "data.cache_dir=c-${oc.env:MY_SECRET}-${oc.env:NONE,x}",
+        "optim.lr=${oc.env:RATE}", "data.prompt_key=p-${trainer.project_name}", "trainer.experiment_name=e-${optim.lr}",
+        "data.train_files=[{path: '${oc.env:FILE}', name: 'n-${oc.env:MY_SECRET}'}, data]",
+        "data.val_files=https://u:pw@host/val.parquet?sig=abc",
+    ]  # fmt: skip
+    config = load(*overrides)
+    assert (config.trainer.project_name, config.optim.lr, config.data.cache_dir) == ("sk-123", 5e-7, "c-sk-123-x")
+    text = config.to_yaml()
+    saved = yaml.safe_load(text)
+    assert saved["trainer"]["project_name"] == "${oc.env:MY_SECRET}"
+    assert saved["trainer"]["experiment_name"] == "e-5e-7"  # no secret: a plain value
+    assert saved["data"]["cache_dir"] == "c-${oc.env:MY_SECRET}-${oc.env:NONE,x}"
+    assert saved["data"]["prompt_key"] == "p-${trainer.project_name}"
+    assert saved["data"]["train_files"] == [{"path": "${oc.env:FILE}", "name": "n-${oc.env:MY_SECRET}"}, "data"]
+    assert saved["optim"]["lr"] == "${oc.env:RATE}"
+    assert saved["data"]["val_files"] == "https://***@host/val.parquet?sig=***"
+    for written in (text, repr(config.to_save()), repr(config.to_compare())):
+        assert "sk-123" not in written and "pw" not in written and "abc" not in written
+    Path("config.yaml").write_text(text)
+    assert load_config("config.yaml", [overrides[-1]]) == config
+    with pytest.raises(
+        UserError, match=r"data.val_files=https://\*\*\*@host.*: a credential was removed when this was"
+    ):
+        load_config("config.yaml", [])
+
+
+def test_a_change_in_the_environment_is_noticed_without_writing_the_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for value in ("one", "one", "two"):
+        monkeypatch.setenv("MY_SECRET", value)
+        found.append(load("trainer.project_name=${oc.env:MY_SECRET}").to_compare()["trainer"]["project_name"])
+    assert found[0] == found[1] != found[2]
+    assert all(re.fullmatch(r"\$\{oc.env:MY_SECRET\} \(value [0-9a-f]{4}\)", text) for text in found)
+
+
+def test_the_texts_of_the_environment_are_no_key() -> None:
+    assert problems("from_environment={a: b}") == ["from_environment: unknown key"]
 
 
 def test_a_chat_template_reads_back() -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import AsyncGenerator
 from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 from weakref import WeakKeyDictionary
 
 from rm_gallery.core.models.base_chat_model import (
@@ -26,6 +27,7 @@ from rm_gallery.core.models.structured import (
     with_instruction,
 )
 from rm_gallery.errors import UserError, one_line
+from rm_gallery.safe_text import register_secret, scrub
 from rm_gallery.schema import Message
 
 _MAX_BACKOFF_S = 8.0  # of the openai package
@@ -160,7 +162,7 @@ class _Endpoint:
         if importlib.util.find_spec("openai") is None:
             raise UserError(f"model={model}: the openai package is missing; pip install 'rm-gallery[openai]'")
         self.model, self.timeout, self.max_retries = model, timeout, max_retries
-        self.base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
+        self.base_url, self._user = _split_user(base_url or os.environ.get("OPENAI_BASE_URL") or None)
         key = api_key or os.environ.get("OPENAI_API_KEY")
         if not key and self.base_url is None:
             raise UserError(
@@ -168,6 +170,8 @@ class _Endpoint:
                 "(for your own server pass base_url, for a checkpoint folder is_local=True)"
             )
         self._key = key or "none"  # the package requires one, even for a server that does not
+        for secret in (self._key, *(self._user or ())):
+            register_secret(secret)
         self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[None]]]
         self._clients = WeakKeyDictionary()
 
@@ -189,19 +193,19 @@ class _Endpoint:
                 raw = await create(model=self.model, messages=messages, **options)
             completion, attempts = raw.parse(), raw.retries_taken + 1
         except openai.APITimeoutError as error:
-            raise ChatError(f"{where}: no response within {self.timeout:g} s{tries}") from error
+            raise ChatError(f"{where}: no response within {self.timeout:g} s{tries}") from scrub(error)
         except TimeoutError as error:
-            raise ChatError(f"{where}: no complete response within {total:g} s, retries included") from error
+            raise ChatError(f"{where}: no complete response within {total:g} s, retries included") from scrub(error)
         except openai.APIConnectionError as error:
-            raise ChatError(f"{where}: no connection ({error.__cause__ or error}){tries}") from error
+            raise ChatError(f"{where}: no connection ({error.__cause__ or error}){tries}") from scrub(error)
         except openai.APIStatusError as error:
-            raise self._describe(where, error) from error
+            raise self._describe(where, error) from scrub(error)
         except TypeError as error:
             raise UserError(
                 f"{where}: {self._short(error)}; options beyond the OpenAI API go into extra_body"
-            ) from error
+            ) from scrub(error)
         except (openai.APIError, ValueError) as error:
-            raise ChatError(f"{where}: unreadable response ({self._short(error)})") from error
+            raise ChatError(f"{where}: unreadable response ({self._short(error)})") from scrub(error)
         if not getattr(completion, "choices", None):
             raise ChatError(f"{where}: a response without choices")
         return completion, attempts
@@ -233,7 +237,7 @@ class _Endpoint:
 
             client = AsyncOpenAI(
                 api_key=self._key, base_url=self.base_url, timeout=self.timeout, max_retries=self.max_retries,
-                http_client=DefaultAsyncHttpxClient(event_hooks={"response": [_do_not_retry_quota]}),
+                http_client=DefaultAsyncHttpxClient(auth=self._user, event_hooks={"response": [_do_not_retry_quota]}),
             )  # fmt: skip
             closing = self._close_with_loop(loop, client)
             self._clients[loop] = (client, closing)
@@ -247,6 +251,18 @@ class _Endpoint:
         finally:
             self._clients.pop(loop, None)
             await client.close()
+
+
+def _split_user(url: str | None) -> tuple[str | None, tuple[str, str] | None]:
+    """A URL without user and password, which the HTTP library would log, and these two."""
+    try:
+        parts = urlsplit(url or "")
+        if not url or parts.username is None:
+            return url, None
+    except ValueError:  # the HTTP library rejects it
+        return url, None
+    plain = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return plain, (unquote(parts.username), unquote(parts.password or ""))
 
 
 async def _do_not_retry_quota(response: Any) -> None:

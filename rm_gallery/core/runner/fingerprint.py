@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import hashlib
 import json
+import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,11 @@ def of_grader(grader: Any, mapper: Any) -> str:
     mapper function the code counts.
     """
     own = getattr(grader, "fingerprint", None)
-    public = {name: value for name, value in getattr(grader, "__dict__", {}).items() if not name.startswith("_")}
+    public = {
+        name: value
+        for name, value in getattr(grader, "__dict__", {}).items()
+        if not name.startswith("_") and not _is_secret(name)
+    }
     seen = own() if callable(own) else _seen(public)
     return _digest(json.dumps([_class_name(grader), seen, _seen(mapper)], sort_keys=True, default=_seen))
 
@@ -72,7 +77,7 @@ def _seen(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _seen(item) for key, item in value.items() if key != "extra_headers"}  # may contain API keys
+        return {str(key): _seen(item) for key, item in value.items() if not _is_secret(key)}
     if isinstance(value, list | tuple):
         return [_seen(item) for item in value]
     if isinstance(value, types.FunctionType):
@@ -85,6 +90,17 @@ def _seen(value: Any) -> Any:
         return [_class_name(value), json.loads(json.dumps(to_plain(value), default=_class_name))]
     except (TypeError, ValueError):
         return _class_name(value)
+
+
+_SECRET = re.compile(
+    r"extra_headers|extra_query|authorization|(\w+[_-])?(api[_-]?key|password|secret)|(access|api|auth|bearer|hf)_token",
+    re.IGNORECASE,
+)
+
+
+def _is_secret(name: Any) -> bool:
+    """Whether a setting may hold an API key: it is not hashed, and another key is the same grader."""
+    return _SECRET.fullmatch(str(name)) is not None
 
 
 def _code(code: types.CodeType) -> list[Any]:

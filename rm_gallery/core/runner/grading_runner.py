@@ -19,6 +19,7 @@ from rm_gallery.core.runner.grader_config import GraderConfig
 from rm_gallery.core.runner.results_file import ResultsFile
 from rm_gallery.errors import UserError
 from rm_gallery.progress_bar import ProgressBar
+from rm_gallery.safe_text import redact
 
 log = logging.getLogger(__name__)
 
@@ -280,7 +281,7 @@ class GradingRun:
         except UserError as error:
             return GraderError(name=name, error=str(error))
         except Exception as error:
-            return GraderError(name=name, error=f"the mapper failed with {type(error).__name__}: {error}")
+            return GraderError(name=name, error=redact(f"the mapper failed with {type(error).__name__}: {error}"))
         async with contextlib.nullcontext() if self._is_local[call.name] else self._limit:
             try:
                 result = await config.grader.aevaluate(**arguments)
@@ -292,7 +293,7 @@ class GradingRun:
             except Exception as error:
                 log.debug("grader %r failed on sample %d", call.name, call.index, exc_info=True)
                 text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                return GraderError(name=name, error=text)
+                return GraderError(name=name, error=redact(text))
         if not isinstance(result, GraderScore | GraderRank | GraderError):
             what = f"the grader returned {type(result).__name__}, not a GraderScore, GraderRank or GraderError"
             return GraderError(name=name, error=what)

@@ -46,24 +46,47 @@ class SavedResult(NamedTuple):
 
 
 def read_results(file: Iterable[bytes], path: str | Path, *, hint: str) -> Iterator[SavedResult]:
-    """The results in the lines of a file. A last line without a line end, left by a killed process, is ignored.
+    """The results in the lines of a file. A last line that a killed process left incomplete is ignored.
 
     Raises UserError, which ends with `hint`, for a line that holds anything else.
     """
     end = 0
     for line, text in enumerate(file, start=1):
         end += len(text)
-        if not text.endswith(b"\n"):
-            log.warning("%s:%d: the last line is incomplete; ignoring it", path, line)
-        elif text.strip():
-            try:
-                content = json.loads(text)
-                yield SavedResult(
-                    line, end, str(content["grader"]), int(content["index"]), str(content["sample"]),
-                    str(content.get("setup", "")), KINDS[content["kind"]].model_validate(content["result"]),
-                )  # fmt: skip
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                raise UserError(f"{path}:{line}: not a result of a GradingRunner; {hint}") from None
+        if not text.strip():
+            continue
+        try:
+            saved = _read_line(text, line, end)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+            # Only what this class wrote may be dropped: the file could be another one, named by mistake.
+            if not text.endswith(b"\n") and (text.startswith(_LINE_START) or _LINE_START.startswith(text)):
+                log.warning("%s:%d: the last line is incomplete; ignoring it", path, line)
+                return
+            why = f" ({error})" if isinstance(error, _WrongField) else ""
+            raise UserError(f"{path}:{line}: not a result of a GradingRunner{why}; {hint}") from None
+        yield saved
+
+
+_LINE_START = b'{"index": '
+
+
+class _WrongField(ValueError):
+    """A field of a line has a value that no run writes."""
+
+
+def _read_line(text: bytes, line: int, end: int) -> SavedResult:
+    content = json.loads(text)
+    index, kind = content["index"], content["kind"]
+    if type(index) is not int or index < 0:
+        raise _WrongField(f"its index is {str(index)[:40]}, must be a whole number from 0")
+    texts = {name: content.get(name, "" if name == "setup" else None) for name in ("grader", "sample", "setup")}
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise _WrongField(f"its {name} is not a text")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise _WrongField(f"its kind is not one of {', '.join(KINDS)}")
+    result = KINDS[kind].model_validate(content["result"], strict=True)
+    return SavedResult(line, end, texts["grader"], index, texts["sample"], texts["setup"], result)
 
 
 class ResultsFile:
@@ -182,6 +205,10 @@ class ResultsFile:
                 self._saved[saved.grader][saved.sample_index] = saved
         if self._file.tell() > end:
             self._file.truncate(end)
+        elif end:
+            self._file.seek(end - 1)
+            if self._file.read(1) != b"\n":  # a line that another program wrote
+                self._file.write(b"\n")
         self._file.seek(0, os.SEEK_END)
 
 

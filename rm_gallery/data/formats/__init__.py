@@ -9,7 +9,7 @@
 A format is one entry of `READERS` (registry.py): a function from a row's columns to a `Draft` (pairs.py), one to its
 comparisons, and the columns. cells.py reads text, messages, numbers and lists; prompts.py the prompt and the turns
 before it; conversations.py joins turns and identifies prompts; row_reader.py makes the group. names.py knows the
-columns of published layouts, unread.py finds input and labels that no format reads.
+columns of published layouts, unread.py finds input and labels that no format reads, checks.py tells the user.
 
 Scoring reads every layout that training accepts, without labels, and three more (`responses`, `response`,
 `conversation`): with `ResponsesConfig` in place of `FormatConfig`, `choose_format` and `RowReader` need no

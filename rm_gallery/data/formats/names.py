@@ -28,10 +28,12 @@ _SETS: tuple[Mapping[str, str], ...] = (
         "columns.overall_preference": "preference_strength",
     },  # the preferences of HelpSteer2
     {"columns.input": "prompt", "columns.output": "answers"},  # Nectar
+    {"responses_key": "generations", "scores_key": "ratings"},  # distilabel
+    {"responses_key": "generations", "scores_key": "rating"},
     {"messages_key": "conversations"},
     {"messages_key": "conversation"},
 )
-_LABELS = ("columns.winner", "columns.overall_preference")
+_LABELS = ("scores_key", "columns.winner", "columns.overall_preference")
 _PROMPTS = ("question", "query", "context", "messages", "conversations", "conversation", "trajectory", "history")
 
 

@@ -42,8 +42,9 @@ class Column:
 
     key: str
     """Configuration key below `data`."""
-    holds: Literal["cell", "responses", "list", "record", "number", "name"]
-    """text or messages, these or a list of them, a list or its JSON, an object, a number, or text."""
+    holds: Literal["cell", "responses", "list", "record", "number", "index", "name"]
+    """text or messages, these or a list of them, a list or its JSON, an object, a number, one that counts from 0, or
+    text."""
     needed: bool = False
     """Whether a file without it is not in this format."""
     is_label: bool = False

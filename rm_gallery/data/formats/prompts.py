@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from rm_gallery.data.formats.cells import Cell, check_text, kind_of, read_cell, read_list
 from rm_gallery.data.formats.config import FormatConfig
 from rm_gallery.data.formats.conversations import as_messages
-from rm_gallery.data.formats.names import prompt_names
+from rm_gallery.data.formats.names import prompt_names, with_found_names
+from rm_gallery.data.sources import Row
 from rm_gallery.errors import BadRow
 from rm_gallery.schema import Message
+
+_Config = TypeVar("_Config", bound=FormatConfig)
 
 
 def read_column(values: Mapping[str, Any], name: str | None) -> Cell:
@@ -104,3 +109,10 @@ def _read_history(value: Any, name: str) -> list[Message]:
         asked, answered = map(check_text, turn)
         found += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     return found
+
+
+def with_names_of(rows: Sequence[Row], config: _Config) -> _Config:
+    """The configuration with the names of the columns of these rows that are read, the prompt of most included."""
+    named = with_found_names(config, dict.fromkeys(name for row in rows for name in row.values))
+    prompts = Counter(name for row in rows if (name := find_prompt(row.values, config)) is not None)
+    return replace(named, prompt_key=prompts.most_common(1)[0][0]) if prompts else named

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from rm_gallery.data.formats.config import FormatConfig
 from rm_gallery.data.formats.labelled import (
     compare_arena,
     compare_helpsteer2,
@@ -18,6 +19,7 @@ from rm_gallery.data.formats.labelled import (
     read_swift,
 )
 from rm_gallery.data.formats.pairs import (
+    COMMON_COLUMNS,
     Column,
     Format,
     compare_lists,
@@ -40,6 +42,7 @@ from rm_gallery.data.formats.rankings import (
     read_responses,
     read_single,
 )
+from rm_gallery.errors import UserError, nearest
 
 _PROMPT = Column("prompt_key", "cell")
 _PAIR = (Column("chosen_key", "cell", needed=True), Column("rejected_key", "cell", needed=True))
@@ -82,7 +85,7 @@ _SWIFT = Format(
 )
 
 
-def _label(key: str, holds: Literal["number", "name"]) -> Column:
+def _label(key: str, holds: Literal["index", "name"]) -> Column:
     return Column(f"columns.{key}", holds, needed=True, is_label=True)
 
 
@@ -95,13 +98,13 @@ _LABELLED_READERS: dict[str, Format] = {
         "two responses with the id of the better one",
         read_saferlhf,
         compare_saferlhf,
-        (*_two("response_0", "response_1"), _label("better_response_id", "number")),
+        (*_two("response_0", "response_1"), _label("better_response_id", "index")),
     ),
     "shp": Format(
         "two comments with a label",
         read_shp,
         compare_shp,
-        (*_two("human_ref_A", "human_ref_B"), _label("labels", "number")),
+        (*_two("human_ref_A", "human_ref_B"), _label("labels", "index")),
     ),
     "arena": Format(
         "two conversations or responses with a winner",
@@ -116,7 +119,7 @@ _LABELLED_READERS: dict[str, Format] = {
         (
             Column("columns.summaries", "list", needed=True),
             Column("columns.info", "record"),
-            _label("choice", "number"),
+            _label("choice", "index"),
         ),
     ),
 }
@@ -188,3 +191,32 @@ UNLABELED_READERS: dict[str, Format] = {
     **_LABELLED_READERS,
 }
 """The same for a `ResponsesConfig`."""
+
+
+def find_format(name: str, config: FormatConfig) -> Format:
+    """The format of this name; UserError for one that does not exist."""
+    known = formats_for(config)
+    if name not in known:
+        raise UserError(f"data.format={name}: must be auto or one of {', '.join(known)}.{nearest(name, known)}")
+    return known[name]
+
+
+def formats_for(config: FormatConfig) -> dict[str, Format]:
+    """The formats that `auto` tries, in order."""
+    return READERS if config.has_preferences else UNLABELED_READERS
+
+
+def columns_of(name: str, config: FormatConfig, *, common: bool = True) -> list[Column]:
+    """The columns of a format; without labels where no preferences are read."""
+    columns = find_format(name, config).columns + (COMMON_COLUMNS if common else ())
+    bound = [column.bind(config) for column in columns if config.has_preferences or not column.is_label]
+    # A text `history` may be the prompt; raw texts have no turns before them.
+    skipped = ["system_key", "history_key"] if name == "text" else []
+    if config.prompt_key == config.history_key:
+        skipped.append("history_key")
+    return [column for column in bound if column.key not in skipped]
+
+
+def needed_columns(name: str, config: FormatConfig) -> list[Column]:
+    """The columns without which a file is not in this format."""
+    return [column for column in columns_of(name, config, common=False) if column.needed]

@@ -19,13 +19,16 @@ from rm_gallery.data.formats.conversations import (
     prompt_key,
     without_repeats,
 )
-from rm_gallery.data.formats.detect import SAMPLE_ROWS, choose_format, find_format
+from rm_gallery.data.formats.detect import SAMPLE_ROWS, choose_format
 from rm_gallery.data.formats.joined import join_chunks, join_rows
 from rm_gallery.data.formats.names import with_found_names
 from rm_gallery.data.formats.pairs import Draft, read_weight
 from rm_gallery.data.formats.prompts import read_before
+from rm_gallery.data.formats.registry import find_format
 from rm_gallery.data.sources import Chunk, DataFile, FileEntry, Row, read_chunks
+from rm_gallery.data.sources.records import without_query
 from rm_gallery.errors import BadRow, Dropped, UserError
+from rm_gallery.safe_text import redact
 from rm_gallery.schema import Comparison, Message, PreferenceGroup
 
 
@@ -132,18 +135,14 @@ def iter_tasks(
     """
     for file in files:
         chunks = read_chunks(file, key=key)
-        head: list[Chunk] = []
-        sample: list[Row] = []
-        while len(sample) < SAMPLE_ROWS and all(row.fault for row in sample) and (chunk := next(chunks, None)):
-            head.append(chunk)
-            sample += islice(chunk.rows(), SAMPLE_ROWS - len(sample))
-        if not head:
+        first = next(chunks, None)
+        if first is None:
             continue
         name, entry = "", entries[file.entry]
         if config.custom_cls.path is None:
             wanted = config if entry.format is None else replace(config, format=entry.format)  # type: ignore[arg-type]
-            name = choose_format(sample, wanted, logged=logged).name
-        of_file: Iterable[Chunk] = chain(head, chunks)
+            name = choose_format(list(islice(first.rows(), SAMPLE_ROWS)), wanted, logged=logged).name
+        of_file: Iterable[Chunk] = chain([first], chunks)
         if name and find_format(name, config).joins_rows:
             of_file = join_chunks(of_file, config)
         for chunk in of_file:
@@ -153,8 +152,8 @@ def iter_tasks(
 def source_of(entry: FileEntry, entries: Sequence[FileEntry]) -> str:
     """Name of the dataset for rows that name none: with several entries the last part of their path."""
     if entry.name is not None:
-        return entry.name
-    return Path(entry.path.rstrip("/")).stem if len(entries) > 1 else ""
+        return redact(entry.name)
+    return Path(without_query(entry.path).rstrip("/")).stem if len(entries) > 1 else ""
 
 
 _MAX_COLUMN_SETS = 256  # rows of JSON lines may each have columns of their own

@@ -43,20 +43,28 @@ _LABELS = re.compile(
 )
 _SIDED_SCORES = re.compile(r"(score|rating|reward|rank|helpfulness)s?_(0|1|2|a|b)$")
 _SIDES = ({"0", "1"}, {"1", "2"}, {"a", "b"}, {"left", "right"}, {"first", "second"}, {"one", "two"}, {"x", "y"})
+_SIDE = re.compile(r"((model|response|answer|assistant|completion|output)[_ -]?)?([abAB]|[012])|tie|left|right")
 _MAX_LABEL_CHARS = 40
 _MIN_WORDS = 3
+_SURELY_INPUT = {"prompt", "instruction", "question", "query"}
+"""Columns in which one word is enough."""
 
 
-def find_labels(rows: Sequence[Row], read: Collection[str] = ()) -> list[str]:
-    """Columns of these rows, other than those that are read, that look like a label of two responses."""
-    names = dict.fromkeys(name for row in rows for name in row.values if name not in read)
-    return [name for name in names if _is_label(name, [row.values.get(name) for row in rows])]
+def find_labels(rows: Sequence[Row], read: Collection[str | None] = ()) -> list[str]:
+    """Columns of these rows that look like a label of two responses.
+
+    read: columns that are read, which are labels only if they hold nothing but sides, as `A`.
+    """
+    names = dict.fromkeys(name for row in rows for name in row.values)
+    return [name for name in names if _is_label(name, [row.values.get(name) for row in rows], name in read)]
 
 
-def _is_label(name: str, values: Sequence[Any]) -> bool:
+def _is_label(name: str, values: Sequence[Any], is_read: bool) -> bool:
     if not (_LABELS.search(_lower(name)) or _SIDED_SCORES.search(_lower(name))):
         return False
     filled = [value for value in values if value is not None]
+    if is_read:
+        return bool(filled) and all(isinstance(value, str) and _SIDE.fullmatch(value.strip()) for value in filled)
     return bool(filled) and all(
         isinstance(value, bool) or is_number(value) or (isinstance(value, str) and len(value) <= _MAX_LABEL_CHARS)
         for value in filled
@@ -88,8 +96,9 @@ def find_unread_inputs(
     has_prompt = any(draft.prompt or not all(isinstance(each, str) for each in draft.responses) for _, draft in rows)
     for name in names:
         words = set(re.findall(r"[a-z]+[0-9]*", _lower(name)))
-        holding = [(row.values[name], draft) for row, draft in rows if _is_input(row.values.get(name))]
-        filled = [row for row, _ in rows if row.values.get(name) not in (None, "", [])]
+        filled = [(row.values[name], draft) for row, draft in rows if row.values.get(name) not in (None, "", [])]
+        least = 1 if name.lower() in _SURELY_INPUT else _MIN_WORDS
+        holding = [(value, draft) for value, draft in filled if _is_input(value, least)]
         if words & (_ABOUT | _SAID_ABOUT) or len(holding) * 2 < len(filled) or not holding:
             continue
         first = holding[0][0][0] if isinstance(holding[0][0], list) else holding[0][0]
@@ -107,13 +116,13 @@ def find_unread_inputs(
             yield name, "text" if is_text else "messages", key
 
 
-def _is_input(value: Any) -> bool:
-    """Messages, or text of a few words, also as a list."""
+def _is_input(value: Any, least: int) -> bool:
+    """Messages, or text of at least this number of words, also as a list."""
     if isinstance(value, str):
-        return kind_of(value) == "json" or len(value.split(maxsplit=_MIN_WORDS)) >= _MIN_WORDS
+        return kind_of(value) == "json" or len(value.split(maxsplit=least)) >= least
     items = value if isinstance(value, list) else [value]
     if items and all(isinstance(item, str) for item in items):
-        return any(map(_is_input, items))
+        return any(_is_input(item, least) for item in items)
     is_turns = all(isinstance(item, Mapping) and ("role" in item or {"from", "value"} <= item.keys()) for item in items)
     return bool(items) and is_turns
 

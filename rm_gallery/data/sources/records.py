@@ -11,6 +11,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from rm_gallery.errors import UserError
+from rm_gallery.safe_text import redact_urls
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +20,8 @@ FileKind = Literal["parquet", "jsonl", "csv", "arrow"]
 CHUNK_ROWS = 1024
 CHUNK_BYTES = 8 << 20
 """A chunk ends at the row that reaches either limit."""
-MAX_ROW_BYTES = 16 << 20
-"""Default of `data.max_row_bytes`: about four million tokens."""
+MAX_ROW_BYTES = 256 << 20
+"""A longer row of a text file means missing line ends or a missing quote; reading on would exhaust memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,6 @@ class DataFile:
     """Changes with the content: hash of size, times and both ends of a local file, commit or ETag of a remote one."""
     version: str = ""
     """Of a local file (downloaded ones included) when it was resolved; see `check_unchanged`."""
-    max_row_bytes: int = MAX_ROW_BYTES
-    """`data.max_row_bytes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,28 +82,6 @@ class Chunk(ABC):
         """The rows in order; one that cannot be decoded has its fault."""
 
 
-@dataclass(frozen=True)
-class FaultyChunk(Chunk):
-    """A row that cannot be decoded safely, or is too large."""
-
-    fault: str
-
-    def __len__(self) -> int:
-        return 1
-
-    def skip(self, count: int) -> FaultyChunk:
-        assert not count
-        return self
-
-    def rows(self) -> Iterator[Row]:
-        yield Row({}, self.file, self.first, self.fault)
-
-
-def too_large(file: DataFile, row: int) -> FaultyChunk:
-    """In place of a row above `data.max_row_bytes`."""
-    return FaultyChunk(file.name, row, f"row larger than data.max_row_bytes={file.max_row_bytes}")
-
-
 KINDS: dict[str, FileKind] = {
     ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
     ".csv": "csv", ".tsv": "csv", ".arrow": "arrow", ".feather": "arrow",
@@ -122,8 +99,12 @@ LABELS: dict[FileKind, str] = {"parquet": "parquet", "jsonl": "JSON lines", "csv
 
 
 def without_query(name: str) -> str:
-    """A URL without query and fragment; anything else as it is. Messages use it, as a query may hold a key."""
-    return name.partition("?")[0].partition("#")[0] if urlsplit(name).scheme in ("http", "https") else name
+    """A URL without credentials, query and fragment; anything else as it is. Messages use it."""
+    try:
+        is_web = urlsplit(name).scheme in ("http", "https")
+    except ValueError:  # not a URL, e.g. with an unclosed bracket
+        is_web = False
+    return redact_urls(name.partition("?")[0].partition("#")[0] if is_web else name)
 
 
 def suffixes(name: str) -> tuple[str, str]:

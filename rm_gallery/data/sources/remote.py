@@ -17,6 +17,7 @@ from rm_gallery.data.sources.hub import endpoint, hub_message, retry
 from rm_gallery.data.sources.local import LOCAL_SCHEMES, choose_split, splits_by_name
 from rm_gallery.data.sources.records import checked_kind, data_files, of_one_kind, without_query
 from rm_gallery.errors import UserError, one_line
+from rm_gallery.safe_text import redact_urls, scrub
 
 _END_BYTES = 64 << 10
 # Fields of file systems that change with the content of a file.
@@ -128,12 +129,13 @@ def failing(url: str, what: str, doing: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        scrub(error)
         if isinstance(error, FileNotFoundError) and error.__cause__ is None:
             raise UserError(f"{what}: no such file; check the URL") from error
         if url.startswith("hf://"):
             repo = "/".join(url.split("/")[3:5]).partition("@")[0]
             raise UserError(f"{what}: {hub_message(error, repo, url)}") from error
-        reason = one_line(error.__cause__ or error).replace(url, without_query(url))
+        reason = one_line(error.__cause__ or error).replace(redact_urls(url), without_query(url))
         raise UserError(f"{what}: cannot be {doing} ({reason}); check the URL, the network and permissions") from error
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from rm_gallery.errors import UserError, one_line
 from rm_gallery.files import MANIFEST
+from rm_gallery.safe_text import scrub
 from rm_gallery.training.checkpoint.folders import (
     EARLIER_MANIFEST,
     hidden,
@@ -128,7 +129,7 @@ def download(url: str, run_dir: Path) -> Path:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{url}: cannot be downloaded into {run_dir} ({one_line(error)})") from error
+        raise UserError(f"{url}: cannot be downloaded into {run_dir} ({one_line(error)})") from scrub(error)
     log.info("downloaded %s", url)
     return folder
 
@@ -142,6 +143,7 @@ def _is_complete(files: Any, folder: str) -> bool:
 
 
 def _unreachable(url: str, error: Exception) -> UserError:
+    scrub(error)
     return UserError(
         f"trainer.default_hdfs_dir={url}: cannot be reached ({one_line(error)}); fix that, or set it to null"
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from rm_gallery.distributed.collectives import HostGroup
 from rm_gallery.errors import UserError, one_line
+from rm_gallery.safe_text import redact_urls
 from rm_gallery.training.checkpoint.folders import (
     STATE_NAME,
     clean,
@@ -127,7 +128,7 @@ def _choose(run_dir: Path, mode: str, mirror_url: str | None) -> _Choice | None:
         if not own and mirror_url is not None and (url := newest_upload(mirror_url)):
             return _Choice(download(url, run_dir), None, named=f"trainer.default_hdfs_dir={mirror_url}: {url}")
         return _Choice(own[-1], _origin(own[-1])) if own else None
-    origin = mode if "://" in mode else os.path.realpath(os.path.expanduser(mode))
+    origin = redact_urls(mode) if "://" in mode else os.path.realpath(os.path.expanduser(mode))
     if own and _origin(own[-1]) == origin:
         return _Choice(own[-1], origin)  # a restart of a run that started from there
     named = f"trainer.resume_mode={mode}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from rm_gallery.progress_bar import ProgressBar, is_terminal
+from rm_gallery.safe_text import visible
 from rm_gallery.training.trackers.base import METRICS_NAME, RunInfo
 
 # Metric -> its text in a line, in this order. val/ metrics follow under their full names.
@@ -111,7 +112,7 @@ class ConsoleTracker:
         return "  ".join(parts)
 
     def _print(self, text: str) -> None:
-        self._stream.write(text + "\n")
+        self._stream.write(visible(text) + "\n")
         self._stream.flush()
 
     def _note_time(self, now: float, step: int) -> None:

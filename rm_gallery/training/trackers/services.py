@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rm_gallery.files import write_text
+from rm_gallery.safe_text import redact
 from rm_gallery.training.trackers.base import IDS_NAME, RunInfo
 
 log = logging.getLogger(__name__)
@@ -55,7 +57,8 @@ class WandbTracker:
 
         run_id = saved_id("wandb", run)
         run.run_dir.mkdir(parents=True, exist_ok=True)
-        with no_prompts():
+        remote = git_remote()
+        with no_prompts(), redacted_arguments():
             self._run = wandb.init(
                 project=run.project_name,
                 name=run.experiment_name,
@@ -64,7 +67,10 @@ class WandbTracker:
                 id=run_id,
                 resume="allow" if run_id else None,
                 # console="off": wandb must not wrap the streams that the progress bar draws on.
-                settings=wandb.Settings(silent=True, console="off"),
+                # It would save the address of the git remote as well; the user in it may be a token.
+                settings=wandb.Settings(
+                    silent=True, console="off", git_remote_url=redact(remote) if redact(remote) != remote else None
+                ),
             )
         save_id("wandb", self._run.id, run.run_dir)
         if not self._run.offline and self._run.url:
@@ -87,6 +93,7 @@ class SwanlabTracker:
         import swanlab
 
         run_id = saved_id("swanlab", run)
+        settings, hidden = swanlab.Settings, without_secrets()
         with no_prompts(), preserve_hooks():
             self._run = swanlab.init(
                 project=run.project_name,
@@ -96,7 +103,10 @@ class SwanlabTracker:
                 id=run_id,
                 resume="allow" if run_id else None,
                 # proxy_type="none": swanlab must not wrap the streams that the progress bar draws on.
-                settings=swanlab.Settings(terminal=swanlab.Settings.Terminal(proxy_type="none")),
+                # It saves the command line and the address of the git remote: not if a credential is in them.
+                settings=settings(
+                    terminal=settings.Terminal(proxy_type="none"), **({"probe": hidden} if hidden else {})
+                ),
             )
         if self._run.mode == "online":  # other modes cannot resume a run
             save_id("swanlab", self._run.id, run.run_dir)
@@ -122,6 +132,32 @@ def no_prompts() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def redacted_arguments() -> Iterator[None]:
+    """Redact the command line, which a package saves when it starts."""
+    arguments = sys.argv
+    sys.argv = redact(arguments)
+    try:
+        yield
+    finally:
+        sys.argv = arguments
+
+
+def without_secrets() -> dict[str, bool]:
+    """What swanlab must not record: it reads the command line and the git remote itself."""
+    command, remote = [*sys.orig_argv, *sys.argv], git_remote()
+    return {name: False for name, text in (("runtime", command), ("git", remote)) if redact(text) != text}
+
+
+def git_remote() -> str:
+    """Address of the remote of the working directory, which may hold a password or a token; "" if there is none."""
+    try:
+        asked = ["git", "config", "--get", "remote.origin.url"]
+        return subprocess.run(asked, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return ""
+
+
+@contextlib.contextmanager
 def preserve_hooks() -> Iterator[None]:
     """Restore the handlers of Ctrl-C and uncaught exceptions after the block.
 
@@ -138,8 +174,8 @@ def preserve_hooks() -> Iterator[None]:
 
 
 def plain_config(run: RunInfo) -> dict[str, Any]:
-    """The configuration as JSON values; other types (paths) become strings."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(run.config), default=str))
+    """The configuration as JSON values without secrets; other types (paths) become strings."""
+    plain: dict[str, Any] = redact(json.loads(json.dumps(dict(run.config), default=str)))
     return plain
 
 

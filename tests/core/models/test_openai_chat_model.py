@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gc
+import re
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +49,24 @@ def test_an_answer_comes_with_its_usage(endpoint: StandIn) -> None:
     assert sent["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello {name}"}]
     assert (sent["temperature"], sent["max_tokens"]) == (0, 5)
     assert endpoint.headers[0]["authorization"] == "Bearer sk-secret-key"
+
+
+def test_credentials_of_the_address_authorize_and_are_in_no_log_error_or_repr(
+    endpoint: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    address = endpoint.url.replace("://", "://us%40er:pass-word-1@")
+    model = model_at(endpoint, base_url=address, max_retries=0)
+    assert model.chat("hello").content
+    assert endpoint.headers[0]["authorization"] == "Basic " + base64.b64encode(b"us@er:pass-word-1").decode()
+    with pytest.raises(ChatError) as refused:
+        model_at(endpoint, "judge:unauthorized", base_url=address, max_retries=0).chat("hello")
+    closed = "http://u:pass-word-2@127.0.0.1:9/v1?token=abc"
+    with pytest.raises(ChatError) as unreachable:
+        model_at(endpoint, base_url=closed, max_retries=0).chat("hello")
+    trace = "".join(traceback.format_exception(refused.value) + traceback.format_exception(unreachable.value))
+    for text in (caplog.text, trace, repr(model), str(unreachable.value)):
+        assert not re.search("pass-word|sk-secret|token=abc", text)
 
 
 def test_key_and_address_come_from_the_environment(endpoint: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from rm_gallery.core.graders.base_grader import GraderRank, GraderScore
 from rm_gallery.core.runner import GradingRunner, WeightedSumAggregator
+from rm_gallery.core.runner.fingerprint import of_grader
 from rm_gallery.core.runner.results_file import ResultsFile
 from rm_gallery.errors import UserError
 from tests.core.graders_for_runs import HangingGrader, LengthGrader, RaisingGrader, scores, texts
@@ -225,3 +226,67 @@ def test_a_run_ended_by_ctrl_c_goes_on_where_it_was(path: Path) -> None:
         run(path, texts(10), interrupted, max_concurrency=1)
     results, num_calls = run(path, texts(10), again)
     assert (scores(results), num_calls) == (list(range(10)), 5)
+
+
+def _line(**changes: Any) -> str:
+    line = {"index": 0, "grader": "a", "sample": "0" * 16, "setup": "s", "kind": "score", "result": {"score": 1.5}}
+    return json.dumps({**line, **changes})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"index": ' + "[" * 100_000,
+        _line(result={"score": 1.5, "metadata": {"a": 0}}).replace("0}", "[" * 5000 + "]" * 5000 + "}"),
+        _line(index=-1), _line(index="0"), _line(index=1.0), _line(index=True), _line(index=None),
+        _line(index=0).replace("0,", "1" * 5000 + ",", 1), _line(index=0).replace("0,", "1e400,", 1),
+        _line(grader=1), _line(sample=None), _line(setup=["s"]), _line(kind="grade"), _line(kind=["score"]),
+        _line(result={"score": float("nan")}), _line(result={"score": "1.5"}), _line(result={"score": 10**400}),
+        _line(result={"rank": [1]}), _line(result=[]), "[]", "3", "null", "not json", "\ufeff" + "x",
+        json.dumps({"prompt": "a", "chosen": "b"}),
+    ],
+)  # fmt: skip
+def test_a_line_that_no_run_wrote_is_refused_and_nothing_is_lost(path: Path, line: str) -> None:
+    path.parent.mkdir()
+    path.write_text(f"{line}\n", encoding="utf-8")
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"results.jsonl:1: not a result of a GradingRunner.*remove that line"):
+        ResultsFile(path, {"a": "s"})
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["a note without a line end", '{"prompt": "a", "chosen": "b"', "\x1b[31m", "[1, 2"])
+def test_another_file_without_a_line_end_is_not_truncated(path: Path, text: str) -> None:
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"results.jsonl:1: not a result"):
+        ResultsFile(path, {"a": "s"})
+    assert path.read_text() == text
+
+
+def test_a_last_line_is_kept_if_only_its_line_end_is_missing(path: Path) -> None:
+    run(path, texts(3))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().rstrip(b"\n").replace(b"\n", b"\r\n"))
+    results, num_calls = run(path, texts(4))
+    assert (scores(results), num_calls) == (list(range(4)), 1)
+    assert scores(run(path, texts(4))[0]) == list(range(4))
+
+
+@pytest.mark.parametrize("name", ["api_key", "judge_api_key", "password", "client-secret", "Authorization"])
+def test_a_key_is_not_part_of_a_fingerprint(name: str) -> None:
+    graders = [LengthGrader(), LengthGrader()]
+    for number, grader in enumerate(graders):
+        setattr(grader, name, f"key-{number}")
+    assert of_grader(graders[0], None) == of_grader(graders[1], None)
+    setattr(graders[1], "max_tokens", 5)  # noqa: B010 - a setting whose name only looks like one
+    assert of_grader(graders[0], None) != of_grader(graders[1], None)
+
+
+def test_a_failing_grader_writes_no_credentials(path: Path) -> None:
+    class Failing(LengthGrader):
+        async def aevaluate(self, text: str) -> Any:
+            raise ConnectionError("https://user:pass@host/v1?token=abc refused")
+
+    [result], _ = run(path, texts(1), Failing())
+    assert result.error == "ConnectionError: https://***@host/v1?token=*** refused"
+    assert "pass" not in path.read_text() and "abc" not in path.read_text()

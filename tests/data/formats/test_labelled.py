@@ -135,9 +135,18 @@ def test_ties_and_labels_that_say_nothing_cost_their_row(row: dict[str, Any], re
     good = next(
         each for each in (ARENA, PKU, SHP, SUMMARIES, HELPSTEER2, NECTAR, LISTS, SWIFT) if each.keys() == row.keys()
     )
-    groups, dropped = read(good, row)
-    assert [group.where for group in groups] == ["a.parquet:0"]
+    others = [row | {"better_response_id": 0}, good] if row.keys() == PKU.keys() else [good]
+    others = [{**SUMMARIES, "choice": 0}] if row.keys() == SUMMARIES.keys() else others
+    groups, dropped = read(*others, row)
+    assert [group.where for group in groups] == [f"a.parquet:{place}" for place in range(len(others))]
     assert dropped.counts == {reason: 1}
+
+
+@pytest.mark.parametrize("row", [{**PKU, "better_response_id": 2}, {**SHP, "labels": "2"}, {**SUMMARIES, "choice": 2}])
+def test_labels_that_count_from_1_are_an_error(row: dict[str, Any]) -> None:
+    column = next(name for name in ("better_response_id", "labels", "choice") if name in row)
+    sentence = f"{column} counts from 0, but here from 1 to the number of responses; subtract 1"
+    assert sentence in refused({**row, column: 1}, row)
 
 
 def test_summaries_have_the_title_and_the_post_as_prompt() -> None:
@@ -196,6 +205,11 @@ def test_rows_of_helpsteer2_in_another_order_are_an_error() -> None:
         read(*rows)
 
 
+def test_lists_of_distilabel_have_ratings() -> None:
+    row = {"instruction": "hi", "generations": ["a", "b"], "ratings": [1.0, 4.5]}
+    assert order(read_one(row)) == [(1, 0)]
+
+
 def refused(*rows: dict[str, Any], **options: Any) -> str:
     with pytest.raises(UserError) as error:
         read(*rows, **options)
@@ -221,6 +235,14 @@ def test_sides_are_not_chosen_and_rejected_beside_a_label(row: dict[str, Any], k
     assert len(read(bare, chosen_key=keys[0], rejected_key=keys[1])[0]) == 1
 
 
+def test_names_of_sides_in_the_columns_of_a_pair_are_labels() -> None:
+    row = {"prompt": "hi", "response_a": "yes", "response_b": "no", "chosen": "A"}
+    assert "which response is better seems to be in chosen, so no two columns are" in refused(row)
+    assert "seems to be in chosen" in refused(row, chosen_key="response_a", rejected_key="response_b")
+    named = {**row, "chosen": "response_a", "rejected": "response_b"}
+    assert refused(named).startswith("a.parquet: chosen and rejected hold names of columns, not responses; see docs/")
+
+
 def test_columns_whose_names_say_which_is_better_stand_beside_a_label() -> None:
     row = {"prompt": "hi", "better": "a", "worse": "b", "label": 1}
     assert len(read(row, chosen_key="better", rejected_key="worse")[0]) == 1
@@ -233,6 +255,7 @@ def test_columns_whose_names_say_which_is_better_stand_beside_a_label() -> None:
         {"prompt": "hi", "answer_x": "a", "answer_y": "b", "preference": "x"},
         {"prompt": "hi", "response_a": "a", "response_b": "b", "winner_model_a": 1, "winner_model_b": 0},
         {"prompt": "hi", "completion": "a", "label": True},
+        {"prompt": "hi", "response": "a", "label": False},
     ],
 )
 def test_an_error_about_columns_names_the_label_and_advises_no_mapping(row: dict[str, Any]) -> None:
