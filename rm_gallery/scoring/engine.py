@@ -89,6 +89,7 @@ class Engine(forks.SurvivesFork):
                 max_length=self.record.max_length,
                 append_eos=self.record.append_eos,
                 text_special_tokens=self.record.text_special_tokens,
+                filter_overlong_prompts=False,  # every length is scored
             ),
         )
 

@@ -123,7 +123,7 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
 def _find_inputs(options: ScoreOptions) -> list[DataFile]:
     data = options.data
     entries = [FileEntry(path, split=data.split, subset=data.subset, revision=data.revision) for path in options.inputs]
-    return resolve_entries(entries, key=KEY)
+    return resolve_entries(entries, key=KEY, max_row_bytes=data.max_row_bytes)
 
 
 class _LazyScorer:

@@ -10,14 +10,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from annotated_types import Ge
 
 from rm_gallery.data.formats import SAMPLE_ROWS, ResponsesConfig, RowReader, choose_format
 from rm_gallery.data.sources import Chunk, DataFile, Row, count_rows, read_chunks, read_rows
-from rm_gallery.data.sources.records import suffixes, without_query
+from rm_gallery.data.sources.records import MAX_ROW_BYTES, suffixes, without_query
 from rm_gallery.data.sources.tables import ArrowChunk
 from rm_gallery.data.sources.text_files import CellChunk, LineChunk
 from rm_gallery.errors import BadRow, UserError
@@ -44,6 +45,8 @@ class ScoreDataConfig(ResponsesConfig):
     """Subset (configuration) of a hub dataset with several."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset; by default the newest."""
+    max_row_bytes: Annotated[int, Ge(1)] = MAX_ROW_BYTES
+    """A larger row gets no reward and is not read into memory."""
 
 
 @dataclass(frozen=True)

@@ -135,14 +135,18 @@ def iter_tasks(
     """
     for file in files:
         chunks = read_chunks(file, key=key)
-        first = next(chunks, None)
-        if first is None:
+        head: list[Chunk] = []
+        sample: list[Row] = []
+        while len(sample) < SAMPLE_ROWS and all(row.fault for row in sample) and (chunk := next(chunks, None)):
+            head.append(chunk)
+            sample += islice(chunk.rows(), SAMPLE_ROWS - len(sample))
+        if not head:
             continue
         name, entry = "", entries[file.entry]
         if config.custom_cls.path is None:
             wanted = config if entry.format is None else replace(config, format=entry.format)  # type: ignore[arg-type]
-            name = choose_format(list(islice(first.rows(), SAMPLE_ROWS)), wanted, logged=logged).name
-        of_file: Iterable[Chunk] = chain([first], chunks)
+            name = choose_format(sample, wanted, logged=logged).name
+        of_file: Iterable[Chunk] = chain(head, chunks)
         if name and find_format(name, config).joins_rows:
             of_file = join_chunks(of_file, config)
         for chunk in of_file:

@@ -8,7 +8,8 @@
     save_rows(data, folder, name) -> Path                         a DataFrame, dataset or list of dicts as a file
 
 A path is a file (parquet, JSON lines, a JSON list, CSV, Arrow; text also compressed), a folder, a glob, a URL or a
-dataset of the Hugging Face hub. A row that cannot be decoded stays in place with `Row.fault`, its reason. Rows count
+dataset of the Hugging Face hub. A row that cannot be decoded, or is above `data.max_row_bytes`, stays in place with
+`Row.fault`, its reason. Rows count
 from 0 and without blank lines, so `row.index` equals its position in `count_rows`. Memory stays constant.
 
 To copy rows as they are, use the chunk: `ArrowChunk.batch` (a record batch with the schema of the file, without

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge
+
+from rm_gallery.data.sources.records import MAX_ROW_BYTES
 from rm_gallery.errors import UserError, nearest
 
 Role = Literal["train", "val", "all"]
@@ -57,6 +60,9 @@ class SourceConfig:
     """The same for `val_files`; default: `validation`, else `test`."""
     revision: str | None = None
     """Branch, tag or commit of hub datasets for entries that name none; default: the newest state."""
+    max_row_bytes: Annotated[int, Ge(1)] = MAX_ROW_BYTES
+    """A larger row is dropped and counted while it is read, before it fills memory: bytes of its line in JSON lines and
+    CSV, of its values in parquet and Arrow."""
 
 
 def role_of(key: str) -> Role:

@@ -20,8 +20,8 @@ FileKind = Literal["parquet", "jsonl", "csv", "arrow"]
 CHUNK_ROWS = 1024
 CHUNK_BYTES = 8 << 20
 """A chunk ends at the row that reaches either limit."""
-MAX_ROW_BYTES = 256 << 20
-"""A longer row of a text file means missing line ends or a missing quote; reading on would exhaust memory."""
+MAX_ROW_BYTES = 16 << 20
+"""Default of `data.max_row_bytes`: about four million tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,8 @@ class DataFile:
     """Changes with the content: hash of size, times and both ends of a local file, commit or ETag of a remote one."""
     version: str = ""
     """Of a local file (downloaded ones included) when it was resolved; see `check_unchanged`."""
+    max_row_bytes: int = MAX_ROW_BYTES
+    """`data.max_row_bytes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,28 @@ class Chunk(ABC):
     @abstractmethod
     def rows(self) -> Iterator[Row]:
         """The rows in order; one that cannot be decoded has its fault."""
+
+
+@dataclass(frozen=True)
+class FaultyChunk(Chunk):
+    """A row that cannot be decoded safely, or is too large."""
+
+    fault: str
+
+    def __len__(self) -> int:
+        return 1
+
+    def skip(self, count: int) -> FaultyChunk:
+        assert not count
+        return self
+
+    def rows(self) -> Iterator[Row]:
+        yield Row({}, self.file, self.first, self.fault)
+
+
+def too_large(file: DataFile, row: int) -> FaultyChunk:
+    """In place of a row above `data.max_row_bytes`."""
+    return FaultyChunk(file.name, row, f"row larger than data.max_row_bytes={file.max_row_bytes}")
 
 
 KINDS: dict[str, FileKind] = {

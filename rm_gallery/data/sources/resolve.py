@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rm_gallery.data.sources import hub
@@ -17,7 +18,7 @@ from rm_gallery.data.sources.local import (
     local_path,
     version_of,
 )
-from rm_gallery.data.sources.records import DataFile, checked_kind, without_query
+from rm_gallery.data.sources.records import MAX_ROW_BYTES, DataFile, checked_kind, without_query
 from rm_gallery.data.sources.remote import expand_remote, is_url
 from rm_gallery.errors import UserError, one_line
 
@@ -42,7 +43,14 @@ def resolve_files(config: SourceConfig, *, key: str) -> list[DataFile]:
     """
     role = role_of(key)
     split = config.val_split if role == "val" else config.train_split
-    return resolve_entries(entries_of(config, key), key=key, role=role, split=split, revision=config.revision)
+    return resolve_entries(
+        entries_of(config, key),
+        key=key,
+        role=role,
+        split=split,
+        revision=config.revision,
+        max_row_bytes=config.max_row_bytes,
+    )
 
 
 def resolve_entries(
@@ -52,6 +60,7 @@ def resolve_entries(
     role: Role = "all",
     split: str | None = None,
     revision: str | None = None,
+    max_row_bytes: int = MAX_ROW_BYTES,
 ) -> list[DataFile]:
     """The files that paths or entries name, in order: what `resolve_files` does for a command with its own option.
 
@@ -62,6 +71,7 @@ def resolve_entries(
     found: list[DataFile] = []
     for place, entry in enumerate(_named(as_entries(files), key)):
         found += _resolve(entry, place, role, entry.split or split, entry.revision or revision, _what(entry, key))
+    found = [replace(file, max_row_bytes=max_row_bytes) for file in found]
     seen: dict[str, DataFile] = {}
     for file in found:
         if file.path in seen:

@@ -18,8 +18,10 @@ from rm_gallery.data.sources.records import (
     LABELS,
     Chunk,
     DataFile,
+    FaultyChunk,
     Row,
     suffixes,
+    too_large,
 )
 from rm_gallery.data.sources.remote import is_url, open_remote
 from rm_gallery.errors import UserError
@@ -65,23 +67,6 @@ def _unpickled(file: str, first: int, data: bytes) -> ArrowChunk:
 
     with pa.ipc.open_stream(data) as reader:
         return ArrowChunk(file, first, reader.read_next_batch())
-
-
-@dataclass(frozen=True)
-class FaultyChunk(Chunk):
-    """A row that cannot be decoded safely."""
-
-    fault: str
-
-    def __len__(self) -> int:
-        return 1
-
-    def skip(self, count: int) -> FaultyChunk:
-        assert not count
-        return self
-
-    def rows(self) -> Iterator[Row]:
-        yield Row({}, self.file, self.first, self.fault)
 
 
 # What pyarrow raises for a cell that Python has no value for: text that is not UTF-8, a date after the year 9999, a
@@ -137,9 +122,9 @@ def read_parquet(file: DataFile, start: int = 0) -> Iterator[Chunk]:
                 bytes_per_row = max(1, facts.total_byte_size // max(1, facts.num_rows))
                 size = max(1, min(CHUNK_ROWS, CHUNK_BYTES // bytes_per_row))
                 for batch in parquet.iter_batches(batch_size=size, row_groups=[group]):
-                    for part in _parts(batch):
-                        yield ArrowChunk(file.name, first, part)
-                        first += len(part)
+                    for chunk in _chunks(batch, file, first):
+                        yield chunk
+                        first += len(chunk)
 
 
 def count_parquet(file: DataFile) -> int:
@@ -172,7 +157,7 @@ def read_arrow(file: DataFile, start: int = 0) -> Iterator[Chunk]:
                     check_unchanged(file)  # a mapped file that was truncated would end the process (SIGBUS)
                 check_names(file.name, batch.schema.names)
                 if first + len(batch) > start:
-                    yield from _sound_chunks(batch, file.name, first)
+                    yield from _sound_chunks(batch, file, first)
                 first += len(batch)
 
 
@@ -188,7 +173,7 @@ def _record_batches(source: Any, *, is_file: bool) -> Iterator[Any]:
             yield from reader
 
 
-def _sound_chunks(batch: Any, name: str, first: int) -> Iterator[Chunk]:
+def _sound_chunks(batch: Any, file: DataFile, first: int) -> Iterator[Chunk]:
     """Chunks of a batch read from a file, after a check that its offsets stay inside its buffers."""
     import pyarrow as pa
 
@@ -198,22 +183,20 @@ def _sound_chunks(batch: Any, name: str, first: int) -> Iterator[Chunk]:
         try:
             rows.validate(full=True)
         except pa.ArrowInvalid:
-            yield from _lone_chunks(rows, name, place)
+            yield from _lone_chunks(rows, file, place)
             continue
-        for part in _parts(rows):
-            yield ArrowChunk(name, place, part)
-            place += len(part)
+        yield from _chunks(rows, file, place)
 
 
-def _lone_chunks(rows: Any, name: str, first: int) -> Iterator[Chunk]:
+def _lone_chunks(rows: Any, file: DataFile, first: int) -> Iterator[Chunk]:
     """A chunk per row, for a batch of which at least one row is damaged."""
     for offset in range(len(rows)):
         row = rows.slice(offset, 1)
         fault = _fault(row)
         if fault:
-            yield FaultyChunk(name, first + offset, fault)
+            yield FaultyChunk(file.name, first + offset, fault)
         else:
-            yield ArrowChunk(name, first + offset, next(_parts(row)))
+            yield from _chunks(row, file, first + offset)
 
 
 def _fault(row: Any) -> str:
@@ -229,19 +212,38 @@ def _fault(row: Any) -> str:
     return ""
 
 
-def _parts(batch: Any) -> Iterator[Any]:
-    """The batch in slices of at most 8 MiB, or of one row; copied where a slice would keep the memory of all rows."""
+def _chunks(batch: Any, file: DataFile, first: int) -> Iterator[Chunk]:
+    """The batch as chunks of at most 8 MiB, or of one row; copied where a slice would keep the memory of all rows."""
     import pyarrow as pa
 
+    limit = file.max_row_bytes
+    half = len(batch) // 2
+    if half and max(batch.nbytes, _expanded_bytes(batch)) > min(CHUNK_BYTES, limit):
+        yield from _chunks(batch.slice(0, half), file, first)
+        yield from _chunks(batch.slice(half), file, first + half)
+        return
     plain = pa.schema([field.with_type(_plain_type(field.type)) for field in batch.schema])
     if plain != batch.schema:
         batch = batch.cast(plain)
-    if len(batch) > 1 and batch.nbytes > CHUNK_BYTES:
-        half = len(batch) // 2
-        yield from _parts(batch.slice(0, half))
-        yield from _parts(batch.slice(half))
+    if len(batch) == 1 and batch.nbytes > limit:
+        yield too_large(file, first)
     elif len(batch):
-        yield batch
+        yield ArrowChunk(file.name, first, batch)
+
+
+def _expanded_bytes(batch: Any) -> int:
+    """At most how many bytes columns with dictionaries have without them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    size = 0
+    for column in batch.columns:
+        if pa.types.is_dictionary(column.type) and column.dictionary.nbytes * len(batch) > CHUNK_BYTES:
+            try:
+                size += (pc.max(pc.binary_length(column.dictionary)).as_py() or 0) * len(batch)
+            except pa.ArrowNotImplementedError:  # values of another type than text
+                size += column.dictionary.nbytes * len(batch)
+    return size
 
 
 def _plain_type(kind: Any) -> Any:

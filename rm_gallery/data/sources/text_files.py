@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, TypeVar
 
-from rm_gallery.data.sources.records import CHUNK_BYTES, CHUNK_ROWS, MAX_ROW_BYTES, Chunk, DataFile, Row, suffixes
+from rm_gallery.data.sources.records import CHUNK_BYTES, CHUNK_ROWS, Chunk, DataFile, Row, suffixes, too_large
 from rm_gallery.data.sources.tables import NOT_UTF8, check_names, open_text
 from rm_gallery.errors import UserError
 
@@ -22,6 +22,14 @@ _MAX_DEPTH = 100
 _TOO_DEEP = f"JSON that is nested more than {_MAX_DEPTH} deep"
 _MAX_LIST_BYTES = 1 << 30
 """Of a file that is one JSON list, which is parsed as a whole; decompressed."""
+
+_PIECE = 1 << 20
+"""Bytes or characters read at once of a row that is too large."""
+
+
+class _TooLarge:
+    """In place of a row above `data.max_row_bytes`."""
+
 
 _Item = TypeVar("_Item")
 
@@ -104,42 +112,40 @@ def _is_too_deep(values: Any) -> bool:
 def read_json(file: DataFile, start: int = 0) -> Iterator[Chunk]:
     """Chunks of a file with one JSON value per line, or with one list of objects. Blank lines are not rows."""
     with open_text(file) as stream:
-        lines = _lines(stream, file.name)
+        lines = _lines(stream, file.max_row_bytes)
         if suffixes(file.name)[0] == ".json":
             head = stream.peek(4096).removeprefix(_BOM).lstrip()
             if head.startswith(b"["):
-                lines = _list_elements(stream, file.name)
+                lines = _list_elements(stream, file)
             elif head.split(b"\n", 1)[0].strip() == b"{":
                 raise UserError(
                     f"{file.name}: one JSON object over several lines; write one object per line, or a list of objects"
                 )
-        for first, part in _chunked(lines, len):
-            yield LineChunk(file.name, first, part)
+        yield from _chunked(lines, len, file, lambda first, part: LineChunk(file.name, first, part))
 
 
-def _lines(stream: IO[bytes], name: str) -> Iterator[bytes]:
+def _lines(stream: IO[bytes], limit: int) -> Iterator[bytes | _TooLarge]:
     """Lines without line ends and without blank lines."""
-    index = 0
-    while line := stream.readline(MAX_ROW_BYTES + 1):
-        if len(line) > MAX_ROW_BYTES:
-            raise UserError(
-                f"{name}:{index}: the line is longer than {MAX_ROW_BYTES >> 20} MiB; write one JSON object per line"
-            )
-        line = (line.removeprefix(_BOM) if index == 0 else line).strip()
-        if line:
-            yield line
+    index, most = 0, limit + len(_BOM) + 1
+    while line := stream.readline(most):
+        rest, content = line, (line.removeprefix(_BOM) if index == 0 else line).strip()
+        is_long = len(content) > limit
+        while len(line) == most and not rest.endswith(b"\n") and (rest := stream.readline(_PIECE)):
+            is_long = is_long or bool(rest.strip())
+        if content or is_long:
+            yield _TooLarge() if is_long else content
             index += 1
 
 
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
-def _list_elements(stream: IO[bytes], name: str) -> Iterator[bytes]:
+def _list_elements(stream: IO[bytes], file: DataFile) -> Iterator[bytes | _TooLarge]:
     """The elements of a JSON list, each as its own bytes; the file is held in memory.
 
     Raises UserError, naming the element, where the list is not valid JSON.
     """
-    data = stream.read(_MAX_LIST_BYTES + 1)
+    name, data = file.name, stream.read(_MAX_LIST_BYTES + 1)
     if len(data) > _MAX_LIST_BYTES:
         raise UserError(
             f"{name}: a JSON list of more than {_MAX_LIST_BYTES >> 20} MiB is not read; write JSON lines, one object "
@@ -158,7 +164,8 @@ def _list_elements(stream: IO[bytes], name: str) -> Iterator[bytes]:
     try:
         while index or text[place] != "]":
             end = decode(text, place)[1]
-            yield text[place:end].encode("utf-8", "surrogateescape")
+            element = text[place:end].encode("utf-8", "surrogateescape")
+            yield element if len(element) <= file.max_row_bytes else _TooLarge()
             place, index = skip_blank(end), index + 1
             if text[place] == "]":
                 break
@@ -174,17 +181,29 @@ def _list_elements(stream: IO[bytes], name: str) -> Iterator[bytes]:
         raise UserError(f"{name}:{index}: text follows the end of the list; write one list, or one object per line")
 
 
-def _chunked(items: Iterable[_Item], size_of: Callable[[_Item], int]) -> Iterator[tuple[int, tuple[_Item, ...]]]:
-    """Items in chunks of at most CHUNK_ROWS and about CHUNK_BYTES, each with the number of its first item."""
+def _chunked(
+    items: Iterable[_Item | _TooLarge],
+    size_of: Callable[[_Item], int],
+    file: DataFile,
+    make: Callable[[int, tuple[_Item, ...]], Chunk],
+) -> Iterator[Chunk]:
+    """Items in chunks of at most CHUNK_ROWS and about CHUNK_BYTES; a row that is too large is a chunk by itself.
+
+    make: the chunk of some items, from the number of the first.
+    """
     first, held, size = 0, list[_Item](), 0
     for item in items:
-        held.append(item)
-        size += size_of(item)
-        if len(held) == CHUNK_ROWS or size >= CHUNK_BYTES:
-            yield first, tuple(held)
+        if not isinstance(item, _TooLarge):
+            held.append(item)
+            size += size_of(item)
+        if held and (isinstance(item, _TooLarge) or len(held) == CHUNK_ROWS or size >= CHUNK_BYTES):
+            yield make(first, tuple(held))
             first, held, size = first + len(held), [], 0
+        if isinstance(item, _TooLarge):
+            yield too_large(file, first)
+            first += 1
     if held:
-        yield first, tuple(held)
+        yield make(first, tuple(held))
 
 
 @dataclass(frozen=True)
@@ -224,17 +243,23 @@ class CellChunk(Chunk):
 def read_csv(file: DataFile, start: int = 0) -> Iterator[Chunk]:
     """Chunks of a CSV file with a header. Blank lines are not rows."""
     # The default limit of the csv module, which is per process, is too low for long conversations.
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
+    csv.field_size_limit(max(csv.field_size_limit(), 2 * file.max_row_bytes))
     with open_text(file) as stream:
         delimiter = _delimiter(file.name, stream.peek(4096))
         with io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
-            records = _records(text, delimiter, file.name)
-            names = next(records, [])
-            if names is None:
-                raise UserError(f"{file.name}: the header is not valid CSV; recreate the file")
-            check_names(file.name, [name for name in names if name])
-            for first, part in _chunked(records, lambda cells: sum(map(len, cells or ()))):
-                yield CellChunk(file.name, first, tuple(names), part)
+            records = _records(text, delimiter, file)
+            header = next(records, [])
+            if header is None or isinstance(header, _TooLarge):
+                fault = "not valid CSV" if header is None else f"longer than data.max_row_bytes={file.max_row_bytes}"
+                raise UserError(f"{file.name}: the header is {fault}; recreate the file")
+            check_names(file.name, [name for name in header if name])
+            names = tuple(header)
+            yield from _chunked(
+                records,
+                lambda cells: sum(map(len, cells or ())),
+                file,
+                lambda first, part: CellChunk(file.name, first, names, part),
+            )
 
 
 def _delimiter(name: str, start: bytes) -> str:
@@ -245,9 +270,9 @@ def _delimiter(name: str, start: bytes) -> str:
     return next((mark for mark in ",\t;" if mark.encode() in header), ",")
 
 
-def _records(text: io.TextIOWrapper, delimiter: str, name: str) -> Iterator[list[str] | None]:
+def _records(text: io.TextIOWrapper, delimiter: str, file: DataFile) -> Iterator[list[str] | _TooLarge | None]:
     """The header and the rows as cells; None for a row that is not valid CSV."""
-    lines = _Lines(text, name)
+    lines = _Lines(text, file)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         lines.size = 0
@@ -261,34 +286,55 @@ def _records(text: io.TextIOWrapper, delimiter: str, name: str) -> Iterator[list
                 raise UserError(f"{lines.where}: a quoted cell starts here and never ends; close the quote") from error
             cells = None
         if cells != []:
-            yield cells
+            yield _TooLarge() if lines.is_too_large(cells) else cells
             lines.index += 1
 
 
-class _Lines:
-    """The lines of a file; bounds the row that a missing closing quote can make."""
+# What does not change where a quoted cell ends: characters between the first and last of a run, and pairs of quotes.
+_CONTENT = re.compile(r'([^"\r\n])[^"\r\n]+([^"\r\n])')
+_QUOTES = re.compile(r'""(?:"")+')
 
-    def __init__(self, text: io.TextIOWrapper, name: str) -> None:
+
+class _Lines:
+    """The lines of a file, for a csv reader; of a row that is too large, only what decides where it ends."""
+
+    def __init__(self, text: io.TextIOWrapper, file: DataFile) -> None:
         self.size = 0
         """Characters of the current row so far."""
         self.index = -1
         """Number of the current row; -1 for the header."""
         self.ended = False
-        self._text, self._name = text, name
+        self._text, self._name, self._limit = text, file.name, file.max_row_bytes
 
     @property
     def where(self) -> str:
         return self._name if self.index < 0 else f"{self._name}:{self.index}"
 
+    def is_too_large(self, cells: list[str] | None) -> bool:
+        """Whether the current row, with these cells, is above the limit; a character has up to four bytes."""
+        if 4 * self.size <= self._limit:
+            return False
+        return self.size > self._limit or (
+            sum(len(cell.encode("utf-8", "surrogateescape")) for cell in cells or ()) > self._limit
+        )
+
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._text.readline(MAX_ROW_BYTES)
+        line = self._text.readline(self._limit + 1)
+        is_first = not self.size
         self.size += len(line)
         self.ended = not line
         if self.ended:
             raise StopIteration
-        if self.size >= MAX_ROW_BYTES:
-            raise UserError(f"{self.where}: the row is longer than {MAX_ROW_BYTES >> 20} MiB; close a missing quote")
-        return line
+        if self.size <= self._limit:
+            return line
+        parts, piece = [], line
+        while True:
+            parts.append(_QUOTES.sub('""', _CONTENT.sub(r"\1\2", piece)))
+            if piece.endswith(("\r", "\n")) or not (piece := self._text.readline(_PIECE)):
+                break
+        line = "".join(parts)
+        # A further line of a row is inside a quoted cell.
+        return line if is_first or '"' in line else ""

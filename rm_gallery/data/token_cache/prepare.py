@@ -136,7 +136,7 @@ def _fingerprint(
     facts = {
         "store": _STORE_VERSION,
         "versions": [__version__, *(metadata.version(name) for name in ("tokenizers", "transformers", "jinja2"))],
-        "files": [(file.path, file.name, file.kind, file.entry, file.identity) for file in files],
+        "files": [(file.path, file.name, file.kind, file.entry, file.identity, file.max_row_bytes) for file in files],
         "entries": [(entry.format, source_of(entry, entries)) for entry in entries],
         "config": {name: value for name, value in asdict(config).items() if name in names},
         "custom class": source_fingerprint(config.custom_cls) if config.custom_cls.path else None,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from rm_gallery.data.tokenization.special_tokens import ControlTokens
-from rm_gallery.data.tokenization.tokenizer import TokenizeConfig, fit_length
+from rm_gallery.data.tokenization.tokenizer import TokenizeConfig, fit_length, too_long
 from rm_gallery.errors import BadRow, UserError, one_line
 from rm_gallery.schema import Comparison, PreferenceGroup
 
@@ -27,6 +27,10 @@ class GroupEncoder(Protocol):
     def fit(self, texts: list[list[int]], group: PreferenceGroup) -> tuple[list[list[int]], Sequence[Comparison]]:
         """Apply the length policy: the texts, and the comparisons whose sides still differ; see `fit_length`."""
         ...
+
+
+_START_TOKENS = 1024
+"""Shorter starts are not compared with `max_length`: tokens next to the cut would count."""
 
 
 class Encoder:
@@ -74,6 +78,7 @@ class Encoder:
         hidden = group.style == "chat" and self.control.occur_in(_contents(group))
         texts: list[list[int]] = []
         for text in self._render_group(group, hidden):
+            self._check_start(text)
             adds = self._adds_special_tokens(text, group)
             if hidden:
                 texts.append(self.control.encode_rendered(text, add_special_tokens=adds))
@@ -92,6 +97,19 @@ class Encoder:
         """The K whole texts of a group, without special tokens that the tokenizer adds."""
         hidden = group.style == "chat" and self.control.occur_in(_contents(group))
         return [self.control.show(text) for text in self._render_group(group, hidden)]
+
+    def _check_start(self, text: str) -> None:
+        """Raise BadRow for a text that the length policy will drop, from the tokens of its start alone.
+
+        The tokenizer library takes about 150 times the size of a long text. A cut changes tokens only next to it, so
+        twice as many tokens as allowed are sure to be too many.
+        """
+        enough = 2 * max(self.config.max_length, _START_TOKENS)
+        start = text[: 8 * enough]  # twice as many tokens as needed in most languages
+        if not self.config.filter_overlong_prompts or len(text) < 2 * len(start):
+            return
+        if len(self._encode_texts([start], False)[0]) > enough:
+            raise BadRow(too_long(self.config))
 
     def _is_plain(self, group: PreferenceGroup) -> bool:
         return group.style == "text" and self.config.text_special_tokens == "plain"

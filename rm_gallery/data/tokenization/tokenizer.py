@@ -27,6 +27,11 @@ class LengthConfig:
     """Without that filter: `error` stops at the first such text; `left` and `right` truncate it on that side."""
 
 
+def too_long(config: LengthConfig) -> str:
+    """Reason of a group that is dropped for its length."""
+    return f"longer than data.max_length={config.max_length}"
+
+
 def fit_length(
     texts: list[list[int]], group: PreferenceGroup, tokenizer: Any, config: LengthConfig
 ) -> tuple[list[list[int]], Sequence[Comparison]]:
@@ -39,7 +44,7 @@ def fit_length(
     if longest <= config.max_length:
         fitted = texts
     elif config.filter_overlong_prompts:
-        raise BadRow(f"longer than data.max_length={config.max_length}")
+        raise BadRow(too_long(config))
     elif config.truncation == "error":
         raise UserError(
             f"{group.where}: a text of {longest} tokens is longer than data.max_length={config.max_length}; raise it, "

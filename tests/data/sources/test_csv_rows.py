@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
+import tracemalloc
 from pathlib import Path
 
 import pandas as pd
@@ -89,11 +90,43 @@ def test_a_file_that_cannot_be_read_is_named(in_tmp: Path, content: bytes, sente
     assert str(error.value).startswith(sentence)
 
 
-def test_a_quote_that_never_ends_does_not_fill_the_memory(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 1 << 20)
+def test_a_quote_that_never_ends_does_not_fill_the_memory(in_tmp: Path) -> None:
     write(HEADER + GOOD + b'a,"b' + b"a line\n" * 1_000_000)
-    with pytest.raises(UserError, match=r"^a\.csv:1: the row is longer than 1 MiB; close a missing quote$"):
-        rows_of("a.csv")
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"^a\.csv:1: a quoted cell starts here and never ends; close the quote$"):
+        rows_of("a.csv", max_row_bytes=100_000)
+    assert tracemalloc.get_traced_memory()[1] < 6_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        b"a" * 300 + b",b\n",
+        b"a," + b"b" * 2000 + b"\r\n",
+        b"," * 300 + b"\n",
+        b"a," * 300 + b'"\n"\n',
+        b'"' + b"a,\n" * 300 + b'",b\n',
+        b'"' + b'a,""\r\n' * 300 + b'",b\n',
+        b'"' + b'""' * 300 + b'","' + b'""' * 301 + b'"\n',
+        b'"a' + b'""",""' * 100 + b'","\n\n"\n',
+        b'a"' * 300 + b",b\n",
+        "\U0001f600,".encode() * 60 + b"b\n",
+        b'"a"' + b"b" * 300 + b"\n",  # not valid CSV, and too large
+    ],
+)
+@pytest.mark.parametrize("piece", [1, 2, 7, 1 << 20])
+def test_a_row_that_is_too_large_ends_where_the_csv_module_ends_it(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, row: bytes, piece: int
+) -> None:
+    monkeypatch.setattr(text_files, "_PIECE", piece)
+    content = HEADER + GOOD + row + GOOD + row + row + GOOD
+    Path("a.csv").write_bytes(content)
+    found = rows_of("a.csv", max_row_bytes=200)
+    fault = "row larger than data.max_row_bytes=200"
+    assert [each.fault for each in found] == ["", fault, "", fault, fault, ""]
+    assert [each.index for each in found] == list(range(6))
+    assert len({tuple(each.values.items()) for each in found if not each.fault}) == 1
 
 
 def test_cells_of_10_mb_are_read_whole(in_tmp: Path) -> None:

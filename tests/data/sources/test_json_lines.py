@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -128,11 +129,13 @@ def test_a_file_that_is_no_list_of_rows_is_named(in_tmp: Path, content: bytes, s
 
 
 def test_input_without_an_end_does_not_exhaust_memory(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 2 << 20)
     monkeypatch.setattr(text_files, "_MAX_LIST_BYTES", 2 << 20)
-    Path("a.jsonl").write_bytes(b'{"chosen": "' + b"x" * (5 << 20))
-    with pytest.raises(UserError, match=r"^a\.jsonl:0: the line is longer than 2 MiB; write one JSON object per line$"):
-        rows_of("a.jsonl")
+    Path("a.jsonl").write_bytes(b'{"chosen": "' + b"x" * (20 << 20))
+    tracemalloc.start()
+    [row] = rows_of("a.jsonl", max_row_bytes=1 << 20)
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
+    assert row.fault == f"row larger than data.max_row_bytes={1 << 20}" and row.where == "a.jsonl:0"
     Path("a.json").write_bytes(b"[" + GOOD + b"," + b" " * (5 << 20) + GOOD + b"]")
     with pytest.raises(UserError, match=r"^a\.json: a JSON list of more than 2 MiB is not read; write JSON lines, one"):
         rows_of("a.json")
@@ -185,3 +188,13 @@ def test_a_wrong_ending_is_named(in_tmp: Path, name: str, content: bytes, senten
     with pytest.raises(UserError) as error:
         rows_of(name)
     assert str(error.value).startswith(sentence)
+
+
+def test_the_limit_of_a_row_counts_what_is_between_blanks(in_tmp: Path) -> None:
+    row = json.dumps({"chosen": "x" * 50, "rejected": "b"}).encode()
+    limit = len(row)
+    for end in (b"\n", b"\r\n", b" \t" * 100 + b"\n", b""):
+        Path("a.jsonl").write_bytes(b"\xef\xbb\xbf" + row + b"\n" + b" " * 300 + b"\n" + row + end)
+        assert [each.fault for each in rows_of("a.jsonl", max_row_bytes=limit)] == ["", ""]
+        Path("a.jsonl").write_bytes(row + b"\n" + row + end)
+        assert [bool(each.fault) for each in rows_of("a.jsonl", max_row_bytes=limit - 1)] == [True, True]

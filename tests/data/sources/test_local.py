@@ -368,3 +368,34 @@ def test_a_folder_that_cannot_be_listed_is_refused(in_tmp: Path, monkeypatch: py
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(UserError, match=r"^data\.train_files=data: cannot be looked up \(Permission denied\)"):
         resolve("data")
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_row_above_the_limit_is_dropped_in_every_kind_of_file(in_tmp: Path, name: str) -> None:
+    """The sizes of the other rows, the place of the large one and its column decide nothing."""
+    small, large = {"chosen": "a", "rejected": "b"}, {"chosen": "a", "rejected": "word " * 400}
+    rows = [large, small, small, large, large, *[small] * 100, large]
+    write(Path(name), rows, like=name)
+    [file] = resolve(name, max_row_bytes=1000)
+    assert count_rows(file, key=KEY) == len(rows)
+    for start in (0, 1, 4, 50):
+        found = list(read_rows([file], key=KEY, start=start))
+        assert [row.index for row in found] == list(range(start, len(rows)))
+        assert [row.values for row in found] == [{} if row is large else row for row in rows[start:]]
+        faults = {row.fault for row in found}
+        assert faults == {"", "row larger than data.max_row_bytes=1000"}
+    assert values_of(name, max_row_bytes=4000) == rows
+
+
+def test_a_dictionary_does_not_multiply_a_large_value(in_tmp: Path) -> None:
+    import pyarrow as pa
+
+    large = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["x" * 1_000_000]))
+    table = pa.table({"chosen": large})
+    with pa.ipc.new_file("a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    before = pa.total_allocated_bytes()
+    for row in read_rows(resolve("a.arrow", max_row_bytes=100_000), key=KEY):
+        assert row.fault and pa.total_allocated_bytes() - before < 20_000_000
+    for row in read_rows(resolve("a.arrow"), key=KEY):
+        assert len(row.values["chosen"]) == 1_000_000 and pa.total_allocated_bytes() - before < 30_000_000

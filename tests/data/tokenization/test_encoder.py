@@ -9,6 +9,7 @@ import pytest
 
 from rm_gallery.data.tokenization.encoder import Encoder
 from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
+from rm_gallery.errors import BadRow
 from tests.data.groups import chat_group, random_text, text_group, tokenized
 from tests.small import make_tokenizer
 
@@ -53,3 +54,23 @@ def test_append_eos_closes_bare_texts_once(tokenizer: Any) -> None:
     ids = Encoder(tokenizer, TokenizeConfig(append_eos=True)).encode(text_group("a", "b<|im_end|>"))
     assert [row[-1] for row in ids] == [tokenizer.eos_token_id] * 2
     assert [len(row) for row in ids] == [2, 2]
+
+
+def test_a_text_that_is_far_too_long_is_dropped_by_its_start(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    encode = Encoder._encode_texts
+
+    def watch(self: Encoder, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        sizes.extend(map(len, texts))
+        return encode(self, texts, add_special_tokens)
+
+    monkeypatch.setattr(Encoder, "_encode_texts", watch)
+    long = "ab " * 100_000
+    for max_length in (10, 2000):
+        sizes.clear()
+        encoder = Encoder(tokenizer, TokenizeConfig(max_length=max_length))
+        [found, other] = encoder.encode_many([text_group("short", long), text_group("short", "b")])
+        assert isinstance(found, BadRow) and str(found) == f"longer than data.max_length={max_length}"
+        assert max(sizes) <= 8 * 2 * 2000 and not isinstance(other, BadRow)
+    whole = Encoder(tokenizer, TokenizeConfig(max_length=10, filter_overlong_prompts=False)).encode(text_group(long))
+    assert whole == [tokenizer(long)["input_ids"]]
