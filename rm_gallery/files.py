@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -164,6 +165,32 @@ def write_manifest(folder: Path, hashes: Mapping[str, str]) -> None:
     (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def manifest_names(content: bytes) -> list[str]:
+    """Names of the files in a manifest. Raises ValueError for any other content, or a name outside its folder."""
+    return sorted(_read_manifest(content)[1])
+
+
+def _read_manifest(content: bytes) -> tuple[Any, dict[str, Any]]:
+    """(format, hash by file name) of a manifest."""
+    try:
+        values = json.loads(content)
+        version, hashes = values["format"], values["sha256"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError("cannot be read") from error
+    if not isinstance(hashes, dict):
+        raise ValueError("cannot be read")
+    for name in hashes:
+        if not is_inside(name):
+            raise ValueError(f"lists {name!r}, which is not a file of this folder")
+    return version, hashes
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative file name stays inside its folder, on every system."""
+    parts = re.split(r"[/\\]", name)
+    return not any(part in ("", ".", "..") or ":" in part or "\0" in part for part in parts)
+
+
 def check_manifest(folder: Path, *, manifest: str = MANIFEST, part: int = 0, parts: int = 1) -> str | None:
     """Compare the files of a folder with its manifest; describe the first fault, or return None when there is none.
 
@@ -171,11 +198,12 @@ def check_manifest(folder: Path, *, manifest: str = MANIFEST, part: int = 0, par
     """
     name = manifest.rpartition("/")[2]
     try:
-        content = json.loads((folder / manifest).read_text(encoding="utf-8"))
-        hashes, version = content["sha256"], content["format"]
-        names = sorted(hashes)[part::parts]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        version, hashes = _read_manifest((folder / manifest).read_bytes())
+    except OSError:
         return f"{name} cannot be read"
+    except ValueError as error:
+        return f"{name} {error}"
+    names = sorted(hashes)[part::parts]
     if version != _FORMAT:
         return f"written in format {version!r}, which this version does not read"
     try:

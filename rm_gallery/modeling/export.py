@@ -213,7 +213,7 @@ def check_rewards(folder: Path, texts: Sequence[Sequence[int]], expected: Sequen
         return
     absolute, relative = (1e-4, 1e-4) if exact else (0.1, 0.05)
     for number, (found, wanted) in enumerate(zip(rescore(folder, texts), expected, strict=True)):
-        if abs(found - wanted) > absolute + relative * abs(wanted):
+        if not (abs(found - wanted) <= absolute + relative * abs(wanted) or (math.isnan(found) and math.isnan(wanted))):
             raise UserError(
                 f"{folder}: the reloaded model gives text {number} the reward {found:.6f}, the trainer gave "
                 f"{wanted:.6f}; do not use this checkpoint, and please report the architecture"

@@ -43,7 +43,7 @@ from rm_gallery.training.checkpoint import (
     WeightsFolder,
     find_start,
 )
-from rm_gallery.training.checkpoint.folders import step_of
+from rm_gallery.training.checkpoint.folders import name_best, step_of
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.data_setup import Loaded, check_data, load_sides
 from rm_gallery.training.model_card import model_card
@@ -141,7 +141,11 @@ def _run(config: TrainConfig, world: World, stop: StopSignal, callbacks: Callbac
         begin = find_start(
             run_dir, config.trainer.resume_mode, identity, tensors, ranks, mirror_url=config.trainer.mirror_url
         )
+        if world.is_main and config.trainer.save_best:
+            name_best(run_dir, begin.progress)  # a kill may have come between the last checkpoint and best.json
         if begin.folder is not None and begin.progress.step == total_steps:
+            if begin.progress.bad_steps == total_steps:
+                raise UserError(f"{begin.folder}: all {total_steps} steps were skipped: nothing was trained")
             log.info("the run is complete: %s is its last step", begin.folder)
             return RunResult(run_dir, begin.folder, begin.progress.last_val, world.is_main)
         if world.is_main:
@@ -234,6 +238,9 @@ class _AnnouncedSaver:
     def wait(self) -> None:
         self._saver.wait()
         self._announce()
+
+    def describe_last_good(self, progress: Progress) -> str:
+        return self._saver.describe_last_good(progress)
 
     def _announce(self) -> None:
         latest = self._saver.latest

@@ -52,6 +52,8 @@ class Saver(Protocol):
 
     def wait(self) -> None: ...
 
+    def describe_last_good(self, progress: Progress) -> str: ...
+
 
 @dataclass(frozen=True)
 class Intervals:
@@ -109,6 +111,8 @@ class Trainer:
             self._validate()
         while self.progress.step < self.total_steps:
             self._next_step()
+        if self.progress.bad_steps:
+            log.warning("%d of %d steps were skipped: not finite", self.progress.bad_steps, self.total_steps)
         return self.progress.last_val
 
     def _next_step(self) -> None:
@@ -185,6 +189,10 @@ class Trainer:
                 self._save_and_stop()
         progress.validation_pending = False
         progress.last_val = metrics
+        if not math.isfinite(metrics.get("val/loss", 0.0)):
+            log.warning(
+                "step %d: val/loss is %s: some validation text has no finite reward", progress.step, metrics["val/loss"]
+            )
         self.sink.log(metrics, progress.step)
         return bool(self.save_best and progress.step and progress.note_accuracy(metrics))
 
@@ -230,20 +238,26 @@ class Trainer:
         """Count skipped steps; raise TrainingStopped after too many consecutive ones."""
         progress = self.progress
         if result.is_finite:
-            progress.bad_in_a_row = 0
+            progress.bad_in_a_row, progress.last_loss = 0, result.loss
             return
         progress.bad_steps += 1
         progress.bad_in_a_row += 1
         what = f"loss {result.loss}, gradient norm {result.grad_norm}"
         log.warning("step %d skipped: not finite (%s); %d consecutive", progress.step, what, progress.bad_in_a_row)
-        if progress.bad_in_a_row >= self.max_bad_steps:
-            self.checkpoints.wait()
-            latest = self.checkpoints.latest
-            kept = f"the last checkpoint is {latest}" if latest else "no checkpoint was written"
-            raise TrainingStopped(
-                f"step {progress.step}: {progress.bad_in_a_row} consecutive steps were not finite ({what}; "
-                f"trainer.max_bad_steps={self.max_bad_steps}); {kept}. Lower optim.lr, or check the data of these steps"
+        if progress.bad_steps == self.total_steps:
+            reason = f"all {progress.bad_steps} steps were skipped: not finite ({what}); nothing was trained"
+        elif progress.bad_in_a_row >= self.max_bad_steps:
+            reason = (
+                f"{progress.bad_in_a_row} consecutive steps were not finite ({what}; "
+                f"trainer.max_bad_steps={self.max_bad_steps})"
             )
+        else:
+            return
+        self.checkpoints.wait()
+        kept = self.checkpoints.describe_last_good(progress)
+        raise TrainingStopped(
+            f"step {progress.step}: {reason}; {kept}. Lower optim.lr, or check the data of these steps"
+        )
 
 
 def _is_due(step: int, interval: int) -> bool:

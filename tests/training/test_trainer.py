@@ -48,6 +48,9 @@ class Recorder:
 
     def wait(self) -> None: ...
 
+    def describe_last_good(self, progress: Progress) -> str:
+        return f"the last checkpoint from before is {self.latest}"
+
 
 def step_batches(*groups_of_batches: list[Any]) -> StepBatches:
     batches = [collate(groups) for groups in groups_of_batches]
@@ -122,6 +125,15 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_in_words(qwen2_folder: Path) -
     with pytest.raises(TrainingStopped, match=r"step 5: 3 consecutive steps were not finite.*global_step_4.*optim.lr"):
         trainer.train()
     assert recorder.saved == [Path("global_step_2"), Path("global_step_4")]
+
+
+def test_a_run_in_which_every_step_is_skipped_ends_in_words_without_its_last_checkpoint(qwen2_folder: Path) -> None:
+    trainer, recorder = build(
+        qwen2_folder, objective=broken_on({1, 2, 3, 4}, "gradient"), total_steps=4, max_bad_steps=9
+    )
+    with pytest.raises(TrainingStopped, match=r"step 4: all 4 steps were skipped: not finite .* nothing was trained"):
+        trainer.train()
+    assert recorder.saved == [Path("global_step_2")]
 
 
 def test_bad_steps_that_are_not_in_a_row_do_not_stop_the_run(qwen2_folder: Path) -> None:

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rm_gallery.errors import UserError
-from rm_gallery.files import MANIFEST, check_manifest, remove, replace, write_manifest, write_text
-from rm_gallery.training.checkpoint.state import BEST_METRIC, Progress
+from rm_gallery.files import MANIFEST, check_manifest, manifest_names, remove, replace, write_manifest, write_text
+from rm_gallery.training.checkpoint.facts import STATE_NAME, read_unchecked
+from rm_gallery.training.checkpoint.state import BEST_METRIC, LOSS_METRIC, Progress
 
 log = logging.getLogger(__name__)
 
-STATE_NAME = "training_state"
-FACTS_NAME = "state.json"
 EARLIER_MANIFEST = f"{STATE_NAME}/complete.json"  # of earlier versions, whose manifest.json lists the model only
 BEST_NAME = "best.json"
 
@@ -100,10 +99,16 @@ def damage(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
     return check_manifest(folder, manifest=manifest_of(folder), part=part, parts=parts)
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """The content of state.json."""
-    facts: dict[str, Any] = json.loads((folder / STATE_NAME / FACTS_NAME).read_text(encoding="utf-8"))
-    return facts
+def files_of(folder: Path) -> list[str]:
+    """Names of all files of an intact checkpoint, relative to its folder, its manifests last. No other file is used."""
+    manifests = [name for name in (MANIFEST, EARLIER_MANIFEST) if (folder / name).is_file()]
+    listed = manifest_names((folder / manifest_of(folder)).read_bytes())
+    return [*(name for name in listed if name not in manifests), *manifests]
+
+
+def state_files(folder: Path) -> set[str]:
+    """Names of the files of its `training_state`, relative to that folder."""
+    return {name.removeprefix(f"{STATE_NAME}/") for name in files_of(folder) if name.startswith(f"{STATE_NAME}/")}
 
 
 def keep_newest(run_dir: Path, number: int | None, best_step: int | None) -> None:
@@ -122,6 +127,32 @@ def keep_newest(run_dir: Path, number: int | None, best_step: int | None) -> Non
             log.warning("%s: cannot be deleted (%s), though trainer.max_ckpt_to_keep=%d", folder, error, number)
         else:
             log.info("deleted %s (trainer.max_ckpt_to_keep=%d)", folder, number)
+
+
+MAX_LOSS_GROWTH = 10  # a loss above this many times the lowest loss, or that of chance (ln 2), counts as diverged
+
+
+def last_good(folders: Sequence[Path], before: int) -> Path | None:
+    """The newest checkpoint from before a divergence, by the losses in its state.json; None if there is none.
+
+    before: the last step that was not skipped, whose update the later steps failed on. A checkpoint from that step on
+    is chosen only if there is no earlier one.
+    """
+    losses = {folder: _losses(folder) for folder in folders}
+    finite = [each for found in losses.values() for each in found if math.isfinite(each)]
+    limit = MAX_LOSS_GROWTH * max(min(finite, default=0.0), math.log(2))
+    good = [folder for folder, found in losses.items() if all(each <= limit for each in found)]  # NaN is not
+    earlier = [folder for folder in good if step_of(folder) < before]
+    return max(earlier or good, key=step_of, default=None)
+
+
+def _losses(folder: Path) -> list[float]:
+    """The last training and validation loss before a checkpoint, as far as it has them."""
+    progress = read_unchecked(folder).get("progress")
+    validation = progress.get("last_val") if isinstance(progress, dict) else None
+    found = [progress.get("last_loss")] if isinstance(progress, dict) else []
+    found += [validation.get(LOSS_METRIC)] if isinstance(validation, dict) else []
+    return [each for each in found if isinstance(each, int | float)]
 
 
 def name_best(run_dir: Path, progress: Progress) -> None:

@@ -17,6 +17,7 @@ from rm_gallery.files import MANIFEST
 from rm_gallery.safe_text import scrub
 from rm_gallery.training.checkpoint.folders import (
     EARLIER_MANIFEST,
+    files_of,
     hidden,
     is_resumable,
     list_checkpoints,
@@ -82,8 +83,7 @@ class Mirror:
         for name in (MANIFEST, EARLIER_MANIFEST):  # of an earlier upload: the checkpoint is incomplete from here on
             if self._files.exists(f"{target}/{name}"):
                 self._files.rm_file(f"{target}/{name}")
-        names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-        for name in sorted(names, key=lambda name: name == manifest):
+        for name in sorted(files_of(folder), key=lambda name: name == manifest):
             self._files.makedirs(f"{target}/{name}".rpartition("/")[0], exist_ok=True)
             self._files.put_file(str(folder / name), f"{target}/{name}")
             size = self._files.info(f"{target}/{name}")["size"]
@@ -121,10 +121,13 @@ def download(url: str, run_dir: Path) -> Path:
         files, root = _open(url)
         if not _is_complete(files, root):
             raise UserError(f"{url}: has no complete checkpoint ({MANIFEST} or training_state is missing)")
-        for path in files.find(root):
-            relative = str(path)[len(str(root).rstrip("/")) + 1 :]
-            (staging / relative).parent.mkdir(parents=True, exist_ok=True)
-            files.get_file(path, str(staging / relative))
+        staging.mkdir(parents=True)
+        for name in (MANIFEST, EARLIER_MANIFEST):
+            if files.exists(f"{root}/{name}"):
+                _get(files, root, name, staging)
+        for name in files_of(staging):  # only names inside of the folder, whatever the server has
+            if not (staging / name).exists():
+                _get(files, root, name, staging)
         os.replace(staging, folder)
     except UserError:
         raise
@@ -132,6 +135,11 @@ def download(url: str, run_dir: Path) -> Path:
         raise UserError(f"{url}: cannot be downloaded into {run_dir} ({one_line(error)})") from scrub(error)
     log.info("downloaded %s", url)
     return folder
+
+
+def _get(files: Any, root: str, name: str, staging: Path) -> None:
+    (staging / name).parent.mkdir(parents=True, exist_ok=True)
+    files.get_file(f"{root}/{name}", str(staging / name))
 
 
 def _is_complete(files: Any, folder: str) -> bool:

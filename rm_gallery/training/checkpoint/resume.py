@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from rm_gallery.distributed.collectives import HostGroup
-from rm_gallery.errors import UserError, one_line
+from rm_gallery.errors import UserError
 from rm_gallery.safe_text import redact_urls
+from rm_gallery.training.checkpoint.facts import STATE_NAME, SavedRun, read_ranks, read_run, read_unchecked
 from rm_gallery.training.checkpoint.folders import (
-    STATE_NAME,
     clean,
     damage,
     is_resumable,
     list_checkpoints,
-    read_facts,
     refuse_earlier_run,
     set_aside,
+    state_files,
     step_of,
 )
 from rm_gallery.training.checkpoint.mirror import download, newest_upload
-from rm_gallery.training.checkpoint.state import Progress, RandomState, RunTensors, first_failure
+from rm_gallery.training.checkpoint.state import Progress, RandomState, RunTensors
 
 log = logging.getLogger(__name__)
 
@@ -149,53 +149,42 @@ def _choose(run_dir: Path, mode: str, mirror_url: str | None) -> _Choice | None:
 
 
 def _origin(folder: Path) -> str | None:
-    try:
-        origin = read_facts(folder).get("origin")
-    except (OSError, ValueError, AttributeError):
-        return None  # damaged; `damage` reports it later
+    origin = read_unchecked(folder).get("origin")
     return origin if isinstance(origin, str) else None
 
 
 def _load(choice: _Choice, identity: RunIdentity, tensors: RunTensors, ranks: HostGroup, run_dir: Path) -> Start:
     folder = choice.folder
-    saved = read_facts(folder)
-    progress = Progress(**saved["progress"])
+    names = state_files(folder)
+    saved = read_run(folder, names)
+    parts = read_ranks(folder, saved.world_size, names)
+    progress = saved.progress
     _check_identity(folder, saved, identity)
     _check_length(folder, saved, progress.step, identity)
-    try:
-        tensors.load(folder / STATE_NAME, ranks.group)
-    except BaseException as error:  # DCP's CheckpointException derives from BaseException
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise UserError(f"{folder}: does not fit this model ({one_line(first_failure(error), 300)})") from error
+    tensors.load(folder / STATE_NAME, names, ranks)
     if progress.best_step is not None and not (run_dir / f"global_step_{progress.best_step}").is_dir():
         progress.best_step = progress.best_accuracy = None
-    parts = [json.loads(path.read_text(encoding="utf-8")) for path in _rank_files(folder, saved["world_size"])]
-    if saved["world_size"] == ranks.world_size:
-        random, sums = parts[ranks.rank]["random"], parts[ranks.rank]["sums"]
+    if saved.world_size == ranks.world_size:
+        random, sums = parts[ranks.rank].random, parts[ranks.rank].sums
     else:
         log.warning(
             "resuming with %d processes, saved by %d: RNG states are not restored, and results agree up to rounding",
-            ranks.world_size, saved["world_size"],
+            ranks.world_size, saved.world_size,
         )  # fmt: skip
         # Rank 0 takes all sums; the others have zeros under the same names.
-        random, sums = None, {name: 0.0 for part in parts for name in part["sums"]}
+        random, sums = None, {name: 0.0 for part in parts for name in part.sums}
         for part in parts if ranks.rank == 0 else []:
-            for name, value in part["sums"].items():
+            for name, value in part.sums.items():
                 sums[name] += value
     log.info("resuming from step %d of %s", progress.step, folder)
     return Start(folder, progress, random, sums, choice.origin)
 
 
-def _rank_files(folder: Path, world_size: int) -> list[Path]:
-    return [folder / STATE_NAME / f"rank_{rank}.json" for rank in range(world_size)]
-
-
-def _check_identity(folder: Path, saved: Mapping[str, Any], identity: RunIdentity) -> None:
+def _check_identity(folder: Path, saved: SavedRun, identity: RunIdentity) -> None:
     """Raise UserError for a checkpoint of another run; log changed settings."""
-    was, now = dict(saved["fixed"]), json.loads(json.dumps(dict(identity.fixed)))
+    was, now = saved.fixed, json.loads(json.dumps(dict(identity.fixed)))
     differing = [name for name in {**was, **now} if was.get(name) != now.get(name)]
-    changed = _changes(saved["config"], json.loads(json.dumps(dict(identity.config), default=str)))
+    changed = _changes(saved.config, json.loads(json.dumps(dict(identity.config), default=str)))
     if differing:
         # A difference may be in a hash; the settings that it was computed from are more useful.
         causes = [text for key, text in changed.items() if key.startswith("data.") and key != "data.val_files"]
@@ -231,9 +220,9 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _check_length(folder: Path, saved: Mapping[str, Any], step: int, identity: RunIdentity) -> None:
+def _check_length(folder: Path, saved: SavedRun, step: int, identity: RunIdentity) -> None:
     """Raise UserError if a changed number of steps would make the learning rate jump."""
-    was, now = saved["total_steps"], identity.total_steps
+    was, now = saved.total_steps, identity.total_steps
     if was == now:
         return
     if now < step:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,15 +22,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.distributed.collectives import HostGroup
-from rm_gallery.errors import UserError, one_line
+from rm_gallery.errors import TrainingStopped, UserError, one_line
 from rm_gallery.files import sha256_files
 from rm_gallery.modeling.export import InputRecord, check_rewards, write_folder
 from rm_gallery.modeling.reward_model import RewardModel
+from rm_gallery.training.checkpoint.facts import FACTS_NAME, STATE_NAME, rank_name
 from rm_gallery.training.checkpoint.folders import (
-    FACTS_NAME,
-    STATE_NAME,
     hidden,
     keep_newest,
+    last_good,
+    list_checkpoints,
     name_best,
     publish,
 )
@@ -43,6 +45,7 @@ from rm_gallery.training.checkpoint.state import (
     quiet,
     random_state,
 )
+from rm_gallery.training.checkpoint.tensor_files import SUFFIX, ShardWriter
 from rm_gallery.training.config import CheckpointConfig
 from rm_gallery.training.model_card import CARD_NAME, NOT_UPLOADED
 
@@ -76,18 +79,44 @@ class Checkpoints:
 
         sums: metric sums of this rank since the last log line. A collective: every rank calls it.
         Raises UserError on every rank when this save or the previous one cannot be written or does not reproduce the
-        trainer's rewards; earlier checkpoints stay intact.
+        trainer's rewards; TrainingStopped when the model or the optimizer state is not finite, which no later step can
+        repair. Earlier checkpoints stay intact.
         """
         self.wait()
         with preserve_random_state():
+            rewards = self.weights_folder.expected()
+            self._refuse_diverged(progress, rewards)
             save = _Save(self, progress, sums)
             if self._is_first or is_last:
-                self._expected = self.weights_folder.expected()
+                self._expected = rewards
             self._is_first = False
             background = self.config.async_save and not is_last
             self._pending = save.start(self._worker if background else None)
             if not background:
                 self.wait()
+
+    def _refuse_diverged(self, progress: Progress, rewards: Sequence[float]) -> None:
+        """Raise TrainingStopped on every rank if weights or optimizer state are not finite, or no reward is."""
+        fault = self.tensors.find_non_finite()
+        if fault is None and rewards and not any(map(math.isfinite, rewards)):
+            fault = "the rewards of the shortest training texts"
+        for rank, found in enumerate(self.ranks.all_gather(fault)):
+            if found:
+                where = f" on rank {rank}" if self.ranks.world_size > 1 else ""
+                raise TrainingStopped(
+                    f"step {progress.step}: not finite: {found}{where}; global_step_{progress.step} is not written; "
+                    f"{self.describe_last_good(progress)}. Lower optim.lr"
+                )
+
+    def describe_last_good(self, progress: Progress) -> str:
+        """Part of a message: the checkpoint to use after a divergence at this point."""
+        folders = list_checkpoints(self.run_dir)
+        if self.latest is not None and self.latest not in folders:
+            folders.append(self.latest)  # the one of another run that this run resumed from
+        if not folders:
+            return "no checkpoint was written"
+        good = last_good(folders, progress.step - progress.bad_in_a_row)
+        return f"the last checkpoint from before is {good}" if good else "no checkpoint from before is left"
 
     def has_failed(self) -> bool:
         """Whether a background save has failed on this rank; `wait` raises its error then. Does not block."""
@@ -143,14 +172,21 @@ class _Save:
         self.owner.ranks.raise_problem(problem)
         tensors = self.owner.tensors.read()
         quiet()
+        writer = ShardWriter(self.state, self.ranks.rank)
         if worker is not None:
-            written = dcp.async_save(tensors, checkpoint_id=self.state, process_group=self.ranks.group)
+            written = dcp.async_save(
+                tensors, checkpoint_id=self.state, storage_writer=writer, process_group=self.ranks.group
+            )
             assert isinstance(written, Future)
             return worker.submit(self._finish, written.result)
         done: Future[Path] = Future()
         try:
             done.set_result(
-                self._finish(lambda: dcp.save(tensors, checkpoint_id=self.state, process_group=self.ranks.group))
+                self._finish(
+                    lambda: dcp.save(
+                        tensors, checkpoint_id=self.state, storage_writer=writer, process_group=self.ranks.group
+                    )
+                )
             )
         except UserError as error:
             done.set_exception(error)
@@ -183,8 +219,8 @@ class _Save:
     def _write_rank_facts(self) -> dict[str, str]:
         """Write rank_N.json; return the hashes of this rank's files by their path in the checkpoint."""
         rank = self.ranks.rank
-        (self.state / f"rank_{rank}.json").write_text(json.dumps(self.rank_facts), encoding="utf-8")
-        names = [f"rank_{rank}.json", *(path.name for path in self.state.glob(f"__{rank}_*"))]
+        (self.state / rank_name(rank)).write_text(json.dumps(self.rank_facts), encoding="utf-8")
+        names = [rank_name(rank), *(path.name for path in self.state.glob(f"rank_{rank}_*{SUFFIX}"))]
         return sha256_files(self.staging, [f"{STATE_NAME}/{name}" for name in names])
 
     def _finish_folder(self, hashes: dict[str, str]) -> None:
@@ -197,7 +233,7 @@ class _Save:
             (self.staging / CARD_NAME).write_text(self.owner.card(self.progress), encoding="utf-8")
         (self.staging / ".gitignore").write_text("\n".join(NOT_UPLOADED) + "\n", encoding="utf-8")
         weights = self.owner.weights_folder.write(self.staging, self.state)
-        own = sha256_files(self.staging, [f"{STATE_NAME}/{FACTS_NAME}", f"{STATE_NAME}/.metadata"])
+        own = sha256_files(self.staging, [f"{STATE_NAME}/{FACTS_NAME}"])
         publish(self.staging, self.folder, {**hashes, **weights, **own})
         self._after()
 
@@ -207,7 +243,8 @@ class _Save:
             name_best(run_dir, self.progress)
 
         def prune() -> None:
-            keep_newest(run_dir, owner.config.max_ckpt_to_keep, best_step)
+            if not self.progress.bad_in_a_row:  # after a divergence only earlier checkpoints are good
+                keep_newest(run_dir, owner.config.max_ckpt_to_keep, best_step)
 
         if owner.mirror is not None:
             owner.mirror.add(run_dir, prune)  # a checkpoint is uploaded before it may be deleted

@@ -1,4 +1,4 @@
-"""The training state: tensors for torch.distributed.checkpoint (DCP), RNG states, and the progress of the run.
+"""The training state: tensors, RNG states, and the progress of the run.
 
 A checkpoint holds weights and optimizer state in float32, sharded or not, as `model.NAME` and `optimizer.NAME.exp_avg`.
 The names do not depend on the strategy, so another world size or strategy reads the same files. RNG states (Python,
@@ -11,16 +11,14 @@ import base64
 import math
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -31,9 +29,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
+from rm_gallery.distributed.collectives import HostGroup
+from rm_gallery.errors import UserError, one_line
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
+from rm_gallery.training.checkpoint.tensor_files import ShardReader, check_names, open_reader
 
 _MODEL = "model.network."  # prefix of the names of the transformers model
 
@@ -53,23 +55,39 @@ class RunTensors:
             state["optimizer"] = get_optimizer_state_dict(self._module, self.optimizer)["state"]
         return state
 
-    def load(self, folder: Path, group: dist.ProcessGroup | None) -> None:
-        """Load all tensors from a `training_state` folder. A collective: every rank calls it.
+    def load(self, folder: Path, names: Collection[str], ranks: HostGroup) -> None:
+        """Load all tensors from the files `names` of a `training_state` folder. A collective: every rank calls it.
 
-        The optimizer's settings (learning rates, weight decay) stay those of the configuration. Raises the errors of
-        torch.distributed.checkpoint when names or shapes do not match.
+        The optimizer's settings (learning rates, weight decay) stay those of the configuration. Raises UserError on
+        every rank when the files cannot be read or their tensors do not fit the model.
         """
         quiet()
-        saved = _saved_names(folder)
+        reader, problem = None, None
+        try:
+            reader = open_reader(folder, names)
+        except (OSError, ValueError) as error:
+            problem = f"{folder}: cannot be read ({one_line(error, 300)}); choose another checkpoint"
+        ranks.raise_problem(problem)
+        assert reader is not None
         state: dict[str, Any] = {"model": get_model_state_dict(self._module)}
         # This initializes the optimizer state by a step with learning rate 0, so the weights are loaded afterwards.
         optimizer: dict[str, Any] = get_optimizer_state_dict(self._module, self.optimizer)
         found = optimizer["state"]
         # Parameters without a gradient so far have no state; after skipped steps only, none has.
-        kept = {name: found[name] for name in found if f"optimizer.{name}.exp_avg" in saved}
+        kept = {name: found[name] for name in found if f"optimizer.{name}.exp_avg" in reader.entries}
         if kept:
             state["optimizer"] = kept
-        dcp.load(state, checkpoint_id=folder, process_group=group)
+        try:
+            check_names(reader.entries, _flat(state))
+        except ValueError as error:
+            problem = f"{folder}: does not fit this model ({error})"
+        ranks.raise_problem(problem)
+        try:
+            dcp.load(state, storage_reader=reader, process_group=ranks.group)
+        except BaseException as error:  # DCP's CheckpointException derives from BaseException
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise UserError(f"{folder}: cannot be read ({one_line(first_failure(error), 300)})") from error
         set_model_state_dict(self._module, state["model"])
         set_optimizer_state_dict(
             self._module,
@@ -80,6 +98,24 @@ class RunTensors:
         if not kept:
             self.optimizer.state.clear()
         self.weights.copy_to_model()
+
+    def find_non_finite(self) -> str | None:
+        """Name a weight, or an optimizer state of one, with NaN or infinity on this rank; None if all are finite."""
+        for name, parameter in self.weights.named_parameters():
+            for key, value in {"weights": parameter, **self.optimizer.state.get(parameter, {})}.items():
+                local = value.detach()
+                local = local.to_local() if isinstance(local, DTensor) else local
+                if local.numel() and not torch.stack(local.aminmax()).isfinite().all():  # without a copy of the tensor
+                    return name if key == "weights" else f"{key} of {name}"
+        return None
+
+
+def _flat(state: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of nested dictionaries under the names that DCP gives them: keys joined by dots."""
+    flat: dict[str, Tensor] = {}
+    for key, value in state.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
+    return flat
 
 
 def first_failure(error: BaseException) -> BaseException:
@@ -96,40 +132,23 @@ class SavedWeights:
     """
 
     def __init__(self, folder: Path) -> None:
-        quiet()
-        self._reader = _Reader(folder)
-        entries: dict[str, Any] = self._reader.read_metadata().state_dict_metadata
-        self._names = {name.removeprefix(_MODEL): name for name in entries if name.startswith(_MODEL)}
-        self._entries = entries
+        """folder: as this version writes it."""
+        reader = open_reader(folder, [path.name for path in folder.iterdir()])
+        assert isinstance(reader, ShardReader)
+        self._reader = reader
+        self._names = {name.removeprefix(_MODEL): name for name in reader.entries if name.startswith(_MODEL)}
 
     def meta_tensors(self) -> dict[str, Tensor]:
         """Return the tensors on the meta device."""
-        return {short: self._empty(name, "meta") for short, name in self._names.items()}
+        entries = {short: self._reader.entries[name] for short, name in self._names.items()}
+        return {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            for name, entry in entries.items()
+        }
 
     def read(self, name: str) -> Tensor:
         """Read one tensor into host memory."""
-        found = {self._names[name]: self._empty(self._names[name], "cpu")}
-        dcp.load(found, storage_reader=self._reader, no_dist=True)
-        return found[self._names[name]]
-
-    def _empty(self, name: str, device: str) -> Tensor:
-        entry = self._entries[name]
-        return torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads the metadata once instead of once per tensor; with many tensors and ranks it is large."""
-
-    @cached_property
-    def _metadata(self) -> Any:
-        return super().read_metadata()
-
-    def read_metadata(self, *arguments: Any, **options: Any) -> Any:
-        return self._metadata
-
-
-def _saved_names(folder: Path) -> set[str]:
-    return set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+        return self._reader.read_tensor(self._names[name])
 
 
 def _trained_module(model: RewardModel, weights: TrainedWeights) -> nn.Module:
@@ -181,8 +200,10 @@ def set_random_state(state: RandomState) -> None:
     """Restore the RNG states returned by `random_state`, also after a round trip through JSON."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
-    kind, numpy_keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(numpy_keys, np.uint32), *rest))
+    kind, numpy_keys, position, *rest = state["numpy"]
+    if len(numpy_keys) != 624 or not 0 <= position <= 624:  # numpy would read beyond its array
+        raise ValueError("the state of numpy has another length")
+    np.random.set_state((kind, np.array(numpy_keys, np.uint32), position, *rest))
     torch.set_rng_state(_bytes(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_bytes(state["cuda"]))
@@ -207,11 +228,14 @@ def _bytes(text: str) -> Tensor:
 
 
 BEST_METRIC = "val/accuracy"
+LOSS_METRIC = "val/loss"
 
 
 @dataclass
 class Progress:
     """Counters of the trainer. `step` is also the position in the data."""
+
+    __pydantic_config__ = {"extra": "forbid"}
 
     step: int = 0
     """Completed optimizer steps, skipped ones included."""
@@ -225,10 +249,15 @@ class Progress:
     best_step: int | None = None
     """Step of the highest `val/accuracy` so far; the first one if several are equal."""
     best_accuracy: float | None = None
+    last_loss: float | None = None
+    """Training loss of the last step that was not skipped."""
 
     def note_accuracy(self, metrics: Mapping[str, float]) -> bool:
-        """Record the accuracy of this step if it is the best so far; return whether it is."""
-        accuracy = metrics.get(BEST_METRIC, math.nan)
+        """Record the accuracy of this step if it is the best so far; return whether it is.
+
+        Never if the loss is not finite: NaN rewards count as wrong, so the accuracy would be finite.
+        """
+        accuracy = metrics.get(BEST_METRIC, math.nan) if math.isfinite(metrics.get(LOSS_METRIC, 0.0)) else math.nan
         if not accuracy > (-math.inf if self.best_accuracy is None else self.best_accuracy):
             return False
         self.best_step, self.best_accuracy = self.step, accuracy

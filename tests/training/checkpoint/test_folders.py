@@ -21,7 +21,7 @@ from rm_gallery.training.checkpoint.folders import (
 from rm_gallery.training.checkpoint.state import Progress
 from tests.training.short_runs import Lost, lose, rows, train, when_logged, write_data
 
-FILES = {"model.safetensors": b"w" * 1000, "config.json": b"{}", "training_state/__0_0.distcp": b"s" * 3000}
+FILES = {"model.safetensors": b"w" * 1000, "config.json": b"{}", "training_state/rank_0_1.safetensors": b"s" * 3000}
 
 
 @pytest.fixture
