@@ -31,7 +31,7 @@ unexport PYTHON
 .PHONY: help quickstart test test-all second-python test-gpu check bench format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 quickstart: $(PLOT_STAMP)  ## train a small reward model on this machine and show what it learned
 	$(QUICKSTART_PREPARE)
