@@ -65,21 +65,52 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     """Arguments of the command. argparse does not accept positionals after an option, so they are appended here."""
     arguments, rest = parser.parse_known_args(argv)
     if any(text.startswith("-") for text in rest) or (rest and not arguments.words):
+        if arguments.words == "overrides":
+            from rm_gallery.training.familiar_names import answer_options
+
+            answers = answer_options(sys.argv[1:] if argv is None else argv)
+            if answers:
+                parser.exit(2, "".join(f"rm-gallery: error: {answer}\n" for answer in answers))
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         setattr(arguments, arguments.words, [*getattr(arguments, arguments.words), *rest])
     return arguments
 
 
+_MAIN_KEYS = """
+  rm-gallery train model.partial_pretrain=Qwen2.5-0.5B-Instruct \\
+      data.train_files=train.parquet data.val_fraction=0.05 optim.lr=5e-6
+
+The keys that most runs set, with their defaults:
+  model.partial_pretrain         folder or hub name of the model to start from
+  data.train_files               file, folder, glob, URL or hub dataset, or a list
+  data.val_files                 the same for validation
+  data.val_fraction       0      or: share of the prompts to hold out
+  data.max_length         4096   longer texts are dropped, in tokens
+  data.train_batch_size   256    pairs per step, over all GPUs
+  optim.lr                1e-6   peak learning rate
+  optim.lr_scheduler      cosine cosine, wsd or constant
+  trainer.total_epochs    1
+  trainer.test_freq       -1     steps between validations (-1: at the end)
+  trainer.save_freq       -1     steps between checkpoints (-1: at the end)
+  trainer.experiment_name bt     name of the run directory in ./checkpoints/bt
+All keys: docs/configuration.md. From Python: docs/python.md."""
+
+
 def _parser(default_config: str | None) -> argparse.ArgumentParser:
     parser = _Parser(prog="rm-gallery", description="Train Bradley-Terry reward models and use them.")
     parser.add_argument("--version", action="version", version=f"rm-gallery {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, run, text in (
-        ("train", _train, "train a reward model"),
-        ("validate-config", _validate_config, "check a configuration and its files without training"),
+    for name, run, text, more in (
+        ("train", _train, "train a reward model", _MAIN_KEYS),
+        ("validate-config", _validate_config, "check a configuration and its files without training", ""),
     ):
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command = commands.add_parser(
+            name,
+            help=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            description=f"{text[0].upper()}{text[1:]}.{more}",
+        )
         _add_config(command, default_config)
         command.set_defaults(run=run, words="overrides", when_stopped="rerun the command to resume")
     _add_show_data(commands, default_config)

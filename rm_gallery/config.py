@@ -185,7 +185,8 @@ def compose(kind: type, file: str | None, overrides: Sequence[str]) -> dict[str,
         raise UserError(f"{file}: the name of a configuration file must end with .yaml; rename it")
     text_keys = {key for key, hint in known_keys(kind).items() if str in (hint, *get_args(hint))}
     folder = None if path is None else path.parent
-    arguments = [_for_hydra(override, folder, text_keys) for override in overrides]
+    list_keys = {key for key, hint in known_keys(kind).items() if hint == tuple[str, ...]}
+    arguments = [_for_hydra(override, folder, text_keys, list_keys) for override in overrides]
     try:
         with initialize_config_dir(str(folder or Path(__file__).parent), version_base="1.3", job_name="rm-gallery"):
             composed = hydra_compose(None if path is None else path.stem, arguments)
@@ -241,10 +242,11 @@ def _expand_alias(override: str, aliases: Mapping[str, str]) -> str:
     return f"{aliases.get(key, key)}{equals}{value}"
 
 
-def _for_hydra(override: str, folder: Path | None, text_keys: Collection[str]) -> str:
+def _for_hydra(override: str, folder: Path | None, text_keys: Collection[str], list_keys: Collection[str]) -> str:
     """`key=value` as Hydra's `++key=value`, which sets a key whether or not it is in the file.
 
     text_keys: keys whose values are text, so that `~/data`, `a=b` and `123` need no quotes.
+    list_keys: keys whose values are lists of names, so that `console,wandb` needs no brackets.
     """
     key, equals, value = override.partition("=")
     if not re.fullmatch(r"(\+{0,2}|~)[A-Za-z_][\w./@:-]*", key) or not (equals or key.startswith("~")):
@@ -252,6 +254,8 @@ def _for_hydra(override: str, folder: Path | None, text_keys: Collection[str]) -
     is_config_group = folder is not None and (folder / key).is_dir()
     if not re.fullmatch(r"[\w.]+", key) or key.startswith("hydra.") or is_config_group:
         return override
+    if key in list_keys and "," in value and re.fullmatch(r"[\w, -]+", value):
+        return f"++{key}=[{value}]"
     has_grammar = value.startswith(("'", '"', "[")) or "," in value or "${" in value
     if key in text_keys and value not in ("", "null") and not has_grammar:
         escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + (found[2] and '\\"'), value)

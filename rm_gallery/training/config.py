@@ -10,17 +10,18 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from rm_gallery.config import load, problem_of, to_save, to_yaml
+from rm_gallery.config import known_keys, load, problem_of, to_save, to_yaml
 from rm_gallery.data.config import DataConfig, data_problems, normalize_data
 from rm_gallery.errors import Problem, nearest
 from rm_gallery.modeling.config import ModelConfig
+from rm_gallery.training.familiar_names import key_for
 from rm_gallery.training.trackers import TRACKERS, TrackerConfig
 
 log = logging.getLogger(__name__)
@@ -191,11 +192,27 @@ def load_config(
 
 
 def normalize(values: dict[str, Any]) -> Iterator[Problem]:
-    """Before types are checked: `logger: console` becomes a list with one item; `data` as in `normalize_data`."""
+    """Before types are checked: `logger: console` becomes a list with one item; `data` as in `normalize_data`.
+
+    Names that other trainers use for a setting are answered with the key.
+    """
     trainer = values.get("trainer")
     if isinstance(trainer, dict) and isinstance(trainer.get("logger"), str):
         trainer["logger"] = [trainer["logger"]]
-    return normalize_data(values.get("data"))
+    yield from _familiar_names(values, known_keys(TrainConfig))
+    yield from normalize_data(values.get("data"))
+
+
+def _familiar_names(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[Problem]:
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        is_section = is_dataclass(known.get(key))
+        if isinstance(value, Mapping) and is_section:
+            yield from _familiar_names(value, known, f"{key}.")
+        elif is_section and isinstance(value, str) and (own := key_for(key)):
+            yield Problem(key, f"{key}={value}: {key} is a section; write {own}={value}")
+        elif key not in known and (own := key_for(key)):
+            yield Problem(key, f"{key}: unknown key; write {own}")
 
 
 def problems_of_training(config: TrainConfig) -> Iterator[Problem]:

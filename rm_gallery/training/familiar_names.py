@@ -5,7 +5,7 @@ A name is answered rather than accepted: few of them mean exactly the same.
 
 from __future__ import annotations
 
-from difflib import get_close_matches
+from collections.abc import Sequence
 
 _PER_STEP = (
     "the number of pairs per optimizer step over all GPUs; micro-batches are packed up to a token budget, and "
@@ -75,13 +75,26 @@ NAMES: dict[str, tuple[str, str]] = {
 
 
 def key_for(name: str) -> str | None:
-    """`optim.lr`, or `optim.lr (what differs)`, for a name that another trainer uses; None for an unknown name.
+    """`optim.lr`, or `KEY (what differs)`, for a name that another trainer uses; None for an unknown name.
 
     name: with or without leading dashes or a section, e.g. `--learning-rate` or `optim.learning_rate`.
     """
-    plain = name.lstrip("-").rpartition(".")[2].replace("-", "_").lower()
-    near = [plain] if plain in NAMES else get_close_matches(plain, NAMES, n=1, cutoff=0.92)
-    if not near:
-        return None
-    key, note = NAMES[near[0]]
-    return f"{key} ({note})" if note else key
+    found = NAMES.get(name.lstrip("-").rpartition(".")[2].replace("-", "_").lower())
+    return found and (f"{found[0]} ({found[1]})" if found[1] else found[0])
+
+
+def answer_options(arguments: Sequence[str]) -> list[str]:
+    """A sentence for each command-line option of another trainer, such as `--lr 1e-5` or `--lr=1e-5`."""
+    answers = []
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if not option.startswith("--") or option[2:].replace("-", "_") not in NAMES:
+            continue
+        following = arguments[place + 1] if place + 1 < len(arguments) else ""
+        if not equals and following and not following.startswith("--") and "=" not in following:
+            value = following
+        key, note = NAMES[option[2:].replace("-", "_")]
+        asked = f"{option} {value}".strip()
+        example = f"{key}={value}" if value and not note else f"{key}=VALUE"
+        answers.append(f"{asked}: write {example}" + (f" ({note})" if note else ""))
+    return answers
