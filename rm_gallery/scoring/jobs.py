@@ -117,6 +117,8 @@ def lock_output(job: ScoringJob) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(files.lock(path, timeout=0))
         except TimeoutError as error:
+            if not path.exists():  # a file system without files, such as /proc
+                raise UserError(f"{job.output}: cannot be written to; choose another --output") from None
             raise UserError(
                 f"{job.output}: another command is writing it ({error}); wait for it, or choose another --output"
             ) from None

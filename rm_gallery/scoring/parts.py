@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import os
 from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -30,7 +31,7 @@ _HASH, _DIGEST = "row", b"digest"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 Result: TypeAlias = tuple[list[float] | None, str | None]
-"""Rewards of a row and None, or None and the reason."""
+"""Rewards of a row and None, or the reason why it has none, with None or for a row without responses []."""
 
 
 class Block(NamedTuple):
@@ -178,4 +179,5 @@ def cannot_write(path: Path, error: OSError) -> UserError:
         hint = "its folder was removed while the command ran; rerun the command"
     else:
         hint = "choose another --output"
-    return UserError(f"{path}: cannot be written to ({error.strerror or error}); {hint}")
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return UserError(f"{path}: cannot be written to ({reason}); {hint}")

@@ -221,6 +221,8 @@ def _score_rows(chunk: Sequence[Row], job: ScoringJob, reader: RowReader, scorer
             results[index] = (None, str(rewards))
         elif isinstance(rewards, Exception):
             raise rewards
+        elif not rewards:
+            results[index] = ([], "no responses")
         else:
             results[index] = (rewards, None)
     if job.table.config.bad_rows == "error":

@@ -280,6 +280,12 @@ def test_an_output_without_any_reward_ends_with_status_2_after_the_others(
     assert json.loads(Path("out/good.jsonl").read_text().splitlines()[0])["reward"] is not None
 
 
+def test_a_row_without_responses_has_no_reward(options: ScoreOptions, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("none.jsonl").write_text('{"prompt": "a", "responses": []}\n')
+    assert main(["score", "--model", "model", "none.jsonl", "--output", "out.jsonl", "--device", "cpu"]) == 2
+    assert "out.jsonl: no row has a reward: 1 no responses (first: none.jsonl:0)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_what_cannot_be_written_ends_in_one_sentence(
     options: ScoreOptions, code: int, monkeypatch: pytest.MonkeyPatch
