@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -62,10 +63,14 @@ def train(
         result = train("Qwen2.5-0.5B-Instruct", rows, **{"data.val_fraction": 0.1, "optim.lr": 1e-5})
         result.scorer.score_pairs([{"prompt": "Why?", "chosen": "Because.", "rejected": "No."}])
     """
+    from rm_gallery.log import setup_logging
+    from rm_gallery.training.callbacks import Callbacks
     from rm_gallery.training.config import load_config
     from rm_gallery.training.run_dir import last_metrics
-    from rm_gallery.training.setup import Callbacks, run_training
+    from rm_gallery.training.setup import run_training
 
+    if not logging.getLogger("rm_gallery").hasHandlers():
+        setup_logging()
     given = {"model.partial_pretrain": model, "data.train_files": train_data, "data.val_files": val_data}
     cache_dir = settings.get("data.cache_dir")
     for key, value in given.items():

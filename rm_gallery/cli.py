@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
     except StoppedBySignal as stopped:
         print(safe(f"rm-gallery: {stopped}"), file=sys.stderr)
         return stopped.status
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter reports it at exit
+        return 141
     except KeyboardInterrupt:
         print(f"rm-gallery: stopped by Ctrl-C; {arguments.when_stopped}", file=sys.stderr)
         return 130
@@ -302,10 +305,13 @@ def _loading() -> Iterator[None]:
 def _train(arguments: argparse.Namespace) -> None:
     with _loading():
         from rm_gallery.training.config import load_config
+        from rm_gallery.training.run_dir import CURVES_NAME
         from rm_gallery.training.setup import run_training
     result = run_training(load_config(arguments.config, arguments.overrides))
     if result.is_main:
         print(visible(f"checkpoint: {result.checkpoint}"))
+        if (result.run_dir / CURVES_NAME).is_file():
+            print(visible(f"curves: {result.run_dir / CURVES_NAME}"))
 
 
 def _validate_config(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,10 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
+from pathlib import Path
 from typing import Any
 
 from rm_gallery.safe_text import redact, safe, visible_line
@@ -22,7 +26,9 @@ def setup_logging(level: int = logging.INFO) -> None:
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
         prefix = f"[rank {rank}] " if rank else ""
-        handler.setFormatter(_Formatter(f"{prefix}%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))
+        has_colors = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb" and "NO_COLOR" not in os.environ
+        kind = _ColorFormatter if has_colors else _Formatter
+        handler.setFormatter(kind(f"{prefix}%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
     for known in logger.handlers:
@@ -40,6 +46,43 @@ class _Formatter(logging.Formatter):
 
     def formatException(self, ei: Any) -> str:
         return safe(super().formatException(ei))
+
+
+class _ColorFormatter(_Formatter):
+    """Warnings in yellow, errors in red."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno < logging.WARNING:
+            return text
+        return f"\x1b[{31 if record.levelno >= logging.ERROR else 33}m{text}\x1b[0m"
+
+
+@contextmanager
+def log_copy() -> Iterator[Callable[[Path], None]]:
+    """Copy the log to a file whose path becomes known later: call the yielded function with it.
+
+    The file gets the messages since the block began, is appended to, and is closed at its end.
+    """
+    logger = logging.getLogger("rm_gallery")
+    memory = MemoryHandler(1_000_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+
+    def start(path: Path) -> None:
+        file = logging.FileHandler(path, encoding="utf-8")
+        file.setFormatter(_Formatter("%(levelname).1s %(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        memory.setTarget(file)
+        memory.flush()
+        memory.capacity = 1  # write each message from now on
+
+    logger.addHandler(memory)
+    try:
+        yield start
+    finally:
+        logger.removeHandler(memory)
+        file = memory.target
+        memory.close()
+        if file is not None:
+            file.close()
 
 
 def setup_excepthook() -> None:

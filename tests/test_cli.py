@@ -32,7 +32,7 @@ def test_validating_writes_nothing(in_tmp: Path) -> None:
 
 
 def test_validating_looks_into_files_and_folders(capsys: pytest.CaptureFixture[str]) -> None:
-    write_pairs(Path("other.parquet"), [{"chosen": "a", "lost": "b"}])
+    write_pairs(Path("other.parquet"), [{"chosen": "a good answer", "lost": "a bad answer"}])
     assert main(["validate-config", *NEEDED, "data.val_files=other.parquet"]) == 2
     assert "other.parquet: no column 'rejected'" in capsys.readouterr().err
     Path("checkpoints/bt/global_step_1").mkdir(parents=True)

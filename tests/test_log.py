@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 
-from rm_gallery.log import setup_logging, wait_for_local_main
+from rm_gallery.log import _ColorFormatter, log_copy, setup_logging, wait_for_local_main
 
 
 def test_calling_again_follows_standard_error_and_writes_each_line_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,3 +46,32 @@ def test_only_the_first_process_of_a_machine_speaks_at_once(monkeypatch: pytest.
         monkeypatch.setenv("LOCAL_RANK", local)
         assert wait_for_local_main() == prefix
     assert waits == [2.0]
+
+
+def test_a_copy_of_the_log_has_the_messages_from_before_its_path_was_known(tmp_path: Path) -> None:
+    logger = logging.getLogger("rm_gallery")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        with log_copy() as start:
+            logger.info("model loaded")
+            start(tmp_path / "train.log")
+            logger.warning("a \x1b[31mred\x1b[0m line\nand another")
+            assert "red" in (tmp_path / "train.log").read_text(), "each message is written at once"
+        logger.info("later")
+    finally:
+        logger.setLevel(level)
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line[0] for line in lines] == ["I", "W"] and lines[0].endswith(" model loaded")
+    assert "\x1b" not in lines[1] and lines[1].endswith("and another")
+
+
+def test_warnings_on_a_terminal_are_yellow_and_errors_red() -> None:
+    formatter = _ColorFormatter("%(levelname).1s %(message)s")
+    texts = [
+        formatter.format(logging.LogRecord("rm_gallery", level, "", 0, "text \x1b[5m", (), None))
+        for level in (logging.INFO, logging.WARNING, logging.ERROR)
+    ]
+    assert [text.replace("\x1b", "ESC") for text in texts] == [
+        "I text \\x1b[5m", "ESC[33mW text \\x1b[5mESC[0m", "ESC[31mE text \\x1b[5mESC[0m",
+    ]  # fmt: skip

@@ -135,8 +135,8 @@ def _finish_config(path: Path, model: RewardModel, dtype: torch.dtype, record: I
     config.update(
         architectures=[type(model.network).__name__],
         dtype=str(dtype).removeprefix("torch."),
-        id2label={"0": "LABEL_0"},
-        label2id={"LABEL_0": 0},
+        id2label={"0": "reward"},
+        label2id={"reward": 0},
         problem_type="regression",
         pad_token_id=model.network.config.pad_token_id,
     )

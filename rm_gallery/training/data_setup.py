@@ -104,6 +104,8 @@ def load_sides(config: DataConfig, tokenizer: Any) -> tuple[Loaded, Loaded | Non
     train, val = loaded[0], loaded[1] if len(loaded) > 1 else None
     if val is not None:
         _warn_of_overlap(train.data, val.data)
+    else:
+        log.warning("no validation data: set data.val_files, or hold out prompts with data.val_fraction=0.05")
     unused = train.data.unused_labels()
     if unused:
         log.info("the data carry %s, which the Bradley-Terry loss does not use", " and ".join(unused))

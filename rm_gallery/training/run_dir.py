@@ -1,4 +1,4 @@
-"""The run directory: its lock, config.yaml, run.json (versions, commit, data, earlier starts) and curves.png."""
+"""The run directory: lock, config.yaml, run.json (versions, commit, data, earlier starts), train.log, curves.png."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 CONFIG_NAME = "config.yaml"
 FACTS_NAME = "run.json"
 CURVES_NAME = "curves.png"
+LOG_NAME = "train.log"
 LOCK_NAME = ".lock"
 _PACKAGES = ("rm-gallery", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow")
 

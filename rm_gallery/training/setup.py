@@ -27,29 +27,30 @@ from rm_gallery.distributed.collectives import HostGroup, all_gather, broadcast
 from rm_gallery.distributed.cpu import bf16_slowdown, keep_freed_memory
 from rm_gallery.distributed.process_group import World, processes, seed_everything, seed_per_rank
 from rm_gallery.errors import StoppedBySignal, UserError
+from rm_gallery.log import log_copy
 from rm_gallery.modeling.parallel.apply import DTYPES, apply, offload_optimizer
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.modeling.weight_files import check_not_adapter
 from rm_gallery.objectives import OBJECTIVES
+from rm_gallery.training.callbacks import AnnouncedSaver, Callbacks, Sinks
 from rm_gallery.training.checkpoint import (
     PLAN,
     Checkpoints,
     Mirror,
-    Progress,
     RunIdentity,
     RunTensors,
     Start,
     WeightsFolder,
     find_start,
 )
-from rm_gallery.training.checkpoint.folders import name_best, step_of
+from rm_gallery.training.checkpoint.folders import name_best
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.data_setup import Loaded, check_data, load_sides
 from rm_gallery.training.model_card import model_card
 from rm_gallery.training.model_setup import StartModel, start_model
 from rm_gallery.training.optim import build_optimizer, build_schedule
-from rm_gallery.training.run_dir import draw_curves, lock_run_dir, package_versions, write_run_facts
+from rm_gallery.training.run_dir import LOG_NAME, draw_curves, lock_run_dir, package_versions, write_run_facts
 from rm_gallery.training.signals import StopSignal
 from rm_gallery.training.trackers import NoTrackers, RunInfo, Trackers
 from rm_gallery.training.trainer import Intervals, MetricSink, Saver, Trainer
@@ -69,24 +70,6 @@ class RunResult:
     """Whether this is the main process (rank 0), which prints and writes."""
 
 
-@dataclass(frozen=True)
-class Callbacks:
-    """Functions that the main process (rank 0) calls. An exception that one raises ends the run."""
-
-    on_step: Callable[[int, Mapping[str, float]], None] | None = None
-    """With the step and its training metrics."""
-    on_validation: Callable[[int, Mapping[str, float]], None] | None = None
-    """With the step and its validation metrics."""
-    on_save: Callable[[int, Path], None] | None = None
-    """With the step and the folder of a checkpoint, once it is complete."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Call `on_validation` if the metrics are those of a validation, otherwise `on_step`."""
-        function = self.on_validation if any(name.startswith("val/") for name in metrics) else self.on_step
-        if function is not None:
-            function(step, metrics)
-
-
 def run_training(config: TrainConfig, *, callbacks: Callbacks | None = None) -> RunResult:
     """Train as configured, from scratch or from the newest checkpoint of the run directory.
 
@@ -94,11 +77,17 @@ def run_training(config: TrainConfig, *, callbacks: Callbacks | None = None) -> 
     StoppedBySignal after SIGTERM or Ctrl-C. Earlier checkpoints are kept.
     """
     stop, trainer = StopSignal(), config.trainer
-    with stop.listening(), processes(trainer.device, timeout_seconds=trainer.timeout_seconds) as world:
-        return _run(agree_on_run(config, world), world, stop, callbacks or Callbacks())
+    with (
+        log_copy() as copy_log_to,
+        stop.listening(),
+        processes(trainer.device, timeout_seconds=trainer.timeout_seconds) as world,
+    ):
+        return _run(agree_on_run(config, world), world, stop, callbacks or Callbacks(), copy_log_to)
 
 
-def _run(config: TrainConfig, world: World, stop: StopSignal, callbacks: Callbacks) -> RunResult:
+def _run(
+    config: TrainConfig, world: World, stop: StopSignal, callbacks: Callbacks, copy_log_to: Callable[[Path], None]
+) -> RunResult:
     check_not_adapter(config.model.partial_pretrain, key="model.partial_pretrain")
     tokenizer = load_tokenizer(
         config.model.partial_pretrain,
@@ -136,6 +125,8 @@ def _run(config: TrainConfig, world: World, stop: StopSignal, callbacks: Callbac
     offload_optimizer(optimizer, config.model.fsdp_config, world.device)
     run_dir, ranks = config.trainer.run_dir, HostGroup(world)
     with ranks.on_main(lock_run_dir(run_dir)):
+        if world.is_main:
+            copy_log_to(run_dir / LOG_NAME)
         tensors = RunTensors(model, weights, optimizer)
         identity = run_identity(config, train.data, plan, shape, total_steps)
         begin = find_start(
@@ -192,8 +183,8 @@ def _train(
     failed, stopped = True, False
     try:
         on_save = callbacks.on_save if loop.world.is_main else None
-        sink = _Sinks(trackers, callbacks) if loop.world.is_main else trackers
-        trainer = _build_trainer(config, loop, begin, _AnnouncedSaver(checkpoints, on_save), sink)
+        sink = Sinks(trackers, callbacks) if loop.world.is_main else trackers
+        trainer = _build_trainer(config, loop, begin, AnnouncedSaver(checkpoints, on_save), sink)
         val_metrics = trainer.train(val_before_train=config.trainer.val_before_train)
         failed = False
         return val_metrics
@@ -203,51 +194,6 @@ def _train(
     finally:
         checkpoints.close(wait_for_uploads=not stopped)
         trackers.close(failed=failed)
-
-
-class _Sinks:
-    """Passes metrics to the trackers, then to the callbacks."""
-
-    def __init__(self, *sinks: MetricSink) -> None:
-        self._sinks = sinks
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        for sink in self._sinks:
-            sink.log(metrics, step)
-
-
-class _AnnouncedSaver:
-    """Calls a function with the step and the folder of each checkpoint, once it is complete."""
-
-    def __init__(self, saver: Saver, on_save: Callable[[int, Path], None] | None) -> None:
-        self._saver, self._on_save = saver, on_save
-        self._announced = saver.latest
-
-    @property
-    def latest(self) -> Path | None:
-        return self._saver.latest
-
-    def save(self, progress: Progress, sums: Mapping[str, float], *, is_last: bool = False) -> None:
-        self.wait()
-        self._saver.save(progress, sums, is_last=is_last)
-        self._announce()
-
-    def has_failed(self) -> bool:
-        return self._saver.has_failed()
-
-    def wait(self) -> None:
-        self._saver.wait()
-        self._announce()
-
-    def describe_last_good(self, progress: Progress) -> str:
-        return self._saver.describe_last_good(progress)
-
-    def _announce(self) -> None:
-        latest = self._saver.latest
-        if latest is not None and latest != self._announced:
-            self._announced = latest
-            if self._on_save is not None:
-                self._on_save(step_of(latest), latest)
 
 
 def _count_steps(plan: Plan, config: TrainConfig, data: TokenData) -> int:
@@ -281,8 +227,33 @@ def _write_facts(
         "data": {"train": train.facts(), "val": val and val.facts(), "plan_fingerprint": plan.fingerprint()},
     }
     write_run_facts(config.trainer.run_dir, config.to_yaml(), facts, start_step=start_step)
-    steps_per_epoch = len(plan.epoch_steps(0))
-    log.info("%d steps (%s epochs of %d)", total_steps, f"{total_steps / steps_per_epoch:g}", steps_per_epoch)
+    _log_overview(config, world, start, plan, train, val, total_steps)
+
+
+def _log_overview(
+    config: TrainConfig,
+    world: World,
+    start: StartModel,
+    plan: Plan,
+    train: Loaded,
+    val: Loaded | None,
+    total_steps: int,
+) -> None:
+    """What trains on what, and where, in a line each."""
+    count, epoch = start.num_parameters, len(plan.epoch_steps(0))
+    dtype, ranks = (
+        config.model.fsdp_config.model_dtype,
+        f", {world.world_size} processes" if world.world_size > 1 else "",
+    )
+    held_out = f"; {val.data.num_comparisons:,} for validation" if val else "; no validation"
+    padded = " padded" if start.model.padded else ""
+    log.info("model   %s, %s parameters, all trained", start.model.network.config.model_type, f"{count:,}")
+    log.info("device  %s%s, %s, strategy %s", world.device, ranks, dtype, start.strategy)
+    log.info("data    %s pairs, %s tokens%s", f"{train.data.num_comparisons:,}", f"{train.data.num_tokens:,}", held_out)
+    log.info("steps   %s (%s epochs of %d), %d pairs each",
+             f"{total_steps:,}", f"{total_steps / epoch:.3g}", epoch, config.data.train_batch_size)  # fmt: skip
+    log.info("budget  micro-batches of at most %s%s tokens", f"{config.data.budget:,}", padded)
+    log.info("run     %s", config.trainer.run_dir)
 
 
 def _build_trainer(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Saver, sink: MetricSink) -> Trainer:
@@ -296,9 +267,6 @@ def _build_trainer(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: 
             device=loop.world.device, before_pack=before_pack,
         )  # fmt: skip
 
-    if val is not None:
-        padded = " padded" if model.padded else ""
-        log.info("micro-batches of at most %d%s tokens", config.data.budget, padded)
     return Trainer(
         model=model,
         weights=loop.weights,

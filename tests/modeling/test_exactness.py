@@ -139,4 +139,4 @@ def test_exported_folder_gives_the_trained_rewards_everywhere(folder: Path, mode
     classify = pipeline("text-classification", model=str(tmp_path / "out"), dtype=torch.float32, device="cpu")
     found = classify(texts, function_to_apply="none", batch_size=3, padding=True)
     assert [answer["score"] for answer in found] == pytest.approx(trained, abs=TOLERANCE)
-    assert [answer["label"] for answer in found] == ["LABEL_0"] * 3
+    assert [answer["label"] for answer in found] == ["reward"] * 3

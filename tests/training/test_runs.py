@@ -104,14 +104,14 @@ def test_checkpoint_is_a_complete_folder_for_every_consumer(data: Path, qwen2_fo
     folder = train(qwen2_folder) / "global_step_3"
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForSequenceClassification"]
-    assert config["id2label"] == {"0": "LABEL_0"} and config["label2id"] == {"LABEL_0": 0}
+    assert config["id2label"] == {"0": "reward"} and config["label2id"] == {"reward": 0}
     assert config["problem_type"] == "regression"
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
     assert config["pad_token_id"] is not None and tokenizer_config["pad_token"] != tokenizer_config["eos_token"]
     assert "<|im_start|>" in tokenizer_config["chat_template"]
     listed = json.loads((folder / MANIFEST).read_text())["sha256"]
     assert sorted(name for name in listed if "/" not in name) == [
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        ".gitignore", "README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     assert sorted([*listed, MANIFEST]) == sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()

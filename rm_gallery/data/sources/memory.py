@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 from rm_gallery.errors import UserError
 from rm_gallery.files import remove, replace, sha256, temporary_path
@@ -49,6 +49,8 @@ def save_rows(data: InMemory, folder: Path, name: str) -> Path:
 
 def _tables_of(data: Any, name: str) -> Iterator[pa.Table] | None:
     """The data as Arrow tables, or None for rows that are dicts."""
+    import pyarrow as pa
+
     kind = type(data)
     library = kind.__module__.partition(".")[0]
     if isinstance(data, pa.Table):
@@ -73,6 +75,8 @@ def _tables_of(data: Any, name: str) -> Iterator[pa.Table] | None:
 
 
 def _write_parquet(tables: Iterable[pa.Table], path: Path, name: str) -> None:
+    import pyarrow.parquet as pq
+
     writer = None
     for table in tables:
         writer = writer or pq.ParquetWriter(path, table.schema)

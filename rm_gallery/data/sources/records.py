@@ -176,7 +176,7 @@ def of_one_kind(names: Sequence[str], *, what: str, where: str) -> list[str]:
     plain_json = [name for name in names if suffixes(name) == (".json", "")]
     if len(kinds) > 1 and plain_json:
         names = [name for name in names if name not in plain_json]
-        log.info("%s: %s ignored, as metadata of the other files", what, ", ".join(plain_json[:3]))
+        log.warning("%s: %s ignored, as metadata of the other files", what, ", ".join(plain_json[:3]))
         kinds = {kind_of(name) for name in names}
     if len(kinds) > 1:
         labels = " and ".join(sorted(LABELS[kind] for kind in kinds if kind))

@@ -305,7 +305,7 @@ def test_a_mapper_that_does_not_fit_a_case_is_counted(mapper: Callable[..., Any]
         ({"relevance": [GraderScore(score=1)]}, "one dictionary.*results=..."),
         (7, "of type int"),
         (b"cases", "of type bytes"),
-        (None, "of type NoneType"),
+        (None, "cases and eval_cases are not set"),
     ],
 )
 def test_what_is_no_list_of_cases_is_refused(cases: Any, what: str, tmp_path: Path) -> None:
