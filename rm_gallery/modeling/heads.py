@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.weight_files import StoredTensor, WeightFolder, list_names
+from rm_gallery.modeling.weight_files import BUFFERS, FLOATS, StoredTensor, WeightFolder, list_names
 
 HEADS = ("score", "classifier")
 """The names of transformers: decoders, encoders."""
@@ -26,7 +26,6 @@ _OTHER_TASKS = (
     "generator_predictions", "generator_lm_head", "embed_out", "mtp", "pooler",
 )  # fmt: skip
 """Parts that predict tokens, and poolers: a reward model has no use for them."""
-_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|attn\.(masked_)?bias)$")
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def sort_unread(network: Any, files: WeightFolder, unread: Iterable[str]) -> Unr
     inside = []
     for name in sorted({*unread, *files.head_file}):
         root = name.removeprefix(f"{prefix}.").partition(".")[0]
-        if root in _OTHER_TASKS or _BUFFERS.search(name):
+        if root in _OTHER_TASKS or BUFFERS.search(name):
             continue
         tensor = files.head_file.get(name) or files.tensors.get(name)
         has_head_name = name.startswith(f"{prefix}.") is False or (tensor is not None and 1 in tensor.shape[:1])
@@ -158,6 +157,8 @@ def _one_output(tensors: Mapping[str, StoredTensor | None]) -> RewardHead | None
     """The head that consists of exactly these tensors; None if it is anything else than one matrix and its bias."""
     known = [each for each in tensors.values() if each is not None]
     weights = [each for each in known if each.name.endswith(".weight") and len(each.shape) == 2 and each.shape[0] == 1]
+    if any(each.dtype not in FLOATS for each in known):
+        return None
     if len(known) != len(tensors) or len(weights) != 1 or re.search(r"\.\d+\.", weights[0].name):
         return None
     bias = [each for each in known if each.name == f"{weights[0].name.removesuffix('weight')}bias"]

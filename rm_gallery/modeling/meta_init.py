@@ -21,9 +21,7 @@ from rm_gallery.errors import UserError, one_line
 from rm_gallery.modeling.heads import HEADS
 from rm_gallery.modeling.model_folder import check_values, initialize, lost_parts, open_model, quiet_transformers
 from rm_gallery.modeling.reward_model import LoadedModel, RewardModel
-from rm_gallery.modeling.weight_files import StoredTensor
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
+from rm_gallery.modeling.weight_files import FLOATS, StoredTensor
 
 
 class MetaInitError(Exception):
@@ -170,7 +168,7 @@ def _locate_tensors(
             missing.append(name)
         elif tuple(tensor.shape) != entry.shape:
             raise MetaInitError(f"{entry.name} has shape {list(entry.shape)}, not {list(tensor.shape)}")
-        elif entry.dtype not in _FLOATS and tensor.is_floating_point():
+        elif entry.dtype not in FLOATS and tensor.is_floating_point():
             raise MetaInitError(f"{entry.name} has dtype {entry.dtype}")
         else:
             found[name] = entry

@@ -6,6 +6,7 @@ Loads no torch and no transformers.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 from rm_gallery.errors import UserError, one_line
 
 _INDEX = "model.safetensors.index.json"
-_NOT_FLOATS = ("I8", "U8", "I32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
-"""Dtypes of quantized weights. Tables of positions are I64."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights, as safetensors writes them; all others are quantized."""
+BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|attn\.(masked_)?bias)$")
+"""Tensors that older checkpoints contain and the model computes itself."""
 _QUANTIZED = (
     "qweight", "qzeros", "scales", "g_idx", "weight_scale", "weight_scale_inv", "weight_packed", "input_scale",
     "absmax", "quant_map", "SCB",
@@ -170,7 +173,8 @@ def check_not_quantized(files: WeightFolder, config: Any, path: str, *, key: str
     if getattr(config, "quantization_config", None):
         return  # transformers reads these, or reports why it cannot
     for name, tensor in files.tensors.items():
-        if name.rpartition(".")[2] in _QUANTIZED or (tensor.dtype in _NOT_FLOATS and len(tensor.shape) >= 2):
+        is_float = tensor.dtype in FLOATS or len(tensor.shape) < 2 or BUFFERS.search(name)
+        if name.rpartition(".")[2] in _QUANTIZED or not is_float:
             raise UserError(
                 f"{key}={path}: the weights are quantized ({name} is {tensor.dtype}), and config.json has no "
                 "quantization_config; use the folder with float weights"

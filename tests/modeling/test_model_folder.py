@@ -107,6 +107,7 @@ MLP = {"score.0.weight": torch.ones(32, 32), "score.0.bias": torch.ones(32), "sc
     ("tensors", "config", "message"),
     [
         (MLP, {}, r"head cannot be run \(score.0.bias \[32\], score.0.weight \[32, 32\], score.2.weight \[1, 32\]\)"),
+        ({"v_head.weight": HEAD[0].long()}, {}, "head cannot be run"),
         ({"v_head.0.weight": HEAD}, {}, "head cannot be run"),
         ({"regression_layer.weight": HEAD.repeat(19, 1)}, {}, r"cannot be run \(regression_layer.weight \[19, 32\]\)"),
         ({"reward_ln.weight": HEAD[0] + 1, "reward_head.weight": HEAD}, {}, "head cannot be run"),
@@ -181,6 +182,7 @@ def test_tensors_that_are_not_read_are_named(backbone: Path, tmp_path: Path, cap
         "model.layers.2.mlp.up_proj.weight": torch.ones(64, 32),
         "model.embed_tokens_2.weight": torch.ones(264, 32),
         "lm_head.bias": torch.ones(264),
+        "model.layers.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
     }
     folder = make_folder(backbone, tmp_path / "model", tensors)
@@ -250,6 +252,7 @@ NORM, EMBEDDING, UP = "model.norm.weight", "model.embed_tokens.weight", "model.l
         (flat(lambda state: state.pop(UP)), rf"weights lack 1 tensors \(first: {UP}\)"),
         (flat(lambda state: state.update({UP: state[UP].to(torch.int8)})), rf"quantized \({UP} is I8\)"),
         (flat(lambda state: state.update({UP: state[UP].to(torch.float8_e4m3fn)})), rf"quantized \({UP} is F8_E4M3\)"),
+        (flat(lambda state: state.update({"score.weight": HEAD.long()})), r"quantized \(score.weight is I64\)"),
         (flat(lambda state: state.update({f"{UP}_scale_inv": HEAD})), r"quantized \(.*weight_scale_inv"),
         (flat(lambda state: state.update({"norm.weight": state[NORM] + 1})), f"both norm.weight and {NORM}"),
         (renamed("module."), r"lack 26 tensors .*; it has module.lm_head.weight, module.model.embed_tokens.weight"),
