@@ -123,7 +123,7 @@ def test_weights_that_are_cut_off_are_named(run: Run, qwen2_folder: Path) -> Non
     weights = Path("model/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
     assert refused(run, "model.partial_pretrain=./model").startswith(
-        "model.partial_pretrain=./model: the model cannot be loaded ("
+        "model.partial_pretrain=./model: model.safetensors cannot be read ("
     )
 
 
