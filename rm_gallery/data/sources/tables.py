@@ -152,25 +152,25 @@ def read_arrow(file: DataFile, start: int = 0) -> Iterator[Chunk]:
         source = pa.PythonFile(stream, "r") if is_url(file.path) else pa.memory_map(file.path)
         with source:
             first = 0
-            for batch in _record_batches(source, is_file=head.startswith(b"ARROW1")):
-                if not is_url(file.path):
-                    check_unchanged(file)  # a mapped file that was truncated would end the process (SIGBUS)
+            for batch in _record_batches(source, file, is_file=head.startswith(b"ARROW1")):
                 check_names(file.name, batch.schema.names)
                 if first + len(batch) > start:
                     yield from _sound_chunks(batch, file, first)
                 first += len(batch)
 
 
-def _record_batches(source: Any, *, is_file: bool) -> Iterator[Any]:
+def _record_batches(source: Any, file: DataFile, *, is_file: bool) -> Iterator[Any]:
     import pyarrow as pa
 
-    if is_file:
-        with pa.ipc.open_file(source) as reader:
-            for place in range(reader.num_record_batches):
-                yield reader.get_batch(place)
-    else:
-        with pa.ipc.open_stream(source) as reader:
-            yield from reader
+    with (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source) as reader:
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
+        while True:
+            if not is_url(file.path):
+                check_unchanged(file)  # reading a mapped file that was truncated ends the process (SIGBUS)
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
 
 def _sound_chunks(batch: Any, file: DataFile, first: int) -> Iterator[Chunk]:

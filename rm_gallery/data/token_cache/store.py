@@ -184,6 +184,8 @@ def open_store(folder: Path) -> Store | None:
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
+    if not (folder / RECORD_NAME).is_file():  # opening a named pipe would wait for its writer
+        raise DamagedStore(f"{RECORD_NAME} is missing")
     signed = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
     record: dict[str, Any] = signed["record"]
     if signed["sha256"] != _hash_of(record):

@@ -399,3 +399,18 @@ def test_a_dictionary_does_not_multiply_a_large_value(in_tmp: Path) -> None:
         assert row.fault and pa.total_allocated_bytes() - before < 20_000_000
     for row in read_rows(resolve("a.arrow"), key=KEY):
         assert len(row.values["chosen"]) == 1_000_000 and pa.total_allocated_bytes() - before < 30_000_000
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_a_mapped_file_that_is_truncated_while_it_is_read_is_refused(in_tmp: Path, kind: str) -> None:
+    """Reading what is no longer there would end the process."""
+    import pyarrow as pa
+
+    table = pa.table({"chosen": ["x" * 1000] * 3000, "rejected": ["b"] * 3000})
+    with (pa.ipc.new_file if kind == "file" else pa.ipc.new_stream)("a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=1000)
+    rows = read_rows(resolve("a.arrow"), key=KEY)
+    next(rows)
+    os.truncate("a.arrow", 1_200_000)
+    with pytest.raises(UserError, match=r"^a\.arrow:1000: .*changed during this run"):
+        list(rows)

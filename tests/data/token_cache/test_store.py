@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -187,3 +188,11 @@ def test_arrays_are_mapped_from_the_files_and_cannot_be_changed(tmp_path: Path) 
     with pytest.raises(ValueError, match="read-only"):
         store.data.tokens[0] = 1
     assert isinstance(store.data.tokens.base, np.memmap)
+
+
+def test_a_record_that_is_a_named_pipe_is_damage(tmp_path: Path) -> None:
+    write(tmp_path / "s", 10)
+    (tmp_path / "s/store.json").unlink()
+    os.mkfifo(tmp_path / "s/store.json")
+    with pytest.raises(DamagedStore, match=r"^store\.json is missing$"):
+        open_store(tmp_path / "s")
