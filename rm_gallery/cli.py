@@ -200,6 +200,9 @@ def _add_score(commands: Any) -> None:
     command.add_argument("--dtype", default="auto", help="auto (default: bf16 on a GPU), fp32, bf16")
     command.add_argument("--token-budget", type=int, metavar="N", help="maximum tokens per model call")
     command.add_argument("--trust-remote-code", action="store_true", help="run code from the model folder")
+    command.add_argument(
+        "--template-date", metavar="DATE", help="date (YYYY-MM-DD) for a chat template that writes today's"
+    )
     command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
     command.set_defaults(run=_score, words="inputs", when_stopped="rerun the command to resume")
 
@@ -355,6 +358,7 @@ def _score(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         token_budget=arguments.token_budget,
         trust_remote_code=arguments.trust_remote_code,
+        template_date=arguments.template_date,
         data=load_data_config(settings),
     )
     without: list[str] = []

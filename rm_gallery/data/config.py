@@ -18,6 +18,7 @@ from rm_gallery.data.formats import HoldOut
 from rm_gallery.data.sources import DataFile, SourceConfig, check_val_fraction, entries_of, entry_problems, find_files
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.token_cache.prepare import PrepareConfig
+from rm_gallery.data.tokenization.template_date import read_date
 from rm_gallery.errors import Problem
 
 FILE_KEYS = ("data.train_files", "data.val_files")
@@ -71,6 +72,9 @@ def data_problems(data: DataConfig) -> Iterator[Problem]:
         yield Problem(
             "data.format", f"data.format={data.format}: data.custom_cls reads the rows; remove one of the two"
         )
+    if data.template_date is not None:
+        date = data.template_date
+        yield from problem_of("data.template_date", lambda: read_date(date, "data.template_date"))
     yield from problem_of("data.val_fraction", lambda: check_val_fraction(data))
     yield from problem_of("data.custom_cls", lambda: check_custom_class(data.custom_cls))
 

@@ -15,6 +15,7 @@ from rm_gallery import __version__
 from rm_gallery.data.batching.bin_packing import Packer, attention_length
 from rm_gallery.data.config import sides_of
 from rm_gallery.data.sources import resolve_files
+from rm_gallery.data.tokenization.template_date import freeze_date
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import UserError
 from rm_gallery.files import write_text
@@ -83,6 +84,7 @@ def inspect_data(config: TrainConfig, *, num_samples: int) -> Report:
         tokenizer = load_tokenizer(
             model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=data.chat_template
         )
+        freeze_date(tokenizer, data.template_date, key="data.template_date")
         packer = _packer_for(model.partial_pretrain, data.budget, model.trust_remote_code)
     elif data.custom_cls.path is not None:
         raise UserError("data.custom_cls renders with a tokenizer: set model.partial_pretrain as well")

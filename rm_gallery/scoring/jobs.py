@@ -6,6 +6,7 @@ and `.NAME.score.json` afterwards, which tells the same command that the output 
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -21,6 +22,8 @@ from rm_gallery.scoring.model_folder import ModelFolder
 from rm_gallery.scoring.parts import Parts, cannot_write
 from rm_gallery.scoring.tables import JSON_LINES, PARQUET, InputTable, ScoreDataConfig
 
+_TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+
 
 @dataclass(frozen=True)
 class ScoreOptions:
@@ -35,6 +38,8 @@ class ScoreOptions:
     dtype: str = "auto"
     token_budget: int | None = None
     trust_remote_code: bool = False
+    template_date: str | None = None
+    """Date (YYYY-MM-DD) for chat templates that write today's."""
     data: ScoreDataConfig = field(default_factory=ScoreDataConfig)
 
 
@@ -45,6 +50,8 @@ class ComputeSettings:
     device: str
     dtype: str
     token_budget: int
+    template_date: str | None
+    """Date for chat templates that write today's; None if no model has such a template."""
 
 
 def find_settings(options: ScoreOptions) -> ComputeSettings:
@@ -53,8 +60,18 @@ def find_settings(options: ScoreOptions) -> ComputeSettings:
 
     device = find_device(options.device)
     return ComputeSettings(
-        device.type, str(find_dtype(options.dtype, device)), options.token_budget or default_budget(device)
+        device.type,
+        str(find_dtype(options.dtype, device)),
+        options.token_budget or default_budget(device),
+        (options.template_date or datetime.date.today().isoformat()) if _write_date(options.models) else None,
     )
+
+
+def _write_date(models: Sequence[str]) -> bool:
+    """Whether the chat template of a folder may write today's date; that of an exported checkpoint has it frozen."""
+    paths = [Path(model).expanduser() / name for model in models for name in _TEMPLATE_FILES]
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()]
+    return any("strftime_now" in text and "macro strftime_now(" not in text for text in texts)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rm_gallery.data.batching.packed_batch import PackedBatch
+from rm_gallery.data.tokenization.template_date import freeze_date
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.distributed.cpu import keep_freed_memory
 from rm_gallery.errors import UserError
@@ -72,13 +73,21 @@ class ScoringModel:
     """Maximum tokens of a text if the model has a table of learned positions, else None."""
     closing_ids: tuple[int, ...] = ()
     """Token ids appended to each text (`reward_token_id` of InternLM2-style models)."""
+    template_date: str | None = None
+    """Date that the chat template writes as today's; None if it writes none."""
 
 
 def load_folder(
-    folder: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    template_date: str | None = None,
 ) -> ScoringModel:
     """Load a model folder.
 
+    template_date: date (YYYY-MM-DD) for a chat template that writes today's; None for the day of the call.
     Raises UserError for a folder without a model, an adapter, a classifier with several labels, weights without a
     reward head, and an unknown device or dtype.
     """
@@ -98,6 +107,7 @@ def load_folder(
     if not has_own_code and files.tensors and not has_head:  # before the weights are read
         raise UserError(no_head(config, f"{KEY}={path}"))
     tokenizer = load_tokenizer(path, key=KEY, trust_remote_code=trust_remote_code)
+    date = freeze_date(tokenizer, template_date, key="template_date")
     model: RewardModel | PaddedModel
     if is_known and not has_own_code:
         loaded = load_reward_model(path, key=KEY, new_head=None)
@@ -130,7 +140,7 @@ def load_folder(
         )
     reward_token = getattr(config, "reward_token_id", None)
     closing = (reward_token,) if isinstance(reward_token, int) and reward_token >= 0 else ()
-    return ScoringModel(model, tokenizer, record, limit if _has_position_table(model, limit) else None, closing)
+    return ScoringModel(model, tokenizer, record, limit if _has_position_table(model, limit) else None, closing, date)
 
 
 _Model = TypeVar("_Model", RewardModel, PaddedModel)

@@ -144,6 +144,7 @@ class _LazyScorer:
                 dtype=self._options.dtype,  # type: ignore[arg-type]  # checked there
                 token_budget=self._options.token_budget,
                 trust_remote_code=self._options.trust_remote_code,
+                template_date=self._options.template_date,
             )
             self._model.check_unchanged()
         return self._scorer

@@ -49,12 +49,13 @@ class RewardScorer:
         dtype: Literal["auto", "fp32", "bf16"] = "auto",
         token_budget: int | None = None,
         trust_remote_code: bool = False,
+        template_date: str | None = None,
     ) -> RewardScorer:
         """Load a checkpoint folder of RM-Gallery, or any sequence classification model with one label.
 
         device: `auto` uses a GPU if there is one. dtype: `auto` is bfloat16 on a GPU that supports it, else float32;
         the reward head of packed architectures stays float32. On a CPU, freed memory is kept for the next call (see
-        `keep_freed_memory`).
+        `keep_freed_memory`). template_date: date (YYYY-MM-DD) for a chat template that writes today's.
         Raises UserError for a folder without such a model, for the folder of a run (the error names its newest
         checkpoint), and for weights that are not finite.
         """
@@ -64,7 +65,9 @@ class RewardScorer:
         where = str(Path(folder).expanduser().resolve()) if is_here else str(folder)
         origin = {"folder": where, "token_budget": token_budget, **settings}, stats_of(folder)
         forks.compute_in_fork()
-        scorer = cls(load_folder(folder, **settings), token_budget=token_budget)
+        source = load_folder(folder, **settings, template_date=template_date)
+        origin[0]["template_date"] = source.template_date
+        scorer = cls(source, token_budget=token_budget)
         scorer.folder, scorer._origin = str(folder), origin
         return scorer
 

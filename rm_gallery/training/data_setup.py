@@ -16,6 +16,7 @@ from rm_gallery.data.sources import DataFile, entries_of, resolve_files
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.token_cache.prepare import peek, prepare
 from rm_gallery.data.token_cache.store import Store
+from rm_gallery.data.tokenization.template_date import freeze_date
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.architectures import ENCODERS
@@ -88,6 +89,7 @@ def check_inputs(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(
         model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template
     )
+    freeze_date(tokenizer, config.data.template_date, key="data.template_date")
     load_model_config(model.partial_pretrain, trust_remote_code=model.trust_remote_code, new_head=model.new_head)
     for side in sides_of(config.data):
         files, entries = resolve_files(config.data, key=side.key), entries_of(config.data, side.key)

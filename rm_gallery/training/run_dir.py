@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rm_gallery.errors import UserError
 from rm_gallery.files import lock, write_text
 from rm_gallery.safe_text import redact
@@ -76,6 +78,19 @@ def write_run_facts(run_dir: Path, config_yaml: str, facts: Mapping[str, Any], *
         write_text(path, text + "\n")
     except OSError as error:
         raise _cannot_write(run_dir, error) from error
+
+
+def earlier_template_date(run_dir: Path, resume_mode: str) -> str | None:
+    """`data.template_date` of the run that is resumed, or None."""
+    folders = [run_dir, Path(resume_mode).expanduser().parent] if "://" not in resume_mode else [run_dir]
+    for folder in folders:
+        try:
+            date = yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8"))["data"]["template_date"]
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            continue
+        if date is not None:
+            return str(date)
+    return None
 
 
 def _starts(path: Path, program: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from rm_gallery.data.batching.loader import load_steps
 from rm_gallery.data.batching.plan import Plan
 from rm_gallery.data.config import mixture_of
 from rm_gallery.data.token_cache.arrays import TokenData
+from rm_gallery.data.tokenization.template_date import freeze_date
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.distributed.collectives import HostGroup, all_gather, broadcast
 from rm_gallery.distributed.cpu import bf16_slowdown, keep_freed_memory
@@ -50,7 +51,14 @@ from rm_gallery.training.data_setup import Loaded, check_data, load_sides
 from rm_gallery.training.model_card import model_card
 from rm_gallery.training.model_setup import StartModel, start_model
 from rm_gallery.training.optim import build_optimizer, build_schedule
-from rm_gallery.training.run_dir import LOG_NAME, draw_curves, lock_run_dir, package_versions, write_run_facts
+from rm_gallery.training.run_dir import (
+    LOG_NAME,
+    draw_curves,
+    earlier_template_date,
+    lock_run_dir,
+    package_versions,
+    write_run_facts,
+)
 from rm_gallery.training.signals import StopSignal
 from rm_gallery.training.trackers import NoTrackers, RunInfo, Trackers
 from rm_gallery.training.trainer import Intervals, MetricSink, Saver, Trainer
@@ -94,6 +102,7 @@ def _run(
         trust_remote_code=config.model.trust_remote_code,
         chat_template=config.data.chat_template,
     )
+    config = _with_template_date(config, tokenizer, world)
     if world.device.type == "cpu":
         keep_freed_memory()
         if world.is_main and config.model.fsdp_config.model_dtype == "bf16" and (slowdown := bf16_slowdown()) > 1.5:
@@ -148,6 +157,21 @@ def _run(
             draw_curves(run_dir)
     assert checkpoints.latest is not None
     return RunResult(run_dir, checkpoints.latest, val_metrics, world.is_main)
+
+
+def _with_template_date(config: TrainConfig, tokenizer: Any, world: World) -> TrainConfig:
+    """The configuration with the date that the chat template writes, frozen in the tokenizer, the same on all ranks.
+
+    A run that is resumed keeps its date. None for a template that writes no date.
+    """
+    date = None
+    if world.is_main:
+        date = config.data.template_date or earlier_template_date(config.trainer.run_dir, config.trainer.resume_mode)
+        date = freeze_date(tokenizer, date, key="data.template_date")
+    date = broadcast(date)
+    if date is not None and not world.is_main:
+        freeze_date(tokenizer, date, key="data.template_date")
+    return replace(config, data=replace(config.data, template_date=date))
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,9 @@ class TokenizeConfig(LengthConfig):
     chats; `plain` as plain text. In contents of chat messages they are always plain text."""
     chat_template: str | None = None
     """A Jinja chat template, or a file with one, instead of that of the tokenizer."""
+    template_date: str | None = None
+    """Date (YYYY-MM-DD) that a chat template writes as today's; default: the day of the run, kept when it is resumed.
+    Checkpoints write the same date."""
 
 
 def load_tokenizer(
