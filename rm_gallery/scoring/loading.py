@@ -107,7 +107,7 @@ def load_folder(
     if not has_own_code and files.tensors and not has_head:  # before the weights are read
         raise UserError(no_head(config, f"{KEY}={path}"))
     tokenizer = load_tokenizer(path, key=KEY, trust_remote_code=trust_remote_code)
-    date = freeze_date(tokenizer, template_date, key="template_date")
+    date = freeze_date(tokenizer, template_date, key="template_date (score: --template-date)")
     model: RewardModel | PaddedModel
     if is_known and not has_own_code:
         loaded = load_reward_model(path, key=KEY, new_head=None)

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 _GLOBAL = "strftime_now"
 _DIRECTIVE = re.compile(r"%[-_0^#]?\d*[A-Za-z]")
 _USUAL = [f"%{letter}" for letter in "aAbBcdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZC"]
-_PERCENT = "\U000f6a13"  # stands for %% while directives are replaced
+_PERCENT = "\uf8e3"  # stands for %% while directives are replaced
 
 
 def freeze_date(tokenizer: Any, date: str | None, *, key: str) -> str | None:

@@ -74,6 +74,7 @@ def test_a_date_of_another_form_is_an_error(text: str) -> None:
         freeze_date(tokenizer_with(TEMPLATE), text, key="data.template_date")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_scores_the_same_on_every_day_and_a_resumed_run_keeps_its_date(
     in_tmp: Path, qwen2_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,9 +105,8 @@ def test_a_checkpoint_scores_the_same_on_every_day_and_a_resumed_run_keeps_its_d
 def test_a_foreign_folder_is_scored_with_the_date_of_the_call_or_the_given_one(
     in_tmp: Path, qwen2_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = train(
-        qwen2_folder, chat_pairs(24), **{**SETTINGS, "data.chat_template": TEMPLATE.replace("strftime_now(", "str(")}
-    )
+    no_date = TEMPLATE.partition("{%- for")
+    result = train(qwen2_folder, chat_pairs(24), **{**SETTINGS, "data.chat_template": "".join(no_date[1:])})
     folder = Path(shutil.copytree(result.checkpoint, in_tmp / "foreign"))
     tokenizer = tokenizer_with(TEMPLATE)
     tokenizer.save_pretrained(folder, save_jinja_files=False)
