@@ -21,8 +21,8 @@ TEMPLATE = (
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SETTINGS: dict[str, Any] = {
     "data.max_length": 256, "data.train_batch_size": 8, "data.num_workers": 0, "trainer.logger": [],
-    "trainer.total_training_steps": 4, "trainer.save_freq": 2, "model.fsdp_config.model_dtype": "fp32", "optim.lr": 1e-3,
-    "data.chat_template": TEMPLATE,
+    "trainer.total_training_steps": 4, "trainer.save_freq": 2, "model.fsdp_config.model_dtype": "fp32",
+    "optim.lr": 1e-3, "data.chat_template": TEMPLATE,
 }  # fmt: skip
 
 
