@@ -5,16 +5,17 @@ Each whole text is tokenized on its own; the common prefix is found later, on to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Protocol
 
+from rm_gallery.data.tokenization.chats import Chat, ChatRenderer, Render
+from rm_gallery.data.tokenization.guarded import GuardedChats
 from rm_gallery.data.tokenization.special_tokens import ControlTokens
 from rm_gallery.data.tokenization.tokenizer import TokenizeConfig, fit_length, too_long
-from rm_gallery.errors import BadRow, UserError, one_line
+from rm_gallery.data.tokenization.turn_tokens import added_controls, turn_tokens
+from rm_gallery.errors import BadRow
 from rm_gallery.schema import Comparison, PreferenceGroup
-
-Render: TypeAlias = Callable[..., str]
-"""`render(prompt messages, response messages, where="file:row")` -> the whole text, in place of the chat template."""
 
 
 class GroupEncoder(Protocol):
@@ -37,17 +38,31 @@ class Encoder:
     """Encodes groups with one tokenizer and one configuration. Not thread-safe.
 
     Chats are rendered by the chat template, which writes the special tokens; only the CLS token of encoders is added.
-    Control tokens in message contents are tokenized as plain text. Raw texts get the special tokens that the
-    tokenizer adds, without a second BOS; `text_special_tokens` says whether control tokens in them are parsed.
+    If no content holds a control token, the ids are those of `apply_chat_template`; control tokens in contents are
+    tokenized as plain text. Raw texts get the special tokens that the tokenizer adds, without a second BOS;
+    `text_special_tokens` says whether control tokens in them are parsed.
     """
 
     def __init__(self, tokenizer: Any, config: TokenizeConfig, *, render: Render | None = None) -> None:
         self.tokenizer, self.config = tokenizer, config
-        self.control = ControlTokens(tokenizer)
-        self._render = render
+        self._renderer = ChatRenderer(tokenizer, render)
         self._backend = _own_backend(tokenizer)
         self._bos, self._cls = tokenizer.bos_token or "", tokenizer.cls_token or ""
         self._eos = tokenizer.eos_token or tokenizer.sep_token or ""
+
+    @cached_property
+    def control(self) -> ControlTokens:
+        """Control tokens of chats."""
+        return ControlTokens(self.tokenizer, turn_tokens(self.tokenizer, self._renderer.try_messages))
+
+    @cached_property
+    def _raw_control(self) -> ControlTokens:
+        """Control tokens of raw texts."""
+        return ControlTokens(self.tokenizer, added_controls(self.tokenizer, self.control.texts))
+
+    @cached_property
+    def _guarded(self) -> GuardedChats:
+        return GuardedChats(self._renderer, self.control, self._encode_chat)
 
     def encode(self, group: PreferenceGroup) -> list[list[int]]:
         """Token ids of each whole text of one group; raises the BadRow that `encode_many` returns."""
@@ -60,33 +75,59 @@ class Encoder:
         """Token ids of every whole text, as `[group][response]`, before the length policy.
 
         A group that cannot be rendered is replaced by a BadRow with the reason.
-        Raises UserError if there is no chat template or it is not valid.
+        Raises UserError if there is no chat template or if it is not valid.
         """
         batches = {False: _Batch(), True: _Batch()}  # by whether the tokenizer adds its special tokens
         found: list[list[list[int]] | BadRow] = []
-        for group in groups:
+        chats: list[tuple[int, list[tuple[Chat, str]]]] = []
+        for index, group in enumerate(groups):
             try:
-                found.append(self._encode_group(group, batches))
+                if group.style == "text":
+                    found.append(self._encode_texts_of(group, batches))
+                else:
+                    found.append(self._encode_chats_of(group, batches, chats, index))
             except BadRow as error:
                 found.append(error)
         for adds, batch in batches.items():
             batch.fill(self._encode_texts(batch.texts, adds))
+        for index, rendered in chats:
+            try:
+                texts = found[index]
+                assert not isinstance(texts, BadRow)
+                found[index] = self._guarded.checked(texts, rendered, groups[index].where)
+            except BadRow as error:
+                found[index] = error
         return found
 
-    def _encode_group(self, group: PreferenceGroup, batches: dict[bool, _Batch]) -> list[list[int]]:
-        """Ids of texts with control tokens; the other texts are added to a batch, which fills in their ids later."""
-        hidden = group.style == "chat" and self.control.occur_in(_contents(group))
+    def _encode_texts_of(self, group: PreferenceGroup, batches: dict[bool, _Batch]) -> list[list[int]]:
+        """Ids of raw texts with control tokens that are plain text; the others are added to a batch."""
         texts: list[list[int]] = []
-        for text in self._render_group(group, hidden):
+        plain = self.config.text_special_tokens == "plain"
+        for text in _encodable(self._raw_texts(group)):
             self._check_start(text)
-            adds = self._adds_special_tokens(text, group)
-            if hidden:
-                texts.append(self.control.encode_rendered(text, add_special_tokens=adds))
-            elif self._is_plain(group) and self.control.occur_in(text):
+            if plain and self._raw_control.occur_in(text):
                 texts.append(self._encode_plain(text))
             else:
-                batches[adds].add(text, texts)
+                batches[plain or not (self._bos and text.startswith(self._bos))].add(text, texts)
                 texts.append([])
+        return texts
+
+    def _encode_chats_of(
+        self, group: PreferenceGroup, batches: dict[bool, _Batch], chats: list[Any], index: int
+    ) -> list[list[int]]:
+        """Ids of chats with control tokens in contents; the others are added to a batch, whose ids are checked."""
+        rendered = self._guarded.rendered(group)
+        for text in _encodable([text for _, text in rendered or ()]):
+            self._check_start(text)
+        if rendered is None or self.control.occur_in(
+            [rendered[0][0].prompt, rendered[0][0].tools, [chat.response for chat, _ in rendered]]
+        ):
+            return self._guarded.encode(group, rendered)
+        texts: list[list[int]] = []
+        for _, text in rendered:
+            batches[self._adds_cls(text)].add(text, texts)
+            texts.append([])
+        chats.append((index, rendered))
         return texts
 
     def fit(self, texts: list[list[int]], group: PreferenceGroup) -> tuple[list[list[int]], Sequence[Comparison]]:
@@ -95,8 +136,9 @@ class Encoder:
 
     def render(self, group: PreferenceGroup) -> list[str]:
         """The K whole texts of a group, without special tokens that the tokenizer adds."""
-        hidden = group.style == "chat" and self.control.occur_in(_contents(group))
-        return [self.control.show(text) for text in self._render_group(group, hidden)]
+        if group.style == "text":
+            return self._raw_texts(group)
+        return [text for _, text in self._renderer.render_group(group)]
 
     def _check_start(self, text: str) -> None:
         """Raise BadRow for a text that the length policy will drop, from the tokens of its start alone.
@@ -111,20 +153,23 @@ class Encoder:
         if len(self._encode_texts([start], False)[0]) > enough:
             raise BadRow(too_long(self.config))
 
-    def _is_plain(self, group: PreferenceGroup) -> bool:
-        return group.style == "text" and self.config.text_special_tokens == "plain"
+    def _adds_cls(self, text: str) -> bool:
+        return bool(self._cls) and not text.startswith(self._cls)
 
-    def _adds_special_tokens(self, text: str, group: PreferenceGroup) -> bool:
-        if group.style == "chat":
-            return bool(self._cls) and not text.startswith(self._cls)
-        return self._is_plain(group) or not (self._bos and text.startswith(self._bos))
+    def _encode_chat(self, text: str, *, hidden: bool) -> list[int]:
+        """Ids of one rendered text. hidden: it has placeholders of `control`."""
+        adds = self._adds_cls(text)
+        [text] = _encodable([text])
+        if hidden:
+            return self.control.encode_rendered(text, add_special_tokens=adds)
+        return self._encode_texts([text], adds)[0]
 
     def _encode_plain(self, text: str) -> list[int]:
         """Ids of a raw text with its control tokens as plain text, except the EOS that `append_eos` wrote."""
         if self.config.append_eos and text.endswith(self._eos):
-            ids = self.control.encode_plain(text.removesuffix(self._eos), add_special_tokens=True)
+            ids = self._raw_control.encode_plain(text.removesuffix(self._eos), add_special_tokens=True)
             return [*ids, self.tokenizer.convert_tokens_to_ids(self._eos)]
-        return self.control.encode_plain(text, add_special_tokens=True)
+        return self._raw_control.encode_plain(text, add_special_tokens=True)
 
     def _encode_texts(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         if not texts:
@@ -134,46 +179,20 @@ class Encoder:
             return [encoding.ids for encoding in encodings]
         return _library_ids(self.tokenizer, texts, add_special_tokens)
 
-    def _render_group(self, group: PreferenceGroup, hidden: bool) -> list[str]:
-        texts = self._render_texts(group) if group.style == "text" else self._render_chats(group, hidden)
-        try:
-            for text in texts:
-                text.encode()
-        except UnicodeEncodeError:  # valid in JSON
-            raise BadRow("text with a lone surrogate") from None
-        return texts
-
-    def _render_texts(self, group: PreferenceGroup) -> list[str]:
+    def _raw_texts(self, group: PreferenceGroup) -> list[str]:
         assert isinstance(group.prompt, str)
         texts = [f"{group.prompt}{response}" for response in group.responses]
         return [text + self._eos if self.config.append_eos and not text.endswith(self._eos) else text for text in texts]
 
-    def _render_chats(self, group: PreferenceGroup, hidden: bool) -> list[str]:
-        from jinja2 import TemplateSyntaxError
 
-        if self._render is None and self.tokenizer.chat_template is None:
-            raise UserError(
-                f"{group.where}: the data are chat messages but the tokenizer has no chat template; "
-                "set data.chat_template, or use raw texts"
-            )
-        contents = (group.prompt, group.responses, group.metadata.get("tools"))
-        prompt, responses, tools = self.control.hide(contents) if hidden else contents
-        assert not isinstance(prompt, str)
-        try:
-            if self._render is not None:
-                return [self._render(prompt, response, where=group.where) for response in responses]
-            template = self.tokenizer.apply_chat_template
-            return [template([*prompt, *response], tools=tools, tokenize=False) for response in responses]
-        except UserError:
-            raise
-        except TemplateSyntaxError as error:
-            raise UserError(
-                f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); "
-                "fix it, or set data.chat_template to another"
-            ) from error
-        except (Exception, RecursionError) as error:
-            # Templates raise jinja exceptions or plain TypeErrors; either way this row does not fit the template.
-            raise BadRow(f"chat template rejects the conversation: {one_line(error)}") from error
+def _encodable(texts: list[str]) -> list[str]:
+    """The texts; raises BadRow for one that has no UTF-8 form."""
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError:  # valid in JSON
+        raise BadRow("text with a lone surrogate") from None
+    return texts
 
 
 class _Batch:
@@ -191,10 +210,6 @@ class _Batch:
     def fill(self, ids: list[list[int]]) -> None:
         for (target, place), each in zip(self._places, ids, strict=True):
             target[place] = each
-
-
-def _contents(group: PreferenceGroup) -> list[Any]:
-    return [group.prompt, group.responses, group.metadata.get("tools")]
 
 
 def _library_ids(tokenizer: Any, texts: list[str], add_special_tokens: bool) -> list[list[int]]:

@@ -13,53 +13,43 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from rm_gallery.data.tokenization.chats import Chat
+from rm_gallery.data.tokenization.turn_tokens import one_of
 from rm_gallery.errors import BadRow
 
 # Private-use characters around the placeholders, which contain a random nonce, so that no text can spell one.
 _OPEN, _CLOSE, _ALIAS = "\U000f6a10", "\U000f6a11", "\U000f6a12"
-_PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"})
+_NAMES = ("role", "type", "id", "tool_call_id")  # keys whose values templates compare, if they are plain words
+_WORD = re.compile(r"[\w.-]{1,64}")
 
+_USUAL_KEYS = frozenset(["role", "content"])  # of messages; no control token
 
-def control_tokens(tokenizer: Any) -> list[str]:
-    """Control tokens: tokens that only the chat template may produce, ordered by id.
-
-    All special tokens, and added tokens that the chat template writes around turns without being flagged as special.
-    Other added tokens, such as `<think>`, may be part of contents.
-    """
-    added = sorted(tokenizer.added_tokens_decoder.items())
-    around_turns = _around_turns(tokenizer)
-    named = set(getattr(tokenizer, "chat_control_tokens", None) or ())
-    return [
-        token.content
-        for _, token in added
-        if token.content and (token.special or token.content in named or token.content in around_turns)
-    ]
-
-
-def _around_turns(tokenizer: Any) -> str:
-    if tokenizer.chat_template is None:
-        return ""
-    try:
-        return str(tokenizer.apply_chat_template(list(_PROBE), tokenize=False))
-    except Exception:  # the template rejects this conversation or is broken; the first row reports it
-        return ""
+Substitute = Callable[[re.Match[str]], str]
 
 
 class ControlTokens:
     """Finds control tokens in contents, hides them from the chat template, and encodes them as plain text."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.texts = control_tokens(tokenizer)
+    def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
+        """texts: the control tokens; see `turn_tokens`. Other added tokens may be part of contents."""
+        self.texts = list(texts)
         self._backend = tokenizer.backend_tokenizer
         self._unknown = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id  # allowed in any text
-        longest_first = sorted(self.texts, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._number = {text: number for number, text in enumerate(self.texts)}
+        self.ids = frozenset(tokenizer.convert_tokens_to_ids(self.texts)) - {self._unknown}
+        self._pattern = one_of(self.texts)
+        characters = sorted({each for text in self.texts for each in text if not each.isspace()})
+        others = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content not in self.texts]
+        self._pieces = [
+            re.compile(f"{self._pattern.pattern}|(?P<kept>{one_of(others).pattern})|{one_of(some).pattern}")
+            for some in (characters, [each for each in characters if not each.isalnum()])
+        ]
+        self._shown = [*self.texts, *characters]
+        self._number = {text: number for number, text in reversed(list(enumerate(self._shown)))}
         nonce = secrets.randbelow(10**12)
         self._open, self._alias = f"{_OPEN}{nonce}:", f"{_ALIAS}{nonce}:"
         self._placeholder = re.compile(f"{self._open}([0-9]+){_CLOSE}")
@@ -71,25 +61,55 @@ class ControlTokens:
         """Whether any text in a nested value, mapping keys included, spells a control token."""
         if isinstance(value, str):
             return self._pattern.search(value) is not None
-        if isinstance(value, Mapping):
-            return any(self.occur_in(key) or self.occur_in(item) for key, item in value.items())
-        if isinstance(value, list | tuple):
-            return any(map(self.occur_in, value))
+        if isinstance(value, dict | Mapping):
+            for key, item in value.items():
+                if self.occur_in(item) or (key not in _USUAL_KEYS and self.occur_in(key)):
+                    return True
+        elif isinstance(value, list | tuple):
+            for item in value:
+                if self.occur_in(item):
+                    return True
         return False
 
-    def hide(self, value: Any) -> Any:
-        """A copy of a nested value with a placeholder for each control token in its texts."""
-        if isinstance(value, str):
-            return self._pattern.sub(lambda found: f"{self._open}{self._number[found[0]]}{_CLOSE}", value)
-        if isinstance(value, Mapping):
-            return {self.hide(key): self.hide(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.hide(item) for item in value]
-        return value
+    def count(self, ids: Sequence[int]) -> int:
+        """Number of control tokens among these ids."""
+        return sum(map(ids.count, self.ids.intersection(ids)))
+
+    def find(self, text: str) -> list[str]:
+        """The control tokens in a text, and what is between them: between, token, between, ..."""
+        return re.split(f"({self._pattern.pattern})", text)
+
+    def placeholder(self, found: re.Match[str]) -> str:
+        """Replaces a match in contents."""
+        return f"{self._open}{self._number[found[0]]}{_CLOSE}"
+
+    def hide(self, chat: Chat, substitute: Substitute | None = None) -> Chat:
+        """A copy with a placeholder for each control token in contents.
+
+        substitute: decides for each of them, in a fixed order.
+        """
+        return chat.map(lambda value: _replaced(value, self._pattern, self._pattern, substitute or self.placeholder))
+
+    def hide_pieces(self, chat: Chat, *, words: bool) -> Chat:
+        """A copy with a placeholder for each character of contents that a control token has too.
+
+        No control token that the template then writes has a part from contents. Other added tokens stay, since
+        templates look for them. words: hide letters and digits too, not only the other characters.
+        """
+        pattern = self._pieces[0 if words else 1]
+
+        def substitute(found: re.Match[str]) -> str:
+            return found[0] if found["kept"] else self.placeholder(found)
+
+        return chat.map(lambda value: _replaced(value, pattern, self._pattern, substitute))
 
     def show(self, text: str) -> str:
-        """The text with every placeholder replaced by its control token."""
-        return self._placeholder.sub(lambda found: self.texts[int(found[1])], text)
+        """The text with every placeholder replaced by what it hides."""
+        return self._placeholder.sub(lambda found: self._shown[int(found[1])], text)
+
+    def hides(self, text: str) -> bool:
+        """Whether the text has a placeholder."""
+        return self._placeholder.search(text) is not None
 
     def encode_rendered(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a rendered text: placeholders as plain text, every other control token as its id."""
@@ -125,7 +145,7 @@ class ControlTokens:
 
             state = json.loads(self._backend.to_str())
             for token in state["added_tokens"]:
-                token["special"] = token["special"] or token["content"] in self._number
+                token["special"] = token["content"] in self.texts
             flags = {token["content"]: token for token in state["added_tokens"]}
             plain = Tokenizer.from_str(json.dumps(state))
             plain.encode_special_tokens = True  # special tokens in a text are split; aliases are not special
@@ -149,3 +169,38 @@ class ControlTokens:
             self._plain, self._ids = plain, ids
         assert self._ids is not None
         return self._plain, self._ids
+
+
+def _replaced(value: Any, pattern: re.Pattern[str], in_keys: re.Pattern[str], substitute: Substitute) -> Any:
+    """A copy of a nested value with the matches in its texts replaced. The arguments of a call are contents, keys too.
+
+    in_keys: the pattern for other keys, which templates know by name.
+    """
+    if isinstance(value, str):
+        return pattern.sub(substitute, value)
+    if isinstance(value, Mapping):
+        return {
+            in_keys.sub(substitute, key) if isinstance(key, str) else key: item
+            if key in _NAMES and isinstance(item, str) and _WORD.fullmatch(item)
+            else _replaced(item, pattern, pattern if key == "arguments" else in_keys, substitute)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_replaced(item, pattern, in_keys, substitute) for item in value]
+    return value
+
+
+def neutral(value: Any, *, content: bool = False) -> Any:
+    """A copy with the same structure and roles, whose texts hold nothing. content: keys are contents too."""
+    if isinstance(value, str):
+        return "a" if value.strip() else value
+    if isinstance(value, Mapping):
+        return {
+            f"a{number}" if content else key: item
+            if not content and key in _NAMES and isinstance(item, str) and _WORD.fullmatch(item)
+            else neutral(item, content=content or key == "arguments")
+            for number, (key, item) in enumerate(value.items())
+        }
+    if isinstance(value, list | tuple):
+        return [neutral(item, content=content) for item in value]
+    return value

@@ -12,7 +12,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from rm_gallery.data.tokenization.encoder import Encoder
-from rm_gallery.data.tokenization.special_tokens import ControlTokens, control_tokens
 from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
 from rm_gallery.errors import BadRow
 from rm_gallery.schema import Message, PreferenceGroup
@@ -81,6 +80,10 @@ TOKENIZERS = {
 every_tokenizer = pytest.mark.parametrize("name", list(TOKENIZERS))
 
 
+def control_of(tokenizer: Any) -> Any:
+    return Encoder(tokenizer, TokenizeConfig()).control
+
+
 def conversation(user: str, assistant: str) -> list[Message]:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
@@ -112,14 +115,14 @@ def random_content(draw: random.Random, pieces: Sequence[str] = ()) -> str:
 
 
 def test_control_tokens_are_special_or_stand_around_turns() -> None:
-    assert control_tokens(TOKENIZERS["chatml"]) == ["<|im_end|>", "<|im_start|>", "<|pad|>"]
-    assert control_tokens(TOKENIZERS["named turns"]) == ["<eos>", "<bos>", "<pad>", "<|User|>", "<|Assistant|>"]
+    assert control_of(TOKENIZERS["chatml"]).texts == ["<|im_end|>", "<|im_start|>", "<|pad|>"]
+    assert control_of(TOKENIZERS["named turns"]).texts == ["<eos>", "<bos>", "<pad>", "<|User|>", "<|Assistant|>"]
 
 
 @every_tokenizer
 def test_without_control_tokens_in_contents_the_ids_are_those_of_the_plain_template(name: str) -> None:
     tokenizer, draw = TOKENIZERS[name], random.Random(0)
-    control = ControlTokens(tokenizer)
+    control = control_of(tokenizer)
     for _ in range(150):
         messages = conversation(random_content(draw), random_content(draw))
         if control.occur_in(messages):
