@@ -100,13 +100,13 @@ def one_line(error: BaseException | str, limit: int = 200) -> str:
     """The message of an error in one line of at most `limit` characters, without a final period.
 
     Only its first paragraph, up to the first blank line, is used. An error without a message is described by its
-    cause, or else by its type.
+    cause, or else by its type. Secrets in it are redacted.
     """
     seen: BaseException | str | None = error
     while seen is not None:
         text = " ".join(re.split(r"\n\s*\n", str(seen).strip(), maxsplit=1)[0].split())
         if text:
-            text = text.rstrip(".:; ")
+            text = redact(text.rstrip(".:; "))
             return text if len(text) <= limit else text[: limit - 3] + "..."
         seen = None if isinstance(seen, str) else seen.__cause__ or seen.__context__
     return "" if isinstance(error, str) else type(error).__name__

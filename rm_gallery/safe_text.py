@@ -155,7 +155,7 @@ def scrub(error: BaseException) -> BaseException:
     while each is not None and id(each) not in seen:
         seen.add(id(each))
         each.args = redact(each.args)
-        for name in ("message", "filename"):  # of openai and of OSError
+        for name in ("message", "errno", "strerror", "filename", "filename2"):  # of openai; the others of OSError
             if isinstance(text := getattr(each, name, None), str) and redact(text) != text:
                 with suppress(AttributeError):
                     setattr(each, name, redact(text))

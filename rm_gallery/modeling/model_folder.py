@@ -342,7 +342,22 @@ def read_model_config(path: str, *, key: str, trust_remote_code: bool = False) -
         raise UserError(
             f"{key}={path}: no model found ({one_line(error)}); name a folder with config.json and weights"
         ) from error
+    _check_config(config, f"{key}={path}")
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         what = "GGUF files, which are quantized" if any(folder.glob("*.gguf")) else "no weights"
         raise UserError(f"{key}={path}: the folder has {what}; copy the model's *.safetensors files there")
     return config
+
+
+def _check_config(config: Any, what: str) -> None:
+    """Values that transformers accepts and that fail, without a sentence, where they are used."""
+    names = config.architectures
+    if not (names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))):
+        raise UserError(f"{what}: architectures of config.json is {names!r}; it must be a list of class names")
+    text_config = config.get_text_config()
+    heads, key_heads = (getattr(text_config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
+    if isinstance(heads, int) and isinstance(key_heads, int) and (key_heads < 1 or heads % key_heads):
+        raise UserError(
+            f"{what}: {heads} attention heads of config.json cannot share {key_heads} key-value heads; "
+            "num_attention_heads must be a multiple of num_key_value_heads"
+        )

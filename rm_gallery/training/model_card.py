@@ -1,6 +1,7 @@
 """The model card of a checkpoint: README.md, with the metadata that the Hugging Face hub reads.
 
-Local paths are not written, only the names of files: a card is made to be published.
+Local paths are not written, only the names of files, and what was read from the environment is written as
+`${oc.env:NAME}`: a card is made to be published.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +102,14 @@ def model_card(
     comparisons: number of training pairs. metrics: by name, those of the last validation.
     adds_special_tokens: whether a rendered chat still needs those of the tokenizer, as for encoders.
     """
-    train, val = _sources(config.data.train_files), _sources(config.data.val_files)
-    base, is_hub = config.model.partial_pretrain, _is_hub_name(config.model.partial_pretrain)
+    value = partial(_value, config.to_save())
+    train, val = _sources(value("data.train_files")), _sources(value("data.val_files"))
+    base = value("model.partial_pretrain")
+    is_hub = _is_hub_name(base)
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
-        "license": config.trainer.license,
+        "license": config.trainer.license and value("trainer.license"),
         "tags": ["reward-model", "bradley-terry", "rm-gallery"],
     }
     if is_hub:
@@ -113,27 +117,29 @@ def model_card(
     datasets = [name for name in dict.fromkeys((*train, *val)) if "/" in name]
     if datasets:
         metadata["datasets"] = datasets
-    optim, data = config.optim, config.data
     rows = [
-        ("base model", base if is_hub else Path(base).name),
+        ("base model", base if is_hub else _last_part(base)),
         ("parameters", f"{num_parameters:,}"),
         ("training data", f"{', '.join(train)} ({comparisons:,} pairs)"),
         (
             "validation data",
-            ", ".join(val) or (f"{data.val_fraction:g} of the prompts" if data.val_fraction else "none"),
+            ", ".join(val) or (f"{value('data.val_fraction')} of the prompts" if config.data.val_fraction else "none"),
         ),
-        ("steps", f"{step:,} of {data.train_batch_size} pairs"),
-        ("learning rate", f"{optim.lr:g}, {optim.lr_scheduler}, warm-up {optim.warmup_steps_ratio:g}"),
-        ("weight decay, clipping", f"{optim.weight_decay:g}, {optim.clip_grad:g}"),
-        ("maximum length", f"{data.max_length} tokens"),
+        ("steps", f"{step:,} of {value('data.train_batch_size')} pairs"),
+        (
+            "learning rate",
+            f"{value('optim.lr')}, {value('optim.lr_scheduler')}, warm-up {value('optim.warmup_steps_ratio')}",
+        ),
+        ("weight decay, clipping", f"{value('optim.weight_decay')}, {value('optim.clip_grad')}"),
+        ("maximum length", f"{value('data.max_length')} tokens"),
         ("input", "conversations, rendered by the chat template" if input_style == "chat" else "plain text"),
-        ("compute dtype, seed", f"{config.model.fsdp_config.model_dtype}, {config.trainer.seed}"),
+        ("compute dtype, seed", f"{value('model.fsdp_config.model_dtype')}, {value('trainer.seed')}"),
         ("versions", ", ".join(f"{name} {number}" for name, number in (versions or {}).items())),
     ]
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     card = environment.from_string(_TEMPLATE).render(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
-        name=config.trainer.experiment_name,
+        name=value("trainer.experiment_name"),
         rows=[(label, _cell(value)) for label, value in rows if value],
         metrics=[(name, f"{metrics[name]:.4f}") for name in _SHOWN if name in metrics],
         step=step,
@@ -148,11 +154,23 @@ def _sources(files: Any) -> list[str]:
     """Hub names as they are; of other paths and URLs only the last part."""
     names = []
     for entry in as_entries(files):
-        path = entry.path.partition("?")[0].rstrip("/")
+        path = (entry["path"] if isinstance(entry, Mapping) else entry.path).partition("?")[0].rstrip("/")
         repository = "/".join(path.split("/")[:2])
         is_hub = not Path(path).expanduser().exists() and _is_hub_name(repository)
-        names.append(repository if is_hub else path.rpartition("/")[2])
+        names.append(repository if is_hub else _last_part(path))
     return names
+
+
+def _last_part(path: str) -> str:
+    """The name of a file or folder; `${oc.env:NAME,/a/b}` is one part."""
+    return ([""] + re.findall(r"(?:\$\{[^}]*\}|[^/])+", path))[-1]
+
+
+def _value(saved: Any, key: str) -> Any:
+    """A value of the saved configuration: numbers as text, and `${oc.env:NAME}` for what was read there."""
+    for part in key.split("."):
+        saved = saved[part]
+    return f"{saved:g}" if isinstance(saved, float) else saved
 
 
 def _is_hub_name(text: str) -> bool:

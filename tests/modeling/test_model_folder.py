@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.meta_init import MetaInitError, init_on_meta
-from rm_gallery.modeling.model_folder import check_values, load_model_config
+from rm_gallery.modeling.model_folder import check_values, load_model_config, read_model_config
 from rm_gallery.modeling.reward_model import LoadedModel, load_reward_model
 from rm_gallery.modeling.weight_files import read_weight_folder
 from tests.small import make_model
@@ -284,6 +284,23 @@ def test_a_damaged_folder_is_an_error_in_words(
     shapes = {name: value.shape for name, value in loaded.model.network.state_dict().items()}
     with pytest.raises(UserError, match=message):
         files.load_into({name: torch.empty(shapes[name]) for name in names})
+
+
+@pytest.mark.parametrize(
+    "values, sentence",
+    [
+        ({"architectures": [1]}, r"architectures of config.json is \[1\]; it must be a list of class names"),
+        ({"architectures": "Qwen2Model"}, "architectures of config.json is 'Qwen2Model'"),
+        ({"num_key_value_heads": 32}, "4 attention heads of config.json cannot share 32 key-value heads"),
+        ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads"),
+        ({"num_key_value_heads": 0}, "cannot share 0 key-value heads"),
+    ],
+)
+def test_a_configuration_that_cannot_run_is_an_error_in_words(
+    values: dict[str, Any], sentence: str, backbone: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        read_model_config(str(make_folder(backbone, tmp_path / "model", **values)), key="model")
 
 
 def test_zero_rows_and_heads_are_no_damage(backbone: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from rm_gallery import train
+from rm_gallery.config import compose
 from rm_gallery.training.config import load_config
 from rm_gallery.training.model_card import model_card
 from tests.small import chat_pairs, text_pairs
@@ -66,3 +67,24 @@ def test_a_name_cannot_break_the_table(in_tmp: Path) -> None:
     (in_tmp / "a|b.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n')
     card = card_of(**{"model.partial_pretrain": "org/model", "data.train_files": "a|b.jsonl"})
     assert "| training data | a\\|b.jsonl (5,678 pairs) |" in card
+
+
+def test_what_the_environment_holds_is_not_published(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rm_gallery.config.compose", compose)  # Hydra's, which reads `${oc.env:NAME}`
+    variables = {"RATE": "0.0123", "REPOSITORY": "org/private", "NAME": "secret-run", "SEED": "4711", "FOLDER": "inner"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for name in ("inner/pairs.jsonl", "some/val.jsonl"):
+        (in_tmp / name).parent.mkdir()
+        (in_tmp / name).write_text('{"chosen": "a", "rejected": "b"}\n')
+    config = load_config(None, [
+        "model.partial_pretrain=${oc.env:REPOSITORY}", "data.train_files=[{path: '${oc.env:FOLDER}/pairs.jsonl'}]",
+        "data.val_files=['${oc.env:NONE,some/val.jsonl}']", "optim.lr=${oc.env:RATE}", "optim.weight_decay=0.5",
+        "trainer.experiment_name=${oc.env:NAME}", "trainer.seed=${oc.env:SEED}",
+    ])  # fmt: skip
+    card = model_card(config, num_parameters=1, comparisons=2, step=3, metrics={}, input_style="text")
+    assert not [value for value in variables.values() if value in card]
+    assert "# ${oc.env:NAME}" in card and "| learning rate | ${oc.env:RATE}, " in card
+    assert "| weight decay, clipping | 0.5, 1 |" in card and "| base model | ${oc.env:REPOSITORY} |" in card
+    assert "| training data | pairs.jsonl (2 pairs) |" in card
+    assert "| validation data | ${oc.env:NONE,some/val.jsonl} |" in card

@@ -10,11 +10,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rm_gallery.errors import UserError
 from rm_gallery.training.trackers import TRACKERS, RunInfo, Tracker, TrackerConfig, Trackers
+from rm_gallery.training.trackers.services import save_id, saved_id
 from tests.training.tracker_runs import log_all, make_run
 
 
@@ -158,3 +160,24 @@ def test_import_loads_no_heavy_package() -> None:
 
 def test_config_defaults_name_known_trackers() -> None:
     assert all(name in TRACKERS for name in TrackerConfig().logger)
+
+
+def test_lines_of_metrics_with_wrong_types_are_dropped_on_resume(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    good = '{"step": 1, "time": 1.5, "train/loss": null}\n'
+    bad = ('{"step": "1"}', '{"step": true}', "[1]", '{"step": 1, "loss": "x"}', "[" * 100_000, "\ufffd", "null", "1")
+    path.write_text(good + "".join(f"{line}\n" for line in bad))
+    Trackers(["console"], make_run(tmp_path, start_step=1)).close()
+    assert path.read_text() == good
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "\x00", "[" * 100_000])
+def test_a_damaged_file_of_service_ids_starts_a_new_run(content: str, tmp_path: Path, caplog: Any) -> None:
+    run = make_run(tmp_path, start_step=1)
+    run.run_dir.mkdir()
+    (run.run_dir / "tracker_ids.json").write_text(content)
+    assert saved_id("wandb", run) is None
+    assert "tracker_ids.json cannot be read" in caplog.text
+    save_id("wandb", "abc", run.run_dir)
+    assert saved_id("wandb", run) == "abc"

@@ -117,7 +117,11 @@ def file_system(url: str, what: str) -> tuple[Any, str]:
         install = "'rm-gallery[remote]'" if package in _IN_EXTRA else package
         raise UserError(f"{what}: {scheme}:// needs the package {package}; run pip install {install}") from error
     except ValueError as error:
-        raise UserError(f"{what}: {scheme}:// cannot be opened ({one_line(error)}); check the URL") from error
+        raise UserError(f"{what}: {scheme}:// cannot be opened ({one_line(error)}); check the URL") from scrub(error)
+    except Exception as error:  # a chained URL is looked up at once, and file systems have their own errors
+        raise UserError(
+            f"{what}: cannot be looked up ({one_line(scrub(error))}); check the URL, the network and permissions"
+        ) from error
     return fs, str(path)
 
 

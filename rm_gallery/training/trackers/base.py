@@ -106,13 +106,22 @@ def drop_lost_rows(path: Path, last_step: int, *, repeats_validation: bool = Fal
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             row = json.loads(line)
-            step = row["step"]
-            repeated = repeats_validation and step == last_step and any(name.startswith("val/") for name in row)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, RecursionError):
             continue
+        if not _is_row(row):
+            continue
+        step = row["step"]
+        repeated = repeats_validation and step == last_step and any(name.startswith("val/") for name in row)
         if step <= last_step and not repeated and line.endswith("\n"):
             kept.append(line)
     write_text(path, "".join(kept))
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a line of metrics.jsonl holds what `JsonLines` writes: a whole step, and numbers or null."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    return all(value is None or type(value) in (int, float) for value in row.values())
 
 
 def drop_partial_line(path: Path) -> None:

@@ -181,15 +181,24 @@ def plain_config(run: RunInfo) -> dict[str, Any]:
 
 def saved_id(name: str, run: RunInfo) -> str | None:
     """The service's id of the resumed run; None for a new run, or if none was saved."""
-    path = run.run_dir / IDS_NAME
-    if not run.start_step or not path.exists():
-        return None
-    found = json.loads(path.read_text(encoding="utf-8")).get(name)
+    found = _saved_ids(run.run_dir).get(name) if run.start_step else None
     return found if isinstance(found, str) else None
 
 
 def save_id(name: str, run_id: str, run_dir: Path) -> None:
     """Save a service's run id in tracker_ids.json."""
+    write_text(run_dir / IDS_NAME, json.dumps({**_saved_ids(run_dir), name: run_id}, indent=2) + "\n")
+
+
+def _saved_ids(run_dir: Path) -> dict[str, Any]:
     path = run_dir / IDS_NAME
-    ids = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_text(path, json.dumps({**ids, name: run_id}, indent=2) + "\n")
+    if not path.exists():
+        return {}
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(ids, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("%s cannot be read (%s): services start new runs", path, error)
+        return {}
+    return ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import fsspec
 import pytest
 
 from rm_gallery.data.sources import FileEntry, SourceConfig, read_rows, remote, resolve_files
+from rm_gallery.data.sources.resolve import resolve_entries
 from rm_gallery.errors import UserError
 from tests.data.sources.stand_in import TOKEN, Repository, StandIn, serving
 from tests.data.sources.writing import KEY, PAIRS, WRITERS, lines, resolve, rows_of, values_of, write
@@ -194,3 +196,18 @@ def test_a_damaged_remote_file_is_named_as_a_local_one(site: StandIn) -> None:
     )
     site.files["/files/a.parquet"] = b"PAR1 and no more"
     assert refused(f"{site.url}/files/a.parquet").startswith(f"{site.url}/files/a.parquet: cannot be read as parquet (")
+
+
+@pytest.mark.parametrize("url", ["zip://*.csv::http://user:pw-word@127.0.0.1:9/a.zip?sig=sig-nature",
+                                 "http://user:pw-word@127.0.0.1:9/a.parquet?token=sig-nature"])  # fmt: skip
+def test_no_message_and_no_cause_holds_the_credentials_of_a_url(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(remote, "_WAITS", (0.01,))
+    with pytest.raises(UserError) as refused:
+        resolve_entries([url], key="--input")
+    messages, error = [caplog.text], refused.value
+    while error is not None:
+        messages.append(str(error))
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    assert not re.search("pw-word|sig-nature", " ".join(messages))
