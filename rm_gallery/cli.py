@@ -96,7 +96,7 @@ The keys that most runs set, with their defaults:
   trainer.total_epochs    1
   trainer.test_freq       -1     steps between validations (-1: at the end)
   trainer.save_freq       -1     steps between checkpoints (-1: at the end)
-  trainer.experiment_name bt     name of the run directory in ./checkpoints/bt
+  trainer.experiment_name        run directory in ./checkpoints/bt (default: time)
 All keys: docs/configuration.md. From Python: docs/python.md."""
 
 

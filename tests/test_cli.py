@@ -36,7 +36,7 @@ def test_validating_looks_into_files_and_folders(capsys: pytest.CaptureFixture[s
     assert main(["validate-config", *NEEDED, "data.val_files=other.parquet"]) == 2
     assert "other.parquet: no column 'rejected'" in capsys.readouterr().err
     Path("checkpoints/bt/global_step_1").mkdir(parents=True)
-    assert main(["validate-config", *NEEDED]) == 2
+    assert main(["validate-config", *NEEDED, "trainer.experiment_name=bt"]) == 2
     assert "checkpoints/bt: holds an earlier run" in capsys.readouterr().err
 
 

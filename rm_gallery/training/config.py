@@ -6,11 +6,13 @@ Loads no torch: `show-data` and `estimate` read the same configuration.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -84,7 +86,7 @@ class CheckpointConfig:
     __pydantic_config__ = {"extra": "forbid"}
 
     default_local_dir: str = "./checkpoints/bt"
-    """Run directory; `experiment_name` is appended unless the path ends with it already."""
+    """Parent of the run directory; `experiment_name` is appended unless the path ends with it already."""
     save_freq: int = -1
     """Steps between checkpoints; one is always saved after the last step. 0 or less: only after the last one."""
     export_dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -188,7 +190,25 @@ def load_config(
             "set data.filter_overlong_prompts=false to truncate them",
             config.data.truncation,
         )
-    return config
+    if config.trainer.experiment_name or only_data:
+        return config
+    return replace(config, trainer=replace(config.trainer, experiment_name=_default_name(config)))
+
+
+def _default_name(config: TrainConfig) -> str:
+    """`20261128-093005-3f2a91bc`: the time, and a fingerprint of the configuration.
+
+    A run of `default_local_dir` with the same fingerprint gives its name, so that the same command resumes it.
+    """
+    values = config.to_compare()
+    for key in ("default_local_dir", "default_hdfs_dir", "experiment_name", "resume_mode"):
+        del values["trainer"][key]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode(errors="surrogatepass")).hexdigest()
+    new = f"{time.strftime('%Y%m%d-%H%M%S')}-{digest[:8]}"
+    if config.trainer.resume_mode == "disable":
+        return new
+    earlier = Path(config.trainer.default_local_dir).expanduser().glob(f"*-{digest[:8]}")
+    return max((path.name for path in earlier), default=new)
 
 
 def normalize(values: dict[str, Any]) -> Iterator[Problem]:
@@ -270,7 +290,7 @@ def trainer_problems(trainer: TrainerConfig) -> Iterator[Problem]:
             )
     if trainer.log_freq < 1:
         yield Problem("trainer.log_freq", f"trainer.log_freq={trainer.log_freq}: must be at least 1")
-    if trainer.experiment_name in ("", ".", "..") or "/" in trainer.experiment_name:
+    if trainer.experiment_name in (".", "..") or "/" in trainer.experiment_name:
         key = "trainer.experiment_name"
         yield Problem(key, f"{key}={trainer.experiment_name!r}: must be a folder name without '/'")
     if trainer.resume_mode not in ("auto", "disable") and not re.search(r"/|^global_step_", trainer.resume_mode):
@@ -279,7 +299,8 @@ def trainer_problems(trainer: TrainerConfig) -> Iterator[Problem]:
             f"trainer.resume_mode={trainer.resume_mode}: must be auto, disable or the path of a global_step_N folder."
             f"{nearest(trainer.resume_mode, ('auto', 'disable'))}",
         )
-    yield from problem_of(
-        "trainer.default_local_dir",
-        lambda: refuse_earlier_run(trainer.run_dir, anyway=trainer.resume_mode == "disable"),
-    )
+    if trainer.experiment_name:
+        yield from problem_of(
+            "trainer.default_local_dir",
+            lambda: refuse_earlier_run(trainer.run_dir, anyway=trainer.resume_mode == "disable"),
+        )

@@ -146,7 +146,10 @@ def _run(
         if begin.folder is not None and begin.progress.step == total_steps:
             if begin.progress.bad_steps == total_steps:
                 raise UserError(f"{begin.folder}: all {total_steps} steps were skipped: nothing was trained")
-            log.info("the run is complete: %s is its last step", begin.folder)
+            log.warning(
+                "the run is complete: %s is its last step, and nothing is left to train; for a new run set "
+                "trainer.experiment_name=...", begin.folder,
+            )  # fmt: skip
             return RunResult(run_dir, begin.folder, begin.progress.last_val, world.is_main)
         if world.is_main:
             _write_facts(config, world, start, plan, train, val, total_steps, begin.progress.step)

@@ -19,6 +19,7 @@ from tests.small import make_model, random_groups
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_layers_change_nothing(tmp_path: Path) -> None:
     folder = make_model("qwen2", tmp_path)

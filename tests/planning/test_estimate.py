@@ -69,6 +69,7 @@ def test_the_plan_of_the_data_bounds_the_micro_batch(capsys: pytest.CaptureFixtu
     assert _json(capsys, SEVEN, "data=train.parquet", "pairs=640", "data.train_batch_size=16")["data"]["steps"] == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -96,6 +97,7 @@ def test_what_is_advised_fits(arguments: tuple[str, ...], capsys: pytest.Capture
         assert step["memory"]["total"] < found["memory"]["total"]
 
 
+@pytest.mark.slow
 def test_the_largest_micro_batch_fits_and_one_more_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [SEVEN, "n_gpus=8", "gpu=h100"]
     largest = _json(capsys, *arguments)["micro_batch"]["largest_that_fits"]
@@ -247,7 +249,7 @@ def test_notes_name_what_training_would_refuse(capsys: pytest.CaptureFixture[str
         ([SEVEN, "data.max_length=100", "prompt_tokens=90", "response_tokens=20"], ["prompt_tokens=90 with response"]),
         ([SEVEN, "prompt_tokens=5000"], ["prompt_tokens=5000 with response_tokens=1: together more than"]),
         ([SEVEN, "data.max_tokens_per_micro_batch=0"], ["data.max_tokens_per_micro_batch=0: must be at least 1"]),
-        ([SEVEN, "tokenizer=nowhere", "data=a.parquet"], ["tokenizer=nowhere: neither a folder"]),
+        ([SEVEN, "tokenizer=nowhere", "data=a.parquet"], ["tokenizer=nowhere: no such folder"]),
         ([SEVEN, "nothing"], ["'nothing': an override is written key=value"]),
     ],
 )

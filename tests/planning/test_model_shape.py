@@ -41,6 +41,7 @@ def test_known_shapes_have_the_published_size(name: str, millions: float) -> Non
     assert load_shape(name).parameters / 1e6 == pytest.approx(millions, rel=0.015)
 
 
+@pytest.mark.slow
 def test_every_known_shape_can_be_built() -> None:
     for name in KNOWN:
         shape = load_shape(name)

@@ -100,7 +100,7 @@ def test_a_sample_is_scaled_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             {"max_length": 5},
             "none of 1 rows can be used: 1 longer than data.max",
         ),
-        ([{"chosen": "a", "lost": "b"}], {}, "no column 'rejected'"),
+        ([{"chosen": "a text", "lost": "another text"}], {}, "no column 'rejected'"),
         ([{"chosen": 1, "rejected": 2}], {}, "contains int, not text or messages"),
     ],
 )

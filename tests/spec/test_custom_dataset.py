@@ -46,6 +46,7 @@ def arguments(model: Path) -> list[str]:
         "--config", "trainer.yaml", f"model.partial_pretrain={model}", "model.fsdp_config.model_dtype=fp32",
         "data.train_files=train.parquet", "data.val_files=val.parquet", "data.max_length=200",
         "data.train_batch_size=4", "trainer.total_training_steps=2", "trainer.default_local_dir=out",
+        "trainer.experiment_name=bt",
     ]  # fmt: skip
 
 

@@ -23,7 +23,8 @@ def names(spec: str) -> dict[str, str]:
 
 def train(model: Path, *words: str) -> int:
     return main(["train", f"model.partial_pretrain={model}", "data.max_length=128", "data.train_batch_size=8", *words,
-                 "trainer.total_training_steps=1", "trainer.default_local_dir=out"])  # fmt: skip
+                 "trainer.total_training_steps=1", "trainer.default_local_dir=out",
+                 "trainer.experiment_name=bt"])  # fmt: skip
 
 
 def test_the_training_file_is_the_split_of_that_name(site: StandIn, names: dict[str, str], qwen2_folder: Path) -> None:

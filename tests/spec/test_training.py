@@ -42,7 +42,7 @@ def test_required_structure(spec: str, folder: Path, qwen2_folder: Path) -> None
     write_pairs(folder / "spec.parquet", [row] * 4)
     arguments = [f"model.partial_pretrain={qwen2_folder}", "data.train_files=spec.parquet", "data.max_length=512"]
     assert main(["train", *arguments, "trainer.default_local_dir=out"]) == 0
-    assert (folder / "out/bt/global_step_1/model.safetensors").is_file()
+    assert list(folder.glob("out/*/global_step_1/model.safetensors"))
 
 
 def test_configuration_file(spec: str, folder: Path, qwen2_folder: Path) -> None:
@@ -134,7 +134,8 @@ def test_metrics_have_the_names_of_the_specification(spec: str, folder: Path, qw
 def test_learning_rate_schedulers(spec: str, name: str, folder: Path, qwen2_folder: Path) -> None:
     [text] = tab_blocks(spec, "Learning Rate Schedulers", "yaml")
     (folder / "schedule.yaml").write_text(text.replace("cosine", name))
-    files = ["data.train_files=data/train.parquet", "trainer.total_training_steps=40", "trainer.default_local_dir=out"]
+    files = ["data.train_files=data/train.parquet", "trainer.total_training_steps=40",
+             "trainer.default_local_dir=out", "trainer.experiment_name=bt"]  # fmt: skip
     arguments = [f"model.partial_pretrain={qwen2_folder}", *files, *SIZES, "data.train_batch_size=1", "optim.lr=1e-3"]
     assert main(["train", "--config", "schedule.yaml", *arguments]) == 0
     rates = [row["train/lr"] for row in metrics(folder / "out/bt")]

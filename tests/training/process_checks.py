@@ -42,6 +42,7 @@ from rm_gallery.objectives import bradley_terry
 from rm_gallery.objectives.metrics import Sums
 from rm_gallery.training.checkpoint.save import Checkpoints, WeightsFolder
 from rm_gallery.training.checkpoint.state import Progress, RunTensors, SavedWeights
+from rm_gallery.training.checkpoint.tensor_files import ShardWriter
 from rm_gallery.training.config import CheckpointConfig, OptimConfig, TrainConfig
 from rm_gallery.training.optim import build_optimizer, build_schedule
 from rm_gallery.training.setup import agree_on_run
@@ -191,7 +192,7 @@ def a_sharded_model_is_exported_in_full(folder: Path, world: World) -> Any:
         model, weights = build(folder, world, strategy)
         tensors = RunTensors(model, weights, build_optimizer(weights.named_parameters(), OptimConfig()))
         state = folder.parent / f"state-{strategy}"
-        dcp.save(tensors.read(), checkpoint_id=state)
+        dcp.save(tensors.read(), checkpoint_id=state, storage_writer=ShardWriter(state, world.rank))
         if world.rank == 0:
             saved, target = SavedWeights(state), folder.parent / f"files-{strategy}"
             write_weights(target, saved.meta_tensors(), torch.float32, read=saved.read, max_shard_bytes=20_000)

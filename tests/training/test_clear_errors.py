@@ -52,7 +52,7 @@ def write_table(**columns: Any) -> None:
     pq.write_table(pa.table(columns), "train.parquet")
 
 
-TEXTS = ["a", "b"]
+TEXTS = ["one text", "another text"]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ TEXTS = ["a", "b"]
         ({"chosen": pa.array([], pa.string())}, "train.parquet: the file has no rows; remove it from "),
         ({"chosen": [1, 2], "rejected": TEXTS}, "train.parquet:0: column 'chosen' contains int, not text or messages"),
         ({"chosen": [None, 2], "rejected": TEXTS}, "train.parquet:1: column 'chosen' contains int, not text or "),
-        ({"chosen": [TEXTS, TEXTS], "rejected": TEXTS}, "train.parquet:0: column 'chosen' contains lists of str, not "),
+        ({"chosen": [[1], [2]], "rejected": TEXTS}, "train.parquet:0: column 'chosen' contains lists of int, not "),
         ({"chosen": TEXTS, "rejected": TEXTS},
          "data.train_files: none of 2 rows can be used: 2 chosen equal to rejected (first: train.parquet:0); "),
         ({"chosen": [None, None], "rejected": TEXTS},

@@ -37,6 +37,7 @@ def settings(model: Path) -> list[str]:
         "data.custom_cls.path=mine.py", "data.custom_cls.name=Mine", f"model.partial_pretrain={model}",
         "model.fsdp_config.model_dtype=fp32", "data.train_files=train.parquet", "data.max_length=200",
         "data.train_batch_size=4", "trainer.total_training_steps=1", "trainer.default_local_dir=out",
+        "trainer.experiment_name=bt",
         "trainer.logger=[]", "trainer.device=cpu",
     ]  # fmt: skip
 
@@ -115,7 +116,8 @@ def test_a_format_of_its_own_is_said_in_training_and_in_scoring(
     assert run("validate-config", NUMBERED + OWN, qwen2_folder) == 0
     assert "data.custom_cls: _apply_chat_template differs from the chat template " in capsys.readouterr().err
     assert run("train", NUMBERED + OWN, qwen2_folder) == 0
-    [warning] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("W ")]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("W ")]
+    [warning] = [line for line in warnings if "no validation data" not in line]
     assert "data.train_files: data.custom_cls: _apply_chat_template differs from the chat template " in warning
     checkpoint = Path("out/bt/global_step_1")
     assert read_record(checkpoint) == InputRecord("chat", max_length=200, own_rendering=True)

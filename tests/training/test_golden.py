@@ -37,6 +37,7 @@ def train(folder: Path) -> list[float]:
             "trainer.total_training_steps=50",
             "trainer.device=cpu",
             f"trainer.default_local_dir={folder / 'run'}",
+            "trainer.experiment_name=bt",
         ]
     )
     assert status == 0

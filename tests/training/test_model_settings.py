@@ -34,6 +34,7 @@ def losses(name: str) -> list[float]:
     return [json.loads(line)["train/loss"] for line in lines]
 
 
+@pytest.mark.slow
 def test_kernels_and_recomputation_give_one_loss_curve(in_tmp: Path, qwen2_folder: Path) -> None:
     write_pairs(in_tmp / "train.parquet", text_pairs(24))
     choices = {

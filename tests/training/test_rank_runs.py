@@ -56,6 +56,7 @@ def test_a_run_of_two_processes_that_was_stopped_is_the_one_that_was_not(
     assert_same_run(Path("runs/parts"), Path("runs/whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [("one",), pytest.param(("one", "ddp", "four"), marks=pytest.mark.slow)])
 def test_another_number_of_processes_goes_on_from_the_same_weights_gradients_and_losses(
     others: tuple[str, ...], in_tmp: Path, qwen2_folder: Path
@@ -85,6 +86,7 @@ def test_another_number_of_processes_goes_on_from_the_same_weights_gradients_and
     assert f"resuming with {settings_of[others[-1]][0]} processes, saved by 2: RNG states are" in done[-1].log
 
 
+@pytest.mark.slow
 def test_a_killed_and_a_hung_process_end_the_others_in_words(in_tmp: Path, qwen2_folder: Path) -> None:
     """No launcher is there to help: the processes find out for themselves. Both runs wait, so they run at once."""
     kill, hang = (Act(rank=1, step=2, what=what) for what in ("SIGKILL", "hang"))
@@ -117,6 +119,7 @@ class Mine(BaseTrainDataset):
 """
 
 
+@pytest.mark.slow
 def test_a_class_of_the_users_own_reads_the_same_on_several_processes(in_tmp: Path, qwen2_folder: Path) -> None:
     """Each rank loads the class; the plans agree, and the losses are those of one process."""
     Path("mine.py").write_text(CUSTOM)

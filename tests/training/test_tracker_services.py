@@ -170,6 +170,7 @@ def test_wandb_run_keeps_its_id_on_resume_and_only_then(
     assert ids[0] == ids[1] != ids[2]
 
 
+@pytest.mark.slow
 def test_swanlab_offline_file_holds_scalars_and_config(
     swanlab_package: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

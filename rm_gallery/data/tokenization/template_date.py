@@ -30,7 +30,7 @@ def freeze_date(tokenizer: Any, date: str | None, *, key: str) -> str | None:
     Raises UserError for a date of another form.
     """
     day = None if date is None else read_date(date, key)
-    template = tokenizer.chat_template
+    template = getattr(tokenizer, "chat_template", None)
     if not isinstance(template, str) or not _writes_date(template):
         return None
     if day is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,6 +117,8 @@ class _Choice:
     """The setting that names this checkpoint, so that no other may replace it; "" if none does."""
     superseded: Sequence[Path] = ()
     """Later checkpoints of the same run directory, which the resumed run replaces."""
+    is_restart: bool = True
+    """The same command again, rather than a run that `trainer.resume_mode` starts from a checkpoint."""
 
 
 def _choose(run_dir: Path, mode: str, mirror_url: str | None) -> _Choice | None:
@@ -139,13 +142,13 @@ def _choose(run_dir: Path, mode: str, mirror_url: str | None) -> _Choice | None:
             raise UserError(f"{named}: {lacks}; give a global_step_N folder, or set auto or disable")
         if wanted.parent == Path(os.path.realpath(run_dir)):
             later = [folder for folder in own if step_of(folder) > step_of(wanted)]
-            return _Choice(run_dir / wanted.name, origin, named, later)
+            return _Choice(run_dir / wanted.name, origin, named, later, is_restart=False)
     if own:
         raise UserError(
             f"{run_dir}: holds a run (newest checkpoint {own[-1].name}) that did not start from {named}; "
             "set another trainer.experiment_name, or trainer.resume_mode=auto to resume that run"
         )
-    return _Choice(download(mode, run_dir) if "://" in mode else wanted, origin, named)
+    return _Choice(download(mode, run_dir) if "://" in mode else wanted, origin, named, is_restart=False)
 
 
 def _origin(folder: Path) -> str | None:
@@ -159,8 +162,9 @@ def _load(choice: _Choice, identity: RunIdentity, tensors: RunTensors, ranks: Ho
     saved = read_run(folder, names)
     parts = read_ranks(folder, saved.world_size, names)
     progress = saved.progress
-    _check_identity(folder, saved, identity)
+    changed = _check_identity(folder, saved, identity)
     _check_length(folder, saved, progress.step, identity)
+    _check_changes(folder, changed, is_restart=choice.is_restart)
     tensors.load(folder / STATE_NAME, names, ranks)
     if progress.best_step is not None and not (run_dir / f"global_step_{progress.best_step}").is_dir():
         progress.best_step = progress.best_accuracy = None
@@ -180,8 +184,8 @@ def _load(choice: _Choice, identity: RunIdentity, tensors: RunTensors, ranks: Ho
     return Start(folder, progress, random, sums, choice.origin)
 
 
-def _check_identity(folder: Path, saved: SavedRun, identity: RunIdentity) -> None:
-    """Raise UserError for a checkpoint of another run; log changed settings."""
+def _check_identity(folder: Path, saved: SavedRun, identity: RunIdentity) -> dict[str, str]:
+    """The settings that have changed since the checkpoint, as `_changes`. Raises UserError for another run's."""
     was, now = saved.fixed, json.loads(json.dumps(dict(identity.fixed)))
     differing = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     changed = _changes(saved.config, json.loads(json.dumps(dict(identity.config), default=str)))
@@ -198,20 +202,46 @@ def _check_identity(folder: Path, saved: SavedRun, identity: RunIdentity) -> Non
             "values; for a new run set another trainer.experiment_name, and model.partial_pretrain to that folder to "
             "start from its weights"
         )
-    length = ("trainer.resume_mode", "trainer.total_epochs", "trainer.total_training_steps")
-    new = [text for key, text in changed.items() if key not in length]
+    return changed
+
+
+# Settings that leave the trained weights as they are, but for rounding. `RunIdentity.fixed` covers those of the data.
+_EXECUTION = re.compile(
+    r"data\.(?!val_)|model\.(trust_remote_code|enable_gradient_checkpointing|checkpointing_mode|attention|use_liger"
+    r"|compile|strategy|fsdp_config\.(?!model_dtype))|trainer\.(?!export_dtype|total_)"
+)
+
+
+def _check_changes(folder: Path, changed: Mapping[str, str], *, is_restart: bool) -> None:
+    """Raise UserError if the same run directory is used with another configuration; log other changes."""
+    other = [text for key, text in changed.items() if not _EXECUTION.match(key)]
+    if is_restart and other:
+        raise UserError(
+            f"{folder.parent}: holds a run with another configuration (newest checkpoint {folder.name}): "
+            f"{'; '.join(other)}. For a new run set trainer.experiment_name=...; to continue that run with the new "
+            f"values set trainer.resume_mode={folder}"
+        )
+    new = [text for key, text in changed.items() if key != "trainer.resume_mode"]
     if new:
         log.warning("resuming with changed settings: %s", "; ".join(new))
 
 
+def _is_moved(key: str, old: Any, new: Any) -> bool:
+    """The base model under another path with the same last part, e.g. on another machine; nothing is read from it."""
+    is_path = key == "model.partial_pretrain" and isinstance(old, str) and isinstance(new, str)
+    return is_path and os.path.basename(os.path.normpath(old)) == os.path.basename(os.path.normpath(new))
+
+
 def _changes(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """`key=value, was value` by key, for every value of the nested configurations that differs."""
+    """`key=value, was value` by key, for every value that differs. Keys that another version added are left out."""
     found: dict[str, str] = {}
-    for name in {**was, **now}:
-        old, new = was.get(name), now.get(name)
+    for name in was:
+        if name not in now:
+            continue
+        old, new = was[name], now[name]
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found.update(_changes(old, new, f"{prefix}{name}."))
-        elif old != new:
+        elif old != new and not _is_moved(prefix + name, old, new):
             found[prefix + name] = f"{prefix}{name}={_shown(new)}, was {_shown(old)}"
     return found
 

@@ -28,8 +28,9 @@ class TrackerConfig:
     project_name: str = "rm-gallery"
     """Project name for wandb and swanlab."""
 
-    experiment_name: str = "bt"
-    """Run name for wandb and swanlab."""
+    experiment_name: str = ""
+    """Name of the run directory, and of the run in wandb and swanlab; default: the time and a fingerprint of the
+    configuration, so that the same command resumes its run and another starts a new one."""
 
     log_freq: int = 1
     """Optimizer steps between two log lines."""

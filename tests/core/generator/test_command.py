@@ -146,6 +146,7 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_module_is_a_program(cases: Any, in_tmp: Path) -> None:
     arguments = ["--input", "cases.jsonl", "--output-dir", "out"]
     assert main(arguments) == 0

@@ -90,6 +90,7 @@ def test_a_file_that_cannot_be_read_is_named(in_tmp: Path, content: bytes, sente
     assert str(error.value).startswith(sentence)
 
 
+@pytest.mark.slow
 def test_a_quote_that_never_ends_does_not_fill_the_memory(in_tmp: Path) -> None:
     write(HEADER + GOOD + b'a,"b' + b"a line\n" * 1_000_000)
     tracemalloc.start()

@@ -82,6 +82,7 @@ def replaced_by_pickles(folder: Path, names: list[str], model: Path, *, status: 
     return names
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_the_tensor_files_of_an_earlier_version_resumes(
     run: Path, trained: Callable[..., Path], qwen2_folder: Path
 ) -> None:

@@ -61,6 +61,7 @@ def test_a_run_goes_on_from_a_copy_when_its_folder_is_gone(
     assert damage(constant / "global_step_6") is None
 
 
+@pytest.mark.slow
 def test_a_url_names_the_checkpoint_to_begin_with(qwen2_folder: Path) -> None:
     whole = train(qwen2_folder, "whole", "trainer.save_freq=3", "trainer.default_hdfs_dir=memory://copies")
     run = train(qwen2_folder, "run", "trainer.resume_mode=memory://copies/whole/global_step_3")

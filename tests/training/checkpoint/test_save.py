@@ -38,6 +38,7 @@ def small_files(size: int) -> Iterator[Callable[[], None]]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "background"),
     [
@@ -72,6 +73,7 @@ def test_a_full_disk_ends_the_run_in_words_and_the_one_before_is_used(
     assert_same_run(parts, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["dcp.save", "sha256_files", "publish"])
 def test_lost_in_the_middle_of_a_save(
     place: str, whole: Path, qwen2_folder: Path, monkeypatch: Any, caplog: Any
