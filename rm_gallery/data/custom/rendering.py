@@ -258,6 +258,8 @@ class Renderer:
 def _template_fault(error: Exception) -> BadRow | UserError:
     from jinja2 import TemplateSyntaxError
 
+    if isinstance(error, UserError):
+        return error
     if isinstance(error, TemplateSyntaxError):
         return UserError(
             f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); "

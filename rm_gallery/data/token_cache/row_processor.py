@@ -24,6 +24,7 @@ from rm_gallery.data.formats import FormatConfig, HoldOut, Reader, Readers, RowC
 from rm_gallery.data.sources import Row
 from rm_gallery.data.token_cache.arrays import TokenChunk, make_chunk
 from rm_gallery.data.tokenization.encoder import Encoder, GroupEncoder
+from rm_gallery.data.tokenization.sandbox import limited_tokenizer
 from rm_gallery.data.tokenization.token_group import Origin, TokenGroup, split_prefix
 from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
 from rm_gallery.errors import BadRow, UserError
@@ -72,7 +73,7 @@ class RowProcessor:
         self.work, self.config, self._observe = work, work.config, observe
         self._custom: CustomReader | None = None
         if self.config.custom_cls.path is not None:
-            self._custom = CustomReader.from_config(self.config, work.tokenizer)
+            self._custom = CustomReader.from_config(self.config, limited_tokenizer(work.tokenizer))
         has_template = work.tokenizer is None or work.tokenizer.chat_template is not None
         self.readers = Readers(self.config, has_chat_template=has_template, custom=self._custom)
         render = None if self._custom is None else self._custom.render

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
+from rm_gallery.data.tokenization.sandbox import limited_template
+from rm_gallery.data.tokenization.template_limits import TemplateTooSlow
 from rm_gallery.errors import BadRow, UserError, one_line
 from rm_gallery.schema import Message, PreferenceGroup
 
@@ -30,17 +33,21 @@ class Chat(NamedTuple):
 
 
 class ChatRenderer:
-    """Renders chats with the chat template, or with a custom class."""
+    """Renders chats with the chat template, within the limits of `sandbox`, or with a custom class."""
 
     def __init__(self, tokenizer: Any, render: Render | None = None) -> None:
         """render: takes the place of the chat template."""
         self._tokenizer, self._render = tokenizer, render
 
+    @cached_property
+    def _template(self) -> Callable[..., Any]:
+        return limited_template(self._tokenizer)
+
     def render(self, chat: Chat, where: str = "") -> str:
         """The text of a chat.
 
-        Raises BadRow for a conversation that the template rejects, and UserError if there is no template or if it is
-        not valid Jinja.
+        Raises BadRow for a conversation that the template rejects, and UserError if there is no template, if it is not
+        valid Jinja, or if it runs for too long.
         """
         if self._render is None and self._tokenizer.chat_template is None:
             raise UserError(
@@ -50,7 +57,9 @@ class ChatRenderer:
         try:
             if self._render is not None:
                 return self._render(chat.prompt, chat.response, where=where)
-            return self._tokenizer.apply_chat_template([*chat.prompt, *chat.response], tools=chat.tools, tokenize=False)
+            return self._template([*chat.prompt, *chat.response], tools=chat.tools, tokenize=False)
+        except TemplateTooSlow as error:
+            raise UserError(f"{where}: {error}") from error
         except (UserError, BadRow):
             raise
         except Exception as error:
@@ -67,7 +76,7 @@ class ChatRenderer:
     def try_messages(self, messages: Sequence[Message]) -> str | None:
         """The text of messages by the chat template; None if it rejects them."""
         try:
-            return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False))
+            return str(self._template(list(messages), tokenize=False))
         except Exception:  # the first row reports it
             return None
 

@@ -75,7 +75,7 @@ class Encoder:
         """Token ids of every whole text, as `[group][response]`, before the length policy.
 
         A group that cannot be rendered is replaced by a BadRow with the reason.
-        Raises UserError if there is no chat template or if it is not valid.
+        Raises UserError if there is no chat template, if it is not valid, or if it runs for too long.
         """
         batches = {False: _Batch(), True: _Batch()}  # by whether the tokenizer adds its special tokens
         found: list[list[list[int]] | BadRow] = []
