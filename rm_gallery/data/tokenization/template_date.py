@@ -57,9 +57,10 @@ def _writes_date(template: str) -> bool:
     """Whether any branch of the template uses the global."""
     if _GLOBAL not in template:
         return False
-    from jinja2 import TemplateSyntaxError, meta
+    from jinja2 import TemplateSyntaxError, meta, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.visitor import NodeTransformer
 
     class Generation(Extension):
         """The tag of transformers around the texts of the assistant."""
@@ -70,9 +71,15 @@ def _writes_date(template: str) -> bool:
             next(parser.stream)
             return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
+    class WithoutConstants(NodeTransformer):
+        """Jinja computes expressions of constants, for example `'a' * 10**10`, before it looks for names."""
+
+        def visit_Const(self, node: Any) -> Any:
+            return nodes.Name("constant", "load", lineno=node.lineno)
+
     environment = ImmutableSandboxedEnvironment(extensions=[Generation, loopcontrols])
     try:
-        return _GLOBAL in meta.find_undeclared_variables(environment.parse(template))
+        return _GLOBAL in meta.find_undeclared_variables(WithoutConstants().visit(environment.parse(template)))
     except TemplateSyntaxError:  # the first row reports it
         return False
 

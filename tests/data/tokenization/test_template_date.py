@@ -68,6 +68,12 @@ def test_only_a_template_that_writes_the_date_is_changed(caplog: pytest.LogCaptu
     ]
 
 
+@pytest.mark.parametrize("large", ["'a' * 10**10", "'a' | center(10000000000)", "['a' * 9999999999]"])
+def test_no_expression_is_computed_while_the_date_is_looked_for(large: str) -> None:
+    tokenizer = tokenizer_with(f"{{{{ strftime_now('%Y') }}}}{{{{ {large} }}}}")
+    assert freeze_date(tokenizer, "2026-11-07", key="k") == "2026-11-07"
+
+
 @pytest.mark.parametrize("text", ["tomorrow", "2026-13-01", "2026-02-30", "20261107", "2026-11-07T10:00"])
 def test_a_date_of_another_form_is_an_error(text: str) -> None:
     with pytest.raises(UserError, match=f"^data.template_date={text}: must be a date as YYYY-MM-DD"):
