@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import time
+from typing import Any
 
 import torch
 
@@ -45,6 +46,13 @@ def matrix_flops(dtype: torch.dtype, *, seconds: float) -> float:
             torch.nn.functional.linear(inputs, matrix)  # weight layout as in layers: it matters in bfloat16
             best = min(best, time.perf_counter() - start)
     return 2 * rows * size**2 / best
+
+
+def has_bf16_units() -> bool:
+    """Whether this CPU has instructions for matrix products in bfloat16 (AMX, AVX-512 BF16, or those of Arm)."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    older = [getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(older) or any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "arm_bf16"))
 
 
 def bf16_slowdown() -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Ge
@@ -10,7 +10,7 @@ from annotated_types import Ge
 AttentionKernel: TypeAlias = Literal["auto", "plain", "sdpa", "varlen", "flex"]
 CheckpointingMode: TypeAlias = Literal["full", "selective"]
 StrategySetting: TypeAlias = Literal["auto", "fsdp", "fsdp2", "ddp"]
-ModelDtype: TypeAlias = Literal["fp32", "bf16"]
+ModelDtype: TypeAlias = Literal["auto", "bf16", "fp32"]
 
 DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}
 """Bytes per element of each `model.fsdp_config.model_dtype`."""
@@ -32,8 +32,9 @@ class FsdpConfig:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    model_dtype: ModelDtype = "bf16"
-    """Compute dtype of the backbone. Master weights and optimizer state are float32 either way."""
+    model_dtype: ModelDtype = "auto"
+    """Compute dtype of the backbone; `auto` is bf16 on GPUs and CPUs with bfloat16 instructions, else fp32. Master
+    weights and optimizer state are float32 either way."""
     cpu_offload: bool = False
     """FSDP2: offload parameters, gradients and optimizer state to host memory, where the optimizer steps too."""
     offload_params: bool = False
@@ -89,3 +90,11 @@ class ModelConfig:
     dropout: float = 0.0
     """Every dropout probability of the model. Off by default: noise in rewards costs more than it regularizes."""
     fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
+
+
+def with_dtype(config: ModelConfig, *, has_bf16: bool) -> ModelConfig:
+    """The configuration with `auto` as `model_dtype` resolved. has_bf16: whether the device has units for bfloat16."""
+    if config.fsdp_config.model_dtype != "auto":
+        return config
+    dtype: ModelDtype = "bf16" if has_bf16 else "fp32"
+    return replace(config, fsdp_config=replace(config.fsdp_config, model_dtype=dtype))

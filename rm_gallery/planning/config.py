@@ -11,9 +11,9 @@ from annotated_types import Ge, Gt, Le
 from rm_gallery.config import load
 from rm_gallery.data.config import data_problems
 from rm_gallery.errors import Problem
-from rm_gallery.modeling.config import DTYPE_BYTES
+from rm_gallery.modeling.config import DTYPE_BYTES, with_dtype
 from rm_gallery.modeling.parallel.strategy import choose_strategy
-from rm_gallery.planning.devices import GIB, USABLE, Device, device
+from rm_gallery.planning.devices import GIB, USABLE, Device, device, has_bf16
 from rm_gallery.planning.memory import Layout
 from rm_gallery.planning.model_shape import ModelShape
 from rm_gallery.training.config import TrainConfig, model_problems, normalize, optim_problems
@@ -80,7 +80,10 @@ def load_estimate_config(file: str | None, overrides: Sequence[str]) -> Estimate
 
     Raises UserError that lists all problems, one a line.
     """
-    return load(EstimateConfig, file, overrides, aliases=_ALIASES, prepare=_normalize, check=_problems, ignore=_IGNORED)
+    config = load(
+        EstimateConfig, file, overrides, aliases=_ALIASES, prepare=_normalize, check=_problems, ignore=_IGNORED
+    )
+    return replace(config, model=with_dtype(config.model, has_bf16=has_bf16(config.gpu)))
 
 
 def _normalize(values: dict[str, Any]) -> Iterator[Problem]:

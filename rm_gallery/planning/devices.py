@@ -85,6 +85,15 @@ GPUS = {
 KINDS = (*GPUS, "cpu")
 
 
+def has_bf16(kind: str) -> bool:
+    """Whether `model.fsdp_config.model_dtype=auto` is bf16 on this device."""
+    if kind != "cpu":
+        return GPUS[kind].has_bf16
+    from rm_gallery.distributed.cpu import has_bf16_units
+
+    return has_bf16_units()
+
+
 def device(kind: str, *, num_processes: int, dtype: str) -> Device:
     """The device of each process; `cpu` is this machine, its memory and FLOP/s divided among the processes."""
     if kind != "cpu":

@@ -69,6 +69,8 @@ class LoopConfig:
     """Steps between validations; the last step is always validated. 0 or less: only after the last one."""
     val_before_train: bool = False
     """Validate before the first step as well."""
+    early_stopping_patience: Annotated[int, Ge(1)] | None = None
+    """Stop after this many consecutive validations without a higher `val/accuracy`; null never stops early."""
     max_bad_steps: Annotated[int, Ge(1)] = 10
     """Stop after this many consecutive steps with a non-finite loss or gradient."""
     seed: Annotated[int, Ge(0)] = 0
@@ -241,6 +243,17 @@ def problems_of_training(config: TrainConfig) -> Iterator[Problem]:
     yield from data_problems(config.data)
     yield from optim_problems(config.optim)
     yield from trainer_problems(config.trainer)
+    yield from _early_stopping_problems(config)
+
+
+def _early_stopping_problems(config: TrainConfig) -> Iterator[Problem]:
+    key, trainer, data = "trainer.early_stopping_patience", config.trainer, config.data
+    if trainer.early_stopping_patience is None:
+        return
+    if not data.val_files and not data.val_fraction:
+        yield Problem(key, f"{key}: there is no validation; set data.val_files or data.val_fraction")
+    elif trainer.test_freq <= 0:
+        yield Problem(key, f"{key}: validation runs after the last step only; set trainer.test_freq")
 
 
 def problems_of_reading(config: TrainConfig) -> Iterator[Problem]:

@@ -25,10 +25,11 @@ from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.template_date import freeze_date
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.distributed.collectives import HostGroup, all_gather, broadcast
-from rm_gallery.distributed.cpu import bf16_slowdown, keep_freed_memory
+from rm_gallery.distributed.cpu import bf16_slowdown, has_bf16_units, keep_freed_memory
 from rm_gallery.distributed.process_group import World, processes, seed_everything, seed_per_rank
 from rm_gallery.errors import StoppedBySignal, UserError
 from rm_gallery.log import log_copy
+from rm_gallery.modeling.config import with_dtype
 from rm_gallery.modeling.parallel.apply import DTYPES, apply, offload_optimizer
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
@@ -61,7 +62,7 @@ from rm_gallery.training.run_dir import (
 )
 from rm_gallery.training.signals import StopSignal
 from rm_gallery.training.trackers import NoTrackers, RunInfo, Trackers
-from rm_gallery.training.trainer import Intervals, MetricSink, Saver, Trainer
+from rm_gallery.training.trainer import Intervals, MetricSink, Saver, Trainer, stops_early
 from rm_gallery.training.validation import packer_for, validate
 
 log = logging.getLogger(__name__)
@@ -103,10 +104,11 @@ def _run(
         chat_template=config.data.chat_template,
     )
     config = _with_template_date(config, tokenizer, world)
+    config = replace(config, model=with_dtype(config.model, has_bf16=broadcast(_has_bf16(world.device))))
     if world.device.type == "cpu":
         keep_freed_memory()
         if world.is_main and config.model.fsdp_config.model_dtype == "bf16" and (slowdown := bf16_slowdown()) > 1.5:
-            log.info(
+            log.warning(
                 "this CPU multiplies matrices %.1f times slower in bf16 than in fp32; "
                 "model.fsdp_config.model_dtype=fp32 trains faster here", slowdown,
             )  # fmt: skip
@@ -143,7 +145,8 @@ def _run(
         )
         if world.is_main and config.trainer.save_best:
             name_best(run_dir, begin.progress)  # a kill may have come between the last checkpoint and best.json
-        if begin.folder is not None and begin.progress.step == total_steps:
+        stopped_early = stops_early(begin.progress, config.trainer.early_stopping_patience)
+        if begin.folder is not None and (begin.progress.step == total_steps or stopped_early):
             if begin.progress.bad_steps == total_steps:
                 raise UserError(f"{begin.folder}: all {total_steps} steps were skipped: nothing was trained")
             log.warning(
@@ -160,6 +163,10 @@ def _run(
             draw_curves(run_dir)
     assert checkpoints.latest is not None
     return RunResult(run_dir, checkpoints.latest, val_metrics, world.is_main)
+
+
+def _has_bf16(device: torch.device) -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else has_bf16_units()
 
 
 def _with_template_date(config: TrainConfig, tokenizer: Any, world: World) -> TrainConfig:
@@ -211,7 +218,7 @@ def _train(
     try:
         on_save = callbacks.on_save if loop.world.is_main else None
         sink = Sinks(trackers, callbacks) if loop.world.is_main else trackers
-        trainer = _build_trainer(config, loop, begin, AnnouncedSaver(checkpoints, on_save), sink)
+        trainer = _build_trainer(config, loop, begin, AnnouncedSaver(checkpoints, on_save), sink, trackers.tick)
         val_metrics = trainer.train(val_before_train=config.trainer.val_before_train)
         failed = False
         return val_metrics
@@ -283,7 +290,9 @@ def _log_overview(
     log.info("run     %s", config.trainer.run_dir)
 
 
-def _build_trainer(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Saver, sink: MetricSink) -> Trainer:
+def _build_trainer(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Saver, sink: MetricSink,
+    tick: Callable[[str], None],
+) -> Trainer:  # fmt: skip
     objective = OBJECTIVES["bradley_terry"]
     model, val = loop.model, loop.val
 
@@ -312,6 +321,8 @@ def _build_trainer(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: 
         start=begin,
         stop=loop.stop,
         save_best=config.trainer.save_best,
+        patience=config.trainer.early_stopping_patience,
+        tick=tick,
     )
 
 

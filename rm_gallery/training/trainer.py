@@ -82,13 +82,18 @@ class Trainer:
         schedule: Schedule, clip_grad: float, steps: Iterator[StepBatches], total_steps: int, intervals: Intervals,
         max_bad_steps: int, validate: Validation | None, checkpoints: Saver, sink: MetricSink,
         ranks: HostGroup, start: Start | None = None, stop: StopSignal | None = None, save_best: bool = False,
+        patience: int | None = None, tick: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
-        """start: the checkpoint that the run resumes from. steps: those after it."""
+        """start: the checkpoint that the run resumes from. steps: those after it.
+
+        patience: `trainer.early_stopping_patience`. tick: called before each micro-batch with a text that says which.
+        """
         self.model, self.weights, self.objective = model, weights, objective
         self.optimizer, self.schedule, self.clip_grad = optimizer, schedule, clip_grad
         self.steps, self.total_steps, self.intervals = steps, total_steps, intervals
         self.max_bad_steps, self.validate, self.checkpoints, self.sink = max_bad_steps, validate, checkpoints, sink
         self.ranks, self.stop, self.save_best = ranks, stop or StopSignal(), save_best
+        self.patience, self.tick = patience, tick
         self.start = start or Start()
         self.progress = self.start.progress
         self.parameters: list[nn.Parameter] = [parameter for _, parameter in weights.named_parameters()]
@@ -109,7 +114,7 @@ class Trainer:
             self._validate()
         if self.progress.validation_pending:
             self._validate()
-        while self.progress.step < self.total_steps:
+        while self.progress.step < self.total_steps and not stops_early(self.progress, self.patience):
             self._next_step()
         if self.progress.bad_steps:
             log.warning("%d of %d steps were skipped: not finite", self.progress.bad_steps, self.total_steps)
@@ -136,6 +141,12 @@ class Trainer:
         is_best = False
         if self.validate and (is_last or _is_due(progress.step, self.intervals.validate)):
             is_best = self._validate()
+        if stops_early(progress, self.patience):
+            log.info(
+                "early stopping at step %d: no val/accuracy above %.4f in the last %d validations", progress.step,
+                progress.highest_accuracy or math.nan, progress.validations_since_highest,
+            )  # fmt: skip
+            is_last = True
         if is_last or is_best or _is_due(progress.step, self.intervals.save):
             self._save(is_last=is_last)
 
@@ -157,6 +168,8 @@ class Trainer:
         for index, batch in enumerate(batches.batches):
             if _is_stop_check(index, count):
                 self._check_stop()
+            if index:
+                self.tick(f"micro-batch {index + 1}/{count}")
             batch = batch.to(device)
             loss, metric_sums = self.objective(self.model(batch), batch)
             self.weights.backward(loss / batches.num_comparisons, is_last=index == count - 1)
@@ -182,9 +195,17 @@ class Trainer:
         assert self.validate is not None
         progress = self.progress
         progress.validation_pending = True
+        number = 0
+
+        def before_pack() -> None:
+            nonlocal number
+            number += 1
+            self.tick(f"validation, micro-batch {number}")
+            self._check_stop()
+
         with self.window.paused():
             try:
-                metrics = self.validate(self._check_stop)
+                metrics = self.validate(before_pack)
             except _StopRequested:
                 self._save_and_stop()
         progress.validation_pending = False
@@ -194,6 +215,7 @@ class Trainer:
                 "step %d: val/loss is %s: some validation text has no finite reward", progress.step, metrics["val/loss"]
             )
         self.sink.log(metrics, progress.step)
+        progress.count_validation(metrics)
         return bool(self.save_best and progress.step and progress.note_accuracy(metrics))
 
     def _log(self, result: StepResult, learning_rate: float, epoch: float) -> None:
@@ -258,6 +280,11 @@ class Trainer:
         raise TrainingStopped(
             f"step {progress.step}: {reason}; {kept}. Lower optim.lr, or check the data of these steps"
         )
+
+
+def stops_early(progress: Progress, patience: int | None) -> bool:
+    """Whether `patience` validations in a row had no higher accuracy than one before them."""
+    return patience is not None and progress.validations_since_highest >= patience
 
 
 def _is_due(step: int, interval: int) -> bool:

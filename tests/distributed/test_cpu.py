@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from rm_gallery.distributed.cpu import bf16_slowdown, keep_freed_memory
 from rm_gallery.training import setup
@@ -66,3 +67,14 @@ def test_a_run_says_which_type_is_faster(
     train(qwen2_folder, "run", f"model.fsdp_config.model_dtype={dtype}", "trainer.total_training_steps=1")
     sentence = "matrices 8.7 times slower in bf16 than in fp32; model.fsdp_config.model_dtype=fp32 trains faster here"
     assert (sentence in capsys.readouterr().err) == said
+
+
+@pytest.mark.parametrize(("units", "dtype"), [(True, "bf16"), (False, "fp32")])
+def test_the_default_dtype_is_bf16_where_the_processor_has_units_for_it(
+    in_tmp: Path, qwen2_folder: Path, monkeypatch: Any, units: bool, dtype: str
+) -> None:
+    write_data()
+    monkeypatch.setattr(setup, "bf16_slowdown", lambda: 1.0)
+    monkeypatch.setattr(setup, "has_bf16_units", lambda: units)
+    run = train(qwen2_folder, "run", "model.fsdp_config.model_dtype=auto", "trainer.total_training_steps=1")
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["fsdp_config"]["model_dtype"] == dtype

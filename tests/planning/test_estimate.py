@@ -177,9 +177,9 @@ def test_every_gpu_can_be_named_and_its_figures_are_documented() -> None:
 
 def test_a_gpu_without_bf16_units_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     small = ("model=qwen2.5-0.5b", "gpu=T4")
-    [note] = _json(capsys, *small)["notes"]
+    [note] = _json(capsys, *small, "model.fsdp_config.model_dtype=bf16")["notes"]
     assert note.startswith("t4 has no bf16 units")
-    assert not _json(capsys, *small, "model.fsdp_config.model_dtype=fp32")["notes"]
+    assert not _json(capsys, *small)["notes"], "auto is fp32 there"
     changes = _json(capsys, *small, "model.fsdp_config.model_dtype=fp32")["changes"]["alone"]
     assert "model.fsdp_config.model_dtype=bf16" not in [step["change"] for step in changes]
 

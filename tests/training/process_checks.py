@@ -105,7 +105,7 @@ def strategies_give_one_gradient(folder: Path, world: World) -> Any:
         for strategy in STRATEGIES
     }
     mixed = {
-        strategy: gradients(build(folder, world, strategy, fsdp_config=FsdpConfig()), world, groups)
+        strategy: gradients(build(folder, world, strategy, fsdp_config=FsdpConfig(model_dtype="bf16")), world, groups)
         for strategy in STRATEGIES
     }
     return {"plain": found, "checkpointing": checkpointing, "bf16": mixed}
@@ -120,7 +120,7 @@ def types_are_as_configured(folder: Path, world: World) -> Any:
     """Layers compute in bfloat16, the head in float32, and the optimizer has float32."""
     found = {}
     for strategy in STRATEGIES:
-        model, weights = build(folder, world, strategy, fsdp_config=FsdpConfig())
+        model, weights = build(folder, world, strategy, fsdp_config=FsdpConfig(model_dtype="bf16"))
         seen: dict[str, str] = {}
 
         def note(name: str, seen: dict[str, str] = seen) -> Any:

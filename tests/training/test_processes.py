@@ -48,7 +48,7 @@ def test_processes_meet_again_after_one_was_killed(found: list[dict[str, Any]]) 
 @pytest.mark.parametrize("kind", ["plain", "checkpointing", "bf16"])
 def test_a_step_has_the_gradient_of_one_process(kind: str, found: list[dict[str, Any]], qwen2_folder: Path) -> None:
     groups = random_groups(0)[:2] + random_groups(1)[3:4]
-    settings = {"fsdp_config": FsdpConfig()} if kind == "bf16" else {}
+    settings = {"fsdp_config": FsdpConfig(model_dtype="bf16")} if kind == "bf16" else {}
     alone = gradients(build(qwen2_folder, ALONE, "none", **settings), ALONE, groups)
     assert alone["norm"] == pytest.approx(math.sqrt(sum(alone["squares"].values())), rel=1e-6)
     tolerance = {"rel": 0.05, "abs": 1e-3} if kind == "bf16" else {"rel": 1e-5, "abs": 1e-9}

@@ -235,3 +235,17 @@ def test_another_configuration_needs_another_directory_or_the_name_of_the_checkp
     facts = json.loads((run / "run.json").read_text())
     assert facts["start_step"] == 3
     assert [start["start_step"] for start in facts["earlier_starts"]] == [0]
+
+
+def test_early_stopping_survives_a_restart_and_ends_the_run(qwen2_folder: Path, monkeypatch: Any, caplog: Any) -> None:
+    early = ("trainer.early_stopping_patience=2", "trainer.test_freq=1", "trainer.save_freq=1", "optim.lr=1e-12")
+    whole = train(qwen2_folder, "whole", *early)
+    assert sorted(path.name for path in whole.glob("global_step_*")) == [f"global_step_{step}" for step in (1, 2, 3)]
+    when_logged(monkeypatch, 2, send(signal.SIGTERM))
+    parts = train(qwen2_folder, "parts", *early, status=143)
+    train(qwen2_folder, "parts", *early)
+    assert rows(parts) == rows(whole)
+    files = [run / "global_step_3/model.safetensors" for run in (parts, whole)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    train(qwen2_folder, "parts", *early)
+    assert f"the run is complete: {parts / 'global_step_3'} is its last step" in caplog.text

@@ -159,3 +159,16 @@ def test_dumb_terminal_gets_plain_lines(tmp_path: Path, monkeypatch: pytest.Monk
     console.log({"train/loss": 0.5}, 1)
     console.close()
     assert "\x1b" not in terminal.getvalue()
+
+
+def test_console_tells_how_far_a_long_step_is(tmp_path: Path) -> None:
+    console, stream, clock = plain_console(tmp_path, total_steps=9)
+    for number in range(2, 65):
+        clock.now += 1
+        console.tick(f"micro-batch {number}/64")
+    console.log({"train/loss": 0.5}, 1)
+    assert stream.getvalue().splitlines() == [
+        "step 0/9 done  micro-batch 31/64",
+        "step 0/9 done  micro-batch 61/64",
+        "step 1/9  loss 0.5000  eta 0:08:24",
+    ]

@@ -214,3 +214,27 @@ def test_every_architecture_trains_in_bfloat16(kind: str, tmp_path: Path) -> Non
     assert found.is_finite
     assert found.loss == pytest.approx(expected.loss, abs=0.05)
     assert found.grad_norm == pytest.approx(expected.grad_norm, rel=0.2)
+
+
+def test_training_stops_after_so_many_validations_without_a_higher_accuracy(qwen2_folder: Path, caplog: Any) -> None:
+    accuracies = iter([0.5, 0.7, 0.7, 0.6, 0.9])
+    trainer, recorder = build(qwen2_folder, total_steps=9)
+    trainer.intervals, trainer.patience = Intervals(log=1, validate=1, save=0), 2
+    trainer.validate = lambda before_pack: {"val/accuracy": next(accuracies), "val/loss": 1.0}
+    trainer.train()
+    assert (trainer.progress.step, recorder.saved) == (4, [Path("global_step_4")])
+    assert "early stopping at step 4: no val/accuracy above 0.7000 in the last 2 validations" in caplog.text
+
+
+def test_long_steps_and_validations_are_told_by_micro_batch(qwen2_folder: Path) -> None:
+    trainer, _ = build(qwen2_folder, total_steps=1)
+    trainer.steps = iter([step_batches(random_groups(0), random_groups(1), random_groups(2))])
+    told: list[str] = []
+
+    def validate(before_pack: Any) -> dict[str, float]:
+        before_pack()
+        return {}
+
+    trainer.tick, trainer.validate = told.append, validate
+    trainer.train()
+    assert told == ["micro-batch 2/3", "micro-batch 3/3", "validation, micro-batch 1"]

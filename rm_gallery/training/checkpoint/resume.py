@@ -233,7 +233,7 @@ def _is_moved(key: str, old: Any, new: Any) -> bool:
 
 
 def _changes(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """`key=value, was value` by key, for every value that differs. Keys that another version added are left out."""
+    """`key=value, was value` by key, for every value that differs. Keys that another version added are omitted."""
     found: dict[str, str] = {}
     for name in was:
         if name not in now:

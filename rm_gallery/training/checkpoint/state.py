@@ -251,17 +251,29 @@ class Progress:
     best_accuracy: float | None = None
     last_loss: float | None = None
     """Training loss of the last step that was not skipped."""
+    highest_accuracy: float | None = None
+    """The highest `val/accuracy` so far, for early stopping."""
+    validations_since_highest: int = 0
 
     def note_accuracy(self, metrics: Mapping[str, float]) -> bool:
-        """Record the accuracy of this step if it is the best so far; return whether it is.
-
-        Never if the loss is not finite: NaN rewards count as wrong, so the accuracy would be finite.
-        """
-        accuracy = metrics.get(BEST_METRIC, math.nan) if math.isfinite(metrics.get(LOSS_METRIC, 0.0)) else math.nan
+        """Record the accuracy of this step if it is the best so far; return whether it is."""
+        accuracy = _accuracy(metrics)
         if not accuracy > (-math.inf if self.best_accuracy is None else self.best_accuracy):
             return False
         self.best_step, self.best_accuracy = self.step, accuracy
         return True
 
+    def count_validation(self, metrics: Mapping[str, float]) -> None:
+        """Update `highest_accuracy` and `validations_since_highest`."""
+        accuracy = _accuracy(metrics)
+        self.validations_since_highest += 1
+        if accuracy > (-math.inf if self.highest_accuracy is None else self.highest_accuracy):
+            self.highest_accuracy, self.validations_since_highest = accuracy, 0
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _accuracy(metrics: Mapping[str, float]) -> float:
+    """`val/accuracy`; NaN if the loss is not finite, since NaN rewards count as wrong and leave it finite."""
+    return metrics.get(BEST_METRIC, math.nan) if math.isfinite(metrics.get(LOSS_METRIC, 0.0)) else math.nan

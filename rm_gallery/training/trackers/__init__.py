@@ -67,6 +67,12 @@ class Trackers:
                 self._broken[name] = self._active.pop(name)
                 log.warning("%s failed at step %d and is disabled: %s", name, step, one_line(error))
 
+    def tick(self, text: str) -> None:
+        """Show on the console how far a long step is."""
+        console = self._active.get("console")
+        if isinstance(console, ConsoleTracker):
+            console.tick(text)
+
     def close(self, *, failed: bool = False) -> None:
         """Close all, the console first. failed: mark the run as failed. Idempotent."""
         if self._closed:
@@ -86,6 +92,8 @@ class NoTrackers:
     """Does nothing: the trackers of ranks above 0."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def tick(self, text: str) -> None: ...
 
     def close(self, *, failed: bool = False) -> None: ...
 

@@ -32,6 +32,8 @@ TABLE_COLUMNS = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
 WIDTH = 80  # columns of a line; longer ones are wrapped between their fields
 MAX_TABLE_ROWS = 12
 LINE_INTERVAL_S = 2.0
+TICK_INTERVAL_S = 30.0
+BAR_INTERVAL_S = 0.25
 RATE_WINDOW = 50  # number of log calls that the remaining time is estimated from
 
 
@@ -51,7 +53,7 @@ class ConsoleTracker:
         self._step = run.start_step
         self._times: deque[tuple[float, int]] = deque([(self._start_time, run.start_step)], maxlen=RATE_WINDOW)
         self._is_first_interval = True
-        self._last_line_time = -math.inf
+        self._last_line_time = self._last_tick = -math.inf
         self._latest: dict[str, float] = {}
         self._val_points: list[dict[str, float]] = []
         self._since_val: dict[str, list[float]] = {}  # training metrics logged since the last validation
@@ -78,6 +80,19 @@ class ConsoleTracker:
         elif has_val or step >= self._total or now - self._last_line_time >= LINE_INTERVAL_S:
             self._last_line_time = now
             self._print(self._line(metrics, step, eta))
+
+    def tick(self, text: str) -> None:
+        """Show how far a step or a validation is: in the bar, or as a line where nothing was printed for 30 s."""
+        now = self._clock()
+        if self._bar:
+            if now - self._last_tick >= BAR_INTERVAL_S:
+                self._last_tick = now
+                self._bar.update(
+                    self._step, "  ".join(part for part in (text, self._bar_text(self._time_left())) if part)
+                )
+        elif now - max(self._last_line_time, self._start_time, self._last_tick) >= TICK_INTERVAL_S:
+            self._last_tick = now
+            self._print(f"step {self._step}/{self._total} done  {text}")
 
     def close(self, *, failed: bool = False) -> None:
         """Remove the bar and print the table; `failed` only changes the last line."""
