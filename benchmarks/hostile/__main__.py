@@ -1,6 +1,6 @@
 """Hostile input, damage and concurrency against tiny models: what is refused, what is named, what stays the same.
 
-    python -m benchmarks.hostile                       # all attempts: 6 minutes on two cores
+    python -m benchmarks.hostile                       # all attempts: 6 to 8 minutes on two cores
     python -m benchmarks.hostile --only rows kill      # of an area, or with this part in their name
     python -m benchmarks.hostile --list                # names and expected outcomes
 
