@@ -116,6 +116,8 @@ class Encoder:
         self, group: PreferenceGroup, batches: dict[bool, _Batch], chats: list[Any], index: int
     ) -> list[list[int]]:
         """Ids of chats with control tokens in contents; the others are added to a batch, whose ids are checked."""
+        if not group.responses:  # of an input to score
+            return []
         rendered = self._guarded.rendered(group)
         for text in _encodable([text for _, text in rendered or ()]):
             self._check_start(text)
