@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rm_gallery.data.sources.hub import check_model_name, model_not_found
 from rm_gallery.errors import UserError, one_line
 from rm_gallery.modeling.architectures import DECODERS, ENCODERS
 from rm_gallery.modeling.attention import dispatch
@@ -334,11 +335,12 @@ def read_model_config(path: str, *, key: str, trust_remote_code: bool = False) -
 
     folder = Path(path).expanduser()
     check_not_adapter(path, key=key)
-    if not folder.exists() and (folder.is_absolute() or path.startswith((".", "~"))):
-        raise UserError(f"{key}={path}: no such folder (working directory {Path.cwd()})")
+    check_model_name(path, key=key)
     try:
         config = AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
     except Exception as error:
+        if not folder.exists():
+            raise model_not_found(path, error, key=key) from error
         raise UserError(
             f"{key}={path}: no model found ({one_line(error)}); name a folder with config.json and weights"
         ) from error

@@ -90,8 +90,11 @@ def _find_config(model: str, key: str, trust_remote_code: bool) -> tuple[str, An
             raise UserError(_unknown(model, key))
     from transformers import AutoConfig
 
+    from rm_gallery.data.sources.hub import go_offline_if_unreachable, why_offline
     from rm_gallery.modeling.model_folder import quiet_transformers
 
+    if not file.is_file():
+        go_offline_if_unreachable()
     try:
         if file.is_file():  # before transformers, which is slow for millions of layers
             values = json.loads(file.read_text(encoding="utf-8"))
@@ -106,7 +109,8 @@ def _find_config(model: str, key: str, trust_remote_code: bool) -> tuple[str, An
             raise UserError(
                 f"{key}={model}: not a configuration that transformers can read ({one_line(error)})"
             ) from error
-        raise UserError(f"{_unknown(model, key)}; and the hub does not provide it ({one_line(error)})") from error
+        reason = why_offline() or one_line(error)
+        raise UserError(f"{_unknown(model, key)}; and the hub does not provide it ({reason})") from error
 
 
 def _check_layers(layers: Any, model: str, key: str) -> None:

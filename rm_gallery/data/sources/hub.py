@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -217,15 +218,30 @@ def go_offline_if_unreachable() -> None:
     site = urlsplit(endpoint() or constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE or site.scheme in getproxies():
         return
-    try:
-        port = site.port or (80 if site.scheme == "http" else 443)
-        socket.create_connection((site.hostname, port), timeout=_CONNECT_S).close()
-    except OSError as error:
+    reason = _why_unreachable(site.hostname or "", site.port or (80 if site.scheme == "http" else 443))
+    if reason:
         constants.HF_HUB_OFFLINE = True
-        _unreachable[site.geturl()] = one_line(error)
-        log.warning(
-            "%s cannot be reached (%s): only models and datasets in the cache are used", site.geturl(), one_line(error)
-        )
+        _unreachable[site.geturl()] = reason
+        log.warning("%s cannot be reached (%s): only models and datasets in the cache are used", site.geturl(), reason)
+
+
+def _why_unreachable(host: str, port: int) -> str:
+    """Why no connection can be made within `_CONNECT_S`; "" if it can."""
+    reasons = [f"no answer within {_CONNECT_S:g} s"]
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), timeout=_CONNECT_S).close()
+        except OSError as error:
+            reasons.append(one_line(error))
+        else:
+            reasons.append("")
+
+    # In a thread: the timeout of a socket is for each address of a host, and the look-up of its name has none.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(_CONNECT_S)
+    return reasons[-1]
 
 
 def why_offline() -> str:
@@ -236,6 +252,39 @@ def why_offline() -> str:
     if not constants.HF_HUB_OFFLINE:
         return ""
     return f"{site} cannot be reached ({_unreachable[site]})" if site in _unreachable else "HF_HUB_OFFLINE is set"
+
+
+def check_model_name(path: str, *, key: str) -> None:
+    """Raise UserError for a path that does not exist, and for a name that is not cached if the hub cannot be reached.
+
+    Loads neither torch nor transformers, which take longer than this check.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(path).expanduser()
+    if folder.exists():
+        return
+    if folder.is_absolute() or path.startswith((".", "~")):
+        raise UserError(f"{key}={path}: no such folder (working directory {Path.cwd()})")
+    go_offline_if_unreachable()
+    try:
+        is_cached = isinstance(try_to_load_from_cache(path, "config.json"), str)
+    except ValueError as error:  # not a name that the hub allows
+        raise model_not_found(path, error, key=key) from error
+    if why_offline() and not is_cached:
+        raise model_not_found(path, key=key)
+
+
+def model_not_found(path: str, error: Exception | None = None, *, key: str) -> UserError:
+    """The error for a name that is neither a folder nor, as far as can be seen, a model of the hub."""
+    here = f"working directory {Path.cwd()}"
+    if offline := why_offline():
+        return UserError(
+            f"{key}={path}: no such folder ({here}), and no model of this name in the cache of the hub while "
+            f"{offline}; give a model folder"
+        )
+    reason = f" ({one_line(error)})" if error is not None else ""
+    return UserError(f"{key}={path}: neither a folder ({here}) nor a model on the hub{reason}; give a model folder")
 
 
 def client_errors() -> tuple[type[Exception], ...]:

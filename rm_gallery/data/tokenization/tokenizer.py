@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rm_gallery.data.sources.hub import go_offline_if_unreachable, why_offline
+from rm_gallery.data.sources.hub import go_offline_if_unreachable, model_not_found
 from rm_gallery.errors import BadRow, UserError, one_line
 from rm_gallery.schema import Comparison, PreferenceGroup
 
@@ -108,19 +108,10 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
     except Exception as error:
-        reason = one_line(error)
-        if not is_folder and (offline := why_offline()):
-            raise UserError(
-                f"{key}={path}: no such folder (working directory {os.getcwd()}), and no model of this name in the "
-                f"cache of the hub while {offline}; give a model folder"
-            ) from error
         if not is_folder:
-            raise UserError(
-                f"{key}={path}: neither a folder (working directory {os.getcwd()}) nor a model on the hub "
-                f"({reason}); give a model folder"
-            ) from error
+            raise model_not_found(path, error, key=key) from error
         raise UserError(
-            f"{key}={path}: no tokenizer can be loaded from there ({reason}); "
+            f"{key}={path}: no tokenizer can be loaded from there ({one_line(error)}); "
             "the folder needs tokenizer.json and tokenizer_config.json"
         ) from error
     if not tokenizer.is_fast:

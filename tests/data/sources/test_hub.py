@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -216,6 +217,7 @@ NOT_CACHED = (
 )
 OFFLINE = """
 import sys
+import threading
 from rm_gallery.data.sources import SourceConfig, read_rows, resolve_files
 for path in sys.argv[1:]:
     try:
@@ -268,3 +270,19 @@ def test_a_hub_behind_a_proxy_is_left_to_the_client(site: StandIn, monkeypatch: 
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:8")
     hub.go_offline_if_unreachable()
     assert not constants.HF_HUB_OFFLINE and not hub.why_offline()
+
+
+def test_a_hub_that_does_not_answer_is_given_up_after_the_timeout(
+    site: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+
+    def look_up(*_: object, **__: object) -> None:
+        over.wait(10)
+        raise OSError
+
+    monkeypatch.setattr(hub, "_CONNECT_S", 0.05)
+    monkeypatch.setattr(hub.socket, "create_connection", look_up)
+    hub.go_offline_if_unreachable()
+    over.set()
+    assert hub.why_offline().endswith(" cannot be reached (no answer within 0.05 s)")
