@@ -96,17 +96,9 @@ def load_folder(
     if where.type == "cpu":
         keep_freed_memory()
     kind = find_dtype(dtype, where)
-    _check_remote_code(path, trust_remote_code)
-    config = read_model_config(path, key=KEY, trust_remote_code=trust_remote_code)
-    files = read_weight_folder(path, key=KEY)
-    check_one_label(config, files, path, key=KEY, hint="choose the folder of a reward model")
-    has_own_code = trust_remote_code and bool(getattr(config, "auto_map", None))
+    config, files, tokenizer = check_folder(path, trust_remote_code=trust_remote_code)
+    has_own_code = _has_own_code(config, trust_remote_code)
     is_known = config.model_type in DECODERS + ENCODERS and not getattr(config, "use_bidirectional_attention", None)
-    names = list(config.architectures or [])
-    has_head = is_reward_model(names) or num_outputs(files) is not None or has_foreign_head(files)
-    if not has_own_code and files.tensors and not has_head:  # before the weights are read
-        raise UserError(no_head(config, f"{KEY}={path}"))
-    tokenizer = load_tokenizer(path, key=KEY, trust_remote_code=trust_remote_code)
     date = freeze_date(tokenizer, template_date, key="template_date (score: --template-date)")
     model: RewardModel | PaddedModel
     if is_known and not has_own_code:
@@ -141,6 +133,26 @@ def load_folder(
     reward_token = getattr(config, "reward_token_id", None)
     closing = (reward_token,) if isinstance(reward_token, int) and reward_token >= 0 else ()
     return ScoringModel(model, tokenizer, record, limit if _has_position_table(model, limit) else None, closing, date)
+
+
+def check_folder(path: str, *, trust_remote_code: bool = False) -> tuple[Any, WeightFolder, Any]:
+    """The configuration, the headers of the weight files and the tokenizer of a model folder.
+
+    Raises UserError as `load_folder`, for what can be found without reading the weights.
+    """
+    _check_remote_code(path, trust_remote_code)
+    config = read_model_config(path, key=KEY, trust_remote_code=trust_remote_code)
+    files = read_weight_folder(path, key=KEY)
+    check_one_label(config, files, path, key=KEY, hint="choose the folder of a reward model")
+    names = list(config.architectures or [])
+    has_head = is_reward_model(names) or num_outputs(files) is not None or has_foreign_head(files)
+    if not _has_own_code(config, trust_remote_code) and files.tensors and not has_head:
+        raise UserError(no_head(config, f"{KEY}={path}"))
+    return config, files, load_tokenizer(path, key=KEY, trust_remote_code=trust_remote_code)
+
+
+def _has_own_code(config: Any, trust_remote_code: bool) -> bool:
+    return trust_remote_code and bool(getattr(config, "auto_map", None))
 
 
 _Model = TypeVar("_Model", RewardModel, PaddedModel)

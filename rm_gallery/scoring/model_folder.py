@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from rm_gallery.data.sources.hub import check_model_name, go_offline_if_unreachable
 from rm_gallery.errors import UserError
 from rm_gallery.files import sha256_files
+
+log = logging.getLogger(__name__)
 
 Stats: TypeAlias = dict[str, tuple[int, int]]
 """Size and modification time (ns) of each file by name."""
@@ -27,11 +31,35 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda path: int(re.sub(r"\D", "", path.name)), default=None)
 
 
-def check_not_run_folder(model: str, *, key: str) -> None:
-    """Raise UserError for the folder of a training run, with its newest checkpoint."""
+def choose_checkpoint(model: str, *, key: str) -> str:
+    """The model folder that an option names: in the folder of a run its best checkpoint, else its newest complete one.
+
+    The choice is logged; any other folder and the name of a hub model stay as they are. Raises UserError for a path
+    that does not exist, a hub model that is neither cached nor can be downloaded, and a run without a checkpoint.
+    """
+    check_model_name(model, key=key)
     folder = Path(model).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file() and (newest := newest_checkpoint(folder)):
-        raise UserError(f"{key}={model}: the folder of a run, not of a model; its newest checkpoint is {newest}")
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return model
+    newest = newest_checkpoint(folder)
+    if newest is not None and newest.name.startswith("checkpoint-"):  # of another trainer
+        log.info("%s: the folder of a run; using %s, its newest checkpoint", model, newest)
+        return str(newest)
+    if newest is None and not (folder / "run.json").is_file():
+        return model  # no run: reported when it is loaded
+
+    from rm_gallery.training.checkpoint.folders import best_checkpoint, complete_checkpoints
+
+    best = best_checkpoint(folder)
+    if best is not None:
+        log.info("%s: the folder of a run; using %s, its best checkpoint (best.json)", model, best)
+        return str(best)
+    complete = complete_checkpoints(folder)
+    if not complete:
+        which = f" ({newest.name} has no manifest; name it to use it anyway)" if newest is not None else ""
+        raise UserError(f"{key}={model}: the folder of a run without a complete checkpoint{which}; give a model folder")
+    log.info("%s: the folder of a run; using %s, its newest checkpoint", model, complete[-1])
+    return str(complete[-1])
 
 
 def stats_of(folder: str | Path) -> Stats:
@@ -48,8 +76,7 @@ class ModelFolder:
     """The files of one model while it scores."""
 
     def __init__(self, model: str) -> None:
-        """model: a folder, or a model of the hub. Raises UserError for the folder of a run."""
-        check_not_run_folder(model, key="model")
+        """model: a folder, or a model of the hub."""
         self.model = model
         self._stats = self._now()
 
@@ -88,6 +115,7 @@ def _hub_commit(model: str) -> str:
     """The commit of a hub model in the local cache, which is downloaded if necessary; '' if there is none."""
     from transformers.utils import cached_file
 
+    go_offline_if_unreachable()
     try:
         found = cached_file(model, "config.json")
     except Exception:  # reported when the model is loaded

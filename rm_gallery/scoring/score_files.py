@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ from rm_gallery.scoring.jobs import (
     plan_jobs,
     reward_columns,
 )
-from rm_gallery.scoring.model_folder import ModelFolder
+from rm_gallery.scoring.model_folder import ModelFolder, choose_checkpoint
 from rm_gallery.scoring.parts import REASON, Parts, Result, blocks, cannot_write
 from rm_gallery.scoring.tables import (
     KEY,
@@ -94,6 +94,7 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
     Raises UserError for invalid inputs, models and outputs, and for an output that another command is writing, before
     scoring starts.
     """
+    options = replace(options, models=tuple(choose_checkpoint(model, key="model") for model in options.models))
     said: set[str] = set()
     tables = [open_table(file, options.data, said) for file in _find_inputs(options)]
     names = name_models(options.models)
@@ -106,6 +107,7 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
         finished = {job.output: job.is_done() for job in jobs}  # again: another command may have held the lock
         if not all(finished.values()):
             settings = find_settings(options)
+            _check_models(options)
             for number, name in enumerate(names):
                 scorer = _LazyScorer(options, models[number])
                 for job in jobs:
@@ -118,6 +120,14 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
                         _finish(job, names, [job.parts(each, settings) for each in range(len(names))])
                 scorer.close()
         return [_describe(job, names, finished[job.output]) for job in jobs]
+
+
+def _check_models(options: ScoreOptions) -> None:
+    """Raise UserError for a model that cannot be loaded, before the rewards of those before it are computed."""
+    from rm_gallery.scoring.loading import check_folder
+
+    for model in options.models:
+        check_folder(model, trust_remote_code=options.trust_remote_code)
 
 
 def _find_inputs(options: ScoreOptions) -> list[DataFile]:

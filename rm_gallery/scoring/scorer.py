@@ -17,7 +17,7 @@ from rm_gallery.scoring.batcher import Batcher, Rewards, describe
 from rm_gallery.scoring.engine import Encoded, Engine, find_bad_reward
 from rm_gallery.scoring.inputs import InputBuilder, Pair, Text, Tools, spread_tools
 from rm_gallery.scoring.loading import ScoringModel, load_folder
-from rm_gallery.scoring.model_folder import Stats, check_not_run_folder, stats_of
+from rm_gallery.scoring.model_folder import Stats, choose_checkpoint, stats_of
 
 
 class RewardScorer:
@@ -53,13 +53,13 @@ class RewardScorer:
     ) -> RewardScorer:
         """Load a checkpoint folder of RM-Gallery, or any sequence classification model with one label.
 
-        device: `auto` uses a GPU if there is one. dtype: `auto` is bfloat16 on a GPU that supports it, else float32;
-        the reward head of packed architectures stays float32. On a CPU, freed memory is kept for the next call (see
-        `keep_freed_memory`). template_date: date (YYYY-MM-DD) for a chat template that writes today's.
-        Raises UserError for a folder without such a model, for the folder of a run (the error names its newest
-        checkpoint), and for weights that are not finite.
+        folder: of the model; or of a run, for the best checkpoint if best.json names one, else the newest complete one
+        (logged). device: `auto` uses a GPU if there is one. dtype: `auto` is bfloat16 on a GPU that supports it, else
+        float32; the reward head of packed architectures stays float32. On a CPU, freed memory is kept for the next
+        call (see `keep_freed_memory`). template_date: date (YYYY-MM-DD) for a chat template that writes today's.
+        Raises UserError for a folder without such a model, and for weights that are not finite.
         """
-        check_not_run_folder(str(folder), key="model")
+        folder = choose_checkpoint(str(folder), key="model")
         settings: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         is_here = Path(folder).expanduser().is_dir()
         where = str(Path(folder).expanduser().resolve()) if is_here else str(folder)

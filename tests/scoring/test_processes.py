@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -26,6 +27,7 @@ from rm_gallery.core.models.local import LocalRewardModel, TextGenerator
 from rm_gallery.errors import BadRow, UserError
 from rm_gallery.scoring import RewardScorer
 from rm_gallery.scoring.loading import load_folder
+from rm_gallery.scoring.model_folder import choose_checkpoint
 from tests.small import text_pairs
 
 PAIRS: Any = text_pairs(6)
@@ -172,13 +174,41 @@ def test_a_reward_that_is_not_finite_is_an_error_of_its_row(
         text_scorer.score([replace(groups[1], where="f.jsonl:7")])
 
 
-def test_the_folder_of_a_run_names_its_newest_checkpoint(in_tmp: Path) -> None:
-    for name in ("global_step_9", "global_step_125", "best"):
+def test_the_folder_of_a_run_gives_its_best_or_newest_complete_checkpoint(
+    in_tmp: Path, text_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "rm_gallery")
+    for name in ("global_step_9", "global_step_10", "global_step_125", "best"):
         (in_tmp / "run" / name).mkdir(parents=True)
         (in_tmp / "run" / name / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"model=run: the folder of a run, not of a model; .* run/global_step_125$"):
+    with pytest.raises(
+        UserError, match=r"model=run: the folder of a run without a complete checkpoint \(global_step_125"
+    ):
         RewardScorer.from_folder("run")
-    (in_tmp / "run" / "global_step_125" / "model.safetensors").touch()
+    for name in ("global_step_9", "global_step_10"):
+        (in_tmp / "run" / name / "manifest.json").touch()
+    assert choose_checkpoint("run", key="model") == "run/global_step_10"
+    for named, chosen in (("global_step_9", 9), ("global_step_125", 10), ("../other", 10)):
+        (in_tmp / "run" / "best.json").write_text(json.dumps({"checkpoint": named, "step": 9}))
+        assert choose_checkpoint("run", key="model") == f"run/global_step_{chosen}"
+    assert [record.getMessage() for record in caplog.records][:3] == [
+        "run: the folder of a run; using run/global_step_10, its newest checkpoint",
+        "run: the folder of a run; using run/global_step_9, its best checkpoint (best.json)",
+        "run/best.json: names no complete checkpoint of the run; it is ignored",
+    ]
+    (in_tmp / "run" / "best.json").unlink()
+    shutil.copytree(text_folder, "run/global_step_200")
+    (in_tmp / "run" / "global_step_200" / "manifest.json").touch()
+    scorer = RewardScorer.from_folder("run")
+    assert scorer.folder == "run/global_step_200"
+    assert pickle.loads(pickle.dumps(scorer)).folder == "run/global_step_200"
     (in_tmp / "run" / "model.safetensors").touch()
-    with pytest.raises(UserError, match=r"use a checkpoint in it, e.g. run/global_step_125"):
+    with pytest.raises(UserError, match=r"use a checkpoint in it, e.g. run/global_step_200"):
         OpenAIChatModel("run", is_local=True)
+
+
+def test_the_folder_of_another_trainer_gives_its_newest_checkpoint(in_tmp: Path) -> None:
+    for name in ("checkpoint-9", "checkpoint-125"):
+        (in_tmp / "run" / name).mkdir(parents=True)
+        (in_tmp / "run" / name / "config.json").write_text("{}")
+    assert choose_checkpoint("run", key="model") == "run/checkpoint-125"

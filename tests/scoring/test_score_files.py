@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rm_gallery.scoring.tables import ScoreDataConfig, open_table, read_group
 from tests import forks
 from tests.data.damage import SAMPLES
 from tests.data.sources.writing import PAIRS, WRITERS, write
-from tests.small import chat_pairs, text_pairs, write_pairs
+from tests.small import chat_pairs, make_model, text_pairs, write_pairs
 
 
 class Stopped(Exception):
@@ -262,6 +263,60 @@ def test_a_model_that_cannot_be_used_is_named(in_tmp: Path, capsys: pytest.Captu
     write_lines(in_tmp / "good.jsonl", [{"response": "a"}])
     assert main(["score", "--output", "out", "good.jsonl", "--model", "./nowhere"]) == 2
     assert "model=./nowhere: no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ("./nowhere", "model=./nowhere: no such folder"),
+        ("adapter", "model=adapter: the folder holds an adapter"),
+        ("headless", "model=headless: "),
+        ("empty", "model=empty: "),
+    ],
+)
+def test_every_model_is_checked_before_the_first_scores(
+    options: ScoreOptions, second: str, message: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (in_tmp / "adapter").mkdir()
+    (in_tmp / "adapter/adapter_config.json").write_text("{}")
+    (in_tmp / "empty").mkdir()
+    make_model("qwen2", in_tmp / "headless")
+    monkeypatch.setattr(score_files_module, "_score_table", None)
+    with pytest.raises(UserError, match=message):
+        score_files(replace(options, models=(*options.models, second)))
+
+
+def test_the_folder_of_a_run_is_scored_with_its_chosen_checkpoint(options: ScoreOptions, in_tmp: Path) -> None:
+    shutil.copytree(options.models[0], in_tmp / "run/global_step_1")
+    (in_tmp / "run/global_step_1/manifest.json").touch()
+    score_files(replace(options, models=("run",)))
+    assert score_files(replace(options, models=("run/global_step_1",)))[0].was_there, "the same checkpoint"
+    with pytest.raises(UserError, match="the same folder twice"):
+        score_files(replace(options, models=("run", "run/global_step_1"), output="two.parquet"))
+
+
+def test_a_hub_model_without_a_network_ends_at_once(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(in_tmp / "cache"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # refuses connections
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    write_lines(in_tmp / "x.jsonl", [{"response": "a"}])
+    start = time.monotonic()
+    assert main(["score", "--model", "org/none", "x.jsonl", "--output", "out"]) == 2
+    sentence = (
+        f"model=org/none: no such folder (working directory {in_tmp}), and no model of this name in the cache of the "
+        "hub while http://127.0.0.1:9 cannot be reached ([Errno 111] Connection refused); give a model folder"
+    )
+    assert f"rm-gallery: error: {sentence}\n" in capsys.readouterr().err
+    with pytest.raises(UserError) as error:
+        RewardScorer.from_folder("org/none")
+    assert str(error.value) == sentence
+    assert time.monotonic() - start < 5
 
 
 def test_ctrl_c_says_that_it_goes_on(

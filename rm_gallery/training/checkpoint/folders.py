@@ -39,6 +39,12 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoints of a run that have a model and a manifest, oldest first; their contents are not checked."""
+    found = list_checkpoints(run_dir)
+    return [path for path in found if (path / manifest_of(path)).is_file() and (path / "config.json").is_file()]
+
+
 def manifest_of(folder: Path) -> str:
     """Name of the file that lists all files of a checkpoint, relative to its folder."""
     return EARLIER_MANIFEST if (folder / EARLIER_MANIFEST).is_file() else MANIFEST
@@ -164,3 +170,19 @@ def name_best(run_dir: Path, progress: Progress) -> None:
         return
     best = {"checkpoint": f"global_step_{step}", "step": step, BEST_METRIC: progress.best_accuracy}
     write_text(path, json.dumps(best) + "\n")
+
+
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint that best.json names; None without that file, or with a warning if the checkpoint is not there."""
+    path = run_dir / BEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        name = values["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        name = None
+    found = next((each for each in complete_checkpoints(run_dir) if each.name == name), None)
+    if found is None:
+        log.warning("%s: names no complete checkpoint of the run; it is ignored", path)
+    return found
