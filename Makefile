@@ -11,6 +11,7 @@ ARGS ?=
 DATA ?=
 PEER ?= .venv-trl/bin/python
 PY := $(VENV)/bin/python
+GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),python3)
 PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
 # The quick start, step by step.
@@ -28,7 +29,7 @@ unexport PYTHON
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test test-all second-python test-gpu check bench format clean
+.PHONY: help quickstart test test-all second-python test-gpu gpu-check check bench format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +53,9 @@ second-python:  ## install another Python version's environment for make test-al
 
 test-gpu: $(DEV_STAMP)  ## run the tests that need a GPU and print each name
 	$(PY) -m pytest -n 4 --dist worksteal -m gpu -vv $(ARGS)
+
+gpu-check:  ## find out what works on this GPU, how exactly and how fast (GPU_PYTHON=python with torch; ARGS="--minutes 9")
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 check: $(DEV_STAMP)  ## format, lint, types, structure; changes nothing
 	$(PY) -m ruff format --check --output-format concise .

@@ -11,18 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rm_gallery.data.batching.packed_batch import PackedBatch, collate
+from benchmarks.gpu_check.training import one_micro_batch
+from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.modeling.parallel.master_weights import MasterWeights
-from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
-from rm_gallery.objectives import OBJECTIVES
+from rm_gallery.modeling.reward_model import load_reward_model
 from rm_gallery.objectives.metrics import Sums
 from tests.small import DECODERS, make_model, random_groups
-
-
-def one_micro_batch(model: RewardModel, weights: MasterWeights, batch: PackedBatch, sums: Sums) -> None:
-    loss, metric_sums = OBJECTIVES["bradley_terry"](model(batch), batch)
-    weights.backward(loss / 7, is_last=True)
-    sums.add(metric_sums)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.gpu_check.training import syncs_forbidden
 from rm_gallery.cli import main
 from rm_gallery.data.batching.packed_batch import collate
-from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.modeling.reward_model import load_reward_model
-from rm_gallery.training.trainer import Trainer
 from tests.small import random_groups, text_pairs, write_pairs
 
 pytestmark = pytest.mark.gpu
@@ -91,27 +89,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(dtype: str, in_tmp: Path, qwen2_
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_step_waits_for_the_gpu_once(in_tmp: Path, qwen2_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_waits_for_the_gpu_once(in_tmp: Path, qwen2_folder: Path) -> None:
     """Nothing between the first micro-batch and the sum of gradients waits, once kernels are loaded."""
-    steps = 0
-    train_step = Trainer.train_step
-    gather = MasterWeights.gather_gradients
-
-    def watched(self: Trainer, *arguments: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps > 2:
-            torch.cuda.set_sync_debug_mode("error")
-        return train_step(self, *arguments)
-
-    def waiting(self: MasterWeights, *arguments: Any) -> Any:
-        torch.cuda.set_sync_debug_mode("default")
-        return gather(self, *arguments)
-
-    monkeypatch.setattr(Trainer, "train_step", watched)
-    monkeypatch.setattr(MasterWeights, "gather_gradients", waiting)
-    try:
+    with syncs_forbidden(after=2) as watched:
         curve(qwen2_folder, "run")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert steps == 12
+    assert len(watched) == 10

@@ -1,4 +1,4 @@
-"""The systems that benchmarks/gpu.py compares, and the shapes and chats that it gives them."""
+"""The systems that `throughput` compares, and the shapes and chats that it gives them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,16 @@ from rm_gallery.data.batching.packed_batch import PackedBatch, collate
 from rm_gallery.data.token_cache.arrays import GroupSizes
 from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.distributed.process_group import World
+from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.config import FsdpConfig, ModelConfig
 from rm_gallery.modeling.parallel.apply import apply
-from rm_gallery.modeling.reward_model import RewardModel, network_class_arguments
+from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import bradley_terry
+from rm_gallery.planning.memory import Layout, Pack, step_memory
+from rm_gallery.planning.model_shape import ModelShape
 from rm_gallery.schema import Comparison
+from rm_gallery.training.config import OptimConfig
+from rm_gallery.training.optim import build_optimizer
 
 # layers, hidden, intermediate, heads, key-value heads, vocabulary
 SHAPES = {
@@ -61,17 +65,15 @@ def make_packs(groups: list[TokenGroup], budget: int, hidden_size: int) -> list[
     return [collate([groups[index] for index in pack]) for pack in packs]
 
 
-def shape_config(shape: str, layers: int, folder: Path) -> Any:
+def shape_config(shape: str, layers: int) -> Any:
     from transformers import Qwen2Config
 
     _, hidden, intermediate, heads, kv_heads, vocabulary = SHAPES[shape]
-    config = Qwen2Config(
+    return Qwen2Config(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=32768, pad_token_id=0,
         num_labels=1, architectures=["Qwen2ForSequenceClassification"],
     )  # fmt: skip
-    config.save_pretrained(folder)
-    return config
 
 
 def num_layers_that_fit(shape: str, device: torch.device) -> int:
@@ -91,16 +93,10 @@ def make_network(config: Any, device: torch.device, **extra: Any) -> Any:
         return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, **extra)
 
 
-def ours(
-    config: Any, folder: Path, packs: list[PackedBatch], device: torch.device, **settings: Any
-) -> Callable[[], None]:
+def ours(config: Any, packs: list[PackedBatch], device: torch.device, **settings: Any) -> Callable[[], None]:
     """A step of our trainer's parts: forward, loss, backward of each pack; clip, AdamW, copy to the model."""
-    from rm_gallery.training.config import OptimConfig
-    from rm_gallery.training.optim import build_optimizer
-
-    (folder / "model.safetensors").touch()  # the check of a model folder asks for weights, which are random here
-    _, extra = network_class_arguments(str(folder), key="model", trust_remote_code=False, dropout=0.0)
-    network = make_network(config, device, **extra)
+    dispatch.install()
+    network = make_network(config, device, attn_implementation=dispatch.NAME)
     world = World(0, 1, device)
     config_of_model = ModelConfig(fsdp_config=FsdpConfig(model_dtype="bf16"), **settings)
     model = RewardModel(network)
@@ -151,12 +147,8 @@ def padded(config: Any, groups: list[TokenGroup], device: torch.device, *, check
     return step
 
 
-def estimated_peak(folder: Path, packs: list[PackedBatch], *, checkpointing: bool) -> float:
+def estimated_peak(shape: ModelShape, packs: list[PackedBatch], *, checkpointing: bool) -> float:
     """Bytes that `rm-gallery estimate` expects of a step over these micro-batches, without the CUDA context."""
-    from rm_gallery.planning.memory import Layout, Pack, step_memory
-    from rm_gallery.planning.model_shape import load_shape
-
-    shape = load_shape(str(folder), trust_remote_code=False)
     layout = Layout("none", 1, 1, 2, checkpointing, False, False, len(packs) == 1)
     fill = 0.9  # of the places in attention's buckets, as the estimate assumes
     each = [
@@ -167,12 +159,11 @@ def estimated_peak(folder: Path, packs: list[PackedBatch], *, checkpointing: boo
 
 
 def packed_scoring(
-    config: Any, folder: Path, groups: list[TokenGroup], packs: list[PackedBatch], device: torch.device
+    config: Any, groups: list[TokenGroup], packs: list[PackedBatch], device: torch.device
 ) -> Callable[[], torch.Tensor]:
     """Rewards [prompts x 16] of packed groups, in the order of the groups' largest tokens."""
-    (folder / "model.safetensors").touch()
-    _, extra = network_class_arguments(str(folder), key="model", trust_remote_code=False, dropout=0.0)
-    model = RewardModel(make_network(config, device, **extra))
+    dispatch.install()
+    model = RewardModel(make_network(config, device, attn_implementation=dispatch.NAME))
     head = model.head.weight.detach().clone()
     model.to(torch.bfloat16)
     model.head.weight.data = head
@@ -187,7 +178,7 @@ def packed_scoring(
 
 
 def padded_scoring(
-    config: Any, folder: Path, groups: list[TokenGroup], packs: list[PackedBatch], device: torch.device
+    config: Any, groups: list[TokenGroup], packs: list[PackedBatch], device: torch.device
 ) -> Callable[[], torch.Tensor]:
     """The same by the library's model in bfloat16, a prompt's 16 texts padded to the longest."""
     network = make_network(config, device, attn_implementation="sdpa").to(torch.bfloat16).eval()
