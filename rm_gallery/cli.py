@@ -193,9 +193,12 @@ def _add_score(commands: Any) -> None:
         "inputs", nargs="+", metavar="INPUT", help="file, folder, glob, URL or hub dataset; or data.KEY=VALUE"
     )
     command.add_argument(
-        "--model", action="append", required=True, metavar="FOLDER", help="model folder; repeat for several models"
+        "--model", action="append", required=True, metavar="FOLDER", help="model or run; repeat for several models"
     )
     command.add_argument("--output", required=True, metavar="PATH", help="output folder, or a file for a single input")
+    command.add_argument(
+        "--best", action="store_true", help="for lists: add best_index and best_response, of the highest reward"
+    )
     command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N")
     command.add_argument("--dtype", default="auto", help="auto (default: bf16 on a GPU), fp32, bf16")
     command.add_argument("--token-budget", type=int, metavar="N", help="maximum tokens per model call")
@@ -347,7 +350,13 @@ def _estimate(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from rm_gallery.scoring.score_files import ScoreOptions, load_data_config, score_files
+    from rm_gallery.scoring.score_files import (
+        ScoreOptions,
+        check_any_scored,
+        load_data_config,
+        score_files,
+        summarize,
+    )
 
     settings = [text for text in arguments.inputs if re.match(r"data(\.\w+)+=", text)]
     options = ScoreOptions(
@@ -359,20 +368,13 @@ def _score(arguments: argparse.Namespace) -> None:
         token_budget=arguments.token_budget,
         trust_remote_code=arguments.trust_remote_code,
         template_date=arguments.template_date,
+        best=arguments.best,
         data=load_data_config(settings),
     )
-    without: list[str] = []
-    for scored in score_files(options):
-        print(safe(f"{scored.output}: {scored.num_rows} rows" + (", already scored" if scored.was_there else "")))
-        for model, unscored in scored.unscored.items():
-            if unscored.total:
-                print(safe(f"  {model}: {unscored.total} without a reward: {unscored.describe()}"))
-            if unscored.total == scored.num_rows:
-                of_model = f" of {model}" if len(options.models) > 1 else ""
-                without.append(f"{scored.output}: no row has a reward{of_model}: {unscored.describe(1)}")
-    if without:
-        more = f" (and {len(without) - 1} more outputs, see above)" if len(without) > 1 else ""
-        raise UserError(f"{without[0]}{more}; fix the rows, or set the column names with data.KEY=NAME")
+    scored = score_files(options)
+    for line in summarize(scored):
+        print(safe(line))
+    check_any_scored(scored)
 
 
 def _export_data(arguments: argparse.Namespace) -> None:

@@ -40,6 +40,8 @@ class ScoreOptions:
     trust_remote_code: bool = False
     template_date: str | None = None
     """Date (YYYY-MM-DD) for chat templates that write today's."""
+    best: bool = False
+    """Name the best response of each list (`--best`)."""
     data: ScoreDataConfig = field(default_factory=ScoreDataConfig)
 
 
@@ -87,7 +89,7 @@ class ScoringJob:
 
     @property
     def fingerprint(self) -> str:
-        return _fingerprint(self.models)
+        return _fingerprint([*self.models, "best"] if self.table.best else self.models)
 
     @property
     def parts_folder(self) -> Path:
@@ -179,7 +181,7 @@ def plan_jobs(
     for table, path in zip(tables, outputs, strict=True):
         if path.resolve() == Path(table.file.path).resolve():
             raise UserError(f"{path}: is the input itself; choose another --output")
-        columns = [column for name in names for column in reward_columns(table, name, len(names))]
+        columns = [column for name in names for column in output_columns(table, name, len(names))]
         existing = [column for column in columns if column in table.columns]
         if existing:
             raise UserError(f"{table.file.name}: already has a column {existing[0]!r}; rename it")
@@ -189,9 +191,9 @@ def plan_jobs(
     return jobs
 
 
-def reward_columns(table: InputTable, name: str, num_models: int) -> list[str]:
+def output_columns(table: InputTable, name: str, num_models: int) -> list[str]:
     """Columns that a model adds, prefixed with `NAME/` if there are several models."""
-    return [f"{name}/{column}" if num_models > 1 else column for column in table.reward_columns]
+    return [f"{name}/{column}" if num_models > 1 else column for column in table.added_columns]
 
 
 def _fingerprint(facts: list[Any]) -> str:

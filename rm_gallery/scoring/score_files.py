@@ -30,11 +30,12 @@ from rm_gallery.scoring.jobs import (
     find_settings,
     lock_output,
     name_models,
+    output_columns,
     plan_jobs,
-    reward_columns,
 )
 from rm_gallery.scoring.model_folder import ModelFolder, choose_checkpoint
 from rm_gallery.scoring.parts import REASON, Parts, Result, blocks, cannot_write
+from rm_gallery.scoring.preferences import Agreement, measure
 from rm_gallery.scoring.tables import (
     KEY,
     PARQUET,
@@ -83,8 +84,44 @@ class ScoredFile:
     num_rows: int
     unscored: dict[str, Dropped]
     """Rows without a reward, by model."""
+    agreement: dict[str, Agreement]
+    """By model, if rows say which response is better."""
     was_there: bool = False
     """Whether an earlier run wrote it."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.output}: {self.num_rows} rows" + (", already scored" if self.was_there else "")]
+        for model, unscored in self.unscored.items():
+            if unscored.total:
+                lines.append(f"  {model}: {unscored.total} without a reward: {unscored.describe()}")
+            if model in self.agreement:
+                lines.append(f"  {model}: {self.agreement[model]}")
+        return "\n".join(lines)
+
+
+def summarize(scored: Sequence[ScoredFile]) -> Iterator[str]:
+    """Lines on the outputs of a command: each of them, then the accuracy over all files that have one."""
+    yield from map(str, scored)
+    total: dict[str, Agreement] = {}
+    for each in scored:
+        for model, agreement in each.agreement.items():
+            total.setdefault(model, Agreement()).merge(agreement)
+    if sum(bool(each.agreement) for each in scored) > 1:
+        yield "all files:"
+        yield from (f"  {model}: {agreement}" for model, agreement in total.items())
+
+
+def check_any_scored(scored: Sequence[ScoredFile]) -> None:
+    """Raise UserError if a model gave no row of a file a reward."""
+    without = [
+        f"{each.output}: no row has a reward{f' of {model}' if len(each.unscored) > 1 else ''}: {unscored.describe(1)}"
+        for each in scored
+        for model, unscored in each.unscored.items()
+        if unscored.total == each.num_rows
+    ]
+    if without:
+        more = f" (and {len(without) - 1} more outputs, see above)" if len(without) > 1 else ""
+        raise UserError(f"{without[0]}{more}; fix the rows, or set the column names with data.KEY=NAME")
 
 
 def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None = None) -> list[ScoredFile]:
@@ -96,7 +133,7 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
     """
     options = replace(options, models=tuple(choose_checkpoint(model, key="model") for model in options.models))
     said: set[str] = set()
-    tables = [open_table(file, options.data, said) for file in _find_inputs(options)]
+    tables = [open_table(file, options.data, said, best=options.best) for file in _find_inputs(options)]
     names = name_models(options.models)
     models = [ModelFolder(model) for model in options.models]
     jobs = plan_jobs(options, tables, names, models)
@@ -245,16 +282,18 @@ def _score_rows(chunk: Sequence[Row], job: ScoringJob, reader: RowReader, scorer
 
 def _finish(job: ScoringJob, names: Sequence[str], parts: Sequence[Parts]) -> None:
     """Write the output atomically and remove the parts."""
-    columns = [reward_columns(job.table, name, len(names)) for name in names]
+    columns = [output_columns(job.table, name, len(names)) for name in names]
     folder = job.parts_folder
     try:
         with files.atomic_write(job.output, temporary=folder / f"output.{os.getpid()}.tmp") as temporary:
             write_output(job.table, temporary, parts, columns, parquet=job.output.suffix in PARQUET)
             unscored = {name: _count_reasons(job.table, each) for name, each in zip(names, parts, strict=True)}
+            agreement = {name: measure(job.table, each) for name, each in zip(names, parts, strict=True)}
             record = {
                 "fingerprint": job.fingerprint,
                 "sha256": files.sha256(temporary),
                 "unscored": {name: [dropped.counts, dropped.examples] for name, dropped in unscored.items()},
+                "agreement": {name: each.as_record() for name, each in agreement.items() if each is not None},
             }
             files.write_text(job.marker, json.dumps(record) + "\n")
     except OSError as error:
@@ -280,5 +319,7 @@ def _count_reasons(table: InputTable, parts: Parts) -> Dropped:
 
 
 def _describe(job: ScoringJob, names: Sequence[str], was_there: bool) -> ScoredFile:
-    recorded = json.loads(job.marker.read_text(encoding="utf-8"))["unscored"]
-    return ScoredFile(job.output, job.table.num_rows, {name: Dropped(*recorded[name]) for name in names}, was_there)
+    record = json.loads(job.marker.read_text(encoding="utf-8"))
+    unscored = {name: Dropped(*record["unscored"][name]) for name in names}
+    agreement = {name: Agreement.from_record(each) for name, each in record.get("agreement", {}).items()}
+    return ScoredFile(job.output, job.table.num_rows, unscored, agreement, was_there)

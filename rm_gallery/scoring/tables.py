@@ -6,8 +6,9 @@ Rows are read by data/sources and data/formats, as in training. Needs no torch.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from annotated_types import Ge
 
-from rm_gallery.data.formats import SAMPLE_ROWS, ResponsesConfig, RowReader, choose_format
+from rm_gallery.data.formats import SAMPLE_ROWS, FormatConfig, ResponsesConfig, RowReader, choose_format, has_labels
 from rm_gallery.data.sources import Chunk, DataFile, Row, count_rows, read_chunks, read_rows
 from rm_gallery.data.sources.records import MAX_ROW_BYTES, suffixes, without_query
 from rm_gallery.data.sources.tables import ArrowChunk
@@ -26,10 +27,17 @@ from rm_gallery.schema import InputStyle, PreferenceGroup
 from rm_gallery.scoring.inputs import InputBuilder
 from rm_gallery.scoring.parts import Parts, changed, check_rows
 
+log = logging.getLogger(__name__)
+
 KEY = "INPUT"
 """Name of the inputs in messages, as in the usage line."""
 PARQUET = (".parquet",)
 JSON_LINES = (".jsonl", ".ndjson", ".json")
+BEST_COLUMNS = ("best_index", "best_response")
+"""With `--best`: index (from 0) and text of the response with the highest reward, the first of several."""
+_TYPES = {"rewards": pa.list_(pa.float32()), "best_index": pa.int32(), "best_response": pa.string()}
+# Training compares what these formats hold; scoring reads each response of them.
+_SCORED_AS = {"scored": "responses", "ranked": "responses", "helpsteer2": "response"}
 _PAIRS = ("text", "messages", "json", "prompt")
 _SINGLE = ("response", "conversation")
 _ROW_GROUP_ROWS = 16_384  # of parquet output
@@ -59,6 +67,20 @@ class InputTable:
     num_rows: int
     columns: tuple[str, ...]
     """Columns of the first rows."""
+    label_format: str = ""
+    """Format of training that says which response is better; '' for none."""
+    best: bool = False
+    """Whether the output names the best response of each row (`--best`)."""
+
+    @property
+    def label_config(self) -> FormatConfig:
+        """How training would read the rows."""
+        return FormatConfig(**{each.name: getattr(self.config, each.name) for each in fields(FormatConfig)})
+
+    @property
+    def added_columns(self) -> tuple[str, ...]:
+        """Columns of a model in the output."""
+        return (*self.reward_columns, *BEST_COLUMNS) if self.best else self.reward_columns
 
     @property
     def reward_columns(self) -> tuple[str, ...]:
@@ -97,16 +119,46 @@ class InputTable:
         return read_chunks(self.file, key=KEY)
 
 
-def open_table(file: DataFile, config: ScoreDataConfig, said: set[str] | None = None) -> InputTable:
+def open_table(
+    file: DataFile, config: ScoreDataConfig, said: set[str] | None = None, *, best: bool = False
+) -> InputTable:
     """Detect the layout of a file and count its rows.
 
-    said: choices of a layout already logged (see `choose_format`).
-    Raises UserError for a file that cannot be read, is empty, or has no columns that can be scored.
+    said: choices of a layout already logged (see `choose_format`). best: see `InputTable`.
+    Raises UserError for a file that cannot be read, is empty, or has no columns that can be scored, and with `best`
+    for rows that are not lists of responses.
     """
     head = list(islice(read_rows([file], key=KEY), SAMPLE_ROWS))
-    choice = choose_format(head, config, logged=said)
+    name = _SCORED_AS.get(config.format, config.format)
+    choice = choose_format(head, replace(config, format=name), logged=said)  # type: ignore[arg-type]  # a known name
     columns = dict.fromkeys(name for row in head for name in row.values)
-    return InputTable(file, config, choice.name, count_rows(file, key=KEY), tuple(columns))
+    table = InputTable(file, config, choice.name, 0, tuple(columns), best=best)
+    if best and table.reward_columns != ("rewards",):
+        what = "pairs" if choice.name in _PAIRS else "one response per row"
+        raise UserError(
+            f"{file.name}: --best chooses from a list of responses, but this file has {what}; remove --best"
+        )
+    return replace(table, num_rows=count_rows(file, key=KEY), label_format=_find_labels(head, table))
+
+
+def _find_labels(head: Sequence[Row], table: InputTable) -> str:
+    """The format of the labels; '' for none, with a warning if there are some that cannot be used."""
+    config, name = table.label_config, table.file.name
+    if config.format == "auto" and not has_labels(head, config):
+        return ""
+    try:
+        found = choose_format(head, config, quiet=True).name
+    except UserError as error:
+        log.warning("%s: accuracy is not computed: %s", name, str(error).removeprefix(f"{name}: "))
+        return ""
+    if _SCORED_AS.get(found, found) != table.format_name:
+        log.warning(
+            "%s: accuracy is not computed: rows are scored as %s, but their labels are of data.format=%s; set "
+            "data.format=%s to score these responses",
+            name, table.format_name, found, found,
+        )  # fmt: skip
+        return ""
+    return found
 
 
 def read_group(row: Row, reader: RowReader, inputs: InputBuilder) -> PreferenceGroup:
@@ -174,21 +226,49 @@ def _write_parquet(table: InputTable, output: Path, parts: Sequence[Parts], colu
     given = _input_schema(table)
     schema = given
     for names in columns:
-        for name, column in zip(names, table.reward_columns, strict=True):
-            schema = schema.append(pa.field(name, pa.list_(pa.float32()) if column == "rewards" else pa.float32()))
+        for name, column in zip(names, table.added_columns, strict=True):
+            schema = schema.append(pa.field(name, _TYPES.get(column, pa.float32())))
     with pq.ParquetWriter(output, schema) as writer:
         waiting: list[pa.Table] = []
         for chunk, rewards in _with_rewards(table, parts):
             rows = _as_table(chunk, given)
             for taken, names in zip(rewards, columns, strict=True):
-                for name, column in zip(names, table.reward_columns, strict=True):
-                    rows = rows.append_column(name, taken[column])
+                for name, values in zip(names, _added_values(table, chunk, taken), strict=True):
+                    rows = rows.append_column(name, values)
             waiting.append(rows.cast(schema))
             if sum(map(len, waiting)) >= _ROW_GROUP_ROWS:
                 writer.write_table(pa.concat_tables(waiting))
                 waiting = []
         if waiting:
             writer.write_table(pa.concat_tables(waiting))
+
+
+def _added_values(table: InputTable, chunk: Chunk, taken: pa.Table) -> list[Any]:
+    """The values of `added_columns` for the rows of a chunk, from their rewards by one model."""
+    values: list[Any] = [taken[column] for column in table.reward_columns]
+    if table.best:
+        reader = table.reader("chat")
+        best = [
+            _find_best(rewards, reader.read(row)) if rewards else (None, None)
+            for row, rewards in zip(chunk.rows(), taken["rewards"].to_pylist(), strict=True)
+        ]
+        values += [pa.array([each[place] for each in best], _TYPES[name]) for place, name in enumerate(BEST_COLUMNS)]
+    return values
+
+
+def _find_best(rewards: Sequence[float], group: PreferenceGroup) -> tuple[int, str]:
+    """Index and text of the response with the highest reward, the first of equal rewards and of equal responses.
+
+    The rewards of equal responses differ in their last bits where they were computed in different packs. The text is
+    the content of a single assistant turn, otherwise the messages as JSON.
+    """
+    turns = group.responses[rewards.index(max(rewards))]
+    index = list(group.responses).index(turns)
+    if isinstance(turns, str):
+        return index, turns
+    content = turns[0].get("content") if len(turns) == 1 and set(turns[0]) == {"role", "content"} else None
+    is_answer = isinstance(content, str) and turns[0]["role"] == "assistant"
+    return index, content if is_answer else json.dumps(turns, ensure_ascii=False)  # type: ignore[return-value]
 
 
 def _input_schema(table: InputTable) -> pa.Schema:
@@ -223,9 +303,9 @@ def _write_lines(table: InputTable, output: Path, parts: Sequence[Parts], column
     names = [json.dumps(name) for each in columns for name in each]
     with output.open("wb") as file:
         for chunk, rewards in _with_rewards(table, parts):
-            listed = [taken[column].to_pylist() for taken in rewards for column in table.reward_columns]
+            listed = [values.to_pylist() for taken in rewards for values in _added_values(table, chunk, taken)]
             for line, *values in zip(_json_objects(chunk), *listed, strict=True):
-                added = ", ".join(f"{name}: {_number(value)}" for name, value in zip(names, values, strict=True))
+                added = ", ".join(f"{name}: {_json_value(value)}" for name, value in zip(names, values, strict=True))
                 opened = line[:-1].rstrip()
                 file.write(opened + (b"" if opened == b"{" else b", ") + added.encode() + b"}\n")
 
@@ -248,9 +328,9 @@ def _json_objects(chunk: Chunk) -> Iterator[bytes]:
             yield json.dumps({"unreadable_line": line.decode("utf-8", errors="replace")}).encode()
 
 
-def _number(value: Any) -> str:
-    if value is None:
-        return "null"
+def _json_value(value: Any) -> str:
+    if value is None or isinstance(value, str | int):
+        return json.dumps(value, ensure_ascii=False)
     if isinstance(value, list):
-        return "[" + ", ".join(map(_number, value)) + "]"
+        return "[" + ", ".join(map(_json_value, value)) + "]"
     return format(value, ".9g")  # all digits of a float32

@@ -35,7 +35,7 @@ from rm_gallery.data.formats.conversations import (
     prompt_key,
     without_repeats,
 )
-from rm_gallery.data.formats.detect import SAMPLE_ROWS, WARNING, Choice, choose_format
+from rm_gallery.data.formats.detect import SAMPLE_ROWS, WARNING, Choice, choose_format, has_labels
 from rm_gallery.data.formats.registry import READERS
 from rm_gallery.data.formats.row_reader import (
     Reader,
@@ -50,7 +50,7 @@ from rm_gallery.data.formats.row_reader import (
 
 __all__ = [
     "FormatConfig", "ColumnNames", "PublishedColumns", "CustomClassConfig", "ResponsesConfig",
-    "READERS", "SAMPLE_ROWS", "WARNING", "Choice", "choose_format",
+    "READERS", "SAMPLE_ROWS", "WARNING", "Choice", "choose_format", "has_labels",
     "Reader", "RowReader", "Readers", "RowCounts", "read_groups", "Task", "iter_tasks", "source_of",
     "HoldOut", "is_wanted", "prompt_key", "hash_prompt", "read_cell", "read_tools", "as_messages", "without_repeats",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,12 +50,15 @@ class Choice:
         return f"{self.name}, since {self.why}"
 
 
-def choose_format(rows: Sequence[Row], config: FormatConfig, *, logged: set[str] | None = None) -> Choice:
+def choose_format(
+    rows: Sequence[Row], config: FormatConfig, *, logged: set[str] | None = None, quiet: bool = False
+) -> Choice:
     """The format of a file: the one that `config` names, or under `auto` the first whose columns it has.
 
     rows: the first rows of the file, at least one; SAMPLE_ROWS are enough. A column exists if any of them has it.
     config: a `ResponsesConfig` ignores labels and also accepts layouts without preferences.
-    logged: choices already logged, so that a thousand files in one format give one line; None logs each.
+    logged: choices already logged, so that a thousand files in one format give one line; None logs each. quiet: log
+    nothing.
     Raises UserError, naming the file and its columns, if it is in no format or not in the named one, if a column that
     the configuration renames is missing, and if a column holds nothing of the kind that is read from it.
     """
@@ -81,6 +84,8 @@ def choose_format(rows: Sequence[Row], config: FormatConfig, *, logged: set[str]
         check_labels(readable, choice.name, columns, named)
         check_joined(readable, choice.name, named)
         check_indices(readable, choice.name, columns, named)
+    if quiet:
+        return choice
     said = set[str]() if logged is None else logged
     if name == "auto" and f"{choice}" not in said:
         log.info("%s: detected data.format=%s: %s", file, choice.name, choice.why)
@@ -92,10 +97,23 @@ def choose_format(rows: Sequence[Row], config: FormatConfig, *, logged: set[str]
     return choice
 
 
+def has_labels(rows: Sequence[Row], config: FormatConfig) -> bool:
+    """Whether rows with these columns can say which response is better.
+
+    rows: as in `choose_format`. config: one that reads preferences.
+    """
+    readable = [row for row in rows if not row.fault]
+    return bool(_fitting({name for row in readable for name in row.values}, with_names_of(readable, config)))
+
+
+def _fitting(found: Container[str | None], config: FormatConfig) -> list[str]:
+    """The formats whose columns are among those found."""
+    known = formats_for(config)
+    return [name for name in known if all(column.name in found for column in needed_columns(name, config))]
+
+
 def _choose(file: str, rows: Sequence[Row], found: Mapping[str, None], config: FormatConfig) -> Choice:
-    fitting = [
-        name for name in formats_for(config) if all(column.name in found for column in needed_columns(name, config))
-    ]
+    fitting = _fitting(found, config)
     if not fitting:
         raise no_format(rows, found, config)
     chosen = Choice(fitting[0], "")
