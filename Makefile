@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 SECOND ?= .venv-second
+OLD := .venv-transformers4
 PIP_FLAGS ?=
 ARGS ?=
 DATA ?=
@@ -29,7 +30,7 @@ unexport PYTHON
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test test-all second-python test-gpu gpu-check check bench format clean
+.PHONY: help quickstart test test-all second-python transformers4 test-gpu gpu-check check bench format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -42,7 +43,7 @@ quickstart: $(PLOT_STAMP)  ## train a small reward model on this machine and sho
 test: $(DEV_STAMP)  ## run the tests (some of them: make test ARGS="tests/data -k packing")
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
-test-all: $(DEV_STAMP)  ## run the long tests, which make test leaves to CI, and the others on a second Python if there is one
+test-all: $(DEV_STAMP) transformers4  ## run the long tests, which make test leaves to CI, and the others on a second Python if there is one
 	$(PY) -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 	@if [ -x $(SECOND)/bin/python ]; then set -x; $(SECOND)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS); \
 	  else echo "No second Python version was tested: run make second-python PYTHON=python3.13 first."; fi
@@ -50,6 +51,16 @@ test-all: $(DEV_STAMP)  ## run the long tests, which make test leaves to CI, and
 second-python:  ## install another Python version's environment for make test-all (PYTHON=python3.13)
 	$(PYTHON) -m venv $(SECOND)
 	$(SECOND)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_FLAGS) -e '.[dev]'
+
+# Its own transformers and what that pins; torch and the rest come from the other environment.
+transformers4: $(DEV_STAMP)  ## install transformers 4.57 beside, to read checkpoints as older servers do
+	@[ -f $(OLD)/.installed ] || { \
+	  $(PY) -m venv $(OLD) && \
+	  $(OLD)/bin/python -m pip install -qq --disable-pip-version-check --no-deps $(PIP_FLAGS) transformers==4.57.6 \
+	    tokenizers==0.22.2 huggingface_hub==0.36.2 requests regex charset_normalizer urllib3 certifi idna && \
+	  $(PY) -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
+	    > $$(echo $(OLD)/lib/python*/site-packages)/zz_other.pth && touch $(OLD)/.installed; } || \
+	  echo "transformers 4.57 could not be installed: checkpoints are not read with it."
 
 test-gpu: $(DEV_STAMP)  ## run the tests that need a GPU and print each name
 	$(PY) -m pytest -n 4 --dist worksteal -m gpu -vv $(ARGS)

@@ -18,6 +18,7 @@ from typing import Any
 
 from rm_gallery import __version__
 from rm_gallery.errors import StoppedBySignal, UserError
+from rm_gallery.folder_commands import add_export_legacy, add_push
 from rm_gallery.log import safe_traceback, setup_excepthook, setup_logging, wait_for_local_main
 from rm_gallery.safe_text import safe, visible
 
@@ -120,7 +121,8 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
     _add_estimate(commands, default_config)
     _add_score(commands)
     _add_export_data(commands)
-    _add_push(commands)
+    add_push(commands)
+    add_export_legacy(commands)
     return parser
 
 
@@ -270,27 +272,6 @@ def _add_export_data(commands: Any) -> None:
     command.set_defaults(run=_export_data, words="", when_stopped="nothing was written")
 
 
-def _add_push(commands: Any) -> None:
-    command = commands.add_parser(
-        "push",
-        help="upload a checkpoint to the Hugging Face hub",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=(
-            "Upload a checkpoint to the Hugging Face hub, with its model card and without\n"
-            "its training state. The repository is created if it does not exist.\n"
-            "  rm-gallery push checkpoints/bt/my-rm/global_step_500 my-org/my-rm --private\n"
-            "The token is that of `hf auth login`, or $HF_TOKEN."
-        ),
-    )
-    command.add_argument("folder", metavar="FOLDER", help="checkpoint, or any folder with a model")
-    command.add_argument("name", metavar="ORG/NAME", help="repository of the hub")
-    command.add_argument("--private", action="store_true", help="create the repository as a private one")
-    command.add_argument("--revision", metavar="BRANCH", help="branch to upload to (default: main)")
-    command.add_argument("--message", metavar="TEXT", help="commit message")
-    command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
-    command.set_defaults(run=_push, words="", when_stopped="rerun the command to upload the rest")
-
-
 @contextmanager
 def _loading() -> Iterator[None]:
     """Import with garbage collection disabled: it finds nothing, and takes a sixth of the start-up time.
@@ -410,19 +391,6 @@ def _export_data(arguments: argparse.Namespace) -> None:
         **options,
     )
     print(safe(str(summary)), flush=True)
-
-
-def _push(arguments: argparse.Namespace) -> None:
-    from rm_gallery.push import push
-
-    address = push(
-        arguments.folder,
-        arguments.name,
-        private=arguments.private,
-        revision=arguments.revision,
-        message=arguments.message,
-    )
-    print(safe(address))
 
 
 def _named(items: Sequence[str], option: str, form: str) -> dict[str, str]:

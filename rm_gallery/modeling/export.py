@@ -29,6 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rm_gallery.errors import UserError
 from rm_gallery.files import sha256, sha256_files
+from rm_gallery.modeling.legacy_keys import add_config_keys, rename_tokenizer_keys
 from rm_gallery.modeling.model_folder import quiet_transformers
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.schema import InputStyle
@@ -141,13 +142,32 @@ def _finish_config(path: Path, model: RewardModel, dtype: torch.dtype, record: I
         pad_token_id=model.network.config.pad_token_id,
     )
     config[RECORD_KEY] = asdict(record)
+    add_config_keys(config)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def text_template(separator: str) -> str:
-    """A chat template that concatenates the contents of the messages, without roles."""
+def text_template(separator: str, before: str = "", after: str = "") -> str:
+    """A chat template that concatenates the contents of the messages, without roles, between two texts."""
     between = f"{{% if not loop.last %}}{{{{ {separator!r} }}}}{{% endif %}}"
-    return f"{{% for message in messages %}}{{{{ message['content'] }}}}{between}{{% endfor %}}"
+    start, end = (f"{{{{ {text!r} }}}}" if text else "" for text in (before, after))
+    return f"{start}{{% for message in messages %}}{{{{ message['content'] }}}}{between}{{% endfor %}}{end}"
+
+
+def _template_of_texts(tokenizer: Any, separator: str) -> str | None:
+    """`text_template` with the special tokens that the tokenizer adds, since rendered chats are tokenized without them.
+
+    None for a tokenizer that reads its special tokens in a text differently, such as one that marks the first word.
+    """
+    probe = "Air scatters light."
+    ids, bare = (tokenizer(probe, add_special_tokens=adds)["input_ids"] for adds in (True, False))
+    start = next((at for at in range(len(ids) - len(bare) + 1) if ids[at : at + len(bare)] == bare), None)
+    if start is None:
+        return None
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    before, after = "".join(tokens[:start]), "".join(tokens[start + len(bare) :])
+    if tokenizer(f"{before}{probe}{after}", add_special_tokens=False)["input_ids"] != ids:
+        return None
+    return text_template(separator, before, after)
 
 
 def _save_tokenizer(folder: Path, tokenizer: Any, record: InputRecord) -> None:
@@ -156,15 +176,14 @@ def _save_tokenizer(folder: Path, tokenizer: Any, record: InputRecord) -> None:
     try:
         if own is None and record.input_style == "text":
             # The model was trained on raw text, so a conversation is rendered as raw text.
-            tokenizer.chat_template = text_template(record.separator)
+            tokenizer.chat_template = _template_of_texts(tokenizer, record.separator)
         tokenizer.save_pretrained(folder, save_jinja_files=False)
     finally:
         tokenizer.chat_template = own
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # older servers know the class by this name
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    rename_tokenizer_keys(config)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _apply_umask(folder: Path) -> None:

@@ -41,6 +41,7 @@ LAYERS = [
     "rm_gallery.core",
     "rm_gallery.api",
     "rm_gallery.push",
+    "rm_gallery.folder_commands",
     "rm_gallery.cli",
     "rm_gallery.core.generator.export",  # `python -m`: an entry that calls the command line
 ]

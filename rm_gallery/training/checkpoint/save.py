@@ -96,15 +96,15 @@ class Checkpoints:
                 self.wait()
 
     def _refuse_diverged(self, progress: Progress, rewards: Sequence[float]) -> None:
-        """Raise TrainingStopped on every rank if weights or optimizer state are not finite, or no reward is."""
-        fault = self.tensors.find_non_finite()
+        """Raise TrainingStopped on every rank if weights or optimizer state have diverged, or no reward is finite."""
+        fault = self.tensors.find_divergence()
         if fault is None and rewards and not any(map(math.isfinite, rewards)):
-            fault = "the rewards of the shortest training texts"
+            fault = "not finite: the rewards of the shortest training texts"
         for rank, found in enumerate(self.ranks.all_gather(fault)):
             if found:
                 where = f" on rank {rank}" if self.ranks.world_size > 1 else ""
                 raise TrainingStopped(
-                    f"step {progress.step}: not finite: {found}{where}; global_step_{progress.step} is not written; "
+                    f"step {progress.step}: {found}{where}; global_step_{progress.step} is not written; "
                     f"{self.describe_last_good(progress)}. Lower optim.lr"
                 )
 

@@ -99,14 +99,20 @@ class RunTensors:
             self.optimizer.state.clear()
         self.weights.copy_to_model()
 
-    def find_non_finite(self) -> str | None:
-        """Name a weight, or an optimizer state of one, with NaN or infinity on this rank; None if all are finite."""
+    def find_divergence(self) -> str | None:
+        """Describe a weight, or an optimizer state of one, that has diverged on this rank; None if none has.
+
+        Its values are NaN or infinite, or those of a weight exceed `MAX_WEIGHT`.
+        """
         for name, parameter in self.weights.named_parameters():
             for key, value in {"weights": parameter, **self.optimizer.state.get(parameter, {})}.items():
                 local = value.detach()
                 local = local.to_local() if isinstance(local, DTensor) else local
-                if local.numel() and not torch.stack(local.aminmax()).isfinite().all():  # without a copy of the tensor
-                    return name if key == "weights" else f"{key} of {name}"
+                peak = float(torch.stack(local.aminmax()).abs().max()) if local.numel() else 0.0  # without a copy
+                if not math.isfinite(peak):
+                    return f"not finite: {name if key == 'weights' else f'{key} of {name}'}"
+                if key == "weights" and peak > MAX_WEIGHT:
+                    return f"exploded: {name} has values up to {peak:.3g}"
         return None
 
 
@@ -227,6 +233,8 @@ def _bytes(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
+MAX_WEIGHT = 65_504
+"""The largest finite float16: a larger weight is infinite for readers that compute in it."""
 BEST_METRIC = "val/accuracy"
 LOSS_METRIC = "val/loss"
 

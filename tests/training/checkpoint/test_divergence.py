@@ -14,7 +14,7 @@ import pytest
 from rm_gallery.errors import UserError
 from rm_gallery.modeling import export
 from rm_gallery.training import setup
-from rm_gallery.training.checkpoint import Progress
+from rm_gallery.training.checkpoint import Progress, state
 from rm_gallery.training.checkpoint.folders import last_good
 from rm_gallery.training.checkpoint.save import WeightsFolder
 from rm_gallery.training.trainer import Trainer
@@ -64,7 +64,8 @@ def steps(run: Path) -> list[int]:
         (4, fill_weight(math.nan), "not finite: network.model."),
         (6, fill_weight(-math.inf), "not finite: network.model."),
         (4, fill_state, "not finite: exp_avg_sq of network.model."),
-        (6, scale_weights, "not finite: the rewards of the shortest training texts"),
+        (6, scale_weights, "exploded: network.model."),
+        (4, fill_weight(7e4), "exploded: network.model."),
     ],
 )
 def test_weights_that_are_not_finite_are_not_saved(
@@ -79,10 +80,18 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert steps(run) == [step - 2]
 
 
+def test_rewards_that_are_not_finite_are_not_saved(qwen2_folder: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(state, "MAX_WEIGHT", math.inf)
+    after_step(monkeypatch, 6, scale_weights)
+    train(qwen2_folder, "run", status=2)
+    assert "step 6: not finite: the rewards of the shortest training texts; " in capsys.readouterr().err
+
+
 def test_skipped_steps_delete_no_earlier_checkpoint_and_the_error_names_it(
     qwen2_folder: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     """The weights of step 3 are finite, and so are the rewards of short texts, but every later loss is not."""
+    monkeypatch.setattr(state, "MAX_WEIGHT", math.inf)
     after_step(monkeypatch, 3, fill_weight(1e38))
     monkeypatch.setattr(WeightsFolder, "expected", lambda self: [0.0] * 8)
     monkeypatch.setattr(WeightsFolder, "check", lambda *arguments: None)

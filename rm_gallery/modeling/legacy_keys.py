@@ -1,0 +1,89 @@
+"""Keys of older versions beside those of transformers 5, so that transformers 4.x computes the same rewards.
+
+Version 4 does not know `rope_parameters`: it takes its default base of 10,000 for rotary embeddings, silently. It does
+not load a tokenizer whose `extra_special_tokens` is a list. Names of version 4: `modeling_rope_utils.py` and the
+configuration classes of transformers 4.57.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rm_gallery.errors import UserError
+from rm_gallery.files import MANIFEST, check_manifest, sha256, write_text
+
+CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
+
+
+def add_config_keys(config: dict[str, Any]) -> None:
+    """Add the keys of transformers 4.x and of sentence-transformers to the values of config.json, in place.
+
+    `rope_theta` and `rope_scaling`; for models with a base per layer type also `rope_local_base_freq` (Gemma 3) or
+    `global_rope_theta` and `local_rope_theta` (ModernBERT). sentence-transformers applies a sigmoid by default.
+    """
+    config["sentence_transformers"] = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping):
+        return
+    full, local = rope.get("full_attention", rope), rope.get("sliding_attention")
+    if not isinstance(full, Mapping) or "rope_theta" not in full:
+        return
+    if config.get("model_type") == "modernbert":
+        config["global_rope_theta"] = full["rope_theta"]
+        config["local_rope_theta"] = (local or full)["rope_theta"]
+        return
+    config["rope_theta"] = full["rope_theta"]
+    scaling = {key: value for key, value in full.items() if key != "rope_theta"}
+    if scaling.get("rope_type", "default") != "default":
+        config["rope_scaling"] = scaling
+    if isinstance(local, Mapping):
+        config["rope_local_base_freq"] = local["rope_theta"]
+
+
+def rename_tokenizer_keys(config: dict[str, Any]) -> None:
+    """Use the names of transformers 4.x in the values of tokenizer_config.json, in place; version 5 reads them too."""
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+
+
+def repair_folder(folder: Path) -> list[str]:
+    """Add the keys to a folder that an earlier version of RM-Gallery wrote; return the names of the files that changed.
+
+    The hashes in its manifest are updated. Raises UserError for a folder without a model of ours, and for a damaged
+    one, which is left as it is.
+    """
+    manifests = [name for name in (MANIFEST, "training_state/complete.json") if (folder / name).is_file()]
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: no {CONFIG}; give the folder of a checkpoint")
+    for manifest in manifests:
+        if damaged := check_manifest(folder, manifest=manifest):
+            raise UserError(f"{folder}: {damaged}; it is damaged; copy it again")
+    changed = []
+    for name, change in ((CONFIG, add_config_keys), (TOKENIZER, rename_tokenizer_keys)):
+        path = folder / name
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            after = dict(before)
+            change(after)
+            if after != before:
+                if name == CONFIG and "rm_gallery" not in before:
+                    raise UserError(f"{folder}: no model that RM-Gallery wrote; give the folder of a checkpoint")
+                write_text(path, json.dumps(after, indent=2, sort_keys=name == CONFIG) + "\n")
+                changed.append(name)
+    for manifest in manifests if changed else ():  # the second one lists the first
+        _update_hashes(folder, manifest, [*changed, MANIFEST])
+    return changed
+
+
+def _update_hashes(folder: Path, manifest: str, names: list[str]) -> None:
+    path = folder / manifest
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for name in names:
+        if name in values["sha256"]:
+            values["sha256"][name] = sha256(folder / name)
+    write_text(path, json.dumps(values, indent=2) + "\n")
