@@ -10,13 +10,17 @@ import datetime
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rm_gallery import files
+from rm_gallery.data.sources import DataFile
+from rm_gallery.data.sources.records import without_query
+from rm_gallery.data.sources.remote import is_url
 from rm_gallery.errors import UserError
 from rm_gallery.scoring.model_folder import ModelFolder
 from rm_gallery.scoring.parts import Parts, cannot_write
@@ -160,6 +164,28 @@ def name_models(models: Sequence[str]) -> list[str]:
     return ["/".join(path.parts[-depth:]) for path in paths]
 
 
+def name_outputs(tables: Sequence[InputTable]) -> list[Path]:
+    """Paths in the output folder: file names, with as many folders of the input as make the names of these unique.
+
+    `a/train.csv` and `a/test.csv` are `train.parquet` and `test.parquet`; `a/x/0.csv` and `a/y/0.csv` keep `x` and `y`.
+    """
+    folders = [_folders_of(table.file) for table in tables]
+    names = [Path(table.output_name) for table in tables]
+    for depth in range(1, max(map(len, folders), default=0) + 1):
+        repeated = {name for name, count in Counter(names).items() if count > 1}
+        for place, (table, parts) in enumerate(zip(tables, folders, strict=True)):
+            if names[place] in repeated:
+                names[place] = Path(*parts[-depth:], table.output_name)
+    return names
+
+
+def _folders_of(file: DataFile) -> list[str]:
+    """The folders that a file is in, or the parts of its URL."""
+    name = without_query(file.name.partition("::")[0])
+    parts = PurePosixPath(name if is_url(file.path) else os.path.abspath(name)).parent.parts
+    return [part for part in parts if part not in ("/", "..") and not part.endswith(":")]
+
+
 def plan_jobs(
     options: ScoreOptions, tables: Sequence[InputTable], names: Sequence[str], models: Sequence[ModelFolder]
 ) -> list[ScoringJob]:
@@ -171,7 +197,7 @@ def plan_jobs(
     is_file = output.suffix in PARQUET + JSON_LINES and not output.is_dir()
     if is_file and len(tables) > 1:
         raise UserError(f"--output {output}: one file for {len(tables)} inputs; name a folder")
-    outputs = [output if is_file else output / table.output_name for table in tables]
+    outputs = [output] if is_file else [output / name for name in name_outputs(tables)]
     # A link is written through, so that two names of one file have one lock.
     outputs = [path.resolve() if path.is_symlink() else path for path in outputs]
     same = next((path for path in outputs if outputs.count(path) > 1), None)

@@ -13,13 +13,15 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rm_gallery import config, files
+from rm_gallery.data.config import DataConfig
 from rm_gallery.data.formats import RowReader
 from rm_gallery.data.sources import DataFile, FileEntry, Row, resolve_entries
+from rm_gallery.data.sources.local import exists_here
 from rm_gallery.errors import BadRow, Dropped, Problem, UserError
 from rm_gallery.progress_bar import ProgressBar
 from rm_gallery.schema import PreferenceGroup
@@ -65,7 +67,35 @@ def load_data_config(settings: Sequence[str]) -> ScoreDataConfig:
     """How rows are read, from `data.KEY=VALUE` settings; raises UserError that lists all problems."""
     if not settings:
         return ScoreDataConfig()  # without importing Hydra
+    answers = [answer for key in settings if (answer := _answer_key(key.partition("=")[0].lstrip("+~")))]
+    if answers:
+        raise UserError("\n".join(answers))
     return config.load(_Settings, None, settings, check=_problems).data
+
+
+_ANSWERS = {
+    "data.train_files": "score reads the files that it gets as arguments; give the path alone",
+    "data.val_files": "score reads the files that it gets as arguments; give the path alone",
+    "data.train_split": "set data.split instead",
+    "data.val_split": "set data.split instead",
+    "data.max_length": "score uses every text in full; remove it",
+    "data.truncation": "score uses every text in full; remove it",
+    "data.filter_overlong_prompts": "score uses every text in full; remove it",
+    "data.chat_template": "score uses the chat template of the model folder; remove it",
+    "data.max_tokens_per_micro_batch": "set --token-budget instead",
+    "model.partial_pretrain": "name the model with --model",
+    "model.trust_remote_code": "set --trust-remote-code instead",
+    "data.template_date": "set --template-date instead",
+}
+
+
+def _answer_key(key: str) -> str:
+    """What to do about a key of train that score does not have; '' for any other key."""
+    section, _, name = key.partition(".")
+    is_of_train = section != "data" or name in {each.name for each in fields(DataConfig)}
+    if not is_of_train or name in {each.name for each in fields(ScoreDataConfig)}:
+        return ""
+    return f"{key}: {_ANSWERS.get(key, 'a key of train, which scoring does not depend on; remove it')}"
 
 
 def _problems(settings: _Settings) -> Iterator[Problem]:
@@ -169,6 +199,12 @@ def _check_models(options: ScoreOptions) -> None:
 
 def _find_inputs(options: ScoreOptions) -> list[DataFile]:
     data = options.data
+    for text in options.inputs:
+        if text.startswith(("{", "[")) and not exists_here(text):
+            raise UserError(
+                f"INPUT={text}: score takes paths as separate arguments, without weights, since every row is scored "
+                "once; set a split, subset, revision or format with data.KEY=VALUE"
+            )
     entries = [FileEntry(path, split=data.split, subset=data.subset, revision=data.revision) for path in options.inputs]
     return resolve_entries(entries, key=KEY, max_row_bytes=data.max_row_bytes)
 

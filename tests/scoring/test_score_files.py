@@ -234,6 +234,10 @@ def test_memory_stays_flat_since_rows_are_read_as_they_are_needed(
         (["good.jsonl", "other.jsonl"], "other.jsonl: no known format"),
         (["good.jsonl", "good.jsonl"], "good.jsonl is listed twice; list it once"),
         (["good.jsonl", "data.chosenkey=a"], "data.chosenkey: unknown key. Did you mean 'data.chosen_key'?"),
+        (["good.jsonl", "data.val_files=b.jsonl"], "data.val_files: score reads the files that it gets as arguments"),
+        (["good.jsonl", "data.max_length=9"], "data.max_length: score uses every text in full; remove it"),
+        (["good.jsonl", "trainer.seed=1"], "trainer.seed: a key of train, which scoring does not depend on; remove it"),
+        (["{path: good.jsonl, weight: 2}"], "score takes paths as separate arguments, without weights"),
         (["good.jsonl", "data.custom_cls.name=A"], "data.custom_cls: score reads no custom class"),
         (["good.jsonl", "data.response_key=answer"], "good.jsonl: no column 'answer'"),
         (["good.jsonl", "data.split=test"], "INPUT=good.jsonl: split"),
@@ -358,6 +362,21 @@ def test_every_layout_of_training_is_scored(name: str, chat_scorer: RewardScorer
     is_pair = {"chosen", "rejected"} <= SAMPLES[name].row.keys() and name != "lists"
     assert table.reward_columns == (("reward_chosen", "reward_rejected") if is_pair else ("rewards",))
     assert len(chat_scorer.score([group])[0]) == len(group.responses) >= 2
+
+
+def test_files_of_the_same_name_have_outputs_of_their_own(in_tmp: Path, text_folder: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list(PAIRS)
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk("saved")
+    for name in ("x/0.csv", "y/0.csv", "y/1.csv"):
+        (in_tmp / name).parent.mkdir(exist_ok=True)
+        write(in_tmp / name, PAIRS)
+    command = ["score", "--model", str(text_folder), "--device", "cpu", "--output", "out"]
+    assert main([*command, "saved", "?/*.csv"]) == 0
+    found = sorted(str(path.relative_to("out")) for path in Path("out").glob("**/[!.]*.parquet"))
+    assert found == ["1.parquet", *(f"{each}/data-00000-of-00001.parquet" for each in ("test", "train")),
+                     "x/0.parquet", "y/0.parquet"]  # fmt: skip
 
 
 def test_columns_have_the_names_that_settings_give(in_tmp: Path, text_folder: Path) -> None:

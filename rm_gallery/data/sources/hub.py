@@ -21,8 +21,9 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from rm_gallery.data.sources.config import FileEntry, Role, refuse_keys
-from rm_gallery.data.sources.local import Layout, choose_split, choose_subset, has_pattern, layout_of, matching_paths
+from rm_gallery.data.sources.local import has_pattern
 from rm_gallery.data.sources.records import checked_kind, data_files, kind_of, of_one_kind, suffixes
+from rm_gallery.data.sources.splits import Layout, choose_split, choose_subset, layout_of, matching_paths, report_choice
 from rm_gallery.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,11 @@ def choose_paths(
             "refs/convert/parquet, which the hub keeps for many datasets"
         )
     if not inside:
-        return _one_kind_of(choose_split(choose_subset(layout, subset, what), split, role, what), what)
+        splits = choose_subset(layout, subset, what)
+        chosen = choose_split(splits, split, role, what)
+        every = [path for each in splits.values() for path in each]
+        report_choice(chosen, every, split, what, level=logging.INFO)  # that a repository has splits is usual
+        return _one_kind_of(chosen, what)
     below = [path for path in paths if path.startswith(f"{inside.rstrip('/')}/")]
     if below:
         start = f"{inside.rstrip('/')}/"

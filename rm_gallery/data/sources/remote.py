@@ -14,8 +14,9 @@ from typing import IO, Any, TypeVar
 
 from rm_gallery.data.sources.config import FileEntry, Role, refuse_keys
 from rm_gallery.data.sources.hub import endpoint, hub_message, retry
-from rm_gallery.data.sources.local import LOCAL_SCHEMES, choose_split, splits_by_name
+from rm_gallery.data.sources.local import LOCAL_SCHEMES
 from rm_gallery.data.sources.records import checked_kind, data_files, of_one_kind, without_query
+from rm_gallery.data.sources.splits import choose_split, report_choice, splits_by_name
 from rm_gallery.errors import UserError, one_line
 from rm_gallery.safe_text import redact_urls, scrub
 
@@ -54,7 +55,9 @@ def _look_up(fs: Any, path: str, entry: FileEntry, split: str | None, role: Role
     if not is_pattern:
         by_split = splits_by_name(found)
         if split is not None or (len(by_split) > 1 and role != "all"):
-            found = choose_split(by_split, split, role, what)
+            chosen = choose_split(by_split, split, role, what)
+            report_choice(chosen, found, split, what)
+            found = chosen
         found = [start + name for name in found]
     chosen = of_one_kind(found, what=what, where=entry.path.rpartition("/")[0] + "/")
     return [(url, _identity(fs, url, name)) for name in chosen for url in [fs.unstrip_protocol(name)]]

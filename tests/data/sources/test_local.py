@@ -93,6 +93,25 @@ def test_a_folder_with_splits_gives_the_one_that_fits(in_tmp: Path) -> None:
         assert [file.path for file in resolve(folder, train_split="test")] == test
 
 
+def test_files_of_a_folder_that_are_not_read_are_a_warning(in_tmp: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("split/train.csv", "split/my_test.csv", "mixed/a.csv", "mixed/sub/b.csv", "kinds/a.jsonl.gz"):
+        (in_tmp / name).parent.mkdir(parents=True, exist_ok=True)
+        write(in_tmp / name, PAIRS, like="a.jsonl.gz" if name.endswith("gz") else "a.csv")
+    for name in ("README.md", "b.xlsx", "c.jsonl.bz2"):
+        (in_tmp / "kinds" / name).touch()
+    for name in ("split", "mixed", "kinds"):
+        resolve(name)
+    assert [record.getMessage().partition("; convert")[0] for record in caplog.records] == [
+        "data.train_files=split: reading train.csv, not my_test.csv; name a split to choose others",
+        "data.train_files=mixed: files in subfolders are not read, e.g. sub/b.csv; move them, or name them with a glob",
+        "data.train_files=kinds: not read: b.xlsx, c.jsonl.bz2",
+    ]
+    assert all(record.levelname == "WARNING" for record in caplog.records)
+    caplog.clear()
+    resolve("split", train_split="train")
+    assert not caplog.records, "the split was named"
+
+
 def test_an_entry_names_its_own_split(in_tmp: Path) -> None:
     for name in ("train", "dev"):
         write(Path("set", f"{name}.jsonl"))

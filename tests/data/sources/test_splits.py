@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rm_gallery.data.sources.local import Splits, choose_split, choose_subset, layout_of, splits_by_name
+from rm_gallery.data.sources.splits import Splits, choose_split, choose_subset, layout_of, splits_by_name
 from rm_gallery.errors import UserError
 
 PREFERENCE_700K = [".gitattributes", "README.md", *(f"data/train-0000{part}-of-00003-0123456789abcdef.parquet"
