@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -163,13 +163,14 @@ class RewardScorer:
 
     def _fitted(self, groups: Any) -> list[PreferenceGroup]:
         """The groups of a call in the style of this model. Raises UserError, with the right call, for other values."""
-        items: list[Any] = [groups] if isinstance(groups, PreferenceGroup | str | Mapping) else list(groups)
+        is_one = isinstance(groups, PreferenceGroup | str | Mapping) or not isinstance(groups, Iterable)
+        items: list[Any] = [groups] if is_one else list(groups)
         for item in items:
             if not isinstance(item, PreferenceGroup):
                 raise UserError(
                     f"score takes a list of PreferenceGroup, not {type(item).__name__}: build one with "
-                    "scorer.build_group(query, responses), or call score_messages([messages]) or "
-                    "score_pairs([(chosen, rejected)])"
+                    'scorer.build_group(query, responses), e.g. score([scorer.build_group("Why?", ["Because."])]), or '
+                    "call score_messages([messages]) or score_pairs([(chosen, rejected)])"
                 )
         if items and items[0] is groups:
             raise UserError("score takes a list of groups; for one group, score([group])")

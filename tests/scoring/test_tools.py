@@ -139,6 +139,8 @@ def test_calls_of_the_wrong_kind_show_the_right_one(chat_scorer: RewardScorer) -
     group = chat_scorer.build_group("a", ["b"])
     calls: list[tuple[Any, Any, str]] = [
         (chat_scorer.score, ["hello"], r"score takes a list of PreferenceGroup, not str: build one with scorer.build"),
+        (chat_scorer.score, None, r"score takes a list of PreferenceGroup, not NoneType"),
+        (chat_scorer.score, ["hello"], r'e\.g\. score\(\[scorer\.build_group\("Why\?", \["Because\."\]\)\]\), or call'),
         (chat_scorer.score, "hello", r"score takes a list of PreferenceGroup, not str"),
         (chat_scorer.score, CHAT, r"score takes a list of PreferenceGroup, not dict"),
         (chat_scorer.score, group, r"score takes a list of groups; for one group, score\(\[group\]\)"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,13 +28,26 @@ from rm_gallery.errors import UserError, one_line
 def find_files(files: Files | Sequence[str | FileEntry], *, key: str) -> list[Path]:
     """Local data files that the value of a key names, in order; URLs and hub datasets are not looked up.
 
+    A check before the files are resolved, so what `resolve_files` warns about is not logged here.
     Raises UserError for a local path that does not exist or holds no data, and for a value that names nothing.
     """
     found: list[Path] = []
-    for entry in _named(as_entries(files), key):
-        if _place_of(entry.path) == "local":
-            found += expand_local(entry, entry.split, role_of(key), _what(entry, key))
+    with _without_warnings():
+        for entry in _named(as_entries(files), key):
+            if _place_of(entry.path) == "local":
+                found += expand_local(entry, entry.split, role_of(key), _what(entry, key))
     return found
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    package = logging.getLogger(__package__)
+    level = package.level
+    package.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
 
 
 def resolve_files(config: SourceConfig, *, key: str) -> list[DataFile]:
