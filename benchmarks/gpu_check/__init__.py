@@ -9,7 +9,10 @@ import importlib.util
 import sys
 import types
 
+stand_ins: list[str] = []
+"""Modules that are not installed and only have names."""
 if importlib.util.find_spec("annotated_types") is None:
+    stand_ins.append("annotated_types")
     _names = types.ModuleType("annotated_types")
     for _name in ("Ge", "Gt", "Le", "Lt"):
         setattr(_names, _name, type(_name, (), {"__init__": lambda self, limit: None}))

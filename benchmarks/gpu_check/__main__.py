@@ -40,12 +40,12 @@ class Limit:
 
 
 PARTS = {
-    "facts": Limit(25, 5),
-    "kernels": Limit(100, 10),
-    "training": Limit(160),
-    "scoring": Limit(40),
-    "throughput": Limit(30, 150),
-    "estimate": Limit(20),
+    "facts": Limit(15, 5),
+    "kernels": Limit(120, 10),
+    "training": Limit(215),
+    "scoring": Limit(30),
+    "throughput": Limit(40, 90),
+    "estimate": Limit(15),
     "emulate": Limit(60),
 }
 """In order of importance. A part runs `benchmarks.gpu_check.PART.run`; `emulate` is for --device cpu only."""

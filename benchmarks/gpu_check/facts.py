@@ -27,12 +27,11 @@ def run(report: Report) -> None:
         missing = [name for name in _OPTIONAL if versions[name] is None]
         if missing:
             report.skip("packages", "not here: " + ", ".join(missing))
-    with report.check("bf16 matrix rate"):
-        rate = matrix_rate(report.device, report.seconds(2.0))
-        report.add("bf16 matrix rate", rate > 0, f"{rate / 1e12:.4g} TFLOP/s", flops=rate)
-    with report.check("memory bandwidth"):
-        rate = memory_bandwidth(report.device, report.seconds(2.0))
-        report.add("memory bandwidth", rate > 0, f"{rate / 1e9:,.4g} GB/s", bytes_per_second=rate)
+    with report.check("bf16 rate, bandwidth"):
+        flops = matrix_rate(report.device, report.seconds(2.0))
+        bandwidth = memory_bandwidth(report.device, report.seconds(2.0))
+        figure = f"{flops / 1e12:.3g} TFLOP/s, {bandwidth / 1e9:,.4g} GB/s"
+        report.add("bf16 rate, bandwidth", None, figure, flops=flops, bytes_per_second=bandwidth)
 
 
 def device_name(device: torch.device) -> str:

@@ -77,5 +77,7 @@ def run(report: Report) -> None:
         folder = make_folder(Path(name) / "model", size)
         for dtype, bound in BOUNDS.items():
             with report.check(f"rewards {dtype}"):
-                for what, value in compare(folder, groups, str(report.device), dtype).items():
-                    report.add(f"{dtype}: {what}", value <= bound, f"{value:.2g}", f"{bound:g}")
+                found = compare(folder, groups, str(report.device), dtype)
+                name, value = max(found.items(), key=lambda each: each[1])
+                figure = f"{len(found)} ways, {value:.2g}" + (f" ({name})" if value > bound else "")
+                report.add(f"rewards {dtype}", value <= bound, figure, f"{bound:g}", **found)

@@ -44,10 +44,11 @@ class Size:
     longest: int = 300
     """Tokens of a prompt, and of a response."""
     steps: int = 30
+    lr: float = 1e-4
 
 
 SMALL = Size()
-ON_CPU = Size(hidden=64, layers=2, heads=2, longest=24)
+ON_CPU = Size(hidden=64, layers=2, heads=2, longest=24, lr=1e-3)
 TINY = Size(hidden=32, layers=2, heads=4, longest=12, steps=3)
 SIZES = {"small": SMALL, "on_cpu": ON_CPU, "tiny": TINY}
 
@@ -134,7 +135,7 @@ class Setup:
 
 def set_up(
     folder: Path, size: Size, device: torch.device, model: ModelConfig, *, strategy: Strategy = "none",
-    prefetch: bool = True, lr: float = 1e-4, curve: Curve | None = None, save_freq: int = 0,
+    prefetch: bool = True, curve: Curve | None = None, save_freq: int = 0,
     checkpoints: Callable[[Setup], tuple[Start, Saver]] | None = None,
 ) -> Setup:  # fmt: skip
     """The parts of a run, in the order of training/setup.py.
@@ -148,7 +149,7 @@ def set_up(
     data, curve = make_data(size), curve or Curve()
     config = PackingConfig(train_batch_size=PAIRS_PER_STEP, max_tokens_per_micro_batch=6 * size.longest)
     plan = Plan(data.sizes, config, Packer(6 * size.longest), seed=1)
-    optimizer = build_optimizer(weights.named_parameters(), OptimConfig(lr=lr))
+    optimizer = build_optimizer(weights.named_parameters(), OptimConfig(lr=size.lr))
     offload_optimizer(optimizer, model.fsdp_config, device)
     tensors, ranks = RunTensors(reward_model, weights, optimizer), HostGroup(world)
 

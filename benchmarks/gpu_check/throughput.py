@@ -46,13 +46,14 @@ OURS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Settings of our systems by name."""
 _ON_GPU = (
-    ("1.5b", "auto"), ("1.5b", "padded"), ("1.5b", "trl"), ("1.5b", "best of 16"), ("7b", "auto"), ("7b", "padded"),
-    ("0.5b", "auto"), ("0.5b", "padded"), ("1.5b", "flex"), ("1.5b", "sdpa"), ("1.5b", "compile"), ("1.5b", "liger"),
-    ("7b", "best of 16"), ("7b", "compile"), ("7b", "trl"), ("0.5b", "compile"), ("0.5b", "trl"),
-    ("0.5b", "best of 16"), ("7b", "flex"), ("7b", "sdpa"), ("7b", "liger"), ("0.5b", "flex"), ("0.5b", "sdpa"),
-    ("0.5b", "liger"),
+    ("1.5b", "auto"), ("7b", "auto"), ("0.5b", "auto"), ("1.5b", "best of 16"), ("1.5b", "trl"), ("1.5b", "padded"),
+    ("1.5b", "compile"), ("1.5b", "liger"), ("1.5b", "flex"), ("1.5b", "sdpa"), ("7b", "trl"), ("7b", "compile"),
+    ("7b", "padded"), ("7b", "best of 16"), ("7b", "liger"), ("7b", "flex"), ("7b", "sdpa"), ("0.5b", "trl"),
+    ("0.5b", "compile"), ("0.5b", "padded"), ("0.5b", "best of 16"), ("0.5b", "liger"), ("0.5b", "flex"),
+    ("0.5b", "sdpa"),
 )  # fmt: skip
 """(shape, system), the most important ones first; those for which no time is left are named."""
+_PACKAGES = {"liger": "liger_kernel", "trl": "trl"}
 _ON_CPU = (("tiny", "auto"), ("tiny", "padded"), ("tiny", "sdpa"), ("tiny", "best of 16"))
 
 
@@ -76,34 +77,42 @@ def run(report: Report) -> None:
     on_gpu = report.device.type == "cuda"
     rate = next((each.details["flops"] for each in report.earlier if "flops" in each.details), None)
     rate = rate or matrix_rate(report.device, report.seconds(1.0))
-    found: dict[tuple[str, str], Timed] = {}
+    found: dict[str, dict[str, Timed]] = {}
+    missing = [name for name, package in _PACKAGES.items() if importlib.util.find_spec(package) is None]
     late: list[str] = []
     for shape, system in _ON_GPU if on_gpu else _ON_CPU:
-        needed = {"liger": "liger_kernel", "trl": "trl"}.get(system)
-        if needed and importlib.util.find_spec(needed) is None:
+        if system in missing:
             continue
-        if not report.has_time(10.0 if on_gpu else 0.0) and (shape, system) != ("1.5b", "auto"):
+        if not report.has_time(25.0 if on_gpu else 0.0) and system != "auto":
             late.append(f"{shape} {system}")
             continue
         with report.check(f"{shape} {system}"):
             if system == "best of 16":
                 _add_scoring(report, shape, rate)
-            else:
-                timed = measure(report, shape, system, rate)
-                found[shape, system] = timed
-                _add(report, timed, found)
-    missing = [name for name in ("liger_kernel", "trl") if importlib.util.find_spec(name) is None]
+                continue
+            timed = measure(report, shape, system, rate)
+            found.setdefault(shape, {})[system] = timed
+            if system == "auto":
+                _add_auto(report, timed)
+    for shape, systems in found.items():
+        if "auto" in systems:
+            _add_ratios(report, shape, systems)
     if missing:
-        report.skip("liger, trl", "not installed: " + ", ".join(missing))
+        report.skip("baselines, settings", "not installed: " + ", ".join(missing))
     if late:
         report.skip("no time left", ", ".join(late))
+
+
+def num_pairs(report: Report) -> int:
+    """Pairs of a step."""
+    return STEP_PAIRS if report.device.type == "cuda" else 4 if report.tiny else 16
 
 
 def measure(report: Report, shape: str, system: str, rate: float, *, profiled: bool = True) -> Timed:
     """Time the steps of a system."""
     device, layers = report.device, num_layers_that_fit(shape, report.device)
     scale = 1.0 if device.type == "cuda" else 0.1
-    groups = make_groups(STEP_PAIRS if not report.tiny else 4, SHAPES[shape][-1], scale)
+    groups = make_groups(num_pairs(report), SHAPES[shape][-1], scale)
     checkpointing = shape == "7b"
     _free(device)
     config = shape_config(shape, layers)
@@ -136,7 +145,7 @@ def _free(device: torch.device) -> None:
 
 
 def _times(report: Report, step: Callable[[], Any]) -> list[float]:
-    """Seconds of at least three steps after two that warm up."""
+    """Seconds of at least three steps, after one that warms up."""
     times: list[float] = []
     end = time.monotonic() + report.seconds(4.0)
     for number in range(100):
@@ -144,37 +153,46 @@ def _times(report: Report, step: Callable[[], Any]) -> list[float]:
         start = time.perf_counter()
         step()
         report.wait()
-        if number >= (0 if report.tiny else 2):
+        if number or report.tiny:
             times.append(time.perf_counter() - start)
         if len(times) >= (1 if report.tiny else 3) and time.monotonic() > end:
             break
     return times
 
 
-def _add(report: Report, timed: Timed, found: dict[tuple[str, str], Timed]) -> None:
+def _add_auto(report: Report, timed: Timed) -> None:
     whole = timed.layers == SHAPES[timed.shape][0]
-    name = f"{timed.shape} {timed.system}" if whole else f"{timed.shape}/{timed.layers}L {timed.system}"
-    if timed.system == "auto":
-        memory = f", {timed.peak_bytes / 2**30:.1f} GiB" if timed.peak_bytes else ""
-        is_goal = timed.shape in ("1.5b", "7b")
-        figure = f"{timed.pairs_per_second:.3g}/s, MFU {timed.mfu:.0%}{memory}"
-        goal = f"{MFU_GOAL:.0%}" if is_goal else ""
-        report.add(name, timed.mfu >= MFU_GOAL if is_goal else None, figure, goal, goal=True, **vars(timed))
-        return
-    auto = found.get((timed.shape, "auto"))
-    ratio = auto.pairs_per_second / timed.pairs_per_second if auto else float("nan")
-    is_goal = timed.system == "trl"
-    report.add(
-        name, ratio >= TRL_GOAL if is_goal else None, f"{timed.pairs_per_second:.3g}/s, auto is {ratio:.2f}x",
-        f"{TRL_GOAL}x" if is_goal else "", goal=True, **vars(timed),
-    )  # fmt: skip
+    name = f"{timed.shape} auto" if whole else f"{timed.shape} auto, {timed.layers} layers"
+    figure = f"{timed.pairs_per_second:.3g}/s"
+    if timed.peak_bytes:  # on a GPU; a CPU's rate of bfloat16 products says little about it
+        figure += f", MFU {timed.mfu:.0%}, {timed.peak_bytes / 2**30:.1f} GiB"
+    is_goal = timed.shape in ("1.5b", "7b")
+    bound = f"{MFU_GOAL:.0%}" if is_goal else ""
+    report.add(name, timed.mfu >= MFU_GOAL if is_goal else None, figure, bound, goal=True, **vars(timed))
+
+
+def _add_ratios(report: Report, shape: str, systems: dict[str, Timed]) -> None:
+    """A row for the baselines: ours over theirs; and one for kernels and settings: theirs over auto."""
+    auto = systems["auto"].pairs_per_second
+    details = {name: vars(timed) for name, timed in systems.items()}
+    over = {name: auto / systems[name].pairs_per_second for name in ("padded", "trl") if name in systems}
+    if over:
+        ok = over["trl"] >= TRL_GOAL if "trl" in over else None
+        figure = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in over.items())
+        report.add(
+            f"{shape} baselines", ok, figure, f"{TRL_GOAL}x trl" if "trl" in over else "", goal=True, all=details
+        )
+    ratios = {name: timed.pairs_per_second / auto for name, timed in systems.items() if name in OURS and name != "auto"}
+    if ratios:
+        figure = " ".join(f"{name} {ratio:.2f}".replace(" 0.", " .") for name, ratio in ratios.items())
+        report.add(f"{shape} settings/auto", None, figure, all=details)
 
 
 def _add_scoring(report: Report, shape: str, rate: float) -> None:
-    """Responses a second of 64 prompts with 16 responses each, packed with the prompt once and padded."""
+    """Responses a second of 16 prompts with 16 responses each, packed with the prompt once and padded."""
     device, layers = report.device, num_layers_that_fit(shape, report.device)
     scale = 1.0 if device.type == "cuda" else 0.1
-    groups = make_groups(64 if not report.tiny else 2, SHAPES[shape][-1], scale, num_responses=16)
+    groups = make_groups(num_pairs(report) // 4, SHAPES[shape][-1], scale, num_responses=16)
     config = shape_config(shape, layers)
     packs = make_packs(groups, int(BUDGET * scale), config.hidden_size)
     per_second, rewards = {}, []
@@ -187,7 +205,7 @@ def _add_scoring(report: Report, shape: str, rate: float) -> None:
     mfu = work / (16 * len(groups)) * per_second["ours"] / rate
     ratio = per_second["ours"] / per_second["padded"]
     report.add(
-        f"{shape} best of 16", None, f"{per_second['ours']:.3g}/s, MFU {mfu:.0%}, {ratio:.2f}x padded",
+        f"{shape} best of 16", None, f"{per_second['ours']:.3g}/s, {ratio:.2f}x padded",
         per_second=per_second, mfu=mfu, largest_difference=float((rewards[0] - rewards[1]).abs().max()),
     )  # fmt: skip
 
@@ -203,13 +221,15 @@ def _profile(report: Report, shape: str, step: Callable[[], Any]) -> None:
         step()
         report.wait()
     order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    rows = sorted(found.key_averages(), key=lambda each: -getattr(each, order))
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    averages = [each for each in found.key_averages() if each.device_type == kind and not each.is_user_annotation]
+    rows = sorted(averages, key=lambda each: -getattr(each, order))
     total = sum(getattr(each, order) for each in rows) or 1.0
     top = [(each.key, getattr(each, order) / total) for each in rows[:10]]
     idle = ""
     if on_gpu:
-        spans = sorted((each.time_range.start, each.time_range.end) for each in found.events()
-                       if each.device_type == DeviceType.CUDA)  # fmt: skip
+        kernels = [each for each in found.events() if each.device_type == kind and not each.is_user_annotation]
+        spans = sorted((each.time_range.start, each.time_range.end) for each in kernels)
         idle = f", idle {idle_share(spans):.0%}" if spans else ", no kernel seen"
     name, share = top[0]
     report.add(f"{shape} profile", None, f"{share:.0%} {name[:14]}{idle}", top=top)

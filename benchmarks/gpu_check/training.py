@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.gpu_check import stand_ins
 from benchmarks.gpu_check.report import Report
 from benchmarks.gpu_check.resumed_run import RESULT, train_with_checkpoints
 from benchmarks.gpu_check.small_model import (
@@ -67,13 +68,17 @@ class _Part:
                 self.plain[dtype] = self.losses(dtype)
         if len(self.plain) == 2:
             self.compare_devices()
-        for name, (settings, options) in self.settings().items():
-            self.compare_setting(name, settings, options)
+        for what, cases in self.settings().items():
+            self.compare_setting(what, cases)
         with self.report.check("no synchronization"):
             self.check_synchronization()
         if not self.report.tiny:
             with self.report.check("kill and resume"):
                 self.check_resume()
+            with self.report.check("command line"):
+                self.check_command_line()
+            torch._dynamo.reset()
+            self.compare_setting("compile", {"each layer": ({"compile": True}, {})})  # last, since it takes longest
 
     def losses(self, dtype: str, *, device: torch.device | None = None, **options: Any) -> list[float]:
         settings = options.pop("settings", {})
@@ -88,43 +93,39 @@ class _Part:
         first, last = self.plain["fp32"][0], self.plain["fp32"][-1]
         self.report.add("loss, first and last", None, f"{first:.4f} {last:.4f}", curve=self.plain)
 
-    def settings(self) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-        """name -> (settings of the model, options of the run)."""
-        checkpointing = {"enable_gradient_checkpointing": True}
-        found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-            "checkpointing full": (checkpointing, {}),
-            "checkpointing selective": ({**checkpointing, "checkpointing_mode": "selective"}, {}),
-            "no pinned prefetch": ({}, {"prefetch": False}),
-            "optimizer offload": ({"optimizer_offload": True}, {}),
-            "ddp, 1 rank": ({}, {"strategy": "ddp"}),
-            "fsdp2, 1 rank": ({}, {"strategy": "fsdp2"}),
-            "fsdp2 CPU offload": ({"cpu_offload": True}, {"strategy": "fsdp2"}),
+    def settings(self) -> dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]]:
+        """row -> case -> (settings of the model, options of the run)."""
+        full = {"enable_gradient_checkpointing": True}
+        selective = {**full, "checkpointing_mode": "selective"}
+        found: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
+            "checkpointing": {"full": (full, {}), "selective": (selective, {})},
+            "no pinned prefetch": {"copied at once": ({}, {"prefetch": False})},
+            "ddp, fsdp2, one rank": {"ddp": ({}, {"strategy": "ddp"}), "fsdp2": ({}, {"strategy": "fsdp2"})},
+            "offload": {
+                "optimizer": ({"optimizer_offload": True}, {}),
+                "fsdp2": ({"cpu_offload": True}, {"strategy": "fsdp2"}),
+            },
         }
         if self.on_gpu:
-            found |= {f"attention {name}": ({"attention": name}, {}) for name in ("varlen", "flex", "sdpa")}
-            found["compile"] = ({"compile": True}, {})
-            found["Liger"] = ({"use_liger": True}, {})
-            found["Liger, selective"] = ({"use_liger": True, **found["checkpointing selective"][0]}, {})
-        elif not self.report.tiny:
-            found["compile"] = ({"compile": True}, {})
+            found["attention kernels"] = {name: ({"attention": name}, {}) for name in ("varlen", "flex", "sdpa")}
+            found["Liger"] = {"alone": ({"use_liger": True}, {}), "selective": ({"use_liger": True, **selective}, {})}
         return found
 
-    def compare_setting(self, name: str, settings: dict[str, Any], options: dict[str, Any]) -> None:
-        if "use_liger" in settings and importlib.util.find_spec("liger_kernel") is None:
-            self.report.skip(name, "liger-kernel is not installed")
+    def compare_setting(self, what: str, cases: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> None:
+        """A row: the curves of all cases in both types, against those under default settings."""
+        if what == "Liger" and importlib.util.find_spec("liger_kernel") is None:
+            self.report.skip(what, "liger-kernel is not installed")
             return
-        figures = {}
-        for dtype in self.plain:
-            if settings.get("attention") == "varlen" and (dtype == "fp32" or find_flash() is None):
-                continue  # it computes in bfloat16 only
-            if name == "compile" and dtype == "bf16" and not self.on_gpu:
-                continue  # compiling takes a CPU a minute for each type
-            if name == "compile":
-                torch._dynamo.reset()
-            with self.report.check(f"{name} {dtype}"), _group(options.get("strategy")):
-                figures[dtype] = self.losses(dtype, settings=settings, **options)
-        if figures:
-            self.add_all(name, figures)
+        curves: dict[str, dict[str, list[float]]] = {dtype: {} for dtype in self.plain}
+        for name, (settings, options) in cases.items():
+            for dtype in self.plain:
+                if name == "varlen" and (dtype == "fp32" or find_flash() is None):
+                    continue  # it computes in bfloat16 only
+                if what == "compile" and dtype == "bf16" and not self.on_gpu:
+                    continue  # compiling takes a CPU a minute for each type
+                with self.report.check(f"{what}: {name} {dtype}"), _group(options.get("strategy")):
+                    curves[dtype][name] = self.losses(dtype, settings=settings, **options)
+        self.add_all(what, curves)
 
     def add(self, what: str, dtype: str, found: list[float], expected: list[float]) -> None:
         first, later = worst(found[:FIRST_STEPS], expected[:FIRST_STEPS]), worst(found, expected)
@@ -134,16 +135,20 @@ class _Part:
             f"{bounds[0]:g} {bounds[1]:g}", found=found, expected=expected,
         )  # fmt: skip
 
-    def add_all(self, what: str, figures: dict[str, list[float]]) -> None:
+    def add_all(self, what: str, curves: dict[str, dict[str, list[float]]]) -> None:
         """One row for both types: the largest difference of all steps in each."""
-        worsts = {dtype: worst(found, self.plain[dtype]) for dtype, found in figures.items()}
-        ok = all(
-            worst(found[:FIRST_STEPS], self.plain[dtype][:FIRST_STEPS]) <= BOUNDS[dtype][0]
-            and worsts[dtype] <= BOUNDS[dtype][1]
-            for dtype, found in figures.items()
-        )
-        figure = ", ".join(f"{dtype} {value:.1g}" for dtype, value in worsts.items())
-        self.report.add(what, ok, figure, " ".join(f"{BOUNDS[dtype][1]:g}" for dtype in figures), curves=figures)
+        far, figures = [], []
+        for dtype, cases in curves.items():
+            first, later = BOUNDS[dtype]
+            worsts = {name: worst(found, self.plain[dtype]) for name, found in cases.items()}
+            for name, found in cases.items():
+                if not (worst(found[:FIRST_STEPS], self.plain[dtype][:FIRST_STEPS]) <= first and worsts[name] <= later):
+                    far.append(f"{name} {dtype}")
+            if worsts:
+                figures.append(f"{dtype} {max(worsts.values()):.1g}")
+        if figures:
+            bound = " ".join(f"{BOUNDS[dtype][1]:g}" for dtype, cases in curves.items() if cases)
+            self.report.add(what, not far, ", ".join([*figures, *far]), bound, curves=curves)
 
     def check_synchronization(self) -> None:
         """On a GPU the sync debug mode raises where a micro-batch waits; on the meta device a needed value raises."""
@@ -187,6 +192,28 @@ class _Part:
             texts = {dtype: "equal" if found[dtype] == whole[dtype] else "differs" for dtype in self.plain}
             figure = ", ".join(f"{dtype} {text}" for dtype, text in texts.items())
             self.report.add(what, set(texts.values()) == {"equal"}, figure, "bit", found=found, expected=whole)
+
+    def check_command_line(self) -> None:
+        """`rm-gallery train` and `rm-gallery score` on a few pairs, if the packages that they need are here."""
+        needed = ("hydra", "omegaconf", "pydantic", "annotated_types", "pyarrow", "rich", "yaml")
+        if missing := [name for name in needed if importlib.util.find_spec(name) is None or name in stand_ins]:
+            self.report.skip("command line", "not installed: " + ", ".join(missing))
+            return
+        parent, device = self.folder.parent, self.report.device.type
+        rows = [{"chosen": f"{number} good", "rejected": f"{number} bad"} for number in range(12)]
+        (parent / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        command = [sys.executable, "-m", "rm_gallery.cli"]
+        _run_all([[
+            *command, "train", f"model.partial_pretrain={self.folder}", f"data.train_files={parent / 'pairs.jsonl'}",
+            "data.train_batch_size=4", "data.max_length=64", f"trainer.device={device}",
+            f"trainer.default_local_dir={parent}", "trainer.experiment_name=cli", f"data.cache_dir={parent / 'cache'}",
+        ]], 0)  # fmt: skip
+        checkpoint = parent / "cli" / "global_step_3"
+        output = parent / "scored.jsonl"
+        _run_all([[*command, "score", "--model", str(checkpoint), "--device", device, str(parent / "pairs.jsonl"),
+                   "--output", str(output)]], 0)  # fmt: skip
+        count = len(output.read_text().splitlines())
+        self.report.add("command line", count == len(rows), f"train, score {count} rows", str(len(rows)))
 
 
 def _run_all(commands: Sequence[Sequence[str]], status: int) -> None:
