@@ -50,7 +50,7 @@ def run(report: Report) -> None:
         for strategy, ranks, group_size in (("ddp", 8, -1), ("fsdp2", 8, -1), ("fsdp2", 8, 4)):
             what = f"{strategy}, {ranks} fake ranks" if group_size < 0 else f"hybrid, 2x{group_size} fake ranks"
             with report.check(what), fake_group(ranks):
-                shapes = step_of_rank(folder, strategy, ranks, group_size)  # type: ignore[arg-type]
+                shapes = step_of_rank(folder, strategy, ranks, group_size)
                 report.add(what, True, f"{len(shapes)} parameters", shapes=shapes)
 
 
@@ -142,7 +142,7 @@ def fake_group(ranks: int) -> Iterator[None]:
 
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     count = master_weights.world_size
-    master_weights.world_size = lambda: ranks  # type: ignore[assignment]
+    master_weights.world_size = lambda: ranks
     try:
         yield
     finally:

@@ -207,7 +207,7 @@ def compiled_flex() -> Iterator[None]:
 
     kernel = flex._kernel
     compiled = _compiled(flex_attention)
-    flex._kernel = lambda _: compiled  # type: ignore[assignment, misc]
+    flex._kernel = lambda _: compiled
     try:
         yield
     finally:

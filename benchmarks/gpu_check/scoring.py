@@ -48,7 +48,7 @@ def difference(found: Sequence[Sequence[float]], expected: Sequence[Sequence[flo
 def compare(folder: Path, groups: Sequence[PreferenceGroup], device: str, dtype: str) -> dict[str, float]:
     """name of a comparison -> largest relative difference; each is relative to float32 or the packed rewards."""
     exact = RewardScorer.from_folder(folder, device="cpu", dtype="fp32").score(groups)
-    with RewardScorer.from_folder(folder, device=device, dtype=dtype) as scorer:  # type: ignore[arg-type]
+    with RewardScorer.from_folder(folder, device=device, dtype=dtype) as scorer:
         assert scorer.engine.device.type == torch.device(device).type
         packed = scorer.score(groups)
         single = [scorer.score([PreferenceGroup("", [text])])[0][0] for group in groups for text in group.responses]

@@ -56,7 +56,7 @@ SIZES = {"small": SMALL, "on_cpu": ON_CPU, "tiny": TINY}
 def model_config(dtype: str, **settings: Any) -> ModelConfig:
     """settings: keys of ModelConfig and FsdpConfig."""
     fsdp = {name: settings.pop(name) for name in FsdpConfig.__dataclass_fields__ if name in settings}
-    return ModelConfig(fsdp_config=FsdpConfig(model_dtype=dtype, **fsdp), **settings)  # type: ignore[arg-type]
+    return ModelConfig(fsdp_config=FsdpConfig(model_dtype=dtype, **fsdp), **settings)
 
 
 def make_folder(folder: Path, size: Size, seed: int = 0) -> Path:

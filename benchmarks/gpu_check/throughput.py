@@ -127,7 +127,8 @@ def measure(report: Report, shape: str, system: str, rate: float, *, profiled: b
             step = ours(config, packs, device, **OURS[system], **more)
         seconds = _times(report, step)
         if profiled and system == "auto" and shape in ("1.5b", "tiny"):
-            _profile(report, shape, step)
+            with report.check(f"{shape} profile"):
+                _profile(report, shape, step)
     middle = statistics.median(seconds)
     work = sum(operations(config, pack.group_lengths, pack.tail_lengths) for pack in packs)
     return Timed(

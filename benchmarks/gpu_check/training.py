@@ -259,11 +259,11 @@ def syncs_forbidden(*, after: int) -> Iterator[list[int]]:
         torch.cuda.set_sync_debug_mode("default")
         return gather(self, *arguments)
 
-    Trainer.train_step, MasterWeights.gather_gradients = strict, lenient  # type: ignore[method-assign]
+    Trainer.train_step, MasterWeights.gather_gradients = strict, lenient
     try:
         yield watched
     finally:
-        Trainer.train_step, MasterWeights.gather_gradients = train_step, gather  # type: ignore[method-assign]
+        Trainer.train_step, MasterWeights.gather_gradients = train_step, gather
         torch.cuda.set_sync_debug_mode("default")
 
 
@@ -276,7 +276,7 @@ def _group(strategy: str | None) -> Iterator[None]:
     init_single_process()
     count = master_weights.world_size
     if strategy == "ddp":
-        master_weights.world_size = lambda: 2  # type: ignore[assignment]
+        master_weights.world_size = lambda: 2
     try:
         yield
     finally:
