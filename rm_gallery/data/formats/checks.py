@@ -30,15 +30,16 @@ def check_renamed(file: str, found: Mapping[str, None], config: FormatConfig, na
     defaults = {column.key: column.name for name in formats_for(usual) for column in columns_of(name, usual)}
     for column in (column for name in names for column in columns_of(name, config)):
         if column.name is not None and column.name != defaults[column.key] and column.name not in found:
-            raise _no_column(file, found, column)
+            raise _no_columns(file, found, [column])
 
 
 def check_needed(file: str, found: Mapping[str, None], columns: Iterable[Column]) -> None:
-    for column in columns:
-        if column.needed and column.name is None:
+    needed = [column for column in columns if column.needed]
+    for column in needed:
+        if column.name is None:
             raise UserError(f"data.{column.key}=null: data.format needs this column; set its name, or another format")
-        if column.needed and column.name not in found:
-            raise _no_column(file, found, column)
+    if missing := [column for column in needed if column.name not in found]:
+        raise _no_columns(file, found, missing)
 
 
 def check_values(rows: Sequence[Row], column: Column) -> None:
@@ -180,7 +181,7 @@ def no_format(rows: Sequence[Row], found: Mapping[str, None], config: FormatConf
         if fit > share:
             best, share = missing, fit
     if best:
-        return _no_column(file, found, best[0])
+        return _no_columns(file, found, best)
     looks = "; ".join(f"{name}: {each.looks}" for name, each in formats_for(config).items())
     close = next((hint for name in ("chosen", "rejected", "responses") if (hint := nearest(name, found))), "")
     return UserError(
@@ -189,11 +190,12 @@ def no_format(rows: Sequence[Row], found: Mapping[str, None], config: FormatConf
     )
 
 
-def _no_column(file: str, found: Mapping[str, None], column: Column) -> UserError:
-    name = column.name or ""
+def _no_columns(file: str, found: Mapping[str, None], missing: Sequence[Column]) -> UserError:
+    names = " and no column ".join(repr(shown(column.name)) for column in missing)
+    keys = " and ".join(f"data.{column.key}" for column in missing)
     return UserError(
-        f"{file}: no column {shown(name)!r} (columns: {listed(found)}); rename it or set data.{column.key}."
-        + nearest(name, found)
+        f"{file}: no column {names} (columns: {listed(found)}); rename {'it' if len(missing) == 1 else 'them'} "
+        f"or set {keys}." + nearest(missing[0].name or "", found)
     )
 
 

@@ -160,6 +160,10 @@ def test_a_missing_column_is_named_with_the_nearest_one() -> None:
         "a.parquet: no column 'scores' (columns: responses, score); rename it or set data.scores_key."
         " Did you mean 'score'?"
     )
+    assert refused({"question": "q", "good": "a", "bad": "b"}) == (
+        "a.parquet: no column 'chosen' and no column 'rejected' (columns: question, good, bad); rename them or set "
+        "data.chosen_key and data.rejected_key."
+    )
     assert refused(TEXTS, format="prompt") == (
         "a.parquet: no column 'prompt' (columns: chosen, rejected); rename it or set data.prompt_key."
     )
