@@ -74,9 +74,11 @@ class ChatRenderer:
             raise BadRow(f"chat template rejects the conversation: {one_line(error)}") from error
 
     def try_messages(self, messages: Sequence[Message]) -> str | None:
-        """The text of messages by the chat template; None if it rejects them."""
+        """The text of messages by the chat template; None if it rejects them. Raises UserError if it runs too long."""
         try:
             return str(self._template(list(messages), tokenize=False))
+        except TemplateTooSlow:
+            raise
         except Exception:  # the first row reports it
             return None
 

@@ -9,8 +9,11 @@ import pytest
 
 from rm_gallery.data.tokenization import template_limits
 from rm_gallery.data.tokenization.chats import Chat, ChatRenderer
+from rm_gallery.data.tokenization.encoder import Encoder
 from rm_gallery.data.tokenization.sandbox import limited_template
+from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
 from rm_gallery.errors import BadRow, UserError
+from rm_gallery.schema import PreferenceGroup
 from tests.small import CHATML, make_tokenizer
 from tests.templates import INST, QWEN3
 
@@ -171,3 +174,21 @@ def test_the_library_is_not_changed() -> None:
     from transformers.utils import chat_template_utils as library
 
     assert not library._compile_jinja_template(tokenizer.chat_template).environment.intercepted_binops
+
+
+def test_the_first_rendering_that_is_too_slow_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_limits, "MAX_STEPS", 20_000)
+    started: list[int] = []
+    original = ChatRenderer.try_messages
+
+    def try_messages(self: ChatRenderer, messages: Any) -> str | None:
+        started.append(1)
+        return original(self, messages)
+
+    monkeypatch.setattr(ChatRenderer, "try_messages", try_messages)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+    group = PreferenceGroup(MESSAGES[:1], [MESSAGES[1:], MESSAGES[1:]], style="chat", where="a:0")
+    with pytest.raises(UserError, match="the chat template needs more than 20,000 loop iterations"):
+        Encoder(tokenizer, TokenizeConfig()).encode(group)
+    assert len(started) == 1
