@@ -28,7 +28,7 @@ class Forked:
 
     def __init__(self, act: Callable[..., Any], arguments: Sequence[Any], log: Path, more: Mapping[str, str]) -> None:
         self.log = log
-        self._process = _context().Process(target=_be, args=(act, arguments, log, {**os.environ, **more}))
+        self._process = server().Process(target=_be, args=(act, arguments, log, {**os.environ, **more}))
         self._process.start()
 
     @property
@@ -99,8 +99,11 @@ def free_port() -> int:
 
 
 @functools.cache
-def _context() -> Any:
-    """The fork server, started. It must find our modules, and what it loads reads some variables only then."""
+def server() -> Any:
+    """The context of the fork server, started.
+
+    It must find our modules, and what it loads reads some variables only then.
+    """
     context = get_context("forkserver")
     context.set_forkserver_preload([_LOADED])
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -28,6 +28,7 @@ from rm_gallery.errors import BadRow, UserError
 from rm_gallery.scoring import RewardScorer
 from rm_gallery.scoring.loading import load_folder
 from rm_gallery.scoring.model_folder import choose_checkpoint
+from tests import forks
 from tests.small import text_pairs
 
 PAIRS: Any = text_pairs(6)
@@ -128,7 +129,9 @@ def score_there(scorer: RewardScorer) -> list[tuple[float, float]]:
 def test_process_pools_take_a_scorer(text_folder: Path, method: str) -> None:
     scorer = RewardScorer.from_folder(text_folder, device="cpu")
     expected = scorer.score_pairs(PAIRS)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(method)) as pool:
+    # The fork server of a process is started once: here as tests that fork from it need it.
+    context = forks.server() if method == "forkserver" else multiprocessing.get_context(method)
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         found = pool.submit(score_there, scorer).result(120)
     assert found == [pytest.approx(pair, abs=1e-4) for pair in expected]
 
