@@ -48,6 +48,8 @@ _COMPILED_ON_CPU = ("many responses", "one of each length")
 """Shapes of FlexAttention on a CPU; each is compiled on its own."""
 EXACT, ROUNDED = 2e-5, 2e-2
 """Bounds of the error in float32 on a CPU, and in bfloat16, which has 8 bits."""
+_MAX_CELLS = 2**24
+"""Attention scores that the reference computes at once."""
 EXACT_ON_GPU = 1e-4
 """In float32 on a GPU, with other orders of summation. TF32 has 11 bits and is far above it."""
 
@@ -85,17 +87,19 @@ class Case:
         self.wanted = self._reference(layout.labels, heads[0] // heads[1])
 
     def _reference(self, labels: Tensor, repeats: int) -> list[Tensor]:
-        """Output, and the gradients of query, key and value; head by head, which bounds memory."""
-        exact = [part.double().requires_grad_(self.backward) for part in self.inputs]
+        """Output, and the gradients of query, key and value; of long packs head by head, which bounds memory."""
+        query, key, value = (part.double().requires_grad_(self.backward) for part in self.inputs)
+        heads = [(slice(None), slice(None))]
+        if query.shape[1] * len(labels) ** 2 > _MAX_CELLS:
+            heads = [(slice(h, h + 1), slice(h // repeats, h // repeats + 1)) for h in range(query.shape[1])]
         outputs = []
-        for head in range(exact[0].shape[1]):
-            parts = (part[None, :, index] for part, index in zip(exact, (head, head // repeats, head // repeats),
-                                                                 strict=True))  # fmt: skip
-            output = reference_attention(*parts, labels, scaling=self.scaling, window=self.window)  # [T, 1, D]
+        for some, shared in heads:
+            q, k, v = query[:, some].transpose(0, 1), key[:, shared].transpose(0, 1), value[:, shared].transpose(0, 1)
+            output = reference_attention(q, k, v, labels, scaling=self.scaling, window=self.window)  # [T, heads, D]
             if self.backward:
-                output.backward(self.gradient[:, head : head + 1].double())
+                output.backward(self.gradient[:, some].double())
             outputs.append(output.detach())
-        gradients = [part.grad for part in exact if part.grad is not None]
+        gradients = [part.grad for part in (query, key, value) if part.grad is not None]
         return [torch.cat(outputs, 1), *gradients]
 
     def error(self, run: Callable[..., Tensor]) -> float:

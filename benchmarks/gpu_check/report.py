@@ -107,14 +107,17 @@ def read_results(file: Path) -> tuple[list[Result], str]:
 
 def table(results: Sequence[Result]) -> str:
     """At most 80 columns; the name of a part in its first row only."""
-    lines = [f"{'part':10} {'what':23} {'result':6} {'figure':28} {'bound':>9}".rstrip(), "-" * 80]
+    lines = [_row("part", "what", "result", "figure", "bound"), "-" * 80]
     part = ""
     for each in results:
         name, part = ("" if each.part == part else each.part), each.part
-        figure = each.figure if len(each.figure) <= 28 or each.bound else _cut(each.figure, 38)
-        figure = figure if len(figure) <= 28 or not each.bound else _cut(figure, 28)
-        lines.append(f"{name:10} {_cut(each.what, 23):23} {each.result:6} {figure:28} {each.bound:>9}".rstrip())
+        lines.append(_row(name, each.what, each.result, each.figure, each.bound))
     return "\n".join(lines)
+
+
+def _row(part: str, what: str, result: str, figure: str, bound: str) -> str:
+    width = 37 - len(bound)  # of the figure, with a space before the bound
+    return f"{part:10} {_cut(what, 23):23} {result:6} {_cut(figure, width):{width}} {bound}".rstrip()
 
 
 def _cut(text: str, width: int) -> str:

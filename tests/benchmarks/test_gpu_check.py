@@ -91,9 +91,11 @@ def test_the_table_fits_a_terminal() -> None:
         Result("throughput", "liger, trl", SKIPPED, "not installed: " + "a long name, " * 9),
         Result("kernels", "a name that is longer than its column", FAILED, "9 of 24 cases: " + "x" * 99, "2e-05"),
     ]
+    rows.append(Result("training", "bf16 = fp32", OK, "bf16 0.005, 0.01", "0.0001 0.001"))
     lines = table(rows).splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[2] == "throughput 1.5b auto               missed 47.9/s, MFU 49%, 65.5 GiB          50%"
+    assert lines[5] == "training   bf16 = fp32             ok     bf16 0.005, 0.01          0.0001 0.001"
     assert lines[3].startswith("           liger, trl              skip   not installed: a long name")
 
 
