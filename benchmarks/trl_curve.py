@@ -92,6 +92,7 @@ def train_ours(folder: Path) -> list[float]:
             "optim.weight_decay=0.1",
             f"trainer.total_training_steps={STEPS}",
             f"trainer.default_local_dir={folder / 'ours'}",
+            "trainer.experiment_name=bt",
         ]
     )
     if status:

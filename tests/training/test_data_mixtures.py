@@ -15,7 +15,8 @@ from tests.small import text_pairs, write_pairs
 def train(model: Path, *words: str, run: str = "out/bt") -> tuple[dict[str, Any], list[dict[str, float]]]:
     """run.json, and the rows of metrics.jsonl."""
     assert main(["train", f"model.partial_pretrain={model}", "data.max_length=128", "data.train_batch_size=4",
-                 "trainer.default_local_dir=out", "model.fsdp_config.model_dtype=fp32", *words]) == 0  # fmt: skip
+                 "trainer.default_local_dir=out", "trainer.experiment_name=bt", "model.fsdp_config.model_dtype=fp32",
+                 *words]) == 0  # fmt: skip
     rows = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
     return json.loads(Path(run, "run.json").read_text()), rows
 
