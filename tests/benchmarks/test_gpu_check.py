@@ -8,15 +8,18 @@ import math
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.gpu_check import __main__ as command
-from benchmarks.gpu_check import emulate
+from benchmarks.gpu_check import emulate, estimate, throughput
 from benchmarks.gpu_check.report import FAILED, MISSED, OK, SKIPPED, Report, Result, read_results, table
 from benchmarks.gpu_check.small_model import TINY, make_folder, worst
-from benchmarks.gpu_check.throughput import idle_share
+from benchmarks.gpu_check.throughput import Timed, idle_share
+from rm_gallery.planning.devices import GPUS
 
 SLOW = ("training", "throughput")
 
@@ -115,6 +118,56 @@ def test_exit_status(
 def test_idle_share_counts_overlapping_kernels_once() -> None:
     assert idle_share([(0, 4), (1, 3), (6, 10)]) == pytest.approx(0.2)
     assert idle_share([(0, 1)]) == 0
+
+
+def timed(system: str = "auto", **values: Any) -> Timed:
+    """A measurement of the tiny shape as on a GPU."""
+    sizes = {"layers": 2, "seconds": 0.1, "pairs_per_second": 40.0, "tokens_per_second": 1e4, "mfu": 0.45}
+    return Timed(**{"shape": "tiny", "system": system, "peak_bytes": 1, "checkpointing": False, **sizes, **values})
+
+
+def test_the_goals_of_throughput() -> None:
+    report = Report("throughput", torch.device("cuda"))
+    throughput._add_auto(report, timed(shape="1.5b", layers=28, peak_bytes=65 * 2**30))
+    throughput._add_auto(report, timed(shape="7b", layers=11, mfu=0.56, peak_bytes=57 * 2**30))
+    systems = {name: timed(name, pairs_per_second=rate) for name, rate in
+               (("auto", 40.0), ("padded", 16.0), ("trl", 20.0), ("compile", 48.0), ("flex", 36.0))}  # fmt: skip
+    throughput._add_ratios(report, "1.5b", systems)
+    assert [(each.what, each.result, each.figure, each.bound) for each in report.results] == [
+        ("1.5b auto", MISSED, "40/s, MFU 45%, 65.0 GiB", "50%"),
+        ("7b auto, 11 layers", OK, "40/s, MFU 56%, 57.0 GiB", "50%"),
+        ("1.5b baselines", MISSED, "2.50x padded, 2.00x trl", "2.5x trl"),
+        ("1.5b settings/auto", "", "compile 1.20 flex .90", ""),
+    ]
+
+
+def test_an_estimate_of_memory_that_is_off_fails_and_one_of_time_misses_its_goal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    report = Report("estimate", torch.device("cuda"), tiny=True)
+    monkeypatch.setattr(estimate, "device_rate", lambda _: 1e12)
+    estimate._compare(report, timed())
+    exact = report.results[0].details
+    for memory, seconds in ((1.0, 1.0), (1.1, 0.9), (1.0, 2.0), (0.8, 1.0)):
+        peak = round(exact["memory"] * memory)
+        estimate._compare(report, timed(peak_bytes=peak, seconds=exact["time"] * seconds))
+    assert [(each.result, each.figure) for each in report.results[1:]] == [
+        (OK, "memory +0.0%, time +0.0%"), (OK, "memory -9.1%, time +11.1%"), (MISSED, "memory +0.0%, time -50.0%"),
+        (FAILED, "memory +25.0%, time +0.0%"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "kind"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.2, "h100"), ("NVIDIA H200", 139.8, "h200"), ("NVIDIA L40S", 44.4, "l40s"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40"), ("NVIDIA A100-SXM4-80GB", 79.1, "a100-80"), ("NVIDIA X1", 8, None),
+    ],
+)  # fmt: skip
+def test_the_published_rate_of_a_gpu(name: str, gib: float, kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=int(gib * 2**30)))
+    assert estimate.device_rate(torch.device("cuda")) == (kind and GPUS[kind].bf16_flops)
 
 
 def test_curves_that_differ_in_length_or_are_not_finite_do_not_agree() -> None:
