@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ def setup_logging(level: int = logging.INFO) -> None:
         handler = logging.StreamHandler(sys.stderr)
         prefix = f"[rank {rank}] " if rank else ""
         has_colors = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb" and "NO_COLOR" not in os.environ
-        kind = _ColorFormatter if has_colors else _Formatter
+        kind = _TerminalFormatter if has_colors else _Formatter
         handler.setFormatter(kind(f"{prefix}%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
@@ -48,8 +50,16 @@ class _Formatter(logging.Formatter):
         return safe(super().formatException(ei))
 
 
-class _ColorFormatter(_Formatter):
-    """Warnings in yellow, errors in red."""
+class _TerminalFormatter(_Formatter):
+    """Warnings in yellow, errors in red; lines wrapped between words, where a terminal would break a number."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        text, columns = super().formatMessage(record), shutil.get_terminal_size().columns
+        if len(text) <= columns:
+            return text
+        return textwrap.fill(
+            text, max(columns, 40), subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False
+        )
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rm_gallery.log import _ColorFormatter, log_copy, setup_logging, wait_for_local_main
+from rm_gallery.log import _TerminalFormatter, log_copy, setup_logging, wait_for_local_main
 
 
 def test_calling_again_follows_standard_error_and_writes_each_line_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +67,7 @@ def test_a_copy_of_the_log_has_the_messages_from_before_its_path_was_known(tmp_p
 
 
 def test_warnings_on_a_terminal_are_yellow_and_errors_red() -> None:
-    formatter = _ColorFormatter("%(levelname).1s %(message)s")
+    formatter = _TerminalFormatter("%(levelname).1s %(message)s")
     texts = [
         formatter.format(logging.LogRecord("rm_gallery", level, "", 0, "text \x1b[5m", (), None))
         for level in (logging.INFO, logging.WARNING, logging.ERROR)
@@ -75,3 +75,11 @@ def test_warnings_on_a_terminal_are_yellow_and_errors_red() -> None:
     assert [text.replace("\x1b", "ESC") for text in texts] == [
         "I text \\x1b[5m", "ESC[33mW text \\x1b[5mESC[0m", "ESC[31mE text \\x1b[5mESC[0m",
     ]  # fmt: skip
+
+
+def test_a_line_on_a_terminal_is_wrapped_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    formatter = _TerminalFormatter("%(levelname).1s %(message)s")
+    message = "data.train_files: 10,000 groups and 123,456 tokens"
+    text = formatter.format(logging.LogRecord("rm_gallery", logging.INFO, "", 0, message, (), None))
+    assert text == "I data.train_files: 10,000 groups and\n           123,456 tokens"

@@ -172,3 +172,16 @@ def test_console_tells_how_far_a_long_step_is(tmp_path: Path) -> None:
         "step 0/9 done  micro-batch 61/64",
         "step 1/9  loss 0.5000  eta 0:08:24",
     ]
+
+
+def test_the_bar_tells_it_of_steps_longer_than_two_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    terminal, clock, shown = FakeTerminal(), Clock(), []
+    console = ConsoleTracker(make_run(tmp_path, total_steps=9), stream=terminal, clock=clock)
+    assert console._bar is not None
+    monkeypatch.setattr(console._bar, "update", lambda done, text: shown.append((done, text)))
+    for number in range(2, 9):
+        clock.now += 0.5
+        console.tick(f"micro-batch {number}/64")
+    console.close()
+    assert shown == [(0, f"micro-batch {number}/64") for number in range(5, 9)]

@@ -85,11 +85,11 @@ class ConsoleTracker:
         """Show how far a step or a validation is: in the bar, or as a line where nothing was printed for 30 s."""
         now = self._clock()
         if self._bar:
-            if now - self._last_tick >= BAR_INTERVAL_S:
+            last_step = self._times[-1][0]
+            if now - last_step >= LINE_INTERVAL_S and now - self._last_tick >= BAR_INTERVAL_S:
                 self._last_tick = now
-                self._bar.update(
-                    self._step, "  ".join(part for part in (text, self._bar_text(self._time_left())) if part)
-                )
+                eta = self._time_left()
+                self._bar.update(self._step, f"{text}  {eta} left" if eta else text)
         elif now - max(self._last_line_time, self._start_time, self._last_tick) >= TICK_INTERVAL_S:
             self._last_tick = now
             self._print(f"step {self._step}/{self._total} done  {text}")
