@@ -44,7 +44,7 @@ class Size:
     longest: int = 300
     """Tokens of a prompt, and of a response."""
     steps: int = 30
-    lr: float = 1e-4
+    lr: float = 3e-4
 
 
 SMALL = Size()
@@ -74,7 +74,7 @@ def make_folder(folder: Path, size: Size, seed: int = 0) -> Path:
         vocab_size=VOCABULARY, hidden_size=size.hidden, intermediate_size=2 * size.hidden,
         num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=max(1, size.heads // 2),
         max_position_embeddings=16384, pad_token_id=0, eos_token_id=1, bos_token_id=None, num_labels=1,
-        initializer_range=0.1,
+        initializer_range=0.03,
     )  # fmt: skip
     Qwen2ForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
