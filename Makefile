@@ -40,8 +40,9 @@ quickstart: $(PLOT_STAMP)  ## train a small reward model on this machine and sho
 	$(QUICKSTART_TRAIN)
 	$(QUICKSTART_SHOW)
 
+# make check runs tests/structure.
 test: $(DEV_STAMP)  ## run the tests (some of them: make test ARGS="tests/data -k packing")
-	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(or $(ARGS),--ignore=tests/structure)
 
 test-all: $(DEV_STAMP) transformers4  ## run the long tests, which make test leaves to CI, and the others on a second Python if there is one
 	$(PY) -m pytest -n 2 --dist worksteal -m slow $(ARGS)

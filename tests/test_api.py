@@ -46,6 +46,7 @@ def test_every_kind_of_data_in_memory_is_written_as_the_rows_that_it_holds(in_tm
     assert sorted({*paths}) == sorted((in_tmp / "rows").iterdir()), "no temporary file remains"
 
 
+@pytest.mark.slow
 def test_rows_in_memory_train_as_their_file_does(in_tmp: Path, qwen2_folder: Path) -> None:
     rows = text_pairs(24, seed=0)
     pq.write_table(pa.Table.from_pylist(rows), "rows.parquet")

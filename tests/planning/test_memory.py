@@ -82,6 +82,7 @@ def _peak_of_a_step(folder: Path, kind: str, layout: Layout, groups: int, vocab_
     return use.weights + use.compute_copy + use.optimizer + peak, use
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "layout", "groups", "vocab_size", "moment"),
     [

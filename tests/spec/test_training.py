@@ -117,6 +117,7 @@ def test_our_script_checks_the_configuration_first(folder: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_metrics_have_the_names_of_the_specification(spec: str, folder: Path, qwen2_folder: Path) -> None:
     names = re.findall(r"^- \*\*((?:train|val)/\w+)\*\*", spec, re.MULTILINE)
     assert len(names) == 5

@@ -39,6 +39,7 @@ def test_stopped_after_any_step_and_started_again(
     assert_same_run(parts, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [

@@ -177,6 +177,7 @@ def test_updates_too_small_for_bfloat16_still_reach_the_master_weights(qwen2_fol
     assert torch.equal(backbone, named["network.model.layers.0.mlp.up_proj.weight"].bfloat16())
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_are_summed_in_float32(qwen2_folder: Path) -> None:
     """Many micro-batches: a bfloat16 sum of equal gradients would stop growing; the float32 sum does not."""
     trainer, _ = build(qwen2_folder, dtype=torch.bfloat16)

@@ -51,6 +51,7 @@ def test_it_learns_what_depends_on_the_prompt(tmp_path: Path, monkeypatch: pytes
     assert accuracy(scorer, rows, prompts) < 0.65
 
 
+@pytest.mark.slow
 def test_it_shows_what_it_learned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,6 +81,8 @@ def _fault(saved: SavedRun, names: Collection[str]) -> str | None:
         return "only one of progress.best_step and progress.best_accuracy is set"
     if progress.best_step is not None and not 1 <= progress.best_step <= progress.step:
         return f"progress.best_step={progress.best_step} is no step of the run"
+    if not 0 <= progress.validations_since_highest <= progress.step + 1:
+        return f"progress.validations_since_highest={progress.validations_since_highest} is no number of validations"
     ranks = {name for name in names if re.fullmatch(r"rank_\d+\.json", name)}
     if saved.world_size != len(ranks) or not ranks:
         return f"world_size={saved.world_size}, but the manifest lists {len(ranks)} files rank_N.json"

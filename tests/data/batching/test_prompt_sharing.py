@@ -47,6 +47,7 @@ def tokens(groups: Sequence[TokenGroup]) -> int:
     return sum(len(group.prefix) + sum(map(len, group.tails)) for group in groups)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_all_ranks_together_compute_every_comparison_once_and_keep_to_the_budget(world_size: int, padded: bool) -> None:

@@ -14,6 +14,7 @@ from tests.data.groups import chat_group, random_text, text_group, tokenized
 from tests.small import make_tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", [False, True])
 def test_bare_texts_are_tokenized_as_the_tokenizer_does_alone(encoder: bool) -> None:
     tokenizer, draw = make_tokenizer(encoder=encoder), random.Random(0)

@@ -108,6 +108,7 @@ def test_a_checkpoint_scores_the_same_on_every_day_and_a_resumed_run_keeps_its_d
     assert weights[0].read_bytes() != (later.checkpoint / "model.safetensors").read_bytes(), "other tokens"
 
 
+@pytest.mark.slow
 def test_a_foreign_folder_is_scored_with_the_date_of_the_call_or_the_given_one(
     in_tmp: Path, qwen2_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

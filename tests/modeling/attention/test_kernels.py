@@ -121,6 +121,7 @@ def test_sequences_of_a_small_pack() -> None:
     assert sequences.cu_seqlens_q.dtype == sequences.cu_seqlens_k.dtype == torch.int32
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
     ("shape", "heads", "window"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,32 +74,35 @@ def test_fsdp2_on_one_rank_takes_the_same_step(dtype: torch.dtype, qwen2_folder:
         assert torch.equal(sharded[name].full_tensor(), value), name  # type: ignore[attr-defined]
 
 
+BF16 = FsdpConfig(model_dtype="bf16")
+
+
 def test_auto_replicates_small_models_and_shards_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = 100 * 18 * 4
     monkeypatch.setattr("rm_gallery.modeling.parallel.apply._memory_per_process", lambda world: memory)
     world = World(0, 4, CPU)
-    assert resolve_strategy(ModelConfig(), world, 100) == "ddp"
-    assert resolve_strategy(ModelConfig(), world, 101) == "fsdp2"
-    assert resolve_strategy(ModelConfig(fsdp_config=FsdpConfig(cpu_offload=True)), world, 100) == "fsdp2"
-    assert resolve_strategy(ModelConfig(strategy="fsdp"), World(0, 1, CPU), 1) == "none"
+    assert resolve_strategy(ModelConfig(fsdp_config=BF16), world, 100) == "ddp"
+    assert resolve_strategy(ModelConfig(fsdp_config=BF16), world, 101) == "fsdp2"
+    assert resolve_strategy(ModelConfig(fsdp_config=replace(BF16, cpu_offload=True)), world, 100) == "fsdp2"
+    assert resolve_strategy(ModelConfig(strategy="fsdp", fsdp_config=BF16), World(0, 1, CPU), 1) == "none"
 
 
 def test_fsdp_is_an_alias_of_fsdp2_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "rm_gallery"):
-        assert resolve_strategy(ModelConfig(strategy="fsdp"), World(0, 2, CPU), 1) == "fsdp2"
-        assert resolve_strategy(ModelConfig(strategy="fsdp2"), World(0, 2, CPU), 1) == "fsdp2"
+        assert resolve_strategy(ModelConfig(strategy="fsdp", fsdp_config=BF16), World(0, 2, CPU), 1) == "fsdp2"
+        assert resolve_strategy(ModelConfig(strategy="fsdp2", fsdp_config=BF16), World(0, 2, CPU), 1) == "fsdp2"
     line = "model.strategy=fsdp runs FSDP2 (fully_shard): FSDP1 is deprecated in PyTorch"
     assert [record.getMessage() for record in caplog.records] == [line]
 
 
 def test_group_sizes_that_do_not_divide_are_refused() -> None:
     world = World(0, 4, CPU)
-    config = ModelConfig(strategy="fsdp2", fsdp_config=FsdpConfig(fsdp_size=3))
+    config = ModelConfig(strategy="fsdp2", fsdp_config=replace(BF16, fsdp_size=3))
     with pytest.raises(UserError, match=r"fsdp_size=3 does not divide the 4 processes"):
         resolve_strategy(config, world, 1)
     with pytest.raises(UserError, match=r"fsdp_size=8 does not divide the 4 processes"):
-        resolve_strategy(ModelConfig(strategy="fsdp", fsdp_config=FsdpConfig(fsdp_size=8)), world, 1)
-    assert resolve_strategy(ModelConfig(strategy="fsdp2", fsdp_config=FsdpConfig(fsdp_size=1)), world, 1) == "ddp"
+        resolve_strategy(ModelConfig(strategy="fsdp", fsdp_config=replace(BF16, fsdp_size=8)), world, 1)
+    assert resolve_strategy(ModelConfig(strategy="fsdp2", fsdp_config=replace(BF16, fsdp_size=1)), world, 1) == "ddp"
 
 
 def test_offloading_without_effect_on_a_cpu_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +110,7 @@ def test_offloading_without_effect_on_a_cpu_is_logged_once(monkeypatch: pytest.M
     monkeypatch.setattr(
         "rm_gallery.modeling.parallel.apply.log.info", lambda text, *values: logged.append(text % values)
     )
-    config = ModelConfig(strategy="ddp", fsdp_config=FsdpConfig(cpu_offload=True, offload_params=True))
+    config = ModelConfig(strategy="ddp", fsdp_config=replace(BF16, cpu_offload=True, offload_params=True))
     assert resolve_strategy(config, World(0, 2, CPU), 1) == "ddp"
     assert logged == ["model.fsdp_config: offloading has no effect on a CPU: everything is in host memory already"]
 

@@ -44,6 +44,7 @@ def test_every_checkpoint_is_copied(protocol: str, qwen2_folder: Path) -> None:
     assert copied == files(run / "global_step_6")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_copy_when_its_folder_is_gone(
     qwen2_folder: Path, trained: Callable[..., Path], caplog: Any
 ) -> None:

@@ -132,6 +132,7 @@ def test_when_no_checkpoint_is_whole_the_run_begins_again(
     assert len(list(parts.glob("metrics-*.jsonl"))) == 1, "metrics of the first start keep another name"
 
 
+@pytest.mark.slow
 def test_saves_in_the_background_give_the_same_files(whole: Path, qwen2_folder: Path) -> None:
     runs = [
         train(qwen2_folder, f"background-{value}", f"trainer.async_save={value}", "trainer.save_freq=1")
