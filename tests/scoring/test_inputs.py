@@ -139,8 +139,8 @@ def test_parts_of_a_message_are_read_when_they_are_text() -> None:
     ("page", "heading"), [("docs/scoring.md", "## Python"), ("README.md", "## Use a trained model")]
 )
 def test_the_lines_of_a_page_run_as_written(page: str, heading: str, in_tmp: Path, chat_folder: Path) -> None:
-    (in_tmp / "checkpoints/my-rm").mkdir(parents=True)
-    (in_tmp / "checkpoints/my-rm/global_step_500").symlink_to(chat_folder)
+    (in_tmp / "checkpoints/bt/my-rm").mkdir(parents=True)
+    (in_tmp / "checkpoints/bt/my-rm/global_step_500").symlink_to(chat_folder)
     text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8").partition(heading)[2]
     [block, *_] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(compile(block, page, "exec"), {})
