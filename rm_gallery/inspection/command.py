@@ -24,6 +24,7 @@ from rm_gallery.inspection.html import MARKER, html_of
 from rm_gallery.inspection.page import page_of
 from rm_gallery.inspection.report import Report, build_report
 from rm_gallery.inspection.terminal import print_page
+from rm_gallery.modeling.config import ModelConfig
 from rm_gallery.safe_text import redact
 from rm_gallery.training.config import TrainConfig, load_config
 
@@ -85,7 +86,7 @@ def inspect_data(config: TrainConfig, *, num_samples: int) -> Report:
             model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=data.chat_template
         )
         freeze_date(tokenizer, data.template_date, key="data.template_date")
-        packer = _packer_for(model.partial_pretrain, data.budget, model.trust_remote_code)
+        packer = _packer_for(model, data.budget)
     elif data.custom_cls.path is not None:
         raise UserError("data.custom_cls renders with a tokenizer: set model.partial_pretrain as well")
     sides = sides_of(data)
@@ -107,15 +108,25 @@ def _short_names(names: set[str]) -> dict[str, str]:
     return short if len(set(short.values())) == len(short) else {}
 
 
-def _packer_for(path: str, token_budget: int, trust_remote_code: bool) -> Packer:
+def _packer_for(model: ModelConfig, token_budget: int) -> Packer:
     """The packer of one rank, as in training. A folder without a model configuration counts as a decoder."""
     from transformers import AutoConfig
 
-    from rm_gallery.modeling.architectures import ENCODERS
+    from rm_gallery.modeling.architectures import DECODERS, ENCODERS
 
+    path = model.partial_pretrain
     try:
-        model = AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError):
         return Packer(token_budget)
-    length = attention_length(model.hidden_size)
-    return Packer(token_budget, padded=model.model_type in ENCODERS, attention_length=length)
+    padded = config.model_type in ENCODERS or model.packing == "padded"
+    if config.model_type not in (*DECODERS, *ENCODERS):
+        from rm_gallery.modeling.model_folder import check_class
+        from rm_gallery.modeling.packing import choose_way
+
+        try:
+            check_class(config, what=path)
+            padded = not choose_way(config, model.packing, what=path).packed
+        except UserError:  # the data can be shown for a model that cannot be trained
+            return Packer(token_budget)
+    return Packer(token_budget, padded=padded, attention_length=attention_length(config.hidden_size))

@@ -1,4 +1,6 @@
-"""The supported model types, in one table: what differs between them, for the model call and for the estimate.
+"""Model types whose layers are known, in one table: what differs between them, for the model call and the estimate.
+
+Other types run as `packing.py` finds out.
 
 Loads no torch.
 """
@@ -26,8 +28,6 @@ class Architecture:
     """One sliding window for all layers, in the configuration instead of the attention module."""
     relative_attention: bool = False
     """Attention scores have terms for relative positions (disentangled attention)."""
-    positions_after_padding: bool = False
-    """Position ids start at the padding id + 1, which shortens the longest text."""
 
 
 ARCHITECTURES = {
@@ -37,11 +37,15 @@ ARCHITECTURES = {
     "mistral": Architecture(is_decoder=True, gated_mlp=True, window_in_config=True),
     "gemma3_text": Architecture(is_decoder=True, gated_mlp=True, head_norms=True, four_norms=True, float32_norms=True),
     "bert": Architecture(is_decoder=False),
-    "roberta": Architecture(is_decoder=False, positions_after_padding=True),
+    "roberta": Architecture(is_decoder=False),
     "deberta-v2": Architecture(is_decoder=False, relative_attention=True),
     "modernbert": Architecture(is_decoder=False, gated_mlp=True),
 }
-_OTHER = Architecture(is_decoder=False)  # a classifier that scoring runs padded
+_OTHER = Architecture(is_decoder=False)
+_AFTER_PADDING = frozenset({
+    "camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "roberta", "roberta-prelayernorm",
+    "xlm-roberta", "xlm-roberta-xl", "xmod",
+})  # fmt: skip
 DECODERS = tuple(name for name, each in ARCHITECTURES.items() if each.is_decoder)
 ENCODERS = tuple(name for name, each in ARCHITECTURES.items() if not each.is_decoder)
 
@@ -49,3 +53,10 @@ ENCODERS = tuple(name for name, each in ARCHITECTURES.items() if not each.is_dec
 def architecture(model_type: str) -> Architecture:
     """The entry of a model type; one without special features for types that are not in the table."""
     return ARCHITECTURES.get(model_type, _OTHER)
+
+
+def positions_after_padding(model_type: str, pad_token_id: int) -> int:
+    """Rows of the position table that no token has: position ids of some types start after the padding id."""
+    if model_type == "mpnet":
+        return 2  # for any padding id
+    return pad_token_id + 1 if model_type in _AFTER_PADDING else 0

@@ -9,6 +9,7 @@ from annotated_types import Ge
 
 AttentionKernel: TypeAlias = Literal["auto", "plain", "sdpa", "varlen", "flex"]
 CheckpointingMode: TypeAlias = Literal["full", "selective"]
+PackingSetting: TypeAlias = Literal["auto", "packed", "padded"]
 StrategySetting: TypeAlias = Literal["auto", "fsdp", "fsdp2", "ddp"]
 ModelDtype: TypeAlias = Literal["auto", "bf16", "fp32"]
 
@@ -79,6 +80,9 @@ class ModelConfig:
     """Attention kernel of decoders: `plain` (matrix products), `sdpa` (PyTorch), or on GPUs `varlen` (FlashAttention,
     bf16) and `flex` (FlexAttention). `auto`: on a CPU plain or sdpa, by length and dtype; on a GPU the first of varlen,
     flex and sdpa that supports the model."""
+    packing: PackingSetting = "auto"
+    """How texts are batched: `packed` (no padding, shared prompts computed once) or `padded`. `auto`: packed where
+    rewards equal those of one text at a time, else padded where they do; see docs/models.md."""
     use_liger: bool = False
     """Run norms and gated MLPs with Liger's GPU kernels (extra `liger`). No effect on a CPU or with `compile`."""
     compile: bool = False

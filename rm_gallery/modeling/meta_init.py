@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rm_gallery.errors import UserError, one_line
+from rm_gallery.modeling.config import PackingSetting
 from rm_gallery.modeling.heads import HEADS
 from rm_gallery.modeling.model_folder import check_values, initialize, lost_parts, open_model, quiet_transformers
 from rm_gallery.modeling.reward_model import LoadedModel, RewardModel
@@ -95,7 +96,7 @@ def _copy_rows(tensor: Tensor, source: Any) -> None:
 
 def init_on_meta(
     path: str, *, seed: int, key: str = "model.partial_pretrain", trust_remote_code: bool = False,
-    dropout: float = 0.0, new_head: bool = False,
+    dropout: float = 0.0, new_head: bool = False, packing: PackingSetting = "auto",
 ) -> tuple[LoadedModel, WeightFiles]:  # fmt: skip
     """As `load_reward_model`, with parameters on the meta device and the files that contain them.
 
@@ -105,7 +106,11 @@ def init_on_meta(
     """
     from transformers import AutoModelForSequenceClassification
 
-    source = open_model(path, key=key, trust_remote_code=trust_remote_code, dropout=dropout, new_head=new_head)
+    source = open_model(
+        path, key=key, trust_remote_code=trust_remote_code, dropout=dropout, new_head=new_head, packing=packing
+    )
+    if not source.way.is_checked:
+        raise MetaInitError("its rewards are checked before training")
     if getattr(source.config, "quantization_config", None):
         raise MetaInitError("its weights are quantized")
     if trust_remote_code and getattr(source.config, "auto_map", None):
@@ -131,7 +136,7 @@ def init_on_meta(
         found["score.weight"] = head.adopted.weight
     new = _initialize(network, list(head.new_parts), seed)
     locations = {name: (each.file, each.name) for name, each in found.items()}
-    loaded = LoadedModel(RewardModel(network), head.name, head.bias, head.new_parts)
+    loaded = LoadedModel(RewardModel(network, source.way), head.name, head.bias, head.new_parts)
     return loaded, WeightFiles(locations, new)
 
 

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from rm_gallery.data.sources.hub import check_model_name, model_not_found
 from rm_gallery.errors import UserError, one_line
-from rm_gallery.modeling.architectures import DECODERS, ENCODERS
 from rm_gallery.modeling.attention import dispatch
+from rm_gallery.modeling.config import PackingSetting
 from rm_gallery.modeling.heads import HEADS, RewardHead, find_head, is_reward_model, num_outputs, sort_unread
+from rm_gallery.modeling.packing import OtherHeadError, Way, check_loaded, choose_way
 from rm_gallery.modeling.weight_files import (
     WeightFolder,
     check_not_adapter,
@@ -33,7 +34,7 @@ from rm_gallery.modeling.weight_files import (
 
 log = logging.getLogger(__name__)
 
-_HEAD_PARTS = (*HEADS, "pooler", "head.")  # may be missing in the weights of a backbone
+_HEAD_PARTS = (*HEADS, "pooler", "head.", "pre_classifier.", "dense.")  # may be missing in the weights of a backbone
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class ModelSource:
     """More arguments for the library's class."""
     files: WeightFolder
     new_head: bool | None
+    way: Way
 
     @property
     def what(self) -> str:
@@ -104,6 +106,8 @@ class ModelSource:
         if self.new_head:
             initialize(network, missing)
         check_values(network.named_parameters(), self.what, but=() if for_scoring else HEADS)
+        if not self.way.is_checked:
+            check_loaded(network, what=self.what)
         return network, head
 
     def _check_shapes(self, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
@@ -211,8 +215,9 @@ def _warn_of_unread(what: str, names: Sequence[str], files: Sequence[str]) -> No
 
 
 def open_model(
-    path: str, *, key: str, trust_remote_code: bool, dropout: float, new_head: bool | None = False
-) -> ModelSource:
+    path: str, *, key: str, trust_remote_code: bool, dropout: float, new_head: bool | None = False,
+    packing: PackingSetting = "auto",
+) -> ModelSource:  # fmt: skip
     """The folder's configuration with one label and these dropout rates, and its weight files; see `load_reward_model`.
 
     Raises UserError as `load_model_config` does, and for quantized weights.
@@ -228,10 +233,11 @@ def open_model(
         if is_rate and ("dropout" in name or name.endswith("pdrop")):
             setattr(config, name, dropout)
     arguments = {}
-    if config.model_type in DECODERS:
+    way = choose_way(config, packing, what=f"{key}={path}")
+    if way.packed:
         dispatch.install()
         arguments["attn_implementation"] = dispatch.NAME
-    return ModelSource(path, key, config, arguments, files, new_head)
+    return ModelSource(path, key, config, arguments, files, new_head, way)
 
 
 _MAY_BE_ZERO = ("token_type_embeddings", "o_proj", "down_proj")
@@ -300,16 +306,27 @@ def check_model_config(
     config: Any, path: str, *, key: str, files: WeightFolder | None = None, new_head: bool | None = False
 ) -> None:
     """Raise UserError for a configuration that cannot be trained: see `load_model_config`."""
-    if config.model_type not in DECODERS + ENCODERS:
-        raise UserError(
-            f"{key}={path}: architecture {config.model_type!r} is not supported; "
-            f"decoders: {', '.join(DECODERS)}; encoders: {', '.join(ENCODERS)}"
-        )
+    check_class(config, what=f"{key}={path}")
     if not new_head:
         hint = "start from its base model, or set model.new_head=true"
         check_one_label(config, files, path, key=key, hint="choose another folder" if new_head is None else hint)
-    if getattr(config, "use_bidirectional_attention", None):
-        raise UserError(f"{key}={path}: bidirectional attention (use_bidirectional_attention) cannot be packed")
+
+
+def check_class(config: Any, *, what: str) -> None:
+    """Raise UserError for a type without a sequence classification class, and for a wrapper of several models."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, __version__
+
+    parts = [name for name in ("text_config", "vision_config", "audio_config") if getattr(config, name, None)]
+    if parts:
+        raise OtherHeadError(
+            f"{what}: architecture {config.model_type!r} is not supported: it wraps several models "
+            f"({', '.join(parts)} in config.json); save its text model as a folder of its own"
+        )
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"{what}: architecture {config.model_type!r} is not supported: transformers {__version__} has no sequence "
+            "classification class for it; docs/models.md lists the types that run"
+        )
 
 
 def check_one_label(config: Any, files: WeightFolder | None, path: str, *, key: str, hint: str) -> None:

@@ -1,7 +1,7 @@
 """The reward model: a sequence classification model of transformers with one label, called on PackedBatches.
 
 Decoders run on packed tokens with shared prompts. Encoders attend in both directions, so texts cannot share a prompt:
-they run on padded texts behind the same interface.
+they run on padded texts behind the same interface, as do decoders that cannot be packed (`packing.py`).
 """
 
 from __future__ import annotations
@@ -9,53 +9,52 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from rm_gallery.data.batching.packed_batch import PackedBatch
-from rm_gallery.modeling.architectures import DECODERS, architecture
-from rm_gallery.modeling.attention import dispatch
-from rm_gallery.modeling.config import AttentionKernel
+from rm_gallery.modeling.architectures import positions_after_padding
+from rm_gallery.modeling.config import AttentionKernel, PackingSetting
 from rm_gallery.modeling.decoder_layers import adapt
-from rm_gallery.modeling.heads import HEADS
+from rm_gallery.modeling.forward import head_of, packed_rewards, padded_rewards
 from rm_gallery.modeling.model_folder import open_model
+from rm_gallery.modeling.packing import Way
 
 log = logging.getLogger(__name__)
 
-# T tokens, R responses, L longest text, D hidden
+# R responses
 
 
 class RewardModel(nn.Module):
     """A one-label sequence classification model of transformers, called on packed batches."""
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Any, way: Way) -> None:
+        """way: how texts are batched; see `choose_way`, which has to precede the loading of the network."""
         super().__init__()
         self.network = network
-        self.padded = network.config.model_type not in DECODERS
-        """Whether texts are padded (encoders) or packed with shared prompts (decoders)."""
+        self.way = way
+        self.padded = not way.packed
+        """Whether texts are padded or packed with shared prompts."""
         self.attention: AttentionKernel = "auto"
         # The head computes in its own dtype, float32 for every dtype of the backbone.
         self.head.register_forward_pre_hook(_cast_input)
-        self._reads_only_rewards = not self.padded and adapt(self._backbone)
+        self._reads_only_rewards = way.own_layers and adapt(getattr(network, network.base_model_prefix))
 
     @property
     def head(self) -> nn.Module:
         """The module whose output is the reward: `score` in decoders, `classifier` in encoders."""
-        return next(getattr(self.network, name) for name in HEADS if hasattr(self.network, name))
-
-    @property
-    def _backbone(self) -> Any:
-        return getattr(self.network, self.network.base_model_prefix)
+        found = head_of(self.network)
+        assert found is not None
+        return found
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Rewards [R] float32, one per response; an empty batch gives [0]."""
         if self.padded:
-            return self._padded_rewards(batch)
-        return self._packed_rewards(batch)
+            return padded_rewards(self.network, batch)
+        return packed_rewards(self.network, batch, self.attention, reads_only_rewards=self._reads_only_rewards)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -68,65 +67,10 @@ class RewardModel(nn.Module):
         finally:
             self.train(was_training)
 
-    def _packed_rewards(self, batch: PackedBatch) -> Tensor:
-        count = len(batch.reward_index)
-        if not batch.num_tokens:
-            batch = _one_token(batch)
-        hidden = self._backbone(
-            input_ids=batch.input_ids.unsqueeze(0),
-            position_ids=batch.positions.unsqueeze(0),
-            use_cache=False,
-            packed=dispatch.lay_out(batch, self.attention),
-        ).last_hidden_state[0]  # [R, D], or [T, D]
-        if not self._reads_only_rewards:
-            hidden = hidden.index_select(0, batch.reward_index)
-        # A clone, since FSDP2 registers its backward hooks on the outputs, which may not be views.
-        return self.head(hidden)[:count].squeeze(-1).float().clone()
-
-    def _padded_rewards(self, batch: PackedBatch) -> Tensor:
-        input_ids, mask = pad_texts(batch, self.network.config.pad_token_id)
-        logits = self.network(input_ids=input_ids, attention_mask=mask).logits  # [R or 1, 1]
-        return logits[: len(batch.reward_index), 0].float().clone()
-
-
-def _one_token(batch: PackedBatch) -> PackedBatch:
-    """The empty batch with one dummy token, whose reward is discarded.
-
-    A rank without data runs this dummy forward pass so that all ranks run the same collectives. Every parameter gets a
-    (zero) gradient, the key and value projections included.
-    """
-    zero = batch.input_ids.new_zeros(1)
-    return replace(
-        batch,
-        input_ids=zero,
-        positions=zero,
-        group=zero,
-        response=zero,
-        reward_index=zero,
-        group_lengths=(1,),
-        tail_lengths=((1,),),
-    )
-
 
 def _cast_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     dtype = next(module.parameters()).dtype
     return tuple(value.to(dtype) if isinstance(value, Tensor) else value for value in arguments)
-
-
-def pad_texts(batch: PackedBatch, pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Full texts, padded on the right: input_ids [R, L] and attention_mask [R, L]; [1, 1] for an empty batch."""
-    texts: list[Tensor] = []
-    start = 0
-    for length, tails in zip(batch.group_lengths, batch.tail_lengths, strict=True):
-        tail_start = start + length - sum(tails)
-        prefix = batch.input_ids[start:tail_start]
-        for tail in tails:
-            texts.append(torch.cat([prefix, batch.input_ids[tail_start : tail_start + tail]]))
-            tail_start += tail
-        start += length
-    texts = texts or [batch.input_ids.new_zeros(1)]
-    mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
-    return pad_sequence(texts, batch_first=True, padding_value=pad_token_id), mask
 
 
 @dataclass(frozen=True)
@@ -149,26 +93,38 @@ class LoadedModel:
 
 def load_reward_model(
     path: str, *, key: str = "model.partial_pretrain", trust_remote_code: bool = False, dropout: float = 0.0,
-    new_head: bool | None = False,
+    new_head: bool | None = False, packing: PackingSetting = "auto",
 ) -> LoadedModel:  # fmt: skip
     """Load a backbone or a reward model as a sequence classification model with one label.
 
     key: configuration key that `path` comes from, for messages. new_head: initialize a new head even if the folder has
-    one; None never initializes a weight. Raises UserError for a folder without configuration or weights, an
-    architecture that is not supported, a head that cannot be run, a reward model without its head, and weights that are
-    incomplete, quantized, all zero or not finite.
+    one; None never initializes a weight. packing: see `choose_way`. Raises UserError for a folder without configuration
+    or weights, an architecture that is not supported, a head that cannot be run, a reward model without its head, and
+    weights that are incomplete, quantized, all zero or not finite.
     """
     from transformers import AutoModelForSequenceClassification
 
-    source = open_model(path, key=key, trust_remote_code=trust_remote_code, dropout=dropout, new_head=new_head)
+    source = open_model(
+        path, key=key, trust_remote_code=trust_remote_code, dropout=dropout, new_head=new_head, packing=packing
+    )
     network, head = source.load(AutoModelForSequenceClassification, torch.float32, trust_remote_code=trust_remote_code)
-    return LoadedModel(RewardModel(network), head.name, head.bias, head.new_parts)
+    return LoadedModel(RewardModel(network, source.way), head.name, head.bias, head.new_parts)
 
 
 def max_positions(model: RewardModel) -> int | None:
     """Maximum number of tokens of one text by the model's position embeddings; None if there is no limit."""
     config = model.network.config
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and architecture(config.model_type).positions_after_padding:
-        limit -= config.pad_token_id + 1  # positions start after the padding id
+    if limit is not None:
+        limit -= positions_after_padding(config.model_type, config.pad_token_id)
     return limit
+
+
+def has_position_table(model: nn.Module, limit: int | None) -> bool:
+    """Whether the model has an embedding of absolute positions, which limits the length of a text."""
+    return limit is not None and any(
+        isinstance(module, nn.Embedding)
+        and ("position" in name.rpartition(".")[2] or name.endswith("wpe"))
+        and limit <= module.num_embeddings <= limit + 8  # some tables have rows before position 0 (RoBERTa: 2)
+        for name, module in model.named_modules()
+    )

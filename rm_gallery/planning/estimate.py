@@ -77,7 +77,8 @@ class Estimate:
 
 def estimate(config: EstimateConfig) -> Estimate:
     """Estimate a run from its configuration. Reads the model's configuration and a sample of the data, no weights."""
-    shape = load_shape(config.model.partial_pretrain, trust_remote_code=config.model.trust_remote_code)
+    model = config.model
+    shape = load_shape(model.partial_pretrain, trust_remote_code=model.trust_remote_code, packing=model.packing)
     sample, device, budget = _sample(config), device_of(config), config.data.budget
     packer = Packer(budget, config.n_gpus, padded=shape.padded, attention_length=attention_length(shape.hidden))
     work = plan_workload(sample, config.data, packer, seed=config.trainer.seed)

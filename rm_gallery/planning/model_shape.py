@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rm_gallery.errors import UserError, nearest, one_line
-from rm_gallery.modeling.architectures import DECODERS, ENCODERS
+from rm_gallery.modeling.architectures import ENCODERS
+from rm_gallery.modeling.config import PackingSetting
 from rm_gallery.modeling.weight_files import check_not_adapter, read_weight_folder
 
 _MAX_LAYERS = 1000  # a configuration with more is a typo; building it would take minutes
@@ -56,7 +57,13 @@ class ModelShape:
         return self.parameters - self.num_layers * self.layer_parameters
 
 
-def load_shape(model: str, *, key: str = "model.partial_pretrain", trust_remote_code: bool = False) -> ModelShape:
+def load_shape(
+    model: str,
+    *,
+    key: str = "model.partial_pretrain",
+    trust_remote_code: bool = False,
+    packing: PackingSetting = "auto",
+) -> ModelShape:
     """The shape of a folder with config.json, a configuration file, a known shape, or a model of the hub.
 
     Raises UserError for any other name, and for a model that cannot be trained.
@@ -68,7 +75,9 @@ def load_shape(model: str, *, key: str = "model.partial_pretrain", trust_remote_
     check_model_config(config, model, key=key, files=read_weight_folder(model, key=key) if is_folder else None)
     _check_layers(getattr(config, "num_hidden_layers", None), model, key)
     try:
-        return measure(config, name=model, source=source)
+        return measure(config, name=model, source=source, packing=packing, what=f"{key}={model}")
+    except UserError:
+        raise
     except Exception as error:  # inconsistent sizes raise various errors in torch and transformers
         raise UserError(f"{key}={model}: no model can be built from this configuration ({one_line(error)})") from error
 
@@ -126,7 +135,9 @@ def _unknown(model: str, key: str) -> str:
     )
 
 
-def measure(config: Any, *, name: str, source: str) -> ModelShape:
+def measure(
+    config: Any, *, name: str, source: str, packing: PackingSetting = "auto", what: str = "model"
+) -> ModelShape:
     """Build the reward model of a configuration on the meta device and count."""
     import torch
     from torch import nn
@@ -134,21 +145,25 @@ def measure(config: Any, *, name: str, source: str) -> ModelShape:
 
     from rm_gallery.modeling.attention import dispatch
     from rm_gallery.modeling.model_folder import quiet_transformers
+    from rm_gallery.modeling.packing import choose_way
     from rm_gallery.modeling.reward_model import RewardModel, max_positions
 
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    if min(config.hidden_size, config.intermediate_size, config.vocab_size, heads, kv_heads) < 1 or heads % kv_heads:
+    # Types without this setting have an MLP of four times the width.
+    intermediate = getattr(config, "intermediate_size", None)
+    intermediate = 4 * config.hidden_size if intermediate is None else intermediate
+    if min(config.hidden_size, intermediate, config.vocab_size, heads, kv_heads) < 1 or heads % kv_heads:
         raise ValueError("its sizes must be at least 1, and num_attention_heads a multiple of num_key_value_heads")
     config.num_labels = 1
     config.problem_type = "regression"
-    extra = {}
-    if config.model_type in DECODERS:
+    extra, way = {}, choose_way(config, packing, what=what)
+    if way.packed:
         dispatch.install()
         extra["attn_implementation"] = dispatch.NAME
     with torch.device("meta"), quiet_transformers():
         network = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, **extra)
-    model = RewardModel(network)
+    model = RewardModel(network, way)
     layers = next(
         part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == config.num_hidden_layers
     )
@@ -163,7 +178,7 @@ def measure(config: Any, *, name: str, source: str) -> ModelShape:
         padded=model.padded,
         num_layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
+        intermediate=intermediate,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,

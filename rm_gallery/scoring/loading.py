@@ -17,8 +17,8 @@ from rm_gallery.data.tokenization.template_date import freeze_date
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.distributed.cpu import keep_freed_memory
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.architectures import DECODERS, ENCODERS
 from rm_gallery.modeling.export import InputRecord, read_record, set_pad_token
+from rm_gallery.modeling.forward import pad_texts
 from rm_gallery.modeling.heads import has_foreign_head, is_reward_model, num_outputs
 from rm_gallery.modeling.model_folder import (
     ModelSource,
@@ -27,8 +27,9 @@ from rm_gallery.modeling.model_folder import (
     quiet_transformers,
     read_model_config,
 )
+from rm_gallery.modeling.packing import OtherHeadError, Way, check_loaded
 from rm_gallery.modeling.parallel.apply import DTYPES
-from rm_gallery.modeling.reward_model import RewardModel, load_reward_model, max_positions, pad_texts
+from rm_gallery.modeling.reward_model import RewardModel, has_position_table, load_reward_model, max_positions
 from rm_gallery.modeling.weight_files import WeightFolder, check_not_quantized, read_weight_folder
 
 log = logging.getLogger(__name__)
@@ -98,14 +99,18 @@ def load_folder(
     kind = find_dtype(dtype, where)
     config, files, tokenizer = check_folder(path, trust_remote_code=trust_remote_code)
     has_own_code = _has_own_code(config, trust_remote_code)
-    is_known = config.model_type in DECODERS + ENCODERS and not getattr(config, "use_bidirectional_attention", None)
     date = freeze_date(tokenizer, template_date, key="template_date (score: --template-date)")
     model: RewardModel | PaddedModel
-    if is_known and not has_own_code:
+    try:
+        if has_own_code:
+            raise OtherHeadError("the folder has code of its own")
         loaded = load_reward_model(path, key=KEY, new_head=None)
-        model = _with_bias(path, loaded.model, loaded.model.head, loaded.head_name, loaded.head_bias)
-    else:
-        model = _load_other(path, config, files, has_own_code, kind)
+        model, how = (
+            _with_bias(path, loaded.model, loaded.model.head, loaded.head_name, loaded.head_bias),
+            str(loaded.model.way),
+        )
+    except OtherHeadError:
+        model, how = _load_other(path, config, files, has_own_code, kind), "padded"
     with quiet_transformers():
         set_pad_token(model, tokenizer, what=f"{KEY}={path}", resize=None)  # type: ignore[arg-type]  # it needs the network alone
     try:
@@ -118,7 +123,6 @@ def load_folder(
         text_config = model.network.config.get_text_config()  # decoders read it there
         text_config.pad_token_id = tokenizer.pad_token_id
         text_config.use_cache = False  # no generation, so no KV cache
-    how = "padded batches" if model.padded else "packed batches with shared prompts"
     log.info("%s: %s, %s on %s, %s", path, type(model.network).__name__, str(kind).removeprefix("torch."), where, how)
     limit = max_positions(model)  # type: ignore[arg-type]
     record = read_record(os.path.expanduser(path)) or InputRecord(
@@ -132,7 +136,7 @@ def load_folder(
         )
     reward_token = getattr(config, "reward_token_id", None)
     closing = (reward_token,) if isinstance(reward_token, int) and reward_token >= 0 else ()
-    return ScoringModel(model, tokenizer, record, limit if _has_position_table(model, limit) else None, closing, date)
+    return ScoringModel(model, tokenizer, record, limit if has_position_table(model, limit) else None, closing, date)
 
 
 def check_folder(path: str, *, trust_remote_code: bool = False) -> tuple[Any, WeightFolder, Any]:
@@ -177,9 +181,10 @@ def _load_other(path: str, config: Any, files: WeightFolder, has_own_code: bool,
     check_not_quantized(files, config, path, key=KEY)
     if not has_own_code:
         config.num_labels = 1
-    source = ModelSource(path, KEY, config, {}, files, None)
+    source = ModelSource(path, KEY, config, {}, files, None, Way(packed=False, reason="its own head"))
     network, head = source.load(library, dtype, trust_remote_code=has_own_code)
-    log.info("%s: packed batches are not implemented for %s", path, config.model_type)
+    if not has_own_code:
+        check_loaded(network, what=f"{KEY}={path}")
     return _with_bias(path, PaddedModel(network), getattr(network, "score", None), head.name, head.bias)
 
 
@@ -224,13 +229,3 @@ def find_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in _DTYPES:
         raise UserError(f"dtype={dtype}: must be auto, fp32 or bf16")
     return _DTYPES[dtype]
-
-
-def _has_position_table(model: nn.Module, limit: int | None) -> bool:
-    """Whether the model has an embedding of absolute positions, which limits the length of a text."""
-    return limit is not None and any(
-        isinstance(module, nn.Embedding)
-        and ("position" in name.rpartition(".")[2] or name.endswith("wpe"))
-        and limit <= module.num_embeddings <= limit + 8  # some tables have rows before position 0 (RoBERTa: 2)
-        for name, module in model.named_modules()
-    )

@@ -22,7 +22,8 @@ from rm_gallery.errors import UserError
 from rm_gallery.modeling.architectures import ENCODERS
 from rm_gallery.modeling.export import InputRecord
 from rm_gallery.modeling.model_folder import load_model_config
-from rm_gallery.modeling.reward_model import RewardModel, max_positions
+from rm_gallery.modeling.packing import choose_way
+from rm_gallery.modeling.reward_model import RewardModel, has_position_table, max_positions
 from rm_gallery.modeling.weight_files import check_not_adapter
 from rm_gallery.training.config import TrainConfig
 
@@ -90,7 +91,10 @@ def check_inputs(config: TrainConfig) -> None:
         model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template
     )
     freeze_date(tokenizer, config.data.template_date, key="data.template_date")
-    load_model_config(model.partial_pretrain, trust_remote_code=model.trust_remote_code, new_head=model.new_head)
+    source = load_model_config(
+        model.partial_pretrain, trust_remote_code=model.trust_remote_code, new_head=model.new_head
+    )
+    choose_way(source, model.packing, what=f"model.partial_pretrain={model.partial_pretrain}")
     for side in sides_of(config.data):
         files, entries = resolve_files(config.data, key=side.key), entries_of(config.data, side.key)
         for warning in peek(files, entries, config.data, tokenizer, key=side.key).warnings():
@@ -161,7 +165,7 @@ def check_data(config: TrainConfig, model: RewardModel, train: Loaded, val: Load
         longest = int(side.data.sizes.longest_text.max())
         if limit is not None and longest > limit:
             what = f"{key}: the longest text has {longest} tokens, but the model has positions for {limit}"
-            if model.network.config.model_type in ENCODERS:
+            if model.network.config.model_type in ENCODERS or has_position_table(model, limit):
                 raise UserError(f"{what}; set data.max_length={limit}")
             log.warning("%s; set data.max_length=%d unless this is intended", what, limit)
         packer = Packer(config.data.budget, padded=model.padded)

@@ -57,6 +57,7 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
         log.warning("every rank reads the whole model before sharding, since %s", reason)
     if config.model.trust_remote_code:
         log.warning("model.trust_remote_code=true: Python code of the model folder may run")
+    log.info("model.packing=%s: %s", config.model.packing, loaded.model.way)
     _log_head(config, loaded)
     return StartModel(loaded.model, strategy, files, count)
 
@@ -88,6 +89,7 @@ def _load(config: TrainConfig, tokenizer: Any) -> LoadedModel:
         trust_remote_code=model.trust_remote_code,
         dropout=model.dropout,
         new_head=model.new_head,
+        packing=model.packing,
     )
     set_pad_token(loaded.model, tokenizer, what=_what(config), resize=model.resize_embeddings)
     return loaded
@@ -103,6 +105,7 @@ def _load_on_meta(config: TrainConfig, tokenizer: Any) -> tuple[LoadedModel, Wei
             trust_remote_code=model.trust_remote_code,
             dropout=model.dropout,
             new_head=model.new_head,
+            packing=model.packing,
         )
     if missing_embedding_rows(loaded.model, tokenizer, what=_what(config), resize=model.resize_embeddings):
         raise MetaInitError("its embeddings are resized for the tokenizer")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rm_gallery.modeling import architectures
-from rm_gallery.modeling.architectures import ARCHITECTURES, architecture
+from rm_gallery.modeling.architectures import ARCHITECTURES, architecture, positions_after_padding
 from rm_gallery.modeling.reward_model import load_reward_model, max_positions
 from tests.small import DECODERS, ENCODERS, make_model
 
@@ -33,7 +33,8 @@ def test_entries_describe_the_modules(kind: str, tmp_path: Path) -> None:
     assert entry.float32_norms == any(not hasattr(norm, "variance_epsilon") for norm in norms)
     assert entry.gated_mlp == ("gate_proj" in names or kind == "modernbert")  # modernbert: one matrix for both
     assert entry.relative_attention == getattr(config, "relative_attention", False)
-    assert entry.positions_after_padding == (max_positions(model) not in (None, config.max_position_embeddings))
+    after = positions_after_padding(kind, config.pad_token_id)
+    assert (after > 0) == (max_positions(model) not in (None, config.max_position_embeddings))
     if entry.is_decoder:
         has_window = any(hasattr(module, "sliding_window") for module in model.modules())
         assert entry.window_in_config == (not has_window and getattr(config, "sliding_window", None) is not None)

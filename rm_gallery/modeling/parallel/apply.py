@@ -84,7 +84,7 @@ def apply(
     dispatch.check(config.attention, world.device, dtype, config.dropout)
     model.attention = config.attention
     if model.padded and config.attention != "auto":
-        log.info("model.attention=%s has no effect on an encoder: it runs transformers' attention", config.attention)
+        log.info("model.attention=%s has no effect on padded texts: they run transformers' attention", config.attention)
     if config.use_liger and config.compile:
         log.info("model.use_liger has no effect with model.compile=true: compiled layers fuse the same operations")
     elif config.use_liger:

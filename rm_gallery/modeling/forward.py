@@ -1,0 +1,95 @@
+"""The two forward passes of a sequence classification network: on packed tokens, and on padded texts."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from rm_gallery.data.batching.packed_batch import PackedBatch
+from rm_gallery.modeling.attention import dispatch
+from rm_gallery.modeling.heads import HEADS
+
+# T tokens, R responses, L longest text, D hidden
+
+
+def head_of(network: Any) -> nn.Module | None:
+    """The module whose output is the reward: `score` in decoders, `classifier` in encoders; None for other heads."""
+    found = (getattr(network, name, None) for name in HEADS)
+    return next((each for each in found if isinstance(each, nn.Module)), None)
+
+
+def packed_rewards(network: Any, batch: PackedBatch, kernel: str, *, reads_only_rewards: bool = False) -> Tensor:
+    """Rewards [R] float32 of a network whose attention is `dispatch.NAME`; an empty batch gives [0].
+
+    reads_only_rewards: the backbone's last hidden state has the R reward tokens only.
+    """
+    count = len(batch.reward_index)
+    if not batch.num_tokens:
+        batch = _one_token(batch)
+    hidden = getattr(network, network.base_model_prefix)(
+        input_ids=batch.input_ids.unsqueeze(0),
+        position_ids=batch.positions.unsqueeze(0),
+        use_cache=False,
+        packed=dispatch.lay_out(batch, kernel),
+    ).last_hidden_state[0]  # [R, D], or [T, D]
+    if not reads_only_rewards:
+        hidden = hidden.index_select(0, batch.reward_index)
+    head = head_of(network)
+    assert head is not None
+    # A clone, since FSDP2 registers its backward hooks on the outputs, which may not be views.
+    return head(hidden)[:count].squeeze(-1).float().clone()
+
+
+def padded_rewards(network: Any, batch: PackedBatch) -> Tensor:
+    """Rewards [R] float32, one per response; an empty batch gives [0]. Decoders read the last token without padding."""
+    input_ids, mask = pad_texts(batch, network.config.pad_token_id)
+    return text_rewards(network, input_ids, mask)[: len(batch.reward_index)].clone()
+
+
+def text_rewards(network: Any, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Rewards [R] float32 of whole texts, padded on the right. input_ids, mask: [R, L]"""
+    options = {} if mask is None else {"attention_mask": mask}
+    if "use_cache" in inspect.signature(network.forward).parameters:
+        options["use_cache"] = False  # type: ignore[assignment]  # no generation, so no KV cache
+    logits: Tensor = network(input_ids=input_ids, **options).logits  # [R, 1]
+    return logits[:, 0].float()
+
+
+def _one_token(batch: PackedBatch) -> PackedBatch:
+    """The empty batch with one dummy token, whose reward is discarded.
+
+    A rank without data runs this dummy forward pass so that all ranks run the same collectives. Every parameter gets a
+    (zero) gradient, the key and value projections included.
+    """
+    zero = batch.input_ids.new_zeros(1)
+    return replace(
+        batch,
+        input_ids=zero,
+        positions=zero,
+        group=zero,
+        response=zero,
+        reward_index=zero,
+        group_lengths=(1,),
+        tail_lengths=((1,),),
+    )
+
+
+def pad_texts(batch: PackedBatch, pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Full texts, padded on the right: input_ids [R, L] and attention_mask [R, L]; [1, 1] for an empty batch."""
+    texts: list[Tensor] = []
+    start = 0
+    for length, tails in zip(batch.group_lengths, batch.tail_lengths, strict=True):
+        tail_start = start + length - sum(tails)
+        prefix = batch.input_ids[start:tail_start]
+        for tail in tails:
+            texts.append(torch.cat([prefix, batch.input_ids[tail_start : tail_start + tail]]))
+            tail_start += tail
+        start += length
+    texts = texts or [batch.input_ids.new_zeros(1)]
+    mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+    return pad_sequence(texts, batch_first=True, padding_value=pad_token_id), mask

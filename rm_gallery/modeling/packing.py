@@ -1,0 +1,214 @@
+"""The way a model runs: packed tokens with shared prompts, or padded texts. `model.packing` is the setting.
+
+The types of `ARCHITECTURES` have a fixed way, since their exactness is tested. For any other type a check decides: on a
+twin (`twin.py`), rewards of packed tokens through the library's layers and rewards of a padded batch are compared with
+one text at a time through plain transformers, in float32. The first that is equal is used; if none is, the model is
+refused, so that no reward depends on the texts beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rm_gallery.data.batching.packed_batch import PackedBatch, collate
+from rm_gallery.data.tokenization.token_group import TokenGroup
+from rm_gallery.errors import UserError, one_line
+from rm_gallery.modeling.architectures import DECODERS, ENCODERS
+from rm_gallery.modeling.attention import dispatch
+from rm_gallery.modeling.config import PackingSetting
+from rm_gallery.modeling.forward import head_of, packed_rewards, padded_rewards, text_rewards
+from rm_gallery.modeling.heads import HEADS
+from rm_gallery.modeling.twin import VOCABULARY, NoTwinError, build_twin
+
+TOLERANCE = 1e-4
+"""Absolute, and relative to the reward."""
+_MIN_EFFECT = 2e-3
+"""Rewards of the check differ by more than this between texts, and if a text has another token: it sees errors."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model runs."""
+
+    packed: bool
+    """Packed tokens with shared prompts; otherwise padded texts."""
+    reason: str
+    """Why, for the log."""
+    own_layers: bool = False
+    """Packed through `decoder_layers.adapt`, otherwise through the library's layers."""
+    difference: float | None = None
+    """The largest difference from one text at a time in the check; None without a check."""
+    is_checked: bool = True
+    """False: no twin could be built, so the loaded model has to be checked (`check_loaded`)."""
+
+    def __str__(self) -> str:
+        layers = "" if not self.packed or self.own_layers else " with transformers' layers"
+        return f"{'packed' if self.packed else 'padded'}{layers}: {self.reason}"
+
+
+def choose_way(config: Any, setting: PackingSetting, *, what: str) -> Way:
+    """The way for a configuration of transformers.
+
+    what: the model, for messages. Raises UserError for a type whose padded rewards are not exact, for one whose head
+    cannot be run, and for `packed` where the rewards of packed tokens are not exact.
+    """
+    kind, is_bidirectional = config.model_type, bool(getattr(config, "use_bidirectional_attention", None))
+    if kind in DECODERS and not is_bidirectional:
+        if setting != "padded":
+            return Way(True, f"{kind} is a decoder that is tested packed", own_layers=True)
+        return Way(False, "model.packing=padded")
+    if kind in ENCODERS:
+        way = Way(False, f"{kind} attends in both directions")
+    else:
+        way = _tried(_Key(config, setting == "padded" or is_bidirectional))
+    if way.difference is not None and math.isnan(way.difference):
+        raise (OtherHeadError if way.reason.startswith("architecture") else UserError)(f"{what}: {way.reason}")
+    if setting == "packed" and not way.packed:
+        raise UserError(f"{what}: model.packing=packed is not possible ({way.reason}); set auto")
+    return way
+
+
+class OtherHeadError(UserError):
+    """A sequence classification model whose head is not read, or that wraps several models."""
+
+
+class _Key:
+    """A configuration that is equal to another with the same values."""
+
+    def __init__(self, config: Any, padded_only: bool) -> None:
+        self.config, self.padded_only = config, padded_only
+        self._text = f"{type(config).__name__} {config.to_json_string(use_diff=False)} {padded_only}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and other._text == self._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+
+def _refused(reason: str) -> Way:
+    return Way(False, reason, difference=math.nan)
+
+
+@functools.lru_cache(maxsize=256)
+def _tried(key: _Key) -> Way:
+    """The first way that is exact on the twin; one with the difference NaN if none is."""
+    kind = key.config.model_type
+    try:
+        twin = build_twin(key.config)
+    except NoTwinError as error:
+        reason = one_line(error)
+        return Way(False, f"no small {kind} can be built to try packing ({reason})", is_checked=False)
+    if head_of(twin) is None:
+        return _refused(
+            f"architecture {kind!r} is not supported: its head is not {' or '.join(HEADS)}; choose another model"
+        )
+    probe = Probe(VOCABULARY)
+    try:
+        probe.measure(twin)
+    except Exception as error:
+        return Way(False, f"a small {kind} does not run ({one_line(error)})", is_checked=False)
+    if probe.effect < _MIN_EFFECT:
+        return Way(False, f"a small {kind} gives each text the same reward", is_checked=False)
+    why_not = "model.packing=padded"
+    if not key.padded_only:
+        try:
+            found = probe.compare(lambda batch: _packed_twin(twin, batch))
+            if found <= TOLERANCE:
+                return Way(True, f"equal to one text at a time ({found:.1e} on a small {kind})", difference=found)
+            why_not = f"packed rewards of a small {kind} differ by {found:.2g}"
+        except Exception as error:  # the library's code does not know packed tokens
+            why_not = f"{kind} cannot be packed ({one_line(error)[:90]})"
+        twin = build_twin(key.config)
+    found = probe.compare(lambda batch: padded_rewards(twin, batch))
+    if not found <= TOLERANCE:
+        return _refused(_leak(kind, found))
+    return Way(False, f"{why_not}; padded equals one text at a time ({found:.1e})", difference=found)
+
+
+def _leak(kind: str, found: float) -> str:
+    return (
+        f"rewards of {kind} depend on the padding, and so on the other texts of a batch (by {found:.2g} on two short "
+        "texts); choose another model"
+    )
+
+
+def _packed_twin(twin: Any, batch: PackedBatch) -> Tensor:
+    dispatch.install()
+    twin.set_attn_implementation(dispatch.NAME)
+    return packed_rewards(twin, batch, "auto")
+
+
+@torch.no_grad()
+def check_loaded(network: Any, *, what: str) -> float:
+    """Compare padded rewards of a loaded model with one text at a time; returns the largest difference.
+
+    For models without a twin. Raises UserError if they differ, or if the model does not run.
+    """
+    config, was_training = network.config, network.training
+    kind, pad, eos = config.model_type, config.pad_token_id, config.eos_token_id
+    tolerance = TOLERANCE if network.dtype == torch.float32 else 0.1
+    network.eval()
+    try:
+        config.pad_token_id = pad if isinstance(pad, int) else 0
+        closing = eos if getattr(config, "is_encoder_decoder", False) else None  # where its head reads
+        probe = Probe(min(VOCABULARY, network.get_input_embeddings().num_embeddings), closing)
+        probe.measure(network)
+        found = probe.compare(lambda batch: padded_rewards(network, batch))
+    except Exception as error:
+        raise UserError(f"{what}: {kind} does not run on token ids and a mask alone ({one_line(error)})") from error
+    finally:
+        network.train(was_training)
+        config.pad_token_id = pad
+    if not found <= tolerance:
+        raise UserError(f"{what}: {_leak(kind, found)}")
+    return found
+
+
+class Probe:
+    """Two texts with a common prefix and two others, longer than the windows of a twin, and their rewards."""
+
+    def __init__(self, vocabulary: int, closing: int | None = None) -> None:
+        """closing: the last token of each text."""
+        draw = np.random.default_rng(0)
+        groups = [(5, (4, 10)), (0, (13,)), (3, (1, 7))]
+        self._groups = [
+            TokenGroup(draw.integers(8, vocabulary, prefix).astype(np.int32),
+                       [draw.integers(8, vocabulary, tail).astype(np.int32) for tail in tails], ())
+            for prefix, tails in groups
+        ]  # fmt: skip
+        for group in self._groups if closing is not None else ():
+            for tail in group.tails:
+                tail[-1] = closing
+        self.texts = [[*group.prefix.tolist(), *tail.tolist()] for group in self._groups for tail in group.tails]
+        self.wanted = torch.zeros(0)
+        self.effect = 0.0
+        """The smaller of two differences: between texts, and between a text and the same with another token."""
+
+    @torch.no_grad()
+    def measure(self, network: Any) -> None:
+        """The rewards of one text at a time."""
+        self.wanted = torch.cat([_alone(network, text) for text in self.texts])
+        longest = max(range(len(self.texts)), key=lambda number: len(self.texts[number]))
+        changed = list(self.texts[longest])
+        changed[-3] = 8 + (changed[-3] - 7) % 32
+        other = float((_alone(network, changed) - self.wanted[longest]).abs())
+        self.effect = min(float(self.wanted.max() - self.wanted.min()), other)
+
+    @torch.no_grad()
+    def compare(self, rewards: Any) -> float:
+        """The largest difference of `rewards(batch)`, beyond the size of a reward relative to it; NaN counts."""
+        found = rewards(collate(self._groups))
+        return float(((found - self.wanted).abs() / self.wanted.abs().clamp(min=1)).max())
+
+
+def _alone(network: Any, text: Sequence[int]) -> Tensor:
+    return text_rewards(network, torch.tensor([text]))

@@ -1,0 +1,156 @@
+"""A twin of a model: a small network from the same configuration, on which a way to run the model is tried.
+
+Scalars that decide what is computed are those of the configuration: multipliers, soft caps, rotary settings, clips,
+kinds of layers. Sizes are small, windows are shorter than the texts of the check, weights are random. A check needs
+neither the model's weights nor its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+VOCABULARY = 128
+WINDOW = 6  # in tokens; even, since some types halve it
+_FIRST_TOKEN = 8  # texts of the check have no smaller ids: special tokens are below
+_MAX_LAYERS = 4
+_WIDTH, _HEADS, _HEAD_DIM = 64, 4, 16
+
+_SIZES: tuple[tuple[int, str], ...] = (
+    (_WIDTH, "hidden_size d_model n_embd dim emb_dim word_embed_proj_dim pooler_hidden_size dim_model_base"),
+    (_HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"),
+    (_HEAD_DIM, "head_dim d_head d_kv kv_channels kv_lora_rank q_lora_rank qk_head_dim mamba_headdim"),
+    (_HEAD_DIM, "attention_head_size query_pre_attn_scalar"),
+    (2 * _WIDTH, "attention_hidden_size"),
+    (2 * _HEAD_DIM, "attention_head_dim"),
+    (96, "intermediate_size ffn_dim d_inner dff d_ff hidden_dim n_inner encoder_ffn_dim decoder_ffn_dim"),
+    (32, "moe_intermediate_size shared_expert_intermediate_size input_embedding_size output_embedding_size"),
+    (32, "entity_emb_size pronunciation_embed_dim shape_embed_dim"),
+    (8, "qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim rotary_dim"),
+    (8, "adapter_rank mamba_d_state"),
+    (WINDOW, "sliding_window window_size local_attention attention_chunk_size"),
+    (4, "num_experts num_local_experts n_routed_experts mamba_dt_rank linear_num_value_heads"),
+    (2, "num_experts_per_tok moe_topk linear_num_key_heads n_mamba_heads n_group mamba_ngroups"),
+    (1, "topk_group"),
+    (VOCABULARY, "vocab_size entity_vocab_size pronunciation_vocab_size shape_vocab_size"),
+)
+_SMALL = {name: size for size, names in _SIZES for name in names.split()}
+_REQUIRED = ("head_dim", "vocab_size")
+"""Sizes that some types leave open until a configuration sets them."""
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_MAX_POSITIONS = 512
+
+
+class NoTwinError(Exception):
+    """No small network can be built from this configuration; the message gives the reason."""
+
+
+def build_twin(config: Any) -> Any:
+    """A sequence classification network with one label from a smaller copy of `config`, in evaluation mode.
+
+    The state of the random number generator does not change. Raises NoTwinError.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        small = shrink(config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = AutoModelForSequenceClassification.from_config(small, dtype=torch.float32)
+            _draw_weights(network)
+    except Exception as error:  # inconsistent sizes raise various errors in torch and transformers
+        raise NoTwinError(f"{type(error).__name__}: {error}") from error
+    return network.eval()
+
+
+def shrink(config: Any) -> Any:
+    """A copy of a configuration with small sizes and windows, one label, and every kind of layer that it has."""
+    values = config.to_dict()
+    for name in ("architectures", "quantization_config", "auto_map", "id2label", "label2id", "dtype", "torch_dtype"):
+        values.pop(name, None)
+    depths = [name for name in _LAYERS if isinstance(values.get(name), int)]
+    for name in depths:
+        kept = _kept_layers(values, values[name])
+        for key, each in values.items():
+            if isinstance(each, list) and len(each) == values[name] > 0:
+                values[key] = [each[index] for index in kept]
+        values[name] = len(kept)
+    # 1. Sizes, with the ratios between them that change what is computed.
+    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    for name, size in _SMALL.items():
+        if isinstance(values.get(name), int) and not isinstance(values[name], bool):
+            values[name] = min(size, values[name]) if size <= WINDOW else size
+        elif name in _REQUIRED and name in values:
+            values[name] = size
+    values.pop("ffn_hidden_size", None)  # Falcon: a multiple of the width
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if name in values:
+            values[name] = {1: 1, heads: _HEADS, None: _HEADS}.get(values[name], 2)
+    if isinstance(values.get("embedding_size"), int):
+        values["embedding_size"] = _WIDTH if values["embedding_size"] == width else _WIDTH // 2
+    if "qk_rope_head_dim" in values and getattr(config, "head_dim", None) == config.qk_rope_head_dim:
+        values["head_dim"] = values["qk_rope_head_dim"]
+    # 2. A table of learned positions; rotary settings may depend on the number of positions, so it stays with them.
+    if not values.get("rope_parameters"):
+        for name in _POSITIONS:
+            if isinstance(values.get(name), int):
+                values[name] = min(values[name], _MAX_POSITIONS)
+    _shorten_rotary_lists(values)
+    # 3. Special tokens inside the vocabulary.
+    for name, each in values.items():
+        if name.endswith(("_token_id", "_token_index")) and each is not None and name != "pad_token_id":
+            values[name] = each if isinstance(each, int) and 0 <= each < _FIRST_TOKEN else 2
+    pad = values.get("pad_token_id")
+    values["pad_token_id"] = pad if isinstance(pad, int) and 0 <= pad < _FIRST_TOKEN else 0
+    values.update(num_labels=1, problem_type="regression", use_cache=False)
+    return type(config).from_dict(values)
+
+
+def _kept_layers(values: dict[str, Any], depth: int) -> list[int]:
+    """Layers of the twin: the first of each kind, then the first others, in order.
+
+    Where kinds follow from a period instead of a list, one period is kept.
+    """
+    columns = [each for each in values.values() if isinstance(each, list) and len(each) == depth]
+    periods = [
+        each for name, each in values.items()
+        if isinstance(each, int) and name.endswith(("_period", "_interval", "_sparse_step", "_pattern"))
+    ]  # fmt: skip
+    kinds: dict[str, int] = {}
+    for index in range(depth):
+        kinds.setdefault(repr([column[index] for column in columns]), index)
+    wanted = list(kinds.values())[:_MAX_LAYERS]
+    most = max([_MAX_LAYERS // 2, *(each for each in periods if each <= 2 * _MAX_LAYERS), len(wanted)])
+    most = max(most, min(_MAX_LAYERS, depth))
+    others = [index for index in range(depth) if index not in wanted]
+    return sorted([*wanted, *others[: most - len(wanted)]])
+
+
+def _shorten_rotary_lists(values: dict[str, Any]) -> None:
+    """Factors for each rotary frequency: as many as the small head has."""
+    rope = values.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    size = values.get("qk_rope_head_dim") or values.get("head_dim") or _WIDTH // _HEADS
+    count = int(size * rope.get("partial_rotary_factor", 1.0)) // 2
+    for name, each in rope.items():
+        if isinstance(each, Sequence) and not isinstance(each, str) and name.endswith("_factor"):
+            rope[name] = list(each)[:count]
+
+
+@torch.no_grad()
+def _draw_weights(network: nn.Module) -> None:
+    """Weights so large that rewards spread, attention is not uniform, and each norm and bias has an effect."""
+    for name, parameter in network.named_parameters():
+        if not parameter.is_floating_point() or name.endswith(("A_log", "dt_bias", "D")):
+            continue  # parameters of a scan have values of their own
+        noise = torch.randn(parameter.shape)
+        is_table = parameter.ndim == 2 and ("embed" in name or name.endswith(("wte.weight", "wpe.weight")))
+        if parameter.ndim < 2 or is_table:
+            parameter.add_(noise, alpha=0.3) if parameter.ndim < 2 else parameter.copy_(noise)
+        else:
+            parameter.copy_(noise * 1.4 / parameter[0].numel() ** 0.5)

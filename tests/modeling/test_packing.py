@@ -1,0 +1,154 @@
+"""The choice between packed and padded: the check sees what a wrong way would compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.errors import UserError
+from rm_gallery.modeling import packing
+from rm_gallery.modeling.forward import pad_texts
+from rm_gallery.modeling.model_folder import check_class, quiet_transformers
+from rm_gallery.modeling.packing import Probe, check_loaded, choose_way
+from rm_gallery.modeling.reward_model import load_reward_model, max_positions
+from rm_gallery.modeling.twin import VOCABULARY, build_twin, shrink
+from tests.modeling.test_exactness import gradients
+from tests.small import DECODERS, make_model, random_groups, whole_texts
+
+PACKED = ("qwen3_moe", "olmo2", "phi3", "gpt2", "smollm3")
+PADDED = ("gemma2", "gpt_neo", "falcon", "qwen3_next", "electra", "xlm-roberta", "distilbert")
+
+
+def config_of(kind: str, **values: Any) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(kind, **values)
+
+
+def save_twin(kind: str, folder: Path) -> Path:
+    """A small folder of this type with a head."""
+    with quiet_transformers():
+        network = build_twin(config_of(kind))
+        network.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", PACKED + PADDED)
+def test_every_way_gives_the_rewards_and_gradients_of_one_text_at_a_time(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = load_reward_model(str(save_twin(kind, tmp_path))).model.eval()
+    assert model.padded == (kind in PADDED) and model.way.difference is not None
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    groups = random_groups(0, vocab=VOCABULARY, most=20)[:4]
+    wanted = torch.cat([plain(input_ids=torch.tensor([text])).logits[:, 0] for text in whole_texts(groups)])
+    found = model(collate(groups))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert wanted.std() > 0.01
+    weights = torch.arange(1.0, len(wanted) + 1)
+    ours = gradients(model, lambda: (model(collate(groups)) * weights).sum())
+    (wanted * weights).sum().backward()
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is not None and (largest := float(parameter.grad.abs().max())) > 1e-6:
+            torch.testing.assert_close(
+                ours[f"network.{name}"] / largest, parameter.grad / largest, atol=1e-3, rtol=0, msg=name
+            )
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_padded_decoders_give_the_packed_rewards(kind: str, tmp_path: Path) -> None:
+    folder = str(make_model(kind, tmp_path))
+    batch = collate(random_groups(0))
+    torch.manual_seed(0)
+    packed = load_reward_model(folder).model.eval()
+    torch.manual_seed(0)
+    padded = load_reward_model(folder, packing="padded").model.eval()
+    assert (packed.padded, padded.padded) == (False, True)
+    with torch.no_grad():
+        padded.network.config.pad_token_id = 0
+        torch.testing.assert_close(padded(batch), packed(batch), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "values", "reason"), [
+    ("qwen2_moe", {"layer_types": ["sliding_attention"] * 24}, "packed rewards of"),
+    ("phimoe", {"sliding_window": 2047}, "packed rewards of"),
+    ("gemma2", {}, "soft cap"), ("gpt_oss", {}, "sinks"), ("bloom", {}, "packed rewards of"),
+    ("qwen3_5_text", {}, "packed rewards of"), ("stablelm", {}, "cannot be packed"),
+])  # fmt: skip
+def test_what_packed_attention_does_not_know_falls_back_to_padded(kind: str, values: Any, reason: str) -> None:
+    way = choose_way(config_of(kind, **values), "auto", what="model")
+    assert not way.packed and reason in way.reason, way
+    with pytest.raises(UserError, match="model.packing=packed is not possible"):
+        choose_way(config_of(kind, **values), "packed", what="model")
+
+
+@pytest.mark.parametrize("kind", ["mobilebert", "convbert", "nystromformer", "canine", "fnet"])
+def test_types_whose_rewards_depend_on_padding_are_refused(kind: str) -> None:
+    with pytest.raises(UserError, match=f"rewards of {kind} depend on the padding"):
+        choose_way(config_of(kind), "auto", what="model")
+
+
+def test_types_that_cannot_be_run_are_refused_in_words() -> None:
+    with pytest.raises(UserError, match="'granite' is not supported: transformers .* has no sequence classification"):
+        check_class(config_of("granite"), what="model")
+    with pytest.raises(UserError, match="'gemma3' is not supported: it wraps several models"):
+        check_class(config_of("gemma3"), what="model")
+    with pytest.raises(UserError, match="'bart' is not supported: its head is not"):
+        choose_way(config_of("bart"), "auto", what="model")
+
+
+def test_the_check_fails_for_a_mask_that_is_ignored_and_for_siblings_that_are_seen() -> None:
+    probe = Probe(VOCABULARY)
+    encoder = build_twin(config_of("electra"))
+    probe.measure(encoder)
+    assert probe.effect > packing._MIN_EFFECT
+    assert probe.compare(lambda batch: packing.padded_rewards(encoder, batch)) < packing.TOLERANCE
+    ids, _ = pad_texts(collate(probe._groups), 0)
+    assert probe.compare(lambda _: packing.text_rewards(encoder, ids)) > 0.01
+    decoder = build_twin(config_of("olmo2"))
+    probe.measure(decoder)
+    one_text = [token for text in probe.texts for token in text]
+    ends = torch.tensor([len(text) for text in probe.texts]).cumsum(0) - 1
+    hidden = decoder.model(input_ids=torch.tensor([one_text])).last_hidden_state[0, ends]
+    assert probe.compare(lambda _: decoder.score(hidden)[:, 0]) > 0.01
+
+
+def test_the_twin_keeps_scalars_and_every_kind_of_layer_and_draws_no_random_numbers() -> None:
+    config = config_of("gemma3_text", num_hidden_layers=12, rope_scaling=None, query_pre_attn_scalar=77)
+    before = torch.get_rng_state()
+    build_twin(config)
+    assert torch.equal(before, torch.get_rng_state())
+    small = shrink(config)
+    assert set(small.layer_types) == set(config.layer_types) and len(small.layer_types) == small.num_hidden_layers == 6
+    assert small.sliding_window < 12 and small.rms_norm_eps == config.rms_norm_eps
+    assert config.num_hidden_layers == 12
+
+
+def test_a_model_without_a_twin_is_checked_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: Any) -> Any:
+        raise packing.NoTwinError("sizes that do not fit")
+
+    folder = str(save_twin("mpnet", tmp_path / "good")), str(save_twin("fnet", tmp_path / "bad"))
+    monkeypatch.setattr(packing, "build_twin", fail)
+    packing._tried.cache_clear()
+    try:
+        assert not load_reward_model(folder[0]).model.way.is_checked
+        with pytest.raises(UserError, match="rewards of fnet depend on the padding"):
+            load_reward_model(folder[1])
+    finally:
+        packing._tried.cache_clear()
+
+
+def test_positions_of_types_that_start_after_the_padding_id(tmp_path: Path) -> None:
+    for kind, longest in (("mpnet", 510), ("camembert", 510)):
+        model = load_reward_model(str(save_twin(kind, tmp_path / kind))).model
+        limit = max_positions(model)
+        assert limit == longest
+        check_loaded(model.network, what="model")
+        model.network(input_ids=torch.full((1, longest), 9))
+        with pytest.raises(Exception, match="index out of range|must match"):
+            model.network(input_ids=torch.full((1, longest + 1), 9))
