@@ -109,13 +109,14 @@ def test_a_layer_of_remote_code_is_not_replaced(folder: Path) -> None:
     layer = network.model.layers[-1]
     foreign = type("ForeignLayer", (type(layer),), {"__module__": "transformers_modules.somebody"})
     layer.__class__ = foreign
-    model = RewardModel(network)
+    way = load_reward_model(str(folder)).model.way
+    model = RewardModel(network, way)
     assert "forward" not in vars(layer)
     batch = collate(random_groups(2))
     with torch.no_grad():
         whole = model(batch)
         layer.__class__ = foreign.__bases__[0]
-        torch.testing.assert_close(RewardModel(network)(batch), whole, atol=1e-5, rtol=0)
+        torch.testing.assert_close(RewardModel(network, way)(batch), whole, atol=1e-5, rtol=0)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -53,9 +53,10 @@ def test_every_way_gives_the_rewards_and_gradients_of_one_text_at_a_time(kind: s
     ours = gradients(model, lambda: (model(collate(groups)) * weights).sum())
     (wanted * weights).sum().backward()
     for name, parameter in plain.named_parameters():
-        if parameter.grad is not None and (largest := float(parameter.grad.abs().max())) > 1e-6:
+        if parameter.grad is not None:
+            scale = max(1.0, float(parameter.grad.abs().max()))
             torch.testing.assert_close(
-                ours[f"network.{name}"] / largest, parameter.grad / largest, atol=1e-3, rtol=0, msg=name
+                ours[f"network.{name}"], parameter.grad, atol=1e-4 * scale, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 
@@ -74,7 +75,7 @@ def test_padded_decoders_give_the_packed_rewards(kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("kind", "values", "reason"), [
-    ("qwen2_moe", {"layer_types": ["sliding_attention"] * 24}, "packed rewards of"),
+    ("qwen2_moe", {"layer_types": ["sliding_attention"] * 24, "use_sliding_window": True}, "packed rewards of"),
     ("phimoe", {"sliding_window": 2047}, "packed rewards of"),
     ("gemma2", {}, "soft cap"), ("gpt_oss", {}, "sinks"), ("bloom", {}, "packed rewards of"),
     ("qwen3_5_text", {}, "packed rewards of"), ("stablelm", {}, "cannot be packed"),
@@ -82,7 +83,7 @@ def test_padded_decoders_give_the_packed_rewards(kind: str, tmp_path: Path) -> N
 def test_what_packed_attention_does_not_know_falls_back_to_padded(kind: str, values: Any, reason: str) -> None:
     way = choose_way(config_of(kind, **values), "auto", what="model")
     assert not way.packed and reason in way.reason, way
-    with pytest.raises(UserError, match="model.packing=packed is not possible"):
+    with pytest.raises(UserError, match=r"model\.packing=packed is not possible"):
         choose_way(config_of(kind, **values), "packed", what="model")
 
 
@@ -93,7 +94,7 @@ def test_types_whose_rewards_depend_on_padding_are_refused(kind: str) -> None:
 
 
 def test_types_that_cannot_be_run_are_refused_in_words() -> None:
-    with pytest.raises(UserError, match="'granite' is not supported: transformers .* has no sequence classification"):
+    with pytest.raises(UserError, match=r"'granite' is not supported: transformers .* has no sequence classification"):
         check_class(config_of("granite"), what="model")
     with pytest.raises(UserError, match="'gemma3' is not supported: it wraps several models"):
         check_class(config_of("gemma3"), what="model")
@@ -150,5 +151,5 @@ def test_positions_of_types_that_start_after_the_padding_id(tmp_path: Path) -> N
         assert limit == longest
         check_loaded(model.network, what="model")
         model.network(input_ids=torch.full((1, longest), 9))
-        with pytest.raises(Exception, match="index out of range|must match"):
+        with pytest.raises(Exception, match=r"out of range|out of bounds|must match"):
             model.network(input_ids=torch.full((1, longest + 1), 9))
