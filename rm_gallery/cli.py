@@ -18,7 +18,7 @@ from typing import Any
 
 from rm_gallery import __version__
 from rm_gallery.errors import StoppedBySignal, UserError
-from rm_gallery.folder_commands import add_export_legacy, add_push
+from rm_gallery.folder_commands import add_export_legacy, add_merge, add_push
 from rm_gallery.log import safe_traceback, setup_excepthook, setup_logging, wait_for_local_main
 from rm_gallery.safe_text import safe, visible
 
@@ -122,6 +122,7 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
     _add_score(commands)
     _add_export_data(commands)
     add_push(commands)
+    add_merge(commands)
     add_export_legacy(commands)
     return parser
 
@@ -205,6 +206,7 @@ def _add_score(commands: Any) -> None:
     command.add_argument("--dtype", default="auto", help="auto (default: bf16 on a GPU), fp32, bf16")
     command.add_argument("--token-budget", type=int, metavar="N", help="maximum tokens per model call")
     command.add_argument("--trust-remote-code", action="store_true", help="run code from the model folder")
+    command.add_argument("--base", metavar="FOLDER", help="base model of an adapter, if its folder names another path")
     command.add_argument(
         "--template-date", metavar="DATE", help="date (YYYY-MM-DD) for a chat template that writes today's"
     )
@@ -348,6 +350,7 @@ def _score(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         token_budget=arguments.token_budget,
         trust_remote_code=arguments.trust_remote_code,
+        base=arguments.base,
         template_date=arguments.template_date,
         best=arguments.best,
         data=load_data_config(settings),

@@ -1,4 +1,4 @@
-"""Commands on the folder of a checkpoint: `push` and `export-legacy`."""
+"""Commands on the folder of a checkpoint: `push`, `merge` and `export-legacy`."""
 
 from __future__ import annotations
 
@@ -41,6 +41,33 @@ def _push(arguments: argparse.Namespace) -> None:
         message=arguments.message,
     )
     print(safe(address))
+
+
+def add_merge(commands: Any) -> None:
+    command = commands.add_parser(
+        "merge",
+        help="merge an adapter (LoRA) into its base model",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Merge an adapter (LoRA) into its base model and write a folder that every\n"
+            "program reads that reads other checkpoints. Rewards of a few texts are compared\n"
+            "with those of the adapter.\n"
+            "  rm-gallery merge checkpoints/bt/my-rm/global_step_500 --output my-rm"
+        ),
+    )
+    command.add_argument("folder", metavar="FOLDER", help="checkpoint or run with an adapter")
+    command.add_argument("--output", metavar="FOLDER", help="folder to write (default: FOLDER-merged)")
+    command.add_argument("--base", metavar="FOLDER", help="base model, if the adapter names another path")
+    command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the written weights (fp32)")
+    command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
+    command.set_defaults(run=_merge, words="", when_stopped="nothing was written")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from rm_gallery.scoring.merge import merge
+
+    target = merge(arguments.folder, arguments.output, base=arguments.base, dtype=arguments.dtype)
+    print(safe(f"merged: {target}"))
 
 
 def add_export_legacy(commands: Any) -> None:

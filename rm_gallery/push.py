@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from rm_gallery.data.sources.hub import client_errors
 from rm_gallery.errors import UserError, one_line
 from rm_gallery.files import MANIFEST, check_manifest
+from rm_gallery.modeling.weight_files import read_adapter_files
 from rm_gallery.training.model_card import NOT_UPLOADED
+
+log = logging.getLogger(__name__)
 
 
 def push(
@@ -26,6 +30,12 @@ def push(
     """
     folder = Path(folder).expanduser()
     _check_folder(folder)
+    adapter = read_adapter_files(str(folder), key="model")
+    if adapter is not None and Path(adapter.base).is_absolute():
+        log.warning(
+            "%s: adapter_config.json names the base model by a local path, %s; write its hub name there, or push the "
+            "folder that rm-gallery merge writes", folder, adapter.base,
+        )  # fmt: skip
     if name.count("/") != 1 or not all(name.split("/")):
         raise UserError(f"{name}: write the name of the repository as ORGANIZATION/NAME")
     from huggingface_hub import HfApi

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, TypeAlias
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Lt
 
 AttentionKernel: TypeAlias = Literal["auto", "plain", "sdpa", "varlen", "flex"]
 CheckpointingMode: TypeAlias = Literal["full", "selective"]
 PackingSetting: TypeAlias = Literal["auto", "packed", "padded"]
 StrategySetting: TypeAlias = Literal["auto", "fsdp", "fsdp2", "ddp"]
 ModelDtype: TypeAlias = Literal["auto", "bf16", "fp32"]
+
+ALL_LINEAR: Literal["all-linear"] = "all-linear"
 
 DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}
 """Bytes per element of each `model.fsdp_config.model_dtype`."""
@@ -56,6 +58,26 @@ class FsdpConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """`model.lora`: train low-rank matrices and the reward head, with all other weights frozen (extra `lora`)."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    rank: Annotated[int, Ge(0)] = 0
+    """Rank of the matrices; 0 trains all weights, without LoRA."""
+    alpha: Annotated[float, Gt(0)] = 16.0
+    """The matrices' product is scaled by alpha / rank."""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Dropout of the input of the matrices."""
+    target_modules: Literal["all-linear"] | list[str] = ALL_LINEAR
+    """Linear layers with LoRA: all of the backbone, or a list of names such as `[q_proj, v_proj]`."""
+    use_dora: bool = False
+    """DoRA: train the magnitude of each weight's columns separately (Liu et al. 2024)."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """`model`: model, kernels, precision and parallelism."""
 
@@ -93,6 +115,7 @@ class ModelConfig:
     `fsdp2`. One process uses neither."""
     dropout: float = 0.0
     """Every dropout probability of the model. Off by default: noise in rewards costs more than it regularizes."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
 
 

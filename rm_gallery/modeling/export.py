@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,9 +30,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rm_gallery.errors import UserError
 from rm_gallery.files import sha256, sha256_files
+from rm_gallery.modeling.adapters import Adapter, open_adapter, stored_name
 from rm_gallery.modeling.legacy_keys import add_config_keys, rename_tokenizer_keys
 from rm_gallery.modeling.model_folder import quiet_transformers
 from rm_gallery.modeling.reward_model import RewardModel
+from rm_gallery.modeling.weight_files import ADAPTER_WEIGHTS, read_weight_folder
 from rm_gallery.schema import InputStyle
 
 log = logging.getLogger(__name__)
@@ -110,14 +113,24 @@ def write_folder(
     record: InputRecord,
     *,
     read: Callable[[str], Tensor],
+    adapter: Adapter | None = None,
 ) -> dict[str, str]:
     """Write weights, config and tokenizer from one process, without a manifest; return each file's SHA-256 by its name.
 
-    tensors, dtype, read: see `write_weights`. Raises OSError as it does.
+    tensors, dtype, read: see `write_weights`. adapter: with LoRA, whose tensors are written in float32 as peft's
+    folder, since they are small. Raises OSError as it does.
     """
     from transformers.dynamic_module_utils import custom_object_save
 
-    hashes = write_weights(folder, tensors, dtype, read=read)
+    if adapter is None:
+        hashes = write_weights(folder, tensors, dtype, read=read)
+    else:
+        inside = {stored_name(name): name for name in tensors}
+        hashes = write_weights(
+            folder, {stored: tensors[name] for stored, name in inside.items()}, torch.float32,
+            read=lambda stored: read(inside[stored]), name=ADAPTER_WEIGHTS, max_shard_bytes=sys.maxsize,
+        )  # fmt: skip
+        adapter.write_config(folder)
     network = model.network
     with quiet_transformers():
         if getattr(network, "_auto_class", None) is not None:  # custom code of the folder (trust_remote_code)
@@ -205,12 +218,19 @@ def read_record(folder: str | Path) -> InputRecord | None:
 
 
 @torch.no_grad()
-def rescore(folder: Path, texts: Sequence[Sequence[int]]) -> list[float]:
-    """Rewards of token sequences by transformers alone, in float32 and one padded batch."""
+def rescore(folder: Path, texts: Sequence[Sequence[int]], *, base: str | None = None) -> list[float]:
+    """Rewards of token sequences by transformers (and peft) alone, in float32 and one padded batch.
+
+    base: see `open_adapter`.
+    """
     from transformers import AutoModelForSequenceClassification
 
-    with quiet_transformers():
-        network = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    adapter = open_adapter(str(folder), key="model", base=base)
+    if adapter is not None:
+        network = adapter.load_plain()
+    else:
+        with quiet_transformers():
+            network = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     rows = [torch.tensor(ids) for ids in texts]
     input_ids = pad_sequence(rows, batch_first=True, padding_value=network.config.pad_token_id)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -240,8 +260,10 @@ def check_rewards(folder: Path, texts: Sequence[Sequence[int]], expected: Sequen
 
 
 def _float32_bytes(folder: Path) -> int:
-    """Bytes of all weights of the folder in float32."""
-    total = 0
+    """Bytes of all weights of the folder in float32; of an adapter also those of its base model."""
+    adapter = open_adapter(str(folder), key="model")
+    base = {} if adapter is None else read_weight_folder(adapter.base, key="base").tensors
+    total = sum(4 * math.prod(each.shape) for each in base.values())
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
@@ -264,16 +286,18 @@ _MAX_SHARD_BYTES = 5_000_000_000
 
 def write_weights(
     folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, *, read: Callable[[str], Tensor],
-    max_shard_bytes: int = _MAX_SHARD_BYTES,
+    name: str = "model.safetensors", max_shard_bytes: int = _MAX_SHARD_BYTES,
 ) -> dict[str, str]:  # fmt: skip
-    """Write `model.safetensors`, or several shards and an index; return the SHA-256 of each shard by its file name.
+    """Write the file `name`, or several shards and an index; return the SHA-256 of each shard by its file name.
 
     tensors: on the meta device, under the names of the transformers model. read: returns the values of one, called once
     per tensor. Floating-point tensors are cast to `dtype`. Each shard is read back and compared with the tensors.
     Raises OSError when a shard cannot be written or is damaged.
     """
     converted = {name: each.to(dtype) if each.is_floating_point() else each for name, each in tensors.items()}
-    split = split_torch_state_dict_into_shards(converted, max_shard_size=max_shard_bytes)
+    split = split_torch_state_dict_into_shards(
+        converted, max_shard_size=max_shard_bytes, filename_pattern=name.replace(".", "{suffix}.")
+    )
     folder.mkdir(parents=True, exist_ok=True)
     hashes = {}
     for file, names in split.filename_to_tensors.items():

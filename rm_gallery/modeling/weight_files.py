@@ -24,7 +24,8 @@ _QUANTIZED = (
     "absmax", "quant_map", "SCB",
 )  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000  # the library's limit
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ def read_weight_folder(path: str, *, key: str) -> WeightFolder:
         folder = _download(path)
         if not folder.is_dir():
             return WeightFolder(folder)
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise UserError(
+                f"{key}={path}: the hub model is an adapter; run hf download {path} --local-dir FOLDER, and name FOLDER"
+            )
     what = f"{key}={path}"
     files = _loaded_files(folder, what)
     head_file = folder / "value_head.safetensors"
@@ -96,7 +101,7 @@ def _download(path: str) -> Path:
         return Path(
             snapshot_download(
                 path,
-                allow_patterns=["*.safetensors", "*.safetensors.index.json"],
+                allow_patterns=["*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG],
                 ignore_patterns=["*/*", "consolidated*"],
             )
         )
@@ -146,26 +151,61 @@ def _read_header(file: Path, what: str) -> dict[str, StoredTensor]:
         raise UserError(f"{what}: {file.name} cannot be read ({one_line(error)}); copy it again") from error
 
 
-def check_not_adapter(path: str, *, key: str) -> None:
-    """Raise UserError, naming the base model, for a folder with an adapter (LoRA)."""
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The files of an adapter (LoRA)."""
+
+    config: Mapping[str, Any]
+    """adapter_config.json."""
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def base(self) -> str:
+        """Folder or hub name of the base model, or ""."""
+        return str(self.config.get("base_model_name_or_path") or "")
+
+
+def read_adapter_files(path: str, *, key: str) -> AdapterFiles | None:
+    """The configuration and the headers of an adapter; None for a folder without one.
+
+    Raises UserError for a folder that holds both a model and an adapter, an unreadable file, and a pickle.
+    """
     folder = Path(path).expanduser()
-    config = folder / "adapter_config.json"
-    found = [name for name in ("adapter_config.json", *_ADAPTER_FILES) if (folder / name).is_file()]
+    found = [name for name in _ADAPTER_FILES if (folder / name).is_file()]
     if not found:
-        return
-    base = ""
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-        base = str(values.get("base_model_name_or_path") or "") if isinstance(values, dict) else ""
-    except (OSError, ValueError):
-        pass  # the name of the base model is only a hint
+        return None
     if (folder / "model.safetensors").is_file() or (folder / _INDEX).is_file():
         raise UserError(
             f"{key}={path}: the folder holds both a model and an adapter ({', '.join(found)}); if the adapter is "
             "merged into the model, delete its files, otherwise merge it first"
         )
-    into = f"its base model {base}" if base else "its base model"
-    raise UserError(f"{key}={path}: the folder holds an adapter; merge it into {into} first, and use the merged folder")
+    try:
+        values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{key}={path}: the folder holds an adapter, and its {ADAPTER_CONFIG} cannot be read ({one_line(error)}); "
+            "copy it again"
+        ) from error
+    weights = folder / ADAPTER_WEIGHTS
+    if not weights.is_file() and found[1:]:
+        raise UserError(
+            f"{key}={path}: the folder holds an adapter as a pickle ({found[1]}), which can execute code and is not "
+            f"read; convert it to {ADAPTER_WEIGHTS}"
+        )
+    return AdapterFiles(values, _read_header(weights, f"{key}={path}") if weights.is_file() else {})
+
+
+def check_not_adapter(path: str, *, key: str) -> None:
+    """Raise UserError, naming the base model, for a folder with an adapter (LoRA)."""
+    files = read_adapter_files(path, key=key)
+    if files is not None:
+        into = f"its base model {files.base}" if files.base else "its base model"
+        raise UserError(
+            f"{key}={path}: the folder holds an adapter; merge it into {into} first (rm-gallery merge), and use the "
+            "merged folder"
+        )
 
 
 def check_not_quantized(files: WeightFolder, config: Any, path: str, *, key: str) -> None:

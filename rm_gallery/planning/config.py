@@ -154,6 +154,16 @@ def check_positions(config: EstimateConfig, shape: ModelShape) -> str | None:
     )
 
 
+def check_lora(config: EstimateConfig) -> str | None:
+    """A note if the run trains an adapter, else None."""
+    if not config.model.lora.rank:
+        return None
+    return (
+        f"model.lora.rank={config.model.lora.rank}: memory and time are those of full training, an upper bound; LoRA "
+        "has gradients and optimizer state for the trained parameters only"
+    )
+
+
 def check_bf16(config: EstimateConfig, device: Device) -> str | None:
     """A note if the run computes in bfloat16 on a device without units for it, else None."""
     if device.has_bf16 or config.model.fsdp_config.model_dtype != "bf16":

@@ -14,7 +14,7 @@ from rm_gallery.data.batching.bin_packing import Packer, attention_length
 from rm_gallery.data.batching.plan import Mixture, PackingConfig, Plan
 from rm_gallery.data.batching.prompt_sharing import sizes_of
 from rm_gallery.data.token_cache.arrays import GroupSizes
-from rm_gallery.planning.config import EstimateConfig, check_bf16, check_positions, device_of, layout_of
+from rm_gallery.planning.config import EstimateConfig, check_bf16, check_lora, check_positions, device_of, layout_of
 from rm_gallery.planning.devices import Device
 from rm_gallery.planning.memory import Layout, MemoryUse, Pack, activations, step_memory
 from rm_gallery.planning.model_shape import ModelShape, load_shape
@@ -94,7 +94,7 @@ def estimate(config: EstimateConfig) -> Estimate:
     flops = flops_per_token(shape, work.units, checkpointing=layout.checkpointing) * work.tokens
     rate = config.n_gpus * device.flops(config.model.fsdp_config.model_dtype) * config.mfu * work.balance
     longest = int(packer.tokens(sample.data.sizes).max())
-    notes = [check_positions(config, shape), check_bf16(config, device)]
+    notes = [check_positions(config, shape), check_bf16(config, device), check_lora(config)]
     if longest > budget:
         notes.append(
             f"the longest group has {longest} tokens, but a micro-batch holds {budget}: training splits it into "

@@ -42,6 +42,8 @@ class ScoreOptions:
     dtype: str = "auto"
     token_budget: int | None = None
     trust_remote_code: bool = False
+    base: str | None = None
+    """Base model of adapters (`--base`), instead of the one that their folders name."""
     template_date: str | None = None
     """Date (YYYY-MM-DD) for chat templates that write today's."""
     best: bool = False

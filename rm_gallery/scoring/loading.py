@@ -17,11 +17,13 @@ from rm_gallery.data.tokenization.template_date import freeze_date
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.distributed.cpu import keep_freed_memory
 from rm_gallery.errors import UserError
+from rm_gallery.modeling.adapters import check_type, open_adapter
 from rm_gallery.modeling.export import InputRecord, read_record, set_pad_token
 from rm_gallery.modeling.forward import pad_texts
 from rm_gallery.modeling.heads import has_foreign_head, is_reward_model, num_outputs
 from rm_gallery.modeling.model_folder import (
     ModelSource,
+    check_model_config,
     check_one_label,
     no_head,
     quiet_transformers,
@@ -85,32 +87,37 @@ def load_folder(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     template_date: str | None = None,
+    base: str | None = None,
 ) -> ScoringModel:
-    """Load a model folder.
+    """Load a model folder, or a folder with an adapter (LoRA), which is merged into its base model in memory.
 
     template_date: date (YYYY-MM-DD) for a chat template that writes today's; None for the day of the call.
-    Raises UserError for a folder without a model, an adapter, a classifier with several labels, weights without a
-    reward head, and an unknown device or dtype.
+    base: the base model of an adapter, instead of the one that its folder names.
+    Raises UserError for a folder without a model, an adapter without a reward head, a classifier with several labels,
+    weights without a reward head, and an unknown device or dtype.
     """
     path = str(folder)
     where = find_device(device)
     if where.type == "cpu":
         keep_freed_memory()
     kind = find_dtype(dtype, where)
-    config, files, tokenizer = check_folder(path, trust_remote_code=trust_remote_code)
+    config, files, tokenizer = check_folder(path, trust_remote_code=trust_remote_code, base=base)
+    adapter = open_adapter(path, key=KEY, base=base)
     has_own_code = _has_own_code(config, trust_remote_code)
     date = freeze_date(tokenizer, template_date, key="template_date (score: --template-date)")
     model: RewardModel | PaddedModel
     try:
         if has_own_code:
             raise OtherHeadError("the folder has code of its own")
-        loaded = load_reward_model(path, key=KEY, new_head=None)
+        loaded = load_reward_model(path, key=KEY, new_head=None) if adapter is None else adapter.load_merged(key=KEY)
         model, how = (
             _with_bias(path, loaded.model, loaded.model.head, loaded.head_name, loaded.head_bias),
             str(loaded.model.way),
         )
     except OtherHeadError:
         model, how = _load_other(path, config, files, has_own_code, kind), "padded"
+    if adapter is not None:
+        log.info("%s: an adapter, merged into %s in memory", path, adapter.base)
     with quiet_transformers():
         set_pad_token(model, tokenizer, what=f"{KEY}={path}", resize=None)  # type: ignore[arg-type]  # it needs the network alone
     try:
@@ -139,11 +146,21 @@ def load_folder(
     return ScoringModel(model, tokenizer, record, limit if has_position_table(model, limit) else None, closing, date)
 
 
-def check_folder(path: str, *, trust_remote_code: bool = False) -> tuple[Any, WeightFolder, Any]:
+def check_folder(
+    path: str, *, trust_remote_code: bool = False, base: str | None = None
+) -> tuple[Any, WeightFolder, Any]:
     """The configuration, the headers of the weight files and the tokenizer of a model folder.
 
+    base: see `load_folder`. For an adapter, configuration and weight files are those of the base model.
     Raises UserError as `load_folder`, for what can be found without reading the weights.
     """
+    adapter = open_adapter(path, key=KEY, base=base)
+    if adapter is not None:
+        config, files = read_model_config(adapter.base, key="base"), read_weight_folder(adapter.base, key="base")
+        check_model_config(config, adapter.base, key="base", files=files, new_head=True)
+        check_type(config, what=f"{KEY}={path}")
+        has_tokenizer = (Path(path).expanduser() / "tokenizer_config.json").is_file()
+        return config, files, load_tokenizer(path if has_tokenizer else adapter.base, key=KEY)
     _check_remote_code(path, trust_remote_code)
     config = read_model_config(path, key=KEY, trust_remote_code=trust_remote_code)
     files = read_weight_folder(path, key=KEY)

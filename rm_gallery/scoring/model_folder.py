@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from rm_gallery.data.sources.hub import check_model_name, go_offline_if_unreachable
 from rm_gallery.errors import UserError
 from rm_gallery.files import sha256_files
+from rm_gallery.modeling.weight_files import read_adapter_files
 
 log = logging.getLogger(__name__)
 
@@ -75,21 +76,27 @@ def stats_of(folder: str | Path) -> Stats:
 class ModelFolder:
     """The files of one model while it scores."""
 
-    def __init__(self, model: str) -> None:
-        """model: a folder, or a model of the hub."""
+    def __init__(self, model: str, base: str | None = None) -> None:
+        """model: a folder, or a model of the hub. base: of an adapter, if its folder does not name it."""
         self.model = model
+        adapter = read_adapter_files(model, key="model")
+        self._base = None if adapter is None or not (base or adapter.base) else ModelFolder(base or adapter.base)
         self._stats = self._now()
 
     @cached_property
     def fingerprint(self) -> list[Any]:
         """The content of every file of the folder, or the commit of a hub model."""
         folder = Path(self.model).expanduser()
+        if self._base is not None:
+            return [*([name, digest] for name, digest in self._hash(folder).items()), self._base.fingerprint]
         if folder.is_dir():
             return [[name, digest] for name, digest in self._hash(folder).items()]
         return [self.model, _hub_commit(self.model)]
 
     def check_unchanged(self) -> None:
         """Raise UserError if the content of a file is another than when `fingerprint` was computed."""
+        if self._base is not None:
+            self._base.check_unchanged()
         now, before = self._now(), self.fingerprint
         if now == self._stats:
             return

@@ -165,7 +165,7 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
     said: set[str] = set()
     tables = [open_table(file, options.data, said, best=options.best) for file in _find_inputs(options)]
     names = name_models(options.models)
-    models = [ModelFolder(model) for model in options.models]
+    models = [ModelFolder(model, options.base) for model in options.models]
     jobs = plan_jobs(options, tables, names, models)
     with ExitStack() as locks:
         for job in jobs:
@@ -194,7 +194,7 @@ def _check_models(options: ScoreOptions) -> None:
     from rm_gallery.scoring.loading import check_folder
 
     for model in options.models:
-        check_folder(model, trust_remote_code=options.trust_remote_code)
+        check_folder(model, trust_remote_code=options.trust_remote_code, base=options.base)
 
 
 def _find_inputs(options: ScoreOptions) -> list[DataFile]:
@@ -228,6 +228,7 @@ class _LazyScorer:
                 token_budget=self._options.token_budget,
                 trust_remote_code=self._options.trust_remote_code,
                 template_date=self._options.template_date,
+                base=self._options.base,
             )
             self._model.check_unchanged()
         return self._scorer

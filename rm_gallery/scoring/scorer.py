@@ -50,17 +50,20 @@ class RewardScorer:
         token_budget: int | None = None,
         trust_remote_code: bool = False,
         template_date: str | None = None,
+        base: str | None = None,
     ) -> RewardScorer:
-        """Load a checkpoint folder of RM-Gallery, or any sequence classification model with one label.
+        """Load a checkpoint folder of RM-Gallery, or any sequence classification model or adapter with one label.
 
         folder: of the model; or of a run, for the best checkpoint if best.json names one, else the newest complete one
         (logged). device: `auto` uses a GPU if there is one. dtype: `auto` is bfloat16 on a GPU that supports it, else
         float32; the reward head of packed architectures stays float32. On a CPU, freed memory is kept for the next
         call (see `keep_freed_memory`). template_date: date (YYYY-MM-DD) for a chat template that writes today's.
+        base: folder or hub name of an adapter's base model, if it is not the one that adapter_config.json names.
         Raises UserError for a folder without such a model, and for weights that are not finite.
         """
         folder = choose_checkpoint(str(folder), key="model")
         settings: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        settings["base"] = base
         is_here = Path(folder).expanduser().is_dir()
         where = str(Path(folder).expanduser().resolve()) if is_here else str(folder)
         origin = {"folder": where, "token_budget": token_budget, **settings}, stats_of(folder)

@@ -268,6 +268,22 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
     yield from _model_folder_problems(model)
     if not 0 <= model.dropout < 1:
         yield Problem("model.dropout", f"model.dropout={model.dropout}: must be at least 0 and below 1")
+    if model.lora.rank:
+        yield from _lora_problems(model)
+
+
+def _lora_problems(model: ModelConfig) -> Iterator[Problem]:
+    key, value = "model.lora.rank", f"model.lora.rank={model.lora.rank}"
+    if find_spec("peft") is None:
+        yield Problem(key, f"{value} needs the peft package: pip install 'rm-gallery[lora]'")
+    if not model.lora.target_modules:
+        yield Problem("model.lora.target_modules", "model.lora.target_modules is empty; set all-linear or names")
+    if model.resize_embeddings:
+        yield Problem(
+            key, f"{value} with model.resize_embeddings=true: an adapter has no embedding rows; set one of them"
+        )
+    if model.trust_remote_code:
+        yield Problem(key, f"{value} with model.trust_remote_code=true is not implemented; set one of them")
 
 
 def _model_folder_problems(model: ModelConfig) -> Iterator[Problem]:

@@ -61,14 +61,24 @@ scorer.score_messages([[{"role": "user", "content": "Why is the sky blue?"},
                         {"role": "assistant", "content": "Air scatters short waves of light more."}]])
 ```
 
-With transformers alone:
+With transformers{% if lora %} and peft{% endif %} alone:
 
 ```python
 import torch
+{% if lora -%}
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_NAME")
+config = AutoConfig.from_pretrained("PATH_OR_NAME")
+base = AutoModelForSequenceClassification.from_pretrained("BASE_MODEL", config=config)
+model = PeftModel.from_pretrained(base, "PATH_OR_NAME").eval()
+{%- else -%}
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH_OR_NAME")
 model = AutoModelForSequenceClassification.from_pretrained("PATH_OR_NAME").eval()
+{%- endif %}
 {% if chat -%}
 messages = [{"role": "user", "content": "Why is the sky blue?"},
             {"role": "assistant", "content": "Air scatters short waves of light more."}]
@@ -89,6 +99,7 @@ def model_card(
     config: TrainConfig,
     *,
     num_parameters: int,
+    num_trained: int | None = None,
     comparisons: int,
     step: int,
     metrics: Mapping[str, float],
@@ -106,8 +117,10 @@ def model_card(
     train, val = _sources(value("data.train_files")), _sources(value("data.val_files"))
     base = value("model.partial_pretrain")
     is_hub = _is_hub_name(base)
+    lora = config.model.lora
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
     metadata: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": "peft" if lora.rank else "transformers",
         "pipeline_tag": "text-classification",
         "license": config.trainer.license and value("trainer.license"),
         "tags": ["reward-model", "bradley-terry", "rm-gallery"],
@@ -119,7 +132,8 @@ def model_card(
         metadata["datasets"] = datasets
     rows = [
         ("base model", base if is_hub else _last_part(base)),
-        ("parameters", f"{num_parameters:,}"),
+        ("parameters", f"{num_parameters:,}" + (f", {num_trained:,} of them trained (LoRA)" if lora.rank else "")),
+        ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, {targets}" if lora.rank else ""),
         ("training data", f"{', '.join(train)} ({comparisons:,} pairs)"),
         (
             "validation data",
@@ -144,6 +158,7 @@ def model_card(
         metrics=[(name, f"{metrics[name]:.4f}") for name in _SHOWN if name in metrics],
         step=step,
         chat=input_style == "chat",
+        lora=lora.rank > 0,
         special=adds_special_tokens,
         separator=json.dumps(separator)[1:-1],
     )

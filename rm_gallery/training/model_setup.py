@@ -13,6 +13,9 @@ from typing import Any
 import torch
 
 from rm_gallery.distributed.process_group import World
+from rm_gallery.errors import UserError
+from rm_gallery.modeling.adapters import Adapter, add_lora, count_trained
+from rm_gallery.modeling.config import LoraConfig
 from rm_gallery.modeling.export import missing_embedding_rows, set_pad_token
 from rm_gallery.modeling.meta_init import MetaInitError, WeightFiles, init_on_meta
 from rm_gallery.modeling.parallel.apply import resolve_strategy
@@ -33,6 +36,10 @@ class StartModel:
     """The weights of a model on the meta device; None if the model holds its weights."""
     num_parameters: int
     """Of the whole model, over all shards."""
+    num_trained: int
+    """Of the trained parameters; all without LoRA."""
+    adapter: Adapter | None = None
+    """What the adapter's folder says, with LoRA."""
 
 
 def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel:
@@ -41,16 +48,22 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
     Collective. Under FSDP2 every rank reads only its shards, unless the library has to load the folder itself; the log
     gives the reason then. Raises UserError for a folder that cannot be loaded.
     """
-    reason, files = "", None
-    if world.world_size > 1 or (world.device.type == "cuda" and config.model.fsdp_config.offloads_weights):
+    reason, files, lora = "", None, config.model.lora
+    if not lora.rank and lora != LoraConfig():
+        log.warning("model.lora has no effect with model.lora.rank=0: all parameters are trained")
+    if lora.rank:
+        reason = "LoRA is added to the loaded model"
+    elif world.world_size > 1 or (world.device.type == "cuda" and config.model.fsdp_config.offloads_weights):
         try:
             loaded, files = _load_on_meta(config, tokenizer)
         except MetaInitError as error:
             reason = str(error)
     if files is None:
         loaded = _load(config, tokenizer)
+    adapter = add_lora(loaded.model, lora, config.model.partial_pretrain) if lora.rank else None
     count = sum(parameter.numel() for parameter in loaded.model.parameters())
-    strategy = resolve_strategy(config.model, world, count)
+    trained = count_trained(loaded.model.parameters())
+    strategy = resolve_strategy(config.model, world, count, trained)
     if strategy != "fsdp2" and files is not None:  # not sharded: this process needs all weights
         loaded, files = _load(config, tokenizer), None
     elif strategy == "fsdp2" and files is None:
@@ -59,7 +72,7 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
         log.warning("model.trust_remote_code=true: Python code of the model folder may run")
     log.info("model.packing=%s: %s", config.model.packing, loaded.model.way)
     _log_head(config, loaded)
-    return StartModel(loaded.model, strategy, files, count)
+    return StartModel(loaded.model, strategy, files, count, trained, adapter)
 
 
 def _log_head(config: TrainConfig, loaded: LoadedModel) -> None:
@@ -91,6 +104,11 @@ def _load(config: TrainConfig, tokenizer: Any) -> LoadedModel:
         new_head=model.new_head,
         packing=model.packing,
     )
+    if model.lora.rank and missing_embedding_rows(loaded.model, tokenizer, what=_what(config)):
+        raise UserError(
+            f"{_what(config)}: the tokenizer has no pad token that differs from EOS and has a row of the embedding, "
+            "and an adapter (model.lora.rank) adds no row; use a folder with such a token, or model.lora.rank=0"
+        )
     set_pad_token(loaded.model, tokenizer, what=_what(config), resize=model.resize_embeddings)
     return loaded
 

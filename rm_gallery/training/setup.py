@@ -156,7 +156,7 @@ def _run(
             return RunResult(run_dir, begin.folder, begin.progress.last_val, world.is_main)
         if world.is_main:
             _write_facts(config, world, start, plan, train, val, total_steps, begin.progress.step)
-        checkpoints = build_checkpoints(config, model, weights, tensors, tokenizer, train, ranks, identity, begin)
+        checkpoints = build_checkpoints(config, start, weights, tensors, tokenizer, train, ranks, identity, begin)
         loop = _Loop(world, ranks, stop, model, weights, optimizer, plan, train, val, total_steps)
         val_metrics = _train(config, loop, begin, checkpoints, callbacks)
         if world.is_main:
@@ -257,6 +257,7 @@ def _write_facts(
         "model": {
             "type": start.model.network.config.model_type,
             "parameters": start.num_parameters,
+            "trained_parameters": start.num_trained,
         },
         "data": {"train": train.facts(), "val": val and val.facts(), "plan_fingerprint": plan.fingerprint()},
     }
@@ -281,7 +282,9 @@ def _log_overview(
     )
     held_out = f"; {val.data.num_comparisons:,} for validation" if val else "; no validation"
     padded = " padded" if start.model.padded else ""
-    log.info("model   %s, %s parameters, all trained", start.model.network.config.model_type, f"{count:,}")
+    trained = f"{start.num_trained:,} of {count:,} parameters trained"
+    trained = trained if start.adapter else f"{count:,} parameters, all trained"
+    log.info("model   %s, %s", start.model.network.config.model_type, trained)
     log.info("device  %s%s, %s, strategy %s", world.device, ranks, dtype, start.strategy)
     log.info("data    %s pairs, %s tokens%s", f"{train.data.num_comparisons:,}", f"{train.data.num_tokens:,}", held_out)
     log.info("steps   %s (%s epochs of %d), %d pairs each",
@@ -353,7 +356,7 @@ def run_identity(config: TrainConfig, data: TokenData, plan: Plan, shape: str, t
 
 
 def build_checkpoints(
-    config: TrainConfig, model: RewardModel, weights: TrainedWeights, tensors: RunTensors, tokenizer: Any,
+    config: TrainConfig, start: StartModel, weights: TrainedWeights, tensors: RunTensors, tokenizer: Any,
     train: Loaded, ranks: HostGroup, identity: RunIdentity, begin: Start,
 ) -> Checkpoints:  # fmt: skip
     """Collective: every rank must call it at the same place."""
@@ -361,17 +364,18 @@ def build_checkpoints(
     written = computes if wanted == "auto" else wanted
     shortest = np.argsort(train.data.sizes.longest_text, kind="stable")[:_NUM_PROBES]
     weights_folder = WeightsFolder(
-        model,
+        start.model,
         tokenizer,
         train.input_record(config.data, tokenizer),
         DTYPES[written],
         weights.device,
         exact=computes == written == "fp32",
         probes=[train.data[int(index)] for index in shortest],
+        adapter=start.adapter,
     )
     url, record = config.trainer.mirror_url, weights_folder.record
     card = partial(
-        model_card, config, num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        model_card, config, num_parameters=start.num_parameters, num_trained=start.num_trained,
         comparisons=train.data.num_comparisons, input_style=record.input_style, separator=record.separator,
         adds_special_tokens=bool(tokenizer.cls_token), versions=package_versions("torch", "transformers"),
     )  # fmt: skip

@@ -104,7 +104,8 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def weights(folder: Path) -> dict[str, Any]:
-    return load_file(folder / "model.safetensors")
+    adapter = folder / "adapter_model.safetensors"
+    return load_file(adapter if adapter.is_file() else folder / "model.safetensors")
 
 
 def assert_same_run(found: Path, expected: Path, last: str = "global_step_6") -> None:

@@ -31,11 +31,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _NO_OFFLOAD_ON_CPU = "offloading has no effect on a CPU: everything is in host memory already"
 
 
-def resolve_strategy(config: ModelConfig, world: World, num_parameters: int) -> Strategy:
+def resolve_strategy(
+    config: ModelConfig, world: World, num_parameters: int, num_trained: int | None = None
+) -> Strategy:
     """Call `choose_strategy` with the settings and the hardware of this run, and log the choice.
 
-    num_parameters: of the whole model. A collective, since rank 0 measures the memory. Raises UserError as
-    `choose_strategy` does.
+    num_parameters: of the whole model; num_trained: of its trained parameters, all by default. A collective, since
+    rank 0 measures the memory. Raises UserError as `choose_strategy` does.
     """
     fsdp = config.fsdp_config
     strategy = choose_strategy(
@@ -43,6 +45,7 @@ def resolve_strategy(config: ModelConfig, world: World, num_parameters: int) -> 
         world_size=world.world_size,
         memory=broadcast(_memory_per_process(world)),
         num_parameters=num_parameters,
+        num_trained=num_trained,
         dtype_bytes=DTYPE_BYTES[fsdp.model_dtype],
         offload=fsdp.offloads_weights,
         fsdp_size=fsdp.fsdp_size,

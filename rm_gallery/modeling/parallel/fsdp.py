@@ -75,6 +75,9 @@ def shard(model: RewardModel, files: WeightFiles | None, spec: ShardingSpec, wor
     """
     if world.world_size == 1:
         init_single_process()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:  # frozen (LoRA): no float32 shard
+            parameter.data = parameter.data.to(spec.dtype)
     _fully_shard(model, spec, _mesh(spec, world), world)
     if files is not None:
         heartbeat("reading the weights")
@@ -115,7 +118,7 @@ class ShardedWeights(TrainedWeights):
         self._model = model
         self._world_size = world.world_size
         self._num_replicas = world.world_size // spec.group_size
-        self._named = list(model.named_parameters())
+        self._named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Accumulate a micro-batch's gradients: reduce-scatter within a group, all-reduce across groups after the last.

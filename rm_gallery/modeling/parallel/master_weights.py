@@ -33,7 +33,10 @@ class TrainedWeights(ABC):
     _named: list[tuple[str, nn.Parameter]]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """float32 parameters under the model's names; DTensors if sharded. `.grad` is the step's gradient."""
+        """The trained parameters in float32, under the model's names; DTensors if sharded.
+
+        `.grad` is the step's gradient.
+        """
         return iter(self._named)
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
@@ -91,7 +94,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class MasterWeights(TrainedWeights):
-    """float32 master weights, replicated on every rank, of a model that computes in `dtype`.
+    """float32 master weights of the trained parameters, replicated on every rank; the model computes in `dtype`.
 
     Without them, in bfloat16, most updates at a learning rate of 5e-7 round to zero (figures in docs/log.md). Gradients
     are accumulated in float32, and `copy_to_model` casts the weights once per step. A parameter whose compute dtype is
@@ -108,6 +111,9 @@ class MasterWeights(TrainedWeights):
         self._named = []
         self._copies: list[tuple[nn.Parameter, nn.Parameter]] = []  # (master weight, compute-dtype parameter)
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:  # frozen (LoRA): no master weight
+                parameter.data = parameter.data.to(dtype)
+                continue
             master = parameter
             if dtype != torch.float32 and parameter not in head:
                 master = nn.Parameter(parameter.detach().clone())

@@ -14,24 +14,27 @@ _DDP_MEMORY_SHARE = 0.25
 """`auto` is DDP if the training state takes at most this share of a rank's memory; activations need the rest."""
 
 
-def training_state_bytes(num_parameters: int, dtype_bytes: int) -> int:
+def training_state_bytes(num_parameters: int, dtype_bytes: int, num_trained: int | None = None) -> int:
     """Bytes of an unsharded training state.
 
     16 per parameter: weights, gradients and AdamW's two moments in float32. A compute dtype narrower than float32 adds
-    a copy of the weights, `dtype_bytes` per parameter: 18 with bf16.
+    a copy of the weights, `dtype_bytes` per parameter: 18 with bf16. Of frozen parameters (all but `num_trained`)
+    there are only weights in the compute dtype.
     """
-    return num_parameters * (16 + (dtype_bytes if dtype_bytes < 4 else 0))
+    trained = num_parameters if num_trained is None else num_trained
+    copies = dtype_bytes if dtype_bytes < 4 else 0
+    return trained * (16 + copies) + (num_parameters - trained) * dtype_bytes
 
 
 def choose_strategy(
     setting: StrategySetting, *, world_size: int, memory: float, num_parameters: int, dtype_bytes: int, offload: bool,
-    fsdp_size: int, on_gpu: bool,
+    fsdp_size: int, on_gpu: bool, num_trained: int | None = None,
 ) -> Strategy:  # fmt: skip
     """Return the strategy for a `model.strategy` setting.
 
     memory: bytes of one rank's device (total memory of a GPU, or its share of the host's). num_parameters: of the whole
-    model. dtype_bytes: bytes per element of the compute dtype. offload: parameters are offloaded to host memory.
-    fsdp_size: ranks per sharding group; -1 for all ranks.
+    model; num_trained: of its trained parameters, all by default. dtype_bytes: bytes per element of the compute dtype.
+    offload: parameters are offloaded to host memory. fsdp_size: ranks per sharding group; -1 for all ranks.
 
     Example: 7e9 parameters in bf16 need 7e9 * 18 = 126 GB; a quarter of an 80 GB GPU is 20 GB, so `auto` is FSDP2.
     Raises UserError for a group size that does not divide the world size, and for DDP with parameter offload on GPUs.
@@ -40,7 +43,9 @@ def choose_strategy(
         return "fsdp2" if on_gpu and offload else "none"
     strategy: Strategy
     if setting == "auto":
-        is_small = training_state_bytes(num_parameters, dtype_bytes) <= _DDP_MEMORY_SHARE * memory and not offload
+        is_small = (
+            training_state_bytes(num_parameters, dtype_bytes, num_trained) <= _DDP_MEMORY_SHARE * memory and not offload
+        )
         strategy = "ddp" if is_small else "fsdp2"
     else:
         strategy = "ddp" if setting == "ddp" else "fsdp2"  # `fsdp` is an alias

@@ -24,6 +24,7 @@ from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.distributed.collectives import HostGroup
 from rm_gallery.errors import TrainingStopped, UserError, one_line
 from rm_gallery.files import sha256_files
+from rm_gallery.modeling.adapters import Adapter
 from rm_gallery.modeling.export import InputRecord, check_rewards, write_folder
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.training.checkpoint.facts import FACTS_NAME, STATE_NAME, rank_name
@@ -271,6 +272,8 @@ class WeightsFolder:
     """Whether the model computes in float32 and is written in float32, so that no rounding hides a difference."""
     probes: Sequence[TokenGroup]
     """A few short groups to rescore."""
+    adapter: Adapter | None = None
+    """With LoRA: what is written instead of the whole model."""
 
     def write(self, folder: Path, state: Path) -> dict[str, str]:
         """Write the files into an existing folder from a `training_state`; return the SHA-256 of each by its name.
@@ -279,8 +282,9 @@ class WeightsFolder:
         """
         saved = SavedWeights(state)
         return write_folder(
-            folder, self.model, saved.meta_tensors(), self.tokenizer, self.dtype, self.record, read=saved.read
-        )
+            folder, self.model, saved.meta_tensors(), self.tokenizer, self.dtype, self.record, read=saved.read,
+            adapter=self.adapter,
+        )  # fmt: skip
 
     def expected(self) -> list[float]:
         """Return the rewards of the probes now. A collective: every rank calls it."""

@@ -158,10 +158,12 @@ class SavedWeights:
 
 
 def _trained_module(model: RewardModel, weights: TrainedWeights) -> nn.Module:
-    """A module whose parameters are those the optimizer updates: the model itself, or a module of master weights."""
-    own = set(model.parameters())
+    """A module whose parameters are those the optimizer updates: the model itself, or a module of these alone.
+
+    The latter for master weights, and for a model with frozen weights, which are in the base model's folder.
+    """
     masters = dict(weights.named_parameters())
-    if all(parameter in own for parameter in masters.values()):
+    if set(masters.values()) == set(model.parameters()):
         return model
     module = nn.Module()
     parameters = dict(model.named_parameters())

@@ -156,7 +156,7 @@ def nested(folder: Path) -> None:
         (lambda folder: folder.rmdir(), "no such folder .working directory"),
         (lambda folder: None, "config.json is missing; use a folder with config.json"),
         (nested, "use a checkpoint in it, e.g. .*global_step_7"),
-        (lambda folder: (folder / "adapter_config.json").touch(), "holds an adapter; merge it into its base"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter; merge it into its base"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: cannot be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json: not a model configuration"),
         (lambda folder: (folder / "config.json").write_text("{}"), "has no weights"),

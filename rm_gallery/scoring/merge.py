@@ -1,0 +1,62 @@
+"""`rm-gallery merge`: merges an adapter (LoRA) into its base model, and verifies the rewards of the written folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from rm_gallery.errors import UserError, one_line
+from rm_gallery.files import replace, write_manifest
+from rm_gallery.modeling.adapters import open_adapter
+from rm_gallery.modeling.export import check_rewards, rescore, write_folder
+from rm_gallery.modeling.parallel.apply import DTYPES
+from rm_gallery.modeling.reward_model import RewardModel
+from rm_gallery.scoring.loading import KEY, load_folder
+from rm_gallery.scoring.model_folder import choose_checkpoint
+
+_TEXTS = (
+    "Why is the sky blue?\n\nAir scatters short waves of light more.",
+    "Name a prime number.\n\n7",
+    "2 + 2 = 5",
+    "How long does an egg boil?\n\nEight minutes for a firm yolk; five minutes if you like it soft.",
+)
+
+
+def merge(
+    folder: str | Path, output: str | Path | None = None, *, base: str | None = None, dtype: str = "fp32"
+) -> Path:
+    """Write the folder of the merged model, `FOLDER-merged` by default, and return it.
+
+    base: the adapter's base model, instead of the one that its folder names. dtype: of the written weights. The rewards
+    of a few texts by the written folder are compared with those of the adapter that is not merged, both by transformers
+    and peft alone: within 1e-4 with fp32, and within the rounding of bf16 otherwise.
+
+    Raises UserError for a folder without an adapter, as `load_folder`, for an output that exists, when it cannot be
+    written, and when the rewards differ; then nothing is written.
+    """
+    path = choose_checkpoint(str(folder), key=KEY)
+    if open_adapter(path, key=KEY, base=base) is None:
+        raise UserError(f"{KEY}={path}: the folder holds no adapter, so there is nothing to merge")
+    source_folder = Path(path).expanduser()
+    target = Path(output or source_folder.with_name(f"{source_folder.resolve().name}-merged")).expanduser()
+    if target.exists():
+        raise UserError(f"{target}: exists; name another folder with --output, or delete it")
+    source = load_folder(path, device="cpu", dtype="fp32", base=base)
+    model, tokenizer = source.model, source.tokenizer
+    assert isinstance(model, RewardModel)  # adapters of other architectures are refused
+    state = model.network.state_dict()
+    texts = [tokenizer(text)["input_ids"] for text in _TEXTS]
+    expected = rescore(source_folder, texts, base=base)
+    staging = target.with_name(f".{target.name}.merging")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        meta = {name: value.to("meta") for name, value in state.items()}
+        hashes = write_folder(staging, model, meta, tokenizer, DTYPES[dtype], source.record, read=state.__getitem__)
+        check_rewards(staging, texts, expected, exact=dtype == "fp32")
+        write_manifest(staging, hashes)
+        replace(staging, target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({one_line(error)})") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
