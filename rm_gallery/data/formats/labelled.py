@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rm_gallery.data.formats.cells import Cell, as_record, check_text, read_list, read_number
+from rm_gallery.data.formats.cells import Cell, as_record, read_cell, read_list, read_number
 from rm_gallery.data.formats.config import FormatConfig
 from rm_gallery.data.formats.pairs import MAX_RESPONSES, Draft, prompted, read_response, read_two
 from rm_gallery.data.formats.rankings import compare
@@ -76,9 +76,15 @@ def read_summaries(values: Mapping[str, Any], config: FormatConfig) -> Draft:
     info = as_record(values.get(config.columns.info)) if config.columns.info is not None else None
     if info is None:
         return prompted(values, config, responses, names)
-    parts = [info.get(key) for key in ("title", "post", "article")]
-    text = "\n\n".join(check_text(part) for part in parts if isinstance(part, str) and part.strip())
-    return Draft(text, responses, names, config.columns.info)
+    texts = []
+    for key in ("title", "post", "article"):
+        part = info.get(key)
+        if isinstance(part, str) and part.strip():
+            cell = read_cell(part, key)
+            if not isinstance(cell, str):
+                raise BadRow(f"{key} with messages, not text")
+            texts.append(cell)
+    return Draft("\n\n".join(texts), responses, names, config.columns.info)
 
 
 def compare_summaries(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
