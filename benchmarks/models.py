@@ -61,7 +61,9 @@ padded, if the same check passes on the loaded model.
 - other heads, in training: `architecture 'bart' is not supported: its head is not score or classifier`;
 - rewards that depend on padding: `rewards of mobilebert depend on the padding, and so on the other texts of a batch`.
 
-Not done: the auxiliary loss of mixture-of-experts routers.
+**Limits.** With a rotary embedding of type `longrope` or `dynamic`, a text above its original length changes the rewards of its
+batch, so such texts are refused (`data.max_length`). `estimate` counts a mixture of experts without its experts' matrices.
+Not done: the auxiliary loss of routers.
 
 The table is written by `python -m benchmarks.models` with transformers {version}, from the default configuration of each type.
 "Difference" is the largest one from one text at a time, relative to rewards above 1, over {texts} texts of up to {longest}

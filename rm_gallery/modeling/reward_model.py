@@ -128,3 +128,20 @@ def has_position_table(model: nn.Module, limit: int | None) -> bool:
         and limit <= module.num_embeddings <= limit + 8  # some tables have rows before position 0 (RoBERTa: 2)
         for name, module in model.named_modules()
     )
+
+
+def max_rotary_positions(config: Any) -> int | None:
+    """Longest text whose rotary embedding does not depend on the batch; None if no length changes it.
+
+    With rope_type `dynamic` or `longrope`, a text above this length changes the frequencies of all texts of its batch.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(each for each in rope.values() if isinstance(each, dict))]
+    limits = [
+        part.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or config.max_position_embeddings
+        for part in parts
+        if part.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(limits, default=None)

@@ -142,6 +142,7 @@ def measure(
     import torch
     from torch import nn
     from transformers import AutoModelForSequenceClassification
+    from transformers.pytorch_utils import Conv1D
 
     from rm_gallery.modeling.attention import dispatch
     from rm_gallery.modeling.model_folder import quiet_transformers
@@ -167,7 +168,8 @@ def measure(
     layers = next(
         part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == config.num_hidden_layers
     )
-    matrices = [part.weight.numel() for part in layers.modules() if isinstance(part, nn.Linear)]
+    linear = (nn.Linear, Conv1D)  # GPT-2 has the latter
+    matrices = [part.weight.numel() for part in layers.modules() if isinstance(part, linear)]
     embeddings = [part.weight.numel() for part in model.modules() if isinstance(part, nn.Embedding)]
     relative = config.model_type == "deberta-v2" and config.relative_attention
     span = config.position_buckets if relative and config.position_buckets > 0 else 0
@@ -189,7 +191,7 @@ def measure(
         head_parameters=_count(model.head),
         layer_parameters=max(_count(layer) for layer in layers),
         matrix_parameters=sum(matrices),
-        largest_matrix=max(matrices),
+        largest_matrix=max(matrices, default=0),
         largest_embedding=max(embeddings),
     )
 

@@ -31,7 +31,13 @@ from rm_gallery.modeling.model_folder import (
 )
 from rm_gallery.modeling.packing import OtherHeadError, Way, check_loaded
 from rm_gallery.modeling.parallel.apply import DTYPES
-from rm_gallery.modeling.reward_model import RewardModel, has_position_table, load_reward_model, max_positions
+from rm_gallery.modeling.reward_model import (
+    RewardModel,
+    has_position_table,
+    load_reward_model,
+    max_positions,
+    max_rotary_positions,
+)
 from rm_gallery.modeling.weight_files import WeightFolder, check_not_quantized, read_weight_folder
 
 log = logging.getLogger(__name__)
@@ -73,7 +79,7 @@ class ScoringModel:
     record: InputRecord
     """The input format of training; a guess for folders without such a record."""
     positions: int | None
-    """Maximum tokens of a text if the model has a table of learned positions, else None."""
+    """Maximum tokens of a text by a table of learned positions, or by `max_rotary_positions`; None without a limit."""
     closing_ids: tuple[int, ...] = ()
     """Token ids appended to each text (`reward_token_id` of InternLM2-style models)."""
     template_date: str | None = None
@@ -143,7 +149,9 @@ def load_folder(
         )
     reward_token = getattr(config, "reward_token_id", None)
     closing = (reward_token,) if isinstance(reward_token, int) and reward_token >= 0 else ()
-    return ScoringModel(model, tokenizer, record, limit if has_position_table(model, limit) else None, closing, date)
+    limits = (limit if has_position_table(model, limit) else None, max_rotary_positions(model.network.config))
+    positions = min((each for each in limits if each is not None), default=None)
+    return ScoringModel(model, tokenizer, record, positions, closing, date)
 
 
 def check_folder(

@@ -23,7 +23,12 @@ from rm_gallery.modeling.architectures import ENCODERS
 from rm_gallery.modeling.export import InputRecord
 from rm_gallery.modeling.model_folder import load_model_config
 from rm_gallery.modeling.packing import choose_way
-from rm_gallery.modeling.reward_model import RewardModel, has_position_table, max_positions
+from rm_gallery.modeling.reward_model import (
+    RewardModel,
+    has_position_table,
+    max_positions,
+    max_rotary_positions,
+)
 from rm_gallery.modeling.weight_files import check_not_adapter
 from rm_gallery.training.config import TrainConfig
 
@@ -158,11 +163,16 @@ def check_data(config: TrainConfig, model: RewardModel, train: Loaded, val: Load
             f"data.val_files hold {val.data.style} but data.train_files hold {train.data.style}; "
             "set data.input_style to read both the same way"
         )
-    limit = max_positions(model)
+    limit, rotary = max_positions(model), max_rotary_positions(model.network.config)
     for key, side in (("data.train_files", train), ("data.val_files", val)):
         if side is None:
             continue
         longest = int(side.data.sizes.longest_text.max())
+        if rotary is not None and longest > rotary:
+            raise UserError(
+                f"{key}: the longest text has {longest} tokens, but above {rotary} the rotary embedding of this model "
+                f"depends on the longest text of a batch; set data.max_length={rotary}"
+            )
         if limit is not None and longest > limit:
             what = f"{key}: the longest text has {longest} tokens, but the model has positions for {limit}"
             if model.network.config.model_type in ENCODERS or has_position_table(model, limit):

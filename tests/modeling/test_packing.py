@@ -14,7 +14,7 @@ from rm_gallery.modeling import packing
 from rm_gallery.modeling.forward import pad_texts
 from rm_gallery.modeling.model_folder import check_class, quiet_transformers
 from rm_gallery.modeling.packing import Probe, check_loaded, choose_way
-from rm_gallery.modeling.reward_model import load_reward_model, max_positions
+from rm_gallery.modeling.reward_model import load_reward_model, max_positions, max_rotary_positions
 from rm_gallery.modeling.twin import VOCABULARY, build_twin, shrink
 from tests.modeling.test_exactness import gradients
 from tests.small import DECODERS, make_model, random_groups, whole_texts
@@ -153,3 +153,28 @@ def test_positions_of_types_that_start_after_the_padding_id(tmp_path: Path) -> N
         model.network(input_ids=torch.full((1, longest), 9))
         with pytest.raises(Exception, match=r"out of range|out of bounds|must match"):
             model.network(input_ids=torch.full((1, longest + 1), 9))
+
+
+def test_rotary_embeddings_that_depend_on_the_longest_text_have_a_limit() -> None:
+    long = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    phi = config_of("phi3", max_position_embeddings=131072, original_max_position_embeddings=4096, rope_scaling=long)
+    llama = config_of("llama", max_position_embeddings=300, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    assert [max_rotary_positions(each) for each in (phi, llama, config_of("qwen2"), config_of("bert"))] == [
+        4096, 300, None, None,
+    ]  # fmt: skip
+    assert choose_way(phi, "auto", what="model").packed
+
+
+@pytest.mark.slow
+def test_no_type_of_the_library_is_wrong(tmp_path: Path) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES
+
+    from benchmarks.models import measure
+
+    exact = 0
+    for kind in sorted(CLASSES):
+        with quiet_transformers():
+            row = measure(kind, "", tmp_path / kind)
+        assert not max(row.difference, row.exported) > packing.TOLERANCE, row
+        exact += row.exported <= packing.TOLERANCE
+    assert exact >= 90

@@ -76,7 +76,8 @@ def attend(
     """
     if not len(query):
         return query
-    kernel = _choose(query, packed, spec, rewards_only)
+    same_width = query.shape[-1] == value.shape[-1]
+    kernel = _choose(query, packed, spec, rewards_only, same_width)
     return kernel.run(query, key, value, packed, spec, rewards_only=rewards_only)
 
 
@@ -124,11 +125,15 @@ KERNELS = {
 }
 
 
-def _choose(query: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool) -> Kernel:
+def _choose(
+    query: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool, same_width: bool = True
+) -> Kernel:
     """The first candidate that takes every field of `spec` that is set."""
     needed = {name for name in ("softcap", "sinks") if getattr(spec, name) is not None}
     needed |= {"dropout"} if spec.dropout else set()
     candidates = _candidates(query, packed, spec, rewards_only)
+    if not same_width:  # heads whose values have another width (latent attention): not for the kernels of GPUs
+        candidates = [name for name in candidates if not KERNELS[name].needs_gpu] or ["sdpa"]
     for name in candidates:
         if needed <= KERNELS[name].takes:
             return KERNELS[name]

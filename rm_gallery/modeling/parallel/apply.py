@@ -179,6 +179,11 @@ def enable_checkpointing(model: RewardModel, mode: CheckpointingMode) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    if not getattr(model.network, "supports_gradient_checkpointing", True):
+        raise UserError(
+            f"model.enable_gradient_checkpointing=true: transformers does not support it for "
+            f"{model.network.config.model_type}; set false"
+        )
     if hasattr(model.network, "activation_checkpointing_enable"):
         model.network.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:  # the method's name in older versions of transformers
