@@ -129,13 +129,15 @@ def test_only_adapter_and_head_are_trained_and_saved(qwen2_folder: Path, caplog:
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        (
+        ("qwen2", ("model.lora.dropout=0.3",)),
+        pytest.param(
             "qwen2",
             (
                 "model.lora.dropout=0.3",
                 "model.enable_gradient_checkpointing=true",
                 "model.fsdp_config.model_dtype=bf16",
             ),
+            marks=pytest.mark.slow,
         ),
         pytest.param("bert", ("model.lora.dropout=0.3", "trainer.async_save=true"), marks=pytest.mark.slow),
         pytest.param("llama", ("model.lora.use_dora=true",), marks=pytest.mark.slow),
@@ -268,6 +270,7 @@ def test_a_base_model_that_moved_is_named(adapter: Path, qwen2_folder: Path, cap
         load_folder(qwen2_folder, base=str(qwen2_folder))
 
 
+@pytest.mark.slow
 def test_an_adapter_that_peft_wrote_is_scored_and_merged(qwen2_folder: Path) -> None:
     """No config.json, tokenizer or record, two labels in the base model's configuration, and rank 2 in one layer."""
     from peft import LoraConfig as PeftConfig
@@ -297,6 +300,7 @@ def test_training_from_an_adapter_names_the_way(adapter: Path, capsys: Any) -> N
     assert "(rm-gallery merge), and use the merged folder" in found
 
 
+@pytest.mark.slow
 def test_the_snippets_of_the_page_run(adapter: Path, qwen2_folder: Path) -> None:
     page = (Path(__file__).parents[2] / "docs/lora.md").read_text()
     Path("checkpoints/bt/my-rm").mkdir(parents=True)
