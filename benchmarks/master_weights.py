@@ -21,6 +21,7 @@ from torch import nn
 from rm_gallery.data.batching.packed_batch import PackedBatch, collate
 from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.modeling.attention import dispatch
+from rm_gallery.modeling.packing import choose_way
 from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import OBJECTIVES
@@ -39,7 +40,8 @@ def build(seed: int = 0) -> RewardModel:
         vocab_size=4000, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, num_labels=1, pad_token_id=0,
     )  # fmt: skip
-    return RewardModel(AutoModelForSequenceClassification.from_config(config, attn_implementation=dispatch.NAME))
+    network = AutoModelForSequenceClassification.from_config(config, attn_implementation=dispatch.NAME)
+    return RewardModel(network, choose_way(config, "auto", what="model"))
 
 
 def make_batch(seed: int, pairs: int = 16) -> PackedBatch:

@@ -19,6 +19,7 @@ from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.distributed.process_group import World
 from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.config import FsdpConfig, ModelConfig
+from rm_gallery.modeling.packing import choose_way
 from rm_gallery.modeling.parallel.apply import apply
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import bradley_terry
@@ -99,7 +100,7 @@ def ours(config: Any, packs: list[PackedBatch], device: torch.device, **settings
     network = make_network(config, device, attn_implementation=dispatch.NAME)
     world = World(0, 1, device)
     config_of_model = ModelConfig(fsdp_config=FsdpConfig(model_dtype="bf16"), **settings)
-    model = RewardModel(network)
+    model = RewardModel(network, choose_way(network.config, "auto", what="model"))
     weights = apply(model, config_of_model, world, strategy="none")
     optimizer = build_optimizer(weights.named_parameters(), OptimConfig(lr=1e-6))
     count = sum(len(pack.better) for pack in packs)
@@ -163,7 +164,8 @@ def packed_scoring(
 ) -> Callable[[], torch.Tensor]:
     """Rewards [prompts x 16] of packed groups, in the order of the groups' largest tokens."""
     dispatch.install()
-    model = RewardModel(make_network(config, device, attn_implementation=dispatch.NAME))
+    network = make_network(config, device, attn_implementation=dispatch.NAME)
+    model = RewardModel(network, choose_way(config, "auto", what="model"))
     head = model.head.weight.detach().clone()
     model.to(torch.bfloat16)
     model.head.weight.data = head
