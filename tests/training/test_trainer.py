@@ -218,6 +218,7 @@ def test_every_architecture_trains_in_bfloat16(kind: str, tmp_path: Path) -> Non
 
 
 def test_training_stops_after_so_many_validations_without_a_higher_accuracy(qwen2_folder: Path, caplog: Any) -> None:
+    caplog.set_level("INFO", "rm_gallery")
     accuracies = iter([0.5, 0.7, 0.7, 0.6, 0.9])
     trainer, recorder = build(qwen2_folder, total_steps=9)
     trainer.intervals, trainer.patience = Intervals(log=1, validate=1, save=0), 2
