@@ -75,6 +75,7 @@ def test_callbacks_get_the_steps_validations_and_checkpoints(in_tmp: Path, qwen2
     assert chosen != rejected
 
 
+@pytest.mark.slow
 def test_an_exception_of_a_callback_ends_the_run_and_the_same_call_resumes_it(in_tmp: Path, qwen2_folder: Path) -> None:
     rows = text_pairs(24, seed=0)
 

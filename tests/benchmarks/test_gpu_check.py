@@ -21,6 +21,8 @@ from benchmarks.gpu_check.small_model import TINY, make_folder, worst
 from benchmarks.gpu_check.throughput import Timed, idle_share
 from rm_gallery.planning.devices import GPUS
 
+pytestmark = pytest.mark.slow
+
 SLOW = ("training", "throughput")
 
 

@@ -23,6 +23,8 @@ from tests.data.damage import FAULTS, HARMLESS, MISSING, SAMPLES, Place, Sample,
 from tests.data.formats.rows import read_all
 from tests.data.sources.writing import WRITERS, write
 
+pytestmark = pytest.mark.slow
+
 FILE = "a.jsonl"
 
 KEY = "data.train_files"
@@ -91,7 +93,6 @@ def test_every_place_of_a_format_may_be_faulty(name: str) -> None:
             check_fault_at(name, place, fault)
 
 
-@pytest.mark.slow
 def test_every_fault_at_every_place_costs_its_row_and_nothing_else(any_format: str, any_fault: str) -> None:
     for place in SAMPLES[any_format].kinds:
         check_fault_at(any_format, place, any_fault)
@@ -140,7 +141,6 @@ def test_every_column_of_a_format_may_be_faulty_in_all_rows(name: str) -> None:
             check_fault_in_all_rows(name, column, fault)
 
 
-@pytest.mark.slow
 def test_every_fault_in_all_rows_of_every_column(any_format: str, any_fault: str) -> None:
     for column in SAMPLES[any_format].row:
         check_fault_in_all_rows(any_format, column, any_fault)
@@ -193,7 +193,6 @@ def test_a_fault_in_a_parquet_file_is_counted_or_an_error_about_the_file(place: 
     check_parquet(list(SAMPLES)[place % len(SAMPLES)], _IN_PARQUET[place], tmp_path / "a.parquet")
 
 
-@pytest.mark.slow
 def test_every_fault_in_a_parquet_file(any_format: str, any_fault: str, tmp_path: Path) -> None:
     check_parquet(any_format, any_fault, tmp_path / "a.parquet")
 

@@ -17,6 +17,8 @@ from tests.data.damage import SAMPLES
 from tests.data.formats.rows import read_all
 from tests.data.sources.writing import KEY, WRITERS, save_to_disk, write
 
+pytestmark = pytest.mark.slow
+
 KINDS = [*WRITERS, "arrow folder", "folder", "glob", "memory URL"]
 FLAT = ("csv", "tsv", "csv.gz")  # cells are text: lists and messages as their JSON
 

@@ -35,6 +35,7 @@ def make_and_free(keep: bool, path: Path) -> None:
     path.write_text(str(pages() - before))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's setting")
 def test_tensors_are_made_of_the_memory_of_freed_ones(tmp_path: Path) -> None:
     found = {}
@@ -56,6 +57,7 @@ def test_it_is_a_ratio_of_times() -> None:
     assert 0 < bf16_slowdown() < 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "slowdown", "said"), [("bf16", 8.71, True), ("bf16", 0.3, False), ("fp32", 8.7, False)]
 )

@@ -9,6 +9,8 @@ import pytest
 
 from tests.inspection.data import Show, flipped, pair, plain_rows, words
 
+pytestmark = pytest.mark.slow
+
 
 def long_rows(count: int, *, seed: int, ties: int = 0) -> list[dict[str, Any]]:
     """Pairs whose chosen response is the longer one; the last `ties` of them have equal lengths."""

@@ -9,6 +9,8 @@ import pytest
 
 from tests.inspection.data import Show, files, pair, plain_rows
 
+pytestmark = pytest.mark.slow
+
 
 def by_length(count: int, chosen: int, rejected: int, *, seed: int = 0, **extra: Any) -> list[dict[str, Any]]:
     """Pairs of different texts with the given number of words of five characters."""

@@ -16,6 +16,8 @@ from rm_gallery.inspection.page import Chart
 from tests.inspection.data import Show, files, flipped, pair, plain_rows
 from tests.small import write_pairs
 
+pytestmark = pytest.mark.slow
+
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 
 

@@ -16,6 +16,8 @@ from rm_gallery.planning.devices import GIB, GPUS, KINDS, USABLE
 from rm_gallery.planning.model_shape import load_shape
 from tests.small import text_pairs, write_pairs
 
+pytestmark = pytest.mark.slow
+
 SEVEN = "model=qwen2.5-7b"
 
 
@@ -69,7 +71,6 @@ def test_the_plan_of_the_data_bounds_the_micro_batch(capsys: pytest.CaptureFixtu
     assert _json(capsys, SEVEN, "data=train.parquet", "pairs=640", "data.train_batch_size=16")["data"]["steps"] == 40
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -97,7 +98,6 @@ def test_what_is_advised_fits(arguments: tuple[str, ...], capsys: pytest.Capture
         assert step["memory"]["total"] < found["memory"]["total"]
 
 
-@pytest.mark.slow
 def test_the_largest_micro_batch_fits_and_one_more_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [SEVEN, "n_gpus=8", "gpu=h100"]
     largest = _json(capsys, *arguments)["micro_batch"]["largest_that_fits"]

@@ -16,6 +16,8 @@ from rm_gallery.scoring import RewardScorer
 from tests.scoring.models import make_checkpoint, make_classifier, plain_rewards
 from tests.small import make_tokenizer, text_pairs
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4
 PAIRS = text_pairs(12)
 TEXTS = [row[side] for row in PAIRS for side in ("chosen", "rejected")] + ["x"]

@@ -75,7 +75,9 @@ def scored_tokens(scorer: RewardScorer, messages: list[list[Message]]) -> list[l
     return [[*part.prefix.tolist(), *part.tails[0].tolist()] for parts in encoded for part in parts]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    "template", [TEMPLATES[0], *(pytest.param(each, marks=pytest.mark.slow) for each in TEMPLATES[1:])]
+)
 def test_training_sees_the_tokens_that_scoring_the_messages_gives(
     template: str, folder: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:

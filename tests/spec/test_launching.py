@@ -115,6 +115,7 @@ for line in open(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_advanced_configuration(spec: str, variables: dict[str, str], in_tmp: Path) -> None:
     """Each section's YAML on two processes, and all give the same losses."""
     tabs = {

@@ -107,6 +107,7 @@ def test_script_configuration(spec: str, folder: Path, qwen2_folder: Path) -> No
     }
 
 
+@pytest.mark.slow
 def test_our_script_checks_the_configuration_first(folder: Path) -> None:
     done = run_script(
         RECIPE / "run_bt.sh", folder, MODEL_PATH="./nowhere", TRAIN_FILE="data/train.parquet", VAL_FILE=""
@@ -131,7 +132,9 @@ def test_metrics_have_the_names_of_the_specification(spec: str, folder: Path, qw
     assert list((folder / "checkpoints/bt/qwen-bt-run1/wandb").rglob("*.wandb")), "wandb ran, offline"
 
 
-@pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize(
+    "name", ["cosine", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wsd", "constant"))]
+)
 def test_learning_rate_schedulers(spec: str, name: str, folder: Path, qwen2_folder: Path) -> None:
     [text] = tab_blocks(spec, "Learning Rate Schedulers", "yaml")
     (folder / "schedule.yaml").write_text(text.replace("cosine", name))

@@ -131,6 +131,7 @@ def test_values_are_read_as_people_write_them(override: str, key: str, value: An
     assert getattr(getattr(load(override), section), name) == value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [

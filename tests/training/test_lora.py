@@ -56,6 +56,7 @@ def scores(folder: Path | str, **options: Any) -> list[float]:
     return [reward for (reward,) in scorer.score([PreferenceGroup("", [text]) for text in TEXTS])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     [

@@ -26,6 +26,8 @@ from tests import forks
 from tests.small import random_groups
 from tests.training.process_checks import STRATEGIES, build, gradients
 
+pytestmark = pytest.mark.slow
+
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -130,7 +132,6 @@ def test_who_does_not_come_in_time_is_named(found: list[dict[str, Any]]) -> None
     assert found[1]["who_does_not_come_is_named"] == ""
 
 
-@pytest.mark.slow
 def test_the_loss_of_a_process_on_another_machine_ends_the_run_and_is_named(tmp_path: Path) -> None:
     """Two launchers that know nothing of each other: only the processes themselves can tell."""
     script = tmp_path / "lost.py"

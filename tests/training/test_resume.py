@@ -23,7 +23,7 @@ def data(in_tmp: Path) -> None:
     write_data()
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("stop_after", [1, 4, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 3, 5))])
 def test_stopped_after_any_step_and_started_again(
     stop_after: int, qwen2_folder: Path, trained: Callable[..., Path], monkeypatch: Any, capsys: Any
 ) -> None:
@@ -65,6 +65,7 @@ def test_random_states_and_all_kinds_of_models(
     assert_same_run(Path("runs/parts"), whole)
 
 
+@pytest.mark.slow
 def test_a_log_line_over_steps_of_both_starts(qwen2_folder: Path, monkeypatch: Any) -> None:
     whole = train(qwen2_folder, "whole", "trainer.log_freq=4")
     when_logged(monkeypatch, 4, lose)
@@ -75,6 +76,7 @@ def test_a_log_line_over_steps_of_both_starts(qwen2_folder: Path, monkeypatch: A
     assert_same_run(Path("runs/parts"), whole)
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_middle_of_a_step_leaves_the_step_for_later(
     qwen2_folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
@@ -127,6 +129,7 @@ def test_launcher_and_scheduler_may_both_send_sigterm(qwen2_folder: Path, monkey
     assert (train(qwen2_folder, "run", status=143) / "global_step_2").is_dir()
 
 
+@pytest.mark.slow
 def test_bad_steps_are_counted_over_starts(qwen2_folder: Path, monkeypatch: Any) -> None:
     def objective(rewards: torch.Tensor, batch: PackedBatch) -> Any:
         loss, sums = bradley_terry(rewards, batch)

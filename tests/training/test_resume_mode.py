@@ -11,6 +11,8 @@ import pytest
 
 from tests.training.short_runs import Lost, assert_same_run, lose, rows, train, when_logged, write_data
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def first(in_tmp: Path, trained: Callable[..., Path]) -> Path:

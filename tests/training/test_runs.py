@@ -17,6 +17,8 @@ from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring import RewardScorer
 from tests.small import chat_pairs, make_model, make_tokenizer, text_pairs, write_pairs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def data(in_tmp: Path) -> Path:
@@ -49,7 +51,6 @@ def metrics(run: Path, name: str) -> list[float]:
     return [row[name] for row in rows if name in row]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2", pytest.param("bert", marks=pytest.mark.slow)])
 def test_any_token_budget_gives_the_same_loss_curve(kind: str, data: Path, tmp_path: Path) -> None:
     model = make_model(kind, tmp_path / kind)

@@ -22,6 +22,8 @@ from rm_gallery.objectives import bradley_terry
 from rm_gallery.training.validation import validate
 from tests.small import make_model, same_prompt_groups, text_pairs, write_pairs
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("qwen2", "gemma3_text", "bert")
 
 
@@ -119,7 +121,6 @@ def test_the_loss_curve_is_the_same_with_the_switch_on_and_off(kind: str, in_tmp
         assert [row[name] for row in on if name in row] == pytest.approx(curve, abs=1e-5), name
 
 
-@pytest.mark.slow
 def test_sixteen_ranked_responses_are_trained_on_in_pieces(
     in_tmp: Path, qwen2_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

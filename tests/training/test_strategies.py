@@ -11,6 +11,7 @@ from benchmarks.strategies import CASES, run_table
 ALL = tuple(case.name for case in CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("ddp", "fsdp2"), pytest.param(ALL, marks=pytest.mark.slow)], ids=["two", "all"])
 def test_a_strategy_gives_the_run_of_one_process(names: tuple[str, ...], tmp_path: Path) -> None:
     """30 float32 steps at 1e-4; expected is about 1e-6. One test, so that one worker of pytest makes the table."""

@@ -18,6 +18,8 @@ from rm_gallery.errors import UserError
 from rm_gallery.training.trackers import Trackers
 from tests.training.tracker_runs import LOG_CALLS, PLAIN_CONFIG, FakeTerminal, log_all, make_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +172,6 @@ def test_wandb_run_keeps_its_id_on_resume_and_only_then(
     assert ids[0] == ids[1] != ids[2]
 
 
-@pytest.mark.slow
 def test_swanlab_offline_file_holds_scalars_and_config(
     swanlab_package: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -204,6 +204,7 @@ def test_dropout_is_off_unless_asked_for(tmp_path: Path) -> None:
         assert not torch.equal(noisy(batch), noisy(batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DECODERS + ENCODERS)
 def test_every_architecture_trains_in_bfloat16(kind: str, tmp_path: Path) -> None:
     folder = make_model(kind, tmp_path, initializer_range=0.02)

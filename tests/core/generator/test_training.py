@@ -49,6 +49,7 @@ def train(model: Path, files: Path, run: str, *overrides: str) -> Path:
     return checkpoint
 
 
+@pytest.mark.slow
 def test_from_judged_answers_to_a_reward_model(in_tmp: Path, qwen2_folder: Path) -> None:
     runner = GradingRunner({"words": GoodWords()}, show_progress=False, output_path="results.jsonl")
     results = runner.run(samples(20))
@@ -80,6 +81,7 @@ def test_the_command_exports_the_same_from_the_files_of_the_run(in_tmp: Path) ->
         assert read_back(Path(f"again/{side}.parquet")) == read_back(Path(f"data/{side}.parquet"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "mixed", "tools"])
 def test_the_trainer_reads_every_kind_of_rows(kind: str, in_tmp: Path, qwen2_folder: Path) -> None:
     cases: list[dict[str, Any]] = []

@@ -18,6 +18,8 @@ from rm_gallery.core.generator import export_data, write
 from rm_gallery.errors import UserError
 from tests.core.generator.exported import export, graded, read_back
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 CASE = {"prompt": "Q", "response_a": "g", "response_b": "b", "score_a": 2, "score_b": 1}
 TEXTS = [

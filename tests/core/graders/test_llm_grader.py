@@ -22,6 +22,8 @@ from rm_gallery.core.models import OpenAIChatModel
 from rm_gallery.errors import UserError
 from tests.core.stand_in import StandIn
 
+pytestmark = pytest.mark.slow
+
 JUDGES = [CorrectnessGrader, HallucinationGrader, HarmfulnessGrader, InstructionFollowingGrader, RelevanceGrader]
 SAMPLE = {"query": "What is 2 + 2?", "response": "It is 4.", "reference_response": "4"}
 

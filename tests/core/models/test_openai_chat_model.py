@@ -19,6 +19,8 @@ from rm_gallery.core.models.base_chat_model import ChatMessage
 from rm_gallery.errors import UserError
 from tests.core.stand_in import StandIn
 
+pytestmark = pytest.mark.slow
+
 
 class Judgement(BaseModel):
     reason: str

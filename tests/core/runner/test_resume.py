@@ -18,6 +18,8 @@ import pytest
 from tests.core.runner import killed_run
 from tests.structure.tree import ROOT
 
+pytestmark = pytest.mark.slow
+
 NUM_SAMPLES, MAX_CONCURRENCY = 400, 8
 
 

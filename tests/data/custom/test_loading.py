@@ -205,6 +205,7 @@ def test_the_fingerprint_depends_neither_on_the_folder_nor_on_what_is_loaded(in_
     assert {*here, ran.stdout.strip()} == {here[0]}, ran.stderr
 
 
+@pytest.mark.slow
 def test_a_worker_process_reads_as_this_one_does(in_tmp: Path) -> None:
     write("def ask(row):\n    return row['query']", "sub/asking.py")
     write("from asking import ask\n" + BASED.replace('example["query"]', "ask(example)"), "sub/mine.py")

@@ -18,6 +18,8 @@ from tests.data.sources.stand_in import TOKEN, Repository, StandIn, serving
 from tests.data.sources.test_splits import HELPSTEER3_README, ONLY_TRAIN
 from tests.data.sources.writing import KEY, PAIRS, lines, resolve, values_of, write
 
+pytestmark = pytest.mark.slow
+
 SHARDS = [f"data/train-0000{place}-of-00002-0123456789abcdef.parquet" for place in range(2)]
 
 

@@ -25,6 +25,8 @@ from tests import forks
 from tests.data.groups import texts_of
 from tests.small import CHATML, chat_pairs, make_tokenizer, text_pairs, write_pairs
 
+pytestmark = pytest.mark.slow
+
 KEY = "data.train_files"
 
 

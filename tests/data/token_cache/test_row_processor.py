@@ -36,6 +36,7 @@ def test_truncation_leaves_the_special_tokens_around_a_text(truncation: str, kep
     assert texts_of(encoder, data) == [kept.split()]
 
 
+@pytest.mark.slow
 def test_truncation_never_passes_the_length() -> None:
     for encoder in (False, True):
         tokenizer, draw = make_tokenizer(encoder=encoder), random.Random(0)

@@ -103,6 +103,7 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_store_with_one_flipped_bit_is_damaged(tmp_path: Path, name: str) -> None:
     write(tmp_path / "s", 10)

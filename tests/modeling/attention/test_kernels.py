@@ -141,6 +141,7 @@ def test_flex_equals_the_reference(shape: str, heads: tuple[int, int, int], wind
     assert difference < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 6, 200])
 @pytest.mark.parametrize("shape", [*SHAPES.values(), *LONG_SHAPES.values()][:6])
 def test_block_map_has_every_block_with_a_visible_pair(shape: list[tuple[int, list[int]]], window: int | None) -> None:

@@ -30,7 +30,9 @@ def train_once(folder: Path, mode: CheckpointingMode | None, kernel: str) -> tup
     return gradients, counter.get_total_flops()
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text", "bert"])
+@pytest.mark.parametrize(
+    "kind", ["qwen2", *(pytest.param(each, marks=pytest.mark.slow) for each in ("gemma3_text", "bert"))]
+)
 @pytest.mark.parametrize("kernel", ["sdpa", "plain"])
 def test_selective_keeps_matrix_products_and_changes_no_gradient(kind: str, kernel: str, tmp_path: Path) -> None:
     folder = make_model(kind, tmp_path)

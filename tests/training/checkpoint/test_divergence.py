@@ -21,6 +21,8 @@ from rm_gallery.training.trainer import Trainer
 from tests.small import text_pairs, write_pairs
 from tests.training.short_runs import train, write_data
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def data(in_tmp: Path) -> None:

@@ -142,6 +142,7 @@ def test_the_first_of_equal_accuracies_is_the_best_and_nan_never() -> None:
     assert (progress.best_step, progress.best_accuracy) == (5, 0.6)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_two_and_its_best_over_starts(in_tmp: Path, qwen2_folder: Path, monkeypatch: Any) -> None:
     """Accuracies by step; lost after the validation of step 4, and so after the checkpoint of step 3."""
     write_data()

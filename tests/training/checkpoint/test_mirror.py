@@ -15,6 +15,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from rm_gallery.training.checkpoint.folders import damage
 from tests.training.short_runs import train, write_data
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def data(in_tmp: Path) -> Iterator[None]:
@@ -44,7 +46,6 @@ def test_every_checkpoint_is_copied(protocol: str, qwen2_folder: Path) -> None:
     assert copied == files(run / "global_step_6")
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_from_a_copy_when_its_folder_is_gone(
     qwen2_folder: Path, trained: Callable[..., Path], caplog: Any
 ) -> None:
@@ -62,7 +63,6 @@ def test_a_run_goes_on_from_a_copy_when_its_folder_is_gone(
     assert damage(constant / "global_step_6") is None
 
 
-@pytest.mark.slow
 def test_a_url_names_the_checkpoint_to_begin_with(qwen2_folder: Path) -> None:
     whole = train(qwen2_folder, "whole", "trainer.save_freq=3", "trainer.default_hdfs_dir=memory://copies")
     run = train(qwen2_folder, "run", "trainer.resume_mode=memory://copies/whole/global_step_3")

@@ -20,6 +20,8 @@ from rm_gallery.training.checkpoint.folders import damage
 from rm_gallery.training.checkpoint.save import WeightsFolder
 from tests.training.short_runs import Lost, assert_same_run, train, when_logged, write_data
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def whole(in_tmp: Path, trained: Callable[..., Path]) -> Path:
@@ -38,7 +40,6 @@ def small_files(size: int) -> Iterator[Callable[[], None]]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "background"),
     [
@@ -73,7 +74,6 @@ def test_a_full_disk_ends_the_run_in_words_and_the_one_before_is_used(
     assert_same_run(parts, whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("place", ["dcp.save", "sha256_files", "publish"])
 def test_lost_in_the_middle_of_a_save(
     place: str, whole: Path, qwen2_folder: Path, monkeypatch: Any, caplog: Any
@@ -132,7 +132,6 @@ def test_when_no_checkpoint_is_whole_the_run_begins_again(
     assert len(list(parts.glob("metrics-*.jsonl"))) == 1, "metrics of the first start keep another name"
 
 
-@pytest.mark.slow
 def test_saves_in_the_background_give_the_same_files(whole: Path, qwen2_folder: Path) -> None:
     runs = [
         train(qwen2_folder, f"background-{value}", f"trainer.async_save={value}", "trainer.save_freq=1")
