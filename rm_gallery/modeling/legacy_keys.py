@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,40 @@ def add_config_keys(config: dict[str, Any]) -> None:
     """Add the keys of transformers 4.x and of sentence-transformers to the values of config.json, in place.
 
     `rope_theta` and `rope_scaling`; for models with a base per layer type also `rope_local_base_freq` (Gemma 3) or
-    `global_rope_theta` and `local_rope_theta` (ModernBERT). sentence-transformers applies a sigmoid by default.
+    `global_rope_theta` and `local_rope_theta` (ModernBERT). They are omitted for a type for which transformers 5 would
+    read other rotary settings with them. sentence-transformers applies a sigmoid by default.
     """
     config["sentence_transformers"] = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    keys = _rope_keys(config)
+    if keys and _rope_as_read({**config, **keys}) == _rope_as_read(config):
+        config.update(keys)
+
+
+def _rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping):
-        return
+        return {}
     full, local = rope.get("full_attention", rope), rope.get("sliding_attention")
     if not isinstance(full, Mapping) or "rope_theta" not in full:
-        return
+        return {}
     if config.get("model_type") == "modernbert":
-        config["global_rope_theta"] = full["rope_theta"]
-        config["local_rope_theta"] = (local or full)["rope_theta"]
-        return
-    config["rope_theta"] = full["rope_theta"]
-    scaling = {key: value for key, value in full.items() if key != "rope_theta"}
-    if scaling.get("rope_type", "default") != "default":
-        config["rope_scaling"] = scaling
+        return {"global_rope_theta": full["rope_theta"], "local_rope_theta": (local or full)["rope_theta"]}
+    keys: dict[str, Any] = {"rope_theta": full["rope_theta"]}
+    if full.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = {key: value for key, value in full.items() if key != "rope_theta"}
     if isinstance(local, Mapping):
-        config["rope_local_base_freq"] = local["rope_theta"]
+        keys["rope_local_base_freq"] = local["rope_theta"]
+    return keys
+
+
+def _rope_as_read(config: Mapping[str, Any]) -> Any:
+    """`rope_parameters` as transformers 5 reads them: some types take old keys in place of the new ones."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:  # code of the folder
+        return config
+    return CONFIG_MAPPING[kind].from_dict(deepcopy(dict(config))).rope_parameters
 
 
 def rename_tokenizer_keys(config: dict[str, Any]) -> None:

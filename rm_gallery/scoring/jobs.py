@@ -22,7 +22,7 @@ from rm_gallery.data.sources import DataFile
 from rm_gallery.data.sources.records import without_query
 from rm_gallery.data.sources.remote import is_url
 from rm_gallery.errors import UserError
-from rm_gallery.scoring.model_folder import ModelFolder
+from rm_gallery.scoring.model_folder import ModelFolder, file_of
 from rm_gallery.scoring.parts import Parts, cannot_write
 from rm_gallery.scoring.tables import JSON_LINES, PARQUET, InputTable, ScoreDataConfig
 
@@ -76,9 +76,9 @@ def find_settings(options: ScoreOptions) -> ComputeSettings:
 
 
 def _write_date(models: Sequence[str]) -> bool:
-    """Whether the chat template of a folder may write today's date; that of an exported checkpoint has it frozen."""
-    paths = [Path(model).expanduser() / name for model in models for name in _TEMPLATE_FILES]
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()]
+    """Whether the chat template of a model may write today's date; that of an exported checkpoint has it frozen."""
+    paths = [file_of(model, name) for model in models for name in _TEMPLATE_FILES]
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths if path is not None]
     return any("strftime_now" in text and "macro strftime_now(" not in text for text in texts)
 
 

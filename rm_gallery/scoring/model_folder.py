@@ -91,7 +91,8 @@ class ModelFolder:
             return [*([name, digest] for name, digest in self._hash(folder).items()), self._base.fingerprint]
         if folder.is_dir():
             return [[name, digest] for name, digest in self._hash(folder).items()]
-        return [self.model, _hub_commit(self.model)]
+        config = file_of(self.model, "config.json")
+        return [self.model, "" if config is None else config.parent.name]  # the commit
 
     def check_unchanged(self) -> None:
         """Raise UserError if the content of a file is another than when `fingerprint` was computed."""
@@ -118,13 +119,16 @@ class ModelFolder:
         return [stats_of(folder), changes]
 
 
-def _hub_commit(model: str) -> str:
-    """The commit of a hub model in the local cache, which is downloaded if necessary; '' if there is none."""
+def file_of(model: str, name: str) -> Path | None:
+    """A file of a model folder, or of a hub model in the local cache, downloaded if necessary; None if it has none."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
     from transformers.utils import cached_file
 
     go_offline_if_unreachable()
     try:
-        found = cached_file(model, "config.json")
-    except Exception:  # reported when the model is loaded
-        return ""
-    return "" if found is None else Path(found).parent.name
+        found = cached_file(model, name)
+    except Exception:  # what is needed is reported when the model is loaded
+        return None
+    return None if found is None else Path(found)

@@ -60,12 +60,17 @@ def exported(kind: str, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("values", "added"),
     [
-        (ROPE["qwen2"], {"rope_theta": 777.0}),
-        (ROPE["llama"], {"rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}),
-        (ROPE["gemma3_text"], {"rope_theta": 2e5, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-                               "rope_local_base_freq": 333.0}),
+        ({"model_type": "qwen2", **ROPE["qwen2"]}, {"rope_theta": 777.0}),
+        ({"model_type": "llama", **ROPE["llama"]},
+         {"rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}),
+        ({"model_type": "gemma3_text", **ROPE["gemma3_text"]},
+         {"rope_theta": 2e5, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+          "rope_local_base_freq": 333.0}),
         ({"model_type": "modernbert", **ROPE["modernbert"]}, {"global_rope_theta": 9e4, "local_rope_theta": 555.0}),
         ({"model_type": "bert"}, {}),
+        # Read with old keys, these would have another base or other windowed layers.
+        ({"model_type": "gpt_neox", "rope_parameters": {"rope_type": "linear", "rope_theta": 5e4, "factor": 4.0}}, {}),
+        ({"model_type": "modernbert-decoder", "rope_parameters": ROPE["gemma3_text"]["rope_parameters"]}, {}),
     ],
 )  # fmt: skip
 def test_the_keys_of_version_4_stand_beside_those_of_version_5(values: Any, added: Any) -> None:

@@ -267,17 +267,19 @@ def test_an_output_that_was_changed_is_not_called_finished(options: ScoreOptions
 
 
 def test_an_output_without_any_reward_ends_with_status_2_after_the_others(
-    options: ScoreOptions, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    options: ScoreOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("bad.jsonl").write_text('{"response": null}\n{"response": null}\nno JSON\n')
     Path("good.jsonl").write_text('{"response": "a"}\n{"response": null}\n')
     command = ["score", "--model", "model", "bad.jsonl", "good.jsonl", "--output", "out", "--device", "cpu"]
+    logged = ""
     for _ in range(2):
         assert main(command) == 2
         printed = capsys.readouterr()
+        logged += printed.err
         assert "out/bad.jsonl: no row has a reward: 2 null response (first: bad.jsonl:0), 1 for 1 other" in printed.err
         assert "out/good.jsonl: 2 rows" in printed.out
-    assert "good.jsonl: 1 of 2 rows have no reward: 1 null response (first: good.jsonl:1)" in caplog.text
+    assert "good.jsonl: 1 of 2 rows have no reward: 1 null response (first: good.jsonl:1)" in logged
     assert json.loads(Path("out/good.jsonl").read_text().splitlines()[0])["reward"] is not None
 
 

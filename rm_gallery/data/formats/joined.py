@@ -45,7 +45,7 @@ def join_rows(rows: Iterable[Row], config: FormatConfig) -> Iterator[Row]:
     """
     names = [name for name in (config.columns.response, config.columns.helpfulness) if name is not None]
     for _, run in groupby(rows, key=lambda row: _prompt_of(row, config)):
-        while some := list(islice(run, MAX_RESPONSES + 1)):  # bounds memory; a group of so many is dropped
+        while some := list(islice(run, MAX_RESPONSES + 1)):  # bounds memory; a group above the limit is dropped
             lists = {name: [row.values.get(name) for row in some] for name in names}
             yield some[0] if some[0].fault else replace(some[0], values=some[0].values | lists)
 
