@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 # Set before any library reads them: no test may ask a hub, and for models this small a second thread only waits.
@@ -19,8 +20,15 @@ from typing import Any
 
 import pytest
 
+from rm_gallery.log import setup_logging
+
 # A shell's background jobs ignore Ctrl-C, and so would the tests of it: they would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# As after the first command of a test, so that caplog sees messages whichever test comes first.
+setup_logging()
+logging.getLogger("rm_gallery").propagate = True
+logging.getLogger("rm_gallery").setLevel(logging.NOTSET)
 gc.disable()  # until all tests are collected: it took half of the time to load libraries and tests
 
 NUM_DESELECTED = pytest.StashKey[int]()

@@ -107,6 +107,7 @@ def test_ctrl_c_ends_with_130_and_a_sentence(
     assert capsys.readouterr().err == "rm-gallery: stopped by Ctrl-C; rerun the command to resume\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [

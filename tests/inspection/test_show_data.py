@@ -92,6 +92,7 @@ def test_micro_batches_are_those_of_the_plan_of_training(show: Show, qwen2_folde
     assert cost["shared"] < cost["packed"], "several pairs of a prompt are computed together"
 
 
+@pytest.mark.slow
 def test_neither_torch_nor_transformers_is_loaded_without_a_model(show: Show) -> None:
     """In a process of its own, since this one has loaded both."""
     program = (

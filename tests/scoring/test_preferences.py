@@ -64,6 +64,7 @@ def test_figures_are_those_of_validation(name: str, in_tmp: Path, chat_folder: P
     assert found.margin / found.comparisons == pytest.approx(expected["val/margin"], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLES)
 def test_every_layout_of_training_gives_comparisons(name: str, in_tmp: Path, chat_folder: Path) -> None:
     (in_tmp / "a.jsonl").write_text(json.dumps(SAMPLES[name].row) + "\n")

@@ -334,6 +334,7 @@ def test_ctrl_c_says_that_it_goes_on(
     assert capsys.readouterr().err == "rm-gallery: stopped by Ctrl-C; rerun the command to resume\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_kind_of_file_gives_the_same_rewards_and_keeps_its_columns(
     name: str, in_tmp: Path, text_folder: Path, text_scorer: RewardScorer
@@ -353,6 +354,7 @@ def test_every_kind_of_file_gives_the_same_rewards_and_keeps_its_columns(
         assert [row[column] for row in found] == pytest.approx([pair[side] for pair in expected], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLES)
 def test_every_layout_of_training_is_scored(name: str, chat_scorer: RewardScorer, in_tmp: Path) -> None:
     write_lines(in_tmp / "a.jsonl", [SAMPLES[name].row])

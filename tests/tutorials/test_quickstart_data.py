@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from tutorials.cookbooks.training_reward_model.quickstart.make_data import write_data
 from tutorials.cookbooks.training_reward_model.quickstart.make_model import IM_END, PAD, write_model
 
+pytestmark = pytest.mark.slow
+
 Row = dict[str, Any]
 CHAT = [
     {"role": "system", "content": "Talk like a pirate."},
@@ -86,7 +88,6 @@ def test_texts_are_clean(train: list[Row], val: list[Row]) -> None:
         assert row["chosen"] != row["rejected"]
 
 
-@pytest.mark.slow
 def test_the_seed_decides_every_row(paths: dict[str, Path], tmp_path: Path) -> None:
     again, other = write_data(tmp_path / "again", seed=0), write_data(tmp_path / "other", seed=1)
     for part, path in paths.items():
@@ -148,7 +149,6 @@ def test_any_text_survives_the_tokenizer(model_folder: Path) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-@pytest.mark.slow
 def test_the_seed_decides_the_weights(paths: dict[str, Path], model_folder: Path, tmp_path: Path) -> None:
     again = write_model(tmp_path / "again", paths["train"], seed=0)
     other = write_model(tmp_path / "other", ["A few words."], seed=1)

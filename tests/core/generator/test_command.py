@@ -166,6 +166,7 @@ def test_help_says_what_goes_in_and_what_comes_out(capsys: pytest.CaptureFixture
     assert max(map(len, text.splitlines())) <= 120
 
 
+@pytest.mark.slow
 def test_neither_torch_nor_pandas_is_asked_for(cases: Any, in_tmp: Path) -> None:
     program = (
         "import sys\nimport rm_gallery.core.generator\n"

@@ -155,6 +155,7 @@ def test_files_of_the_same_size_that_change_places_are_noticed(tmp_path: Path) -
         open_store(tmp_path / "s")
 
 
+@pytest.mark.slow
 def test_every_block_of_a_large_file_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BLOCK_BYTES", 100)
     for chunk_size in (1, 4, 100):
