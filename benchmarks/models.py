@@ -37,8 +37,8 @@ _NO_DEFAULTS: dict[str, dict[str, Any]] = {"deepseek_v2": {"num_experts_per_tok"
 """Settings without which the type's default configuration does not run."""
 _HEAD = """# Model types
 
-A model of any type of transformers that has a sequence classification class can be trained if its rewards are exact: those
-of one text at a time through plain transformers, within 1e-4 in float32. `model.packing=auto` takes the first way that is:
+A model of any type of transformers that has a sequence classification class, or is a decoder with a causal language model, can be
+trained if its rewards are exact: those of one text at a time through plain transformers, within 1e-4 in float32. `model.packing=auto` takes the first way that is:
 
 1. packed with own layers: {own} types, tested on their own;
 2. packed with transformers' layers: no padding, shared prompts computed once;
@@ -52,10 +52,13 @@ itself is checked on short texts and runs padded. A type that is exact in no way
 Scoring uses the same choice. It also runs other heads (BART, T5, XLM) and wrappers of several models as transformers does,
 padded, if the same check passes on the loaded model.
 
+**Own class.** Where transformers has a causal language model only (Granite, Cohere, OLMoE, ...), its generic classification class is
+combined with the type's base class. The checkpoint holds that class as a file: see [consumers.md](consumers.md).
+
 **Refused**, with these messages:
 
-- types without a sequence classification class (Granite, Cohere 2, GLM-4 MoE, Gemma 4 text, ...): `architecture 'granite' is
-  not supported: transformers {version} has no sequence classification class for it`;
+- types that are no language models of text: `architecture 'vit' is not supported: transformers {version} has neither a sequence
+  classification class nor a causal language model of text for it`;
 - wrappers of text and other models (Gemma 3, Qwen3.5, ...): `architecture 'gemma3' is not supported: it wraps several models
   (text_config, vision_config in config.json); save its text model as a folder of its own`;
 - other heads, in training: `architecture 'bart' is not supported: its head is not score or classifier`;

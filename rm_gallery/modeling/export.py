@@ -31,6 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rm_gallery.errors import UserError
 from rm_gallery.files import sha256, sha256_files
 from rm_gallery.modeling.adapters import Adapter, open_adapter, stored_name
+from rm_gallery.modeling.generic_class import CODE_FILE, auto_map, code_of, is_generic
 from rm_gallery.modeling.legacy_keys import add_config_keys, rename_tokenizer_keys
 from rm_gallery.modeling.model_folder import quiet_transformers
 from rm_gallery.modeling.reward_model import RewardModel
@@ -136,6 +137,8 @@ def write_folder(
         if getattr(network, "_auto_class", None) is not None:  # custom code of the folder (trust_remote_code)
             custom_object_save(network, folder, config=network.config)
         network.config.save_pretrained(folder)
+    if is_generic(network):
+        (folder / CODE_FILE).write_text(code_of(network), encoding="utf-8")
     _finish_config(folder / "config.json", model, dtype, record)
     _save_tokenizer(folder, tokenizer, record)
     _apply_umask(folder)
@@ -154,6 +157,10 @@ def _finish_config(path: Path, model: RewardModel, dtype: torch.dtype, record: I
         problem_type="regression",
         pad_token_id=model.network.config.pad_token_id,
     )
+    if is_generic(model.network):
+        config["auto_map"] = auto_map(model.network)
+    elif not model.network.is_custom_code():
+        config.pop("auto_map", None)  # code of the folder that training did not run
     config[RECORD_KEY] = asdict(record)
     add_config_keys(config)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -22,6 +22,7 @@ from rm_gallery.data.sources.hub import check_model_name, model_not_found
 from rm_gallery.errors import UserError, one_line
 from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.config import PackingSetting
+from rm_gallery.modeling.generic_class import forget_code, register
 from rm_gallery.modeling.heads import HEADS, RewardHead, find_head, is_reward_model, num_outputs, sort_unread
 from rm_gallery.modeling.packing import OtherHeadError, Way, check_loaded, choose_way
 from rm_gallery.modeling.weight_files import (
@@ -313,8 +314,11 @@ def check_model_config(
 
 
 def check_class(config: Any, *, what: str) -> None:
-    """Raise UserError for a type without a sequence classification class, and for a wrapper of several models."""
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, __version__
+    """Raise UserError for a type without a sequence classification class, and for a wrapper of several models.
+
+    A decoder's class is made and registered where transformers has none.
+    """
+    from transformers import __version__
 
     parts = [name for name in ("text_config", "vision_config", "audio_config") if getattr(config, name, None)]
     if parts:
@@ -322,10 +326,11 @@ def check_class(config: Any, *, what: str) -> None:
             f"{what}: architecture {config.model_type!r} is not supported: it wraps several models "
             f"({', '.join(parts)} in config.json); save its text model as a folder of its own"
         )
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    if not register(config):
         raise UserError(
-            f"{what}: architecture {config.model_type!r} is not supported: transformers {__version__} has no sequence "
-            "classification class for it; docs/models.md lists the types that run"
+            f"{what}: architecture {config.model_type!r} is not supported: transformers {__version__} has neither a "
+            "sequence classification class nor a causal language model of text for it; docs/models.md lists the types "
+            "that run"
         )
 
 
@@ -362,6 +367,7 @@ def read_model_config(path: str, *, key: str, trust_remote_code: bool = False) -
             f"{key}={path}: no model found ({one_line(error)}); name a folder with config.json and weights"
         ) from error
     _check_config(config, f"{key}={path}")
+    forget_code(config)
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         what = "GGUF files, which are quantized" if any(folder.glob("*.gguf")) else "no weights"
         raise UserError(f"{key}={path}: the folder has {what}; copy the model's *.safetensors files there")

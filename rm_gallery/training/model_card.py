@@ -62,6 +62,9 @@ scorer.score_messages([[{"role": "user", "content": "Why is the sky blue?"},
 ```
 
 With transformers{% if lora %} and peft{% endif %} alone:
+{%- if code_file %} it has no sequence classification class for this type, so
+`trust_remote_code=True` allows it to run the one in `{{ code_file }}`.
+{%- endif %}
 
 ```python
 import torch
@@ -77,7 +80,7 @@ model = PeftModel.from_pretrained(base, "PATH_OR_NAME").eval()
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH_OR_NAME")
-model = AutoModelForSequenceClassification.from_pretrained("PATH_OR_NAME").eval()
+model = AutoModelForSequenceClassification.from_pretrained("PATH_OR_NAME"{{ trust }}).eval()
 {%- endif %}
 {% if chat -%}
 messages = [{"role": "user", "content": "Why is the sky blue?"},
@@ -107,10 +110,12 @@ def model_card(
     separator: str = "",
     adds_special_tokens: bool = False,
     versions: Mapping[str, str] | None = None,
+    code_file: str = "",
 ) -> str:
     """The text of README.md.
 
     comparisons: number of training pairs. metrics: by name, those of the last validation.
+    code_file: Python file of the checkpoint that transformers needs, if any.
     adds_special_tokens: whether a rendered chat still needs those of the tokenizer, as for encoders.
     """
     value = partial(_value, config.to_save())
@@ -159,6 +164,8 @@ def model_card(
         step=step,
         chat=input_style == "chat",
         lora=lora.rank > 0,
+        code_file=code_file,
+        trust=", trust_remote_code=True" if code_file else "",
         special=adds_special_tokens,
         separator=json.dumps(separator)[1:-1],
     )

@@ -17,6 +17,7 @@ from rm_gallery.errors import UserError
 from rm_gallery.modeling.adapters import Adapter, add_lora, count_trained
 from rm_gallery.modeling.config import LoraConfig
 from rm_gallery.modeling.export import missing_embedding_rows, set_pad_token
+from rm_gallery.modeling.generic_class import CODE_FILE, is_generic
 from rm_gallery.modeling.meta_init import MetaInitError, WeightFiles, init_on_meta
 from rm_gallery.modeling.parallel.apply import resolve_strategy
 from rm_gallery.modeling.parallel.strategy import Strategy
@@ -71,6 +72,12 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
     if config.model.trust_remote_code:
         log.warning("model.trust_remote_code=true: Python code of the model folder may run")
     log.info("model.packing=%s: %s", config.model.packing, loaded.model.way)
+    if is_generic(loaded.model.network):
+        log.warning(
+            "%s: transformers has no sequence classification class for this type, so checkpoints have %s, and plain "
+            "transformers loads them with trust_remote_code=True",
+            loaded.model.network.config.model_type, CODE_FILE,
+        )  # fmt: skip
     _log_head(config, loaded)
     return StartModel(loaded.model, strategy, files, count, trained, adapter)
 

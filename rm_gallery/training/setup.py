@@ -30,6 +30,7 @@ from rm_gallery.distributed.process_group import World, processes, seed_everythi
 from rm_gallery.errors import StoppedBySignal, UserError
 from rm_gallery.log import log_copy
 from rm_gallery.modeling.config import with_dtype
+from rm_gallery.modeling.generic_class import CODE_FILE, is_generic
 from rm_gallery.modeling.parallel.apply import DTYPES, apply, offload_optimizer
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
@@ -378,6 +379,7 @@ def build_checkpoints(
         model_card, config, num_parameters=start.num_parameters, num_trained=start.num_trained,
         comparisons=train.data.num_comparisons, input_style=record.input_style, separator=record.separator,
         adds_special_tokens=bool(tokenizer.cls_token), versions=package_versions("torch", "transformers"),
+        code_file=CODE_FILE if is_generic(start.model.network) else "",
     )  # fmt: skip
     return Checkpoints(
         config.trainer.run_dir, config.trainer, tensors, weights_folder, ranks,
