@@ -49,8 +49,11 @@ the scalar settings of the model's own configuration, and windows shorter than i
 differently: Gemma 2 has a soft cap and runs padded. If no small model can be built from the configuration, the loaded model
 itself is checked on short texts and runs padded. A type that is exact in no way is refused.
 
-Scoring uses the same choice. It also runs other heads (BART, T5, XLM) and wrappers of several models as transformers does,
-padded, if the same check passes on the loaded model.
+Scoring uses the same choice. It also runs other heads as transformers does, padded, if the same check passes on the loaded model.
+
+**Wrappers of text and images.** A folder of Gemma 3, Mistral 3, Qwen3.5, Llama 4, Qwen2-VL or another wrapper (second table) is
+accepted: its text model is trained, and the checkpoint is a text classifier of the text model's type. Qwen2-VL's and Qwen2.5-VL's
+text models become `qwen2`, Qwen3-VL's `qwen3`: in text, their three position ids are equal.
 
 **Own class.** Where transformers has a causal language model only (Granite, Cohere, OLMoE, ...), its generic classification class is
 combined with the type's base class. The checkpoint holds that class as a file: see [consumers.md](consumers.md).
@@ -59,8 +62,9 @@ combined with the type's base class. The checkpoint holds that class as a file: 
 
 - types that are no language models of text: `architecture 'vit' is not supported: transformers {version} has neither a sequence
   classification class nor a causal language model of text for it`;
-- wrappers of text and other models (Gemma 3, Qwen3.5, ...): `architecture 'gemma3' is not supported: it wraps several models
-  (text_config, vision_config in config.json); save its text model as a folder of its own`;
+- wrappers whose text model has no class, or whose files hold its tensors in another form (Qwen3-VL MoE, Kimi K2.5): `architecture
+  'kimi_k25' is not supported: it wraps several models (text_config, vision_config in config.json); save its text model as a
+  folder of its own`;
 - other heads, in training: `architecture 'bart' is not supported: its head is not score or classifier`;
 - rewards that depend on padding: `rewards of mobilebert depend on the padding, and so on the other texts of a batch`.
 

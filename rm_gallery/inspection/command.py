@@ -113,10 +113,13 @@ def _packer_for(model: ModelConfig, token_budget: int) -> Packer:
     from transformers import AutoConfig
 
     from rm_gallery.modeling.architectures import DECODERS, ENCODERS
+    from rm_gallery.modeling.text_part import text_part
 
     path = model.partial_pretrain
     try:
-        config = AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=model.trust_remote_code)
+        config = text_part(
+            AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=model.trust_remote_code)
+        )
     except (OSError, ValueError):
         return Packer(token_budget)
     padded = config.model_type in ENCODERS or model.packing == "padded"

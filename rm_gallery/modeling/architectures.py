@@ -8,6 +8,7 @@ Loads no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,14 @@ ENCODERS = tuple(name for name, each in ARCHITECTURES.items() if not each.is_dec
 def architecture(model_type: str) -> Architecture:
     """The entry of a model type; one without special features for types that are not in the table."""
     return ARCHITECTURES.get(model_type, _OTHER)
+
+
+def common_setting(config: Any, name: str, default: Any = None) -> Any:
+    """A setting of a configuration; `default` if it has none, or if its layers have values of their own (Gemma 4)."""
+    try:
+        return getattr(config, name, default)
+    except RuntimeError:  # of transformers
+        return default
 
 
 def positions_after_padding(model_type: str, pad_token_id: int) -> int:

@@ -136,7 +136,7 @@ def init_on_meta(
         found["score.weight"] = head.adopted.weight
     new = _initialize(network, list(head.new_parts), seed)
     locations = {name: (each.file, each.name) for name, each in found.items()}
-    loaded = LoadedModel(RewardModel(network, source.way), head.name, head.bias, head.new_parts)
+    loaded = LoadedModel(RewardModel(network, source.way), head.name, head.bias, head.new_parts, source.wrapper)
     return loaded, WeightFiles(locations, new)
 
 
@@ -177,7 +177,8 @@ def _locate_tensors(
             raise MetaInitError(f"{entry.name} has dtype {entry.dtype}")
         else:
             found[name] = entry
-    unread = set(stored) - {entry.name for entry in found.values()}
+    read = {(entry.file, entry.name) for entry in found.values()}
+    unread = [name for name, entry in stored.items() if (entry.file, entry.name) not in read]
     return found, sorted(missing), sorted(unread)
 
 

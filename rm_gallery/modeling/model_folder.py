@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from torch import Tensor
 
 from rm_gallery.data.sources.hub import check_model_name, model_not_found
 from rm_gallery.errors import UserError, one_line
+from rm_gallery.modeling.architectures import common_setting
 from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.config import PackingSetting
 from rm_gallery.modeling.generic_class import forget_code, register
 from rm_gallery.modeling.heads import HEADS, RewardHead, find_head, is_reward_model, num_outputs, sort_unread
 from rm_gallery.modeling.packing import OtherHeadError, Way, check_loaded, choose_way
+from rm_gallery.modeling.text_part import reads_last_token, text_files, text_part
 from rm_gallery.modeling.weight_files import (
     WeightFolder,
     check_not_adapter,
@@ -64,6 +66,10 @@ class ModelSource:
     files: WeightFolder
     new_head: bool | None
     way: Way
+    renames: Mapping[str, str] = field(default_factory=dict)
+    """Patterns of names in the files and what replaces them: of a wrapper's text model."""
+    wrapper: str = ""
+    """Type of the wrapper, if the folder holds one."""
 
     @property
     def what(self) -> str:
@@ -79,27 +85,24 @@ class ModelSource:
         for_scoring = self.new_head is None
         with torch.random.fork_rng(devices=[], enabled=for_scoring or bool(self.new_head)):
             before = torch.get_rng_state()
-            try:
-                with quiet_transformers():
-                    network, info = library.from_pretrained(
-                        os.path.expanduser(self.path), config=self.config, dtype=dtype, output_loading_info=True,
-                        trust_remote_code=trust_remote_code, ignore_mismatched_sizes=True, **self.arguments,
-                    )  # fmt: skip
-            except Exception as error:
-                reason = one_line(error)
-                if reason.startswith("Weights only load failed"):
-                    reason = "its .bin file is a pickle with more than tensors, which can execute code; use safetensors"
-                raise UserError(f"{self.what}: the model cannot be loaded ({reason})") from error
-            is_unchanged = torch.equal(before, torch.get_rng_state())
+            network, info = self._read(library, dtype, trust_remote_code)
+            draws = not torch.equal(before, torch.get_rng_state())
+            if for_scoring and draws:  # for weights that are then read, or for others
+                first = _fingerprints(network)
+                network, info = self._read(library, dtype, trust_remote_code)
+                draws = first != _fingerprints(network)
         self._check_shapes(info["mismatched_keys"])
         missing = set(info["missing_keys"])
         if self.new_head:
             missing |= {name for name, _ in network.named_parameters() if name.startswith(HEADS)}
-        head = self.resolve_head(network, missing, info["unexpected_keys"])
+        unread = info["unexpected_keys"]
+        if self.wrapper:
+            unread = [name for name in unread if name in self.files.tensors]  # not those of images and sound
+        head = self.resolve_head(network, missing, unread)
         if head.adopted is not None:
             head.adopted.copy_to(network.score)
             check_values([(head.name, network.score.weight)], self.what, but=() if for_scoring else (head.name,))
-        elif for_scoring and not is_unchanged:
+        elif for_scoring and draws:
             raise UserError(
                 f"{self.what}: {type(network).__name__} initializes weights randomly when it is loaded, so rewards "
                 "would differ each time; choose another model"
@@ -110,6 +113,21 @@ class ModelSource:
         if not self.way.is_checked:
             check_loaded(network, what=self.what)
         return network, head
+
+    def _read(self, library: Any, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
+        """The model, and the library's report on names."""
+        try:
+            with quiet_transformers():
+                return library.from_pretrained(
+                    os.path.expanduser(self.path), config=self.config, dtype=dtype, output_loading_info=True,
+                    trust_remote_code=trust_remote_code, ignore_mismatched_sizes=True,
+                    key_mapping=dict(self.renames) or None, **self.arguments,
+                )  # fmt: skip
+        except Exception as error:
+            reason = one_line(error)
+            if reason.startswith("Weights only load failed"):
+                reason = "its .bin file is a pickle with more than tensors, which can execute code; use safetensors"
+            raise UserError(f"{self.what}: the model cannot be loaded ({reason})") from error
 
     def _check_shapes(self, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
         for name, found, wanted in sorted(mismatched):
@@ -179,6 +197,15 @@ class ModelSource:
         )
 
 
+def _fingerprints(network: Any) -> dict[str, tuple[float, float]]:
+    """Two sums over each parameter and buffer, which differ between random values."""
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    return {
+        name: (float(each.detach().double().sum()), float(each.detach().double().square().sum()))
+        for name, each in tensors
+    }
+
+
 @torch.no_grad()
 def initialize(network: Any, names: Iterable[str]) -> None:
     """Initialize the named parameters as transformers does, in the order of the modules, and no others."""
@@ -223,8 +250,13 @@ def open_model(
 
     Raises UserError as `load_model_config` does, and for quantized weights.
     """
-    config = read_model_config(path, key=key, trust_remote_code=trust_remote_code)
+    config = whole = read_model_config(path, key=key, trust_remote_code=trust_remote_code)
     files = read_weight_folder(path, key=key)
+    renames: dict[str, str] = {}
+    if new_head is not None or reads_last_token(whole):
+        config = text_part(whole)
+    if config is not whole:
+        files, renames = text_files(config, files, what=f"{key}={path}")
     check_model_config(config, path, key=key, files=files, new_head=new_head)
     check_not_quantized(files, config, path, key=key)
     config.num_labels = 1
@@ -238,7 +270,9 @@ def open_model(
     if way.packed:
         dispatch.install()
         arguments["attn_implementation"] = dispatch.NAME
-    return ModelSource(path, key, config, arguments, files, new_head, way)
+    return ModelSource(
+        path, key, config, arguments, files, new_head, way, renames, "" if config is whole else whole.model_type
+    )
 
 
 _MAY_BE_ZERO = ("token_type_embeddings", "o_proj", "down_proj")
@@ -297,8 +331,12 @@ def load_model_config(
     Raises UserError for a folder without configuration or weights, an adapter, an architecture that is not
     supported, and a classifier with more than one label.
     """
-    config = read_model_config(path, key=key, trust_remote_code=trust_remote_code)
+    config = whole = read_model_config(path, key=key, trust_remote_code=trust_remote_code)
     files = read_weight_folder(path, key=key) if Path(path).expanduser().is_dir() else None
+    if new_head is not None or reads_last_token(whole):
+        config = text_part(whole)
+    if config is not whole and files is not None:
+        files, _ = text_files(config, files, what=f"{key}={path}")
     check_model_config(config, path, key=key, files=files, new_head=new_head)
     return config
 
@@ -380,7 +418,7 @@ def _check_config(config: Any, what: str) -> None:
     if not (names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))):
         raise UserError(f"{what}: architectures of config.json is {names!r}; it must be a list of class names")
     text_config = config.get_text_config()
-    heads, key_heads = (getattr(text_config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
+    heads, key_heads = (common_setting(text_config, f"num_{name}_heads") for name in ("attention", "key_value"))
     if isinstance(heads, int) and isinstance(key_heads, int) and (key_heads < 1 or heads % key_heads):
         raise UserError(
             f"{what}: {heads} attention heads of config.json cannot share {key_heads} key-value heads; "

@@ -68,7 +68,7 @@ def choose_way(config: Any, setting: PackingSetting, *, what: str) -> Way:
     if kind in ENCODERS:
         way = Way(False, f"{kind} attends in both directions")
     else:
-        way = _tried(_Key(config, setting == "padded" or is_bidirectional))
+        way = _tried(_Key(config, setting == "padded"))
     if way.difference is not None and math.isnan(way.difference):
         raise (OtherHeadError if way.reason.startswith("architecture") else UserError)(f"{what}: {way.reason}")
     if setting == "packed" and not way.packed:
@@ -154,11 +154,13 @@ def check_loaded(network: Any, *, what: str) -> float:
     For models without a twin. Raises UserError if they differ, or if the model does not run.
     """
     config, was_training = network.config, network.training
-    kind, pad, eos = config.model_type, config.pad_token_id, config.eos_token_id
+    text_config = config.get_text_config()  # another one in a wrapper of several models
+    kind, pads = config.model_type, [getattr(each, "pad_token_id", None) for each in (config, text_config)]
+    pad, eos = pads[1], getattr(text_config, "eos_token_id", None)
     tolerance = TOLERANCE if network.dtype == torch.float32 else 0.1
     network.eval()
     try:
-        config.pad_token_id = pad if isinstance(pad, int) else 0
+        config.pad_token_id = text_config.pad_token_id = pad if isinstance(pad, int) else 0
         closing = eos if getattr(config, "is_encoder_decoder", False) else None  # where its head reads
         probe = Probe(min(VOCABULARY, network.get_input_embeddings().num_embeddings), closing)
         probe.measure(network)
@@ -167,7 +169,7 @@ def check_loaded(network: Any, *, what: str) -> float:
         raise UserError(f"{what}: {kind} does not run on token ids and a mask alone ({one_line(error)})") from error
     finally:
         network.train(was_training)
-        config.pad_token_id = pad
+        config.pad_token_id, text_config.pad_token_id = pads
     if not found <= tolerance:
         raise UserError(f"{what}: {_leak(kind, found)}")
     return found

@@ -84,6 +84,8 @@ class LoadedModel:
     """Constant that the folder's head adds to each reward. `model` is without it: `score` has no bias."""
     new_parts: tuple[str, ...] = ()
     """Names of tensors missing in the folder (head, pooler): newly initialized, to be trained."""
+    wrapper: str = ""
+    """Type of the folder's wrapper of several models, whose text model this is."""
 
     @property
     def has_own_head(self) -> bool:
@@ -108,7 +110,7 @@ def load_reward_model(
         path, key=key, trust_remote_code=trust_remote_code, dropout=dropout, new_head=new_head, packing=packing
     )
     network, head = source.load(AutoModelForSequenceClassification, torch.float32, trust_remote_code=trust_remote_code)
-    return LoadedModel(RewardModel(network, source.way), head.name, head.bias, head.new_parts)
+    return LoadedModel(RewardModel(network, source.way), head.name, head.bias, head.new_parts, source.wrapper)
 
 
 def max_positions(model: RewardModel) -> int | None:

@@ -23,19 +23,22 @@ _SIZES: tuple[tuple[int, str], ...] = (
     (_WIDTH, "hidden_size d_model n_embd dim emb_dim word_embed_proj_dim pooler_hidden_size dim_model_base"),
     (_HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"),
     (_HEAD_DIM, "head_dim d_head d_kv kv_channels kv_lora_rank q_lora_rank qk_head_dim mamba_headdim"),
-    (_HEAD_DIM, "attention_head_size query_pre_attn_scalar"),
+    (_HEAD_DIM, "attention_head_size query_pre_attn_scalar mamba_d_head"),
+    (2 * _HEADS, "mamba_n_heads"),
+    (2 * _WIDTH, "mamba_d_ssm"),
     (2 * _WIDTH, "attention_hidden_size"),
     (2 * _HEAD_DIM, "attention_head_dim"),
     (96, "intermediate_size ffn_dim d_inner dff d_ff hidden_dim n_inner encoder_ffn_dim decoder_ffn_dim"),
     (32, "moe_intermediate_size shared_expert_intermediate_size input_embedding_size output_embedding_size"),
     (32, "entity_emb_size pronunciation_embed_dim shape_embed_dim"),
     (8, "qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim rotary_dim"),
-    (8, "adapter_rank mamba_d_state"),
+    (8, "adapter_rank mamba_d_state hidden_size_per_layer_input laurel_rank"),
     (WINDOW, "sliding_window window_size local_attention attention_chunk_size"),
     (4, "num_experts num_local_experts n_routed_experts mamba_dt_rank linear_num_value_heads"),
     (2, "num_experts_per_tok moe_topk linear_num_key_heads n_mamba_heads n_group mamba_ngroups"),
+    (2, "num_experts_per_token num_expert_group"),
     (1, "topk_group"),
-    (VOCABULARY, "vocab_size entity_vocab_size pronunciation_vocab_size shape_vocab_size"),
+    (VOCABULARY, "vocab_size entity_vocab_size pronunciation_vocab_size shape_vocab_size vocab_size_per_layer_input"),
 )
 _SMALL = {name: size for size, names in _SIZES for name in names.split()}
 _REQUIRED = ("head_dim", "vocab_size")
@@ -61,7 +64,7 @@ def build_twin(config: Any) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = AutoModelForSequenceClassification.from_config(small, dtype=torch.float32)
-            _draw_weights(network)
+            draw_weights(network)
     except Exception as error:  # inconsistent sizes raise various errors in torch and transformers
         raise NoTwinError(f"{type(error).__name__}: {error}") from error
     return network.eval()
@@ -72,15 +75,10 @@ def shrink(config: Any) -> Any:
     values = config.to_dict()
     for name in ("architectures", "quantization_config", "auto_map", "id2label", "label2id", "dtype", "torch_dtype"):
         values.pop(name, None)
-    depths = [name for name in _LAYERS if isinstance(values.get(name), int)]
-    for name in depths:
-        kept = _kept_layers(values, values[name])
-        for key, each in values.items():
-            if isinstance(each, list) and len(each) == values[name] > 0:
-                values[key] = [each[index] for index in kept]
-        values[name] = len(kept)
+    before = dict(values)
+    _drop_layers(values)
     # 1. Sizes, with the ratios between them that change what is computed.
-    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    heads, width = before.get("num_attention_heads"), before.get("hidden_size")
     for name, size in _SMALL.items():
         if isinstance(values.get(name), int) and not isinstance(values[name], bool):
             values[name] = min(size, values[name]) if size <= WINDOW else size
@@ -92,8 +90,16 @@ def shrink(config: Any) -> Any:
             values[name] = {1: 1, heads: _HEADS, None: _HEADS}.get(values[name], 2)
     if isinstance(values.get("embedding_size"), int):
         values["embedding_size"] = _WIDTH if values["embedding_size"] == width else _WIDTH // 2
-    if "qk_rope_head_dim" in values and getattr(config, "head_dim", None) == config.qk_rope_head_dim:
+    if "qk_rope_head_dim" in values and before.get("head_dim") == before["qk_rope_head_dim"]:
         values["head_dim"] = values["qk_rope_head_dim"]
+    if "mamba_headdim" in values:  # Zamba 2
+        values["mamba_headdim"] = values["mamba_expand"] * _WIDTH // values["n_mamba_heads"]
+    if "max_2d_position_embeddings" in values:  # LayoutLM and others: four coordinates and two sizes make the width
+        values["hidden_size"] = 6 * _HEAD_DIM
+        values.update({name: _HEAD_DIM for name in ("coordinate_size", "shape_size") if name in values})
+    if "axial_pos_embds_dim" in values:  # Reformer
+        values["axial_pos_embds_dim"] = [_WIDTH // 4, _WIDTH - _WIDTH // 4]
+    _shrink_layer_settings(values, before)
     # 2. A table of learned positions; rotary settings may depend on the number of positions, so it stays with them.
     if not values.get("rope_parameters"):
         for name in _POSITIONS:
@@ -110,20 +116,59 @@ def shrink(config: Any) -> Any:
     return type(config).from_dict(values)
 
 
+def _drop_layers(values: dict[str, Any]) -> None:
+    """Keep a few layers, and what the configuration says of each of them."""
+    shared, special = values.get("num_kv_shared_layers") or 0, values.get("per_layer_config")
+    for name in [name for name in _LAYERS if isinstance(values.get(name), int)]:
+        depth = values[name]
+        kept = _kept_layers(values, depth)
+        for key, each in values.items():
+            if isinstance(each, list) and len(each) == depth > 0:
+                values[key] = [each[index] for index in kept]
+        values[name] = len(kept)
+        if shared:  # the last layers use keys and values of earlier ones
+            values["num_kv_shared_layers"] = sum(index >= depth - shared for index in kept)
+        if isinstance(special, dict):
+            own = {int(index): each for index, each in special.items()}
+            values["per_layer_config"] = {at: own[index] for at, index in enumerate(kept) if index in own}
+        if isinstance(values.get("hybrid_layer_ids"), list):
+            values["hybrid_layer_ids"] = [at for at, index in enumerate(kept) if index in values["hybrid_layer_ids"]]
+
+
+def _shrink_layer_settings(values: dict[str, Any], before: dict[str, Any]) -> None:
+    """Sizes of single layers, in their ratio to that of all layers."""
+    for at, own in (values.get("per_layer_config") or {}).items():
+        values["per_layer_config"][at] = {
+            name: max(1, values[name] * each // before[name])
+            if isinstance(each, int) and isinstance(before.get(name), int) and not isinstance(each, bool)
+            else each
+            for name, each in own.items()
+        }
+
+
 def _kept_layers(values: dict[str, Any], depth: int) -> list[int]:
-    """Layers of the twin: the first of each kind, then the first others, in order.
+    """Layers of the twin: the first and second of each kind, then the first others, in order.
 
     Where kinds follow from a period instead of a list, one period is kept.
     """
     columns = [each for each in values.values() if isinstance(each, list) and len(each) == depth]
+    shared, special = values.get("num_kv_shared_layers") or 0, values.get("per_layer_config")
+    columns.append([index >= depth - shared for index in range(depth)])
+    if isinstance(special, dict):
+        own = {int(index): each for index, each in special.items()}
+        columns.append([own.get(index) for index in range(depth)])
+    if isinstance(values.get("hybrid_layer_ids"), list):
+        columns.append([index in values["hybrid_layer_ids"] for index in range(depth)])
     periods = [
         each for name, each in values.items()
         if isinstance(each, int) and name.endswith(("_period", "_interval", "_sparse_step", "_pattern"))
     ]  # fmt: skip
-    kinds: dict[str, int] = {}
+    kinds: dict[str, list[int]] = {}
     for index in range(depth):
-        kinds.setdefault(repr([column[index] for column in columns]), index)
-    wanted = list(kinds.values())[:_MAX_LAYERS]
+        kinds.setdefault(repr([column[index] for column in columns]), []).append(index)
+    wanted = [each[0] for each in kinds.values()][: 2 * _MAX_LAYERS]
+    if len(wanted) <= _MAX_LAYERS:
+        wanted += [each[1] for each in kinds.values() if len(each) > 1][: 2 * _MAX_LAYERS - len(wanted)]
     most = max([_MAX_LAYERS // 2, *(each for each in periods if each <= 2 * _MAX_LAYERS), len(wanted)])
     most = max(most, min(_MAX_LAYERS, depth))
     others = [index for index in range(depth) if index not in wanted]
@@ -143,7 +188,7 @@ def _shorten_rotary_lists(values: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _draw_weights(network: nn.Module) -> None:
+def draw_weights(network: nn.Module) -> None:
     """Weights so large that rewards spread, attention is not uniform, and each norm and bias has an effect."""
     for name, parameter in network.named_parameters():
         if not parameter.is_floating_point() or name.endswith(("A_log", "dt_bias", "D")):

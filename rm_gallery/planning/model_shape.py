@@ -69,10 +69,13 @@ def load_shape(
     Raises UserError for any other name, and for a model that cannot be trained.
     """
     from rm_gallery.modeling.model_folder import check_model_config
+    from rm_gallery.modeling.text_part import text_files, text_part
 
-    source, config = _find_config(model, key, trust_remote_code)
-    is_folder = Path(model).expanduser().is_dir()
-    check_model_config(config, model, key=key, files=read_weight_folder(model, key=key) if is_folder else None)
+    source, whole = _find_config(model, key, trust_remote_code)
+    files = read_weight_folder(model, key=key) if Path(model).expanduser().is_dir() else None
+    if (config := text_part(whole)) is not whole and files is not None and files.tensors:
+        files, _ = text_files(config, files, what=f"{key}={model}")
+    check_model_config(config, model, key=key, files=files)
     _check_layers(getattr(config, "num_hidden_layers", None), model, key)
     try:
         return measure(config, name=model, source=source, packing=packing, what=f"{key}={model}")
@@ -144,15 +147,16 @@ def measure(
     from transformers import AutoModelForSequenceClassification
     from transformers.pytorch_utils import Conv1D
 
+    from rm_gallery.modeling.architectures import common_setting
     from rm_gallery.modeling.attention import dispatch
     from rm_gallery.modeling.model_folder import quiet_transformers
     from rm_gallery.modeling.packing import choose_way
     from rm_gallery.modeling.reward_model import RewardModel, max_positions
 
     heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    kv_heads = common_setting(config, "num_key_value_heads") or heads
     # Types without this setting have an MLP of four times the width.
-    intermediate = getattr(config, "intermediate_size", None)
+    intermediate = common_setting(config, "intermediate_size")
     intermediate = 4 * config.hidden_size if intermediate is None else intermediate
     if min(config.hidden_size, intermediate, config.vocab_size, heads, kv_heads) < 1 or heads % kv_heads:
         raise ValueError("its sizes must be at least 1, and num_attention_heads a multiple of num_key_value_heads")
@@ -183,7 +187,7 @@ def measure(
         intermediate=intermediate,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=common_setting(config, "head_dim") or config.hidden_size // heads,
         windows=_windows(config),
         relative_span=span or (config.max_position_embeddings if relative else 0),
         max_positions=max_positions(model),

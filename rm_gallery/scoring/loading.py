@@ -38,6 +38,7 @@ from rm_gallery.modeling.reward_model import (
     max_positions,
     max_rotary_positions,
 )
+from rm_gallery.modeling.text_part import text_part
 from rm_gallery.modeling.weight_files import WeightFolder, check_not_quantized, read_weight_folder
 
 log = logging.getLogger(__name__)
@@ -164,7 +165,8 @@ def check_folder(
     """
     adapter = open_adapter(path, key=KEY, base=base)
     if adapter is not None:
-        config, files = read_model_config(adapter.base, key="base"), read_weight_folder(adapter.base, key="base")
+        config = text_part(read_model_config(adapter.base, key="base"))
+        files = read_weight_folder(adapter.base, key="base")
         check_model_config(config, adapter.base, key="base", files=files, new_head=True)
         check_type(config, what=f"{KEY}={path}")
         has_tokenizer = (Path(path).expanduser() / "tokenizer_config.json").is_file()

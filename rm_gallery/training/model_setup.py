@@ -72,6 +72,11 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
     if config.model.trust_remote_code:
         log.warning("model.trust_remote_code=true: Python code of the model folder may run")
     log.info("model.packing=%s: %s", config.model.packing, loaded.model.way)
+    if loaded.wrapper:
+        log.info(
+            "%s: %s wraps several models; its text model is trained, and checkpoints are of the type %s",
+            _what(config), loaded.wrapper, loaded.model.network.config.model_type,
+        )  # fmt: skip
     if is_generic(loaded.model.network):
         log.warning(
             "%s: transformers has no sequence classification class for this type, so checkpoints have %s, and plain "

@@ -12,31 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.small_models import save_language_model
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.export import InputRecord
 from rm_gallery.modeling.generic_class import CODE_FILE
 from rm_gallery.modeling.model_folder import check_class, quiet_transformers, read_model_config
 from rm_gallery.modeling.reward_model import load_reward_model
-from rm_gallery.modeling.twin import _draw_weights, shrink
 from rm_gallery.scoring.scorer import RewardScorer
 from tests.small import chat_pairs, export_model, make_tokenizer, random_groups, whole_texts
-
-
-def save_language_model(kind: str, folder: Path, **values: Any) -> Path:
-    """A small causal language model of this type with its tokenizer, as it is published."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    tokenizer = make_tokenizer()
-    config = shrink(AutoConfig.for_model(kind, **values))
-    config.vocab_size, config.pad_token_id, config.eos_token_id = 264, tokenizer.pad_token_id, tokenizer.eos_token_id
-    torch.manual_seed(0)
-    with quiet_transformers():
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        _draw_weights(network)
-        network.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def class_of_the_folder(folder: Path) -> Any:
@@ -49,7 +33,8 @@ def class_of_the_folder(folder: Path) -> Any:
 
 @pytest.mark.parametrize(("kind", "values"), [("granite", {"residual_multiplier": 0.22}), ("olmoe", {})])
 def test_a_type_without_a_class_is_exported_with_one(kind: str, values: Any, tmp_path: Path) -> None:
-    source = save_language_model(kind, tmp_path / "model", **values)
+    with quiet_transformers():
+        source = save_language_model(kind, tmp_path / "model", **values)
     loaded = load_reward_model(str(source))
     assert not loaded.has_own_head and loaded.new_parts == ("score.weight",)
     folder = export_model(tmp_path / "out", loaded.model, make_tokenizer(), InputRecord("chat"))
@@ -82,6 +67,7 @@ def test_a_trained_checkpoint_loads_in_plain_transformers(in_tmp: Path) -> None:
     from rm_gallery import train
 
     source = save_language_model("granitemoe", in_tmp / "model")
+    make_tokenizer().save_pretrained(source)
     result = train(source, chat_pairs(24), **{
         "data.max_length": 128, "data.num_workers": 0, "trainer.total_training_steps": 2, "trainer.logger": [],
         "data.train_batch_size": 8, "model.fsdp_config.model_dtype": "fp32",

@@ -105,7 +105,7 @@ _QWEN: dict[str, Any] = {
         ("", "not a configuration"),
         ("[1]", "not a configuration"),
         ("{", "not a configuration"),
-        (json.dumps({**_QWEN, "model_type": "granite"}), "architecture 'granite' is not supported"),
+        (json.dumps({**_QWEN, "model_type": "vit"}), "architecture 'vit' is not supported"),
         (json.dumps({**_QWEN, "model_type": "nope"}), "not a configuration"),
         (json.dumps({**_QWEN, "num_hidden_layers": 10**7}), "num_hidden_layers=10000000 must be a number from 1 to"),
         (json.dumps({**_QWEN, "num_hidden_layers": 0}), "num_hidden_layers=0 must be"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,7 +122,22 @@ def load_tokenizer(
         raise UserError(f"{key}={path}: there is no tokenizer; copy tokenizer.json and tokenizer_config.json there")
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
+    elif tokenizer.chat_template is None:
+        tokenizer.chat_template = _processor_template(path)
     return tokenizer
+
+
+def _processor_template(path: str) -> str | None:
+    """The template that older processors of multimodal models have in a file of their own."""
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(os.path.expanduser(path), "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        values = json.loads(Path(file).read_text(encoding="utf-8")) if file is not None else {}
+    except (OSError, ValueError):
+        return None
+    found = values.get("chat_template") if isinstance(values, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _read_template(text: str) -> str:
