@@ -1,6 +1,6 @@
 """RM-Gallery: train Bradley-Terry reward models and use what was trained.
 
-from rm_gallery import train, RewardScorer
+from rm_gallery import train, evaluate, RewardScorer
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rm_gallery.api import TrainResult, train
     from rm_gallery.errors import UserError
+    from rm_gallery.evaluation import evaluate
     from rm_gallery.scoring import RewardScorer
 
 __version__ = "0.1.0"
-__all__ = ["RewardScorer", "TrainResult", "UserError", "train"]
+__all__ = ["RewardScorer", "TrainResult", "UserError", "evaluate", "train"]
 
 _MODULES = {
     "RewardScorer": "rm_gallery.scoring",
     "TrainResult": "rm_gallery.api",
     "UserError": "rm_gallery.errors",
+    "evaluate": "rm_gallery.evaluation",
     "train": "rm_gallery.api",
 }
 

@@ -1,4 +1,4 @@
-"""The command line: `rm-gallery train | validate-config | show-data | estimate | score | export-data`.
+"""The command line: `rm-gallery train | validate-config | show-data | estimate | score | evaluate | export-data`.
 
 Heavy modules are imported by the command that needs them.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 from rm_gallery import __version__
 from rm_gallery.errors import StoppedBySignal, UserError
+from rm_gallery.evaluation.command import add_evaluate
 from rm_gallery.folder_commands import add_export_legacy, add_merge, add_push
 from rm_gallery.log import safe_traceback, setup_excepthook, setup_logging, wait_for_local_main
 from rm_gallery.safe_text import safe, visible
@@ -120,6 +121,7 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
     _add_show_data(commands, default_config)
     _add_estimate(commands, default_config)
     _add_score(commands)
+    add_evaluate(commands)
     _add_export_data(commands)
     add_push(commands)
     add_merge(commands)

@@ -61,9 +61,13 @@ def check_weights(model: torch.nn.Module) -> None:
         )
 
 
+class NonFiniteReward(BadRow):
+    """A row with a reward that is not a finite number."""
+
+
 def find_bad_reward(rewards: Sequence[float]) -> BadRow | None:
     """Why these rewards of one row cannot be used; None if all are finite."""
-    return None if all(map(math.isfinite, rewards)) else BadRow("reward that is not finite")
+    return None if all(map(math.isfinite, rewards)) else NonFiniteReward("reward that is not finite")
 
 
 class Engine(forks.SurvivesFork):

@@ -100,15 +100,8 @@ class InputTable:
         return f"{stem}.parquet"
 
     def reader(self, style: InputStyle) -> RowReader:
-        """Reads rows as a model of this style was trained to read them.
-
-        A text model gets pairs of raw texts as they are; other layouts become chats, whose turns `InputBuilder.fit`
-        joins.
-        """
-        config: Any = self.config
-        if config.input_style == "auto" and (style == "chat" or self.format_name not in _PAIRS):
-            config = ScoreDataConfig(**{**vars(config), "input_style": "chat"})
-        return RowReader(config, self.format_name, has_chat_template=style == "chat")
+        """See `reader_for`."""
+        return reader_for(self.config, self.format_name, style)
 
     def rows(self) -> Iterator[Row]:
         """All rows, with constant memory."""
@@ -117,6 +110,16 @@ class InputTable:
     def chunks(self) -> Iterator[Chunk]:
         """All rows, undecoded."""
         return read_chunks(self.file, key=KEY)
+
+
+def reader_for(config: FormatConfig, format_name: str, style: InputStyle) -> RowReader:
+    """Reads rows as a model of this style was trained to read them.
+
+    A text model gets pairs of raw texts as they are; other layouts become chats, whose turns `InputBuilder.fit` joins.
+    """
+    if config.input_style == "auto" and (style == "chat" or format_name not in _PAIRS):
+        config = replace(config, input_style="chat")
+    return RowReader(config, format_name, has_chat_template=style == "chat")
 
 
 def open_table(

@@ -36,9 +36,9 @@ LAYERS = [
     "rm_gallery.inspection",
     "rm_gallery.planning",
     "rm_gallery.scoring",
-    "rm_gallery.evaluation",
     "rm_gallery.serving",
     "rm_gallery.core",
+    "rm_gallery.evaluation",
     "rm_gallery.api",
     "rm_gallery.push",
     "rm_gallery.folder_commands",
@@ -47,7 +47,7 @@ LAYERS = [
 ]
 
 # Where the names that `rm_gallery` exports lazily are defined.
-PUBLIC = ("rm_gallery.api", "rm_gallery.errors", "rm_gallery.scoring")
+PUBLIC = ("rm_gallery.api", "rm_gallery.errors", "rm_gallery.evaluation", "rm_gallery.scoring")
 
 # These load neither torch nor transformers when they are imported (a file that needs them imports them in a function).
 LIGHT = [
@@ -76,6 +76,7 @@ LIGHT = [
     "rm_gallery.api",
     "rm_gallery.cli",
     "rm_gallery.core",
+    "rm_gallery.evaluation",
 ]
 MAY_LOAD_TRANSFORMERS = ("rm_gallery.data.tokenization.tokenizer",)
 

@@ -1,0 +1,101 @@
+"""`rm-gallery evaluate`: the command line of `evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add_evaluate(commands: Any) -> None:
+    command = commands.add_parser(
+        "evaluate",
+        help="accuracy, calibration, biases and benchmark scores of reward models",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Evaluate reward models on sets of preferences, and compare them. A SET is\n"
+            "  a file, folder, glob, URL or hub dataset in any format that train reads,\n"
+            "  a benchmark: rewardbench, prior-sets, rewardbench-2, rm-bench, judgebench,\n"
+            "    rmb, ppe-correctness, helpsteer3, llmbar (of the hub), or\n"
+            "  NAME=PATH: a local copy of a benchmark, or a set under another name.\n"
+            "A MODEL is a checkpoint, a run, an adapter, a classifier with one label, an\n"
+            "ensemble A+B, or grader:NAME:MODEL, a chat model behind an API.\n"
+            "  rm-gallery evaluate --model runs/a --model runs/b test.parquet rewardbench-2\n"
+            "Set columns with data.KEY=VALUE, e.g. data.chosen_key=better. What the figures\n"
+            "mean: docs/evaluate.md."
+        ),
+    )
+    command.add_argument("sets", nargs="+", metavar="SET", help="data or benchmark; or data.KEY=VALUE")
+    command.add_argument(
+        "--model", action="append", required=True, metavar="MODEL", help="repeat to compare others with the first"
+    )
+    command.add_argument("--json", metavar="FILE", help="write all figures as JSON")
+    command.add_argument("--markdown", metavar="FILE", help="write the report as Markdown, for a model card")
+    command.add_argument(
+        "--rewardbench", metavar="FILE", help="write FILE and FILE_outputs.jsonl as the package rewardbench does"
+    )
+    command.add_argument("--max-pairs", type=int, metavar="N", help="evaluate a random sample of N rows of each set")
+    command.add_argument(
+        "--probes", action=argparse.BooleanOptionalAction, default=True, help="score changed texts of a sample (on)"
+    )
+    command.add_argument("--probe-pairs", type=int, default=200, metavar="N", help="pairs in that sample (200)")
+    command.add_argument(
+        "--baselines", action=argparse.BooleanOptionalAction, default=True, help="length and bag of words (on)"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of samples and bootstraps (0)")
+    command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N")
+    command.add_argument("--dtype", default="auto", help="auto (default: bf16 on a GPU), fp32, bf16")
+    command.add_argument("--token-budget", type=int, metavar="N", help="maximum tokens per model call")
+    command.add_argument("--trust-remote-code", action="store_true", help="run code from the model folder")
+    command.add_argument("--base", metavar="FOLDER", help="base model of an adapter, if its folder names another path")
+    command.add_argument(
+        "--template-date", metavar="DATE", help="date (YYYY-MM-DD) for a chat template that writes today's"
+    )
+    command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
+    command.set_defaults(run=_evaluate, words="sets", when_stopped="nothing was written")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from rm_gallery.evaluation import rewardbench_files
+    from rm_gallery.evaluation.report import as_markdown, as_text, check_target, write_report
+    from rm_gallery.evaluation.run import EvaluateOptions, run
+    from rm_gallery.evaluation.scorers import ScorerOptions
+    from rm_gallery.evaluation.sets import is_setting, load_data_config, open_sets
+    from rm_gallery.safe_text import safe
+
+    targets: dict[str, Path] = {}
+    for name in ("json", "markdown", "rewardbench"):
+        if getattr(arguments, name) is not None:
+            targets[name] = check_target(getattr(arguments, name), f"--{name}")
+    options = EvaluateOptions(
+        arguments.max_pairs, arguments.probe_pairs if arguments.probes else 0, arguments.baselines, arguments.seed
+    )
+    options.check()
+    settings = [text for text in arguments.sets if is_setting(text)]
+    named = [text for text in arguments.sets if text not in settings]
+    sets = open_sets(named, load_data_config(settings), max_items=options.max_pairs, seed=options.seed)
+    loading = ScorerOptions(
+        device=arguments.device,
+        dtype=arguments.dtype,
+        token_budget=arguments.token_budget,
+        trust_remote_code=arguments.trust_remote_code,
+        base=arguments.base,
+        template_date=arguments.template_date,
+    )
+    with contextlib.ExitStack() as stack:
+        sink = None
+        if "rewardbench" in targets:
+            rewardbench_files.check_single(len(arguments.model), len(sets))
+            sink = stack.enter_context(rewardbench_files.rewardbench_rows(targets["rewardbench"])).add
+        result = run(arguments.model, sets, options, loading, sink=sink)
+    print(safe(as_text(result)))
+    if "json" in targets:
+        write_report(targets["json"], json.dumps(result, indent=1, allow_nan=False) + "\n", "--json")
+    if "markdown" in targets:
+        write_report(targets["markdown"], as_markdown(result), "--markdown")
+    if "rewardbench" in targets:
+        rewardbench_files.write_summary(targets["rewardbench"], result["models"][0])
+    for name, target in targets.items():
+        print(safe(f"{name}: {target}"))

@@ -1,0 +1,421 @@
+"""Scorers: everything that gives responses rewards, behind one protocol.
+
+`open_scorer` makes one of a model folder or hub name (our checkpoint, an adapter, another classifier with one label),
+an ensemble `a+b`, a grader, or a Python function. A new kind, such as a server, implements `Scorer` and gets an entry
+there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import numpy as np
+
+from rm_gallery.core.graders import BaseGrader
+from rm_gallery.core.graders.base_grader import GraderError, GraderRank, GraderScore
+from rm_gallery.core.run_sync import run_sync
+from rm_gallery.data.tokenization.template_date import read_date
+from rm_gallery.errors import BadRow, UserError, nearest
+from rm_gallery.schema import InputStyle, Message, PreferenceGroup
+
+if TYPE_CHECKING:
+    from rm_gallery.scoring import RewardScorer
+
+log = logging.getLogger(__name__)
+
+Rewards: TypeAlias = list[list[float] | Exception]
+"""Of each group: one reward per response in the order of the group, or why the group has none."""
+RewardFunction: TypeAlias = Callable[[list[list[Message]]], Sequence[float]]
+"""A Python function from conversations, which end with the response, to one reward each."""
+
+_GRADER = "grader:"
+_MAX_REQUESTS = 16  # of a grader at a time
+MAX_MERGED = 64
+"""Responses of a merged group."""
+
+
+class Scorer(Protocol):
+    """Gives responses rewards."""
+
+    name: str
+    """In tables, unique in a command."""
+    source: str
+    """What it was opened from: a folder, a name, or the name of a function."""
+    kind: str
+    """`model`, `ensemble`, `grader` or `function`."""
+
+    @property
+    def style(self) -> InputStyle:
+        """How rows are read: `text` for a model that was trained on raw text."""
+        ...
+
+    def score(self, groups: Sequence[PreferenceGroup]) -> Rewards:
+        """Rewards of each group. A group that cannot be scored does not affect the others."""
+        ...
+
+    def close(self) -> None:
+        """Free what the scorer holds."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScorerOptions:
+    """How models are loaded; see `RewardScorer.from_folder`."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    token_budget: int | None = None
+    trust_remote_code: bool = False
+    base: str | None = None
+    template_date: str | None = None
+
+
+@dataclass
+class ModelScorer:
+    """A reward model in this process."""
+
+    scorer: RewardScorer
+    name: str
+    source: str
+    kind: str = "model"
+    owns: bool = True
+    """Whether `close` closes the scorer: not one that the caller made."""
+
+    @property
+    def style(self) -> InputStyle:
+        return self.scorer.inputs.style
+
+    def score(self, groups: Sequence[PreferenceGroup]) -> Rewards:
+        from rm_gallery.scoring.engine import NonFiniteReward
+
+        fitted: list[PreferenceGroup] = []
+        results: Rewards = []
+        for group in groups:
+            try:
+                fitted.append(self.scorer.inputs.fit(group))
+                results.append([])
+            except UserError as error:
+                results.append(BadRow(str(error)))
+        found = iter(score_merged(self.scorer.score_each, fitted))
+        for index, group in enumerate(groups):
+            if not isinstance(results[index], Exception):
+                results[index] = next(found)
+            if isinstance(results[index], NonFiniteReward):
+                checked([math.nan], f"model={self.name}", group)
+        return results
+
+    def close(self) -> None:
+        if self.owns:
+            self.scorer.close()
+
+
+@dataclass
+class FunctionScorer:
+    """A Python function as a reward model."""
+
+    function: RewardFunction
+    name: str
+    source: str
+    kind: str = "function"
+    style: InputStyle = "chat"
+
+    def score(self, groups: Sequence[PreferenceGroup]) -> Rewards:
+        conversations = [[*_turns(group.prompt), *_turns(response)] for group in groups for response in group.responses]
+        found = list(self.function(conversations)) if conversations else []
+        if len(found) != len(conversations):
+            raise UserError(
+                f"model={self.name}: the function returned {len(found)} rewards for {len(conversations)} conversations"
+            )
+        rewards = iter(found)
+        return [
+            checked([float(next(rewards)) for _ in group.responses], f"model={self.name}", group) for group in groups
+        ]
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class GraderScorer:
+    """A grader, with a chat model behind an API or a reward model. A rank counts as a reward, the best rank highest."""
+
+    grader: BaseGrader
+    name: str
+    source: str
+    kind: str = "grader"
+    style: InputStyle = "chat"
+
+    def score(self, groups: Sequence[PreferenceGroup]) -> Rewards:
+        return run_sync(self._score(groups))
+
+    async def _score(self, groups: Sequence[PreferenceGroup]) -> Rewards:
+        limit = asyncio.Semaphore(_MAX_REQUESTS)
+
+        async def grade(group: PreferenceGroup) -> list[float] | Exception:
+            async with limit:
+                result = await self.grader.aevaluate(
+                    query=_query(group.prompt),
+                    response=[_query(response) for response in group.responses],
+                    **({"tools": group.metadata["tools"]} if group.metadata.get("tools") else {}),
+                )
+            return self._rewards(result, group)
+
+        return list(await asyncio.gather(*map(grade, groups)))
+
+    def _rewards(
+        self, result: GraderScore | GraderRank | GraderError, group: PreferenceGroup
+    ) -> list[float] | Exception:
+        if isinstance(result, GraderError):
+            return BadRow(f"grader error: {result.error}")
+        if isinstance(result, GraderScore):
+            found = [result.score]
+        else:
+            found = result.metadata.get("rewards") or result.metadata.get("scores") or [-rank for rank in result.rank]
+        if len(found) != len(group.responses):
+            return BadRow(f"grader with {len(found)} results for {len(group.responses)} responses")
+        return checked([float(value) for value in found], f"model={self.name}", group)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class EnsembleScorer:
+    """The mean of the rewards of several scorers (Coste et al. 2024, ICLR, arXiv 2310.02743: mean optimization).
+
+    Rewards are not rescaled, since a scale would depend on the other rows of the set: members should come from the same
+    recipe. A member whose rewards spread much more than another's decides alone, which is a warning.
+    """
+
+    members: list[Scorer]
+    name: str
+    source: str
+    kind: str = "ensemble"
+    style: InputStyle = "chat"
+    _spread: list[list[float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        styles = {member.style for member in self.members}
+        if len(styles) > 1:
+            raise UserError(
+                f"model={self.source}: an ensemble of a model that was trained on raw text and one that was trained on "
+                "chats; evaluate them apart"
+            )
+        [self.style] = styles
+
+    def score(self, groups: Sequence[PreferenceGroup]) -> Rewards:
+        found = [member.score(groups) for member in self.members]
+        self._spread.append([_variance(each) for each in found])
+        combined: Rewards = []
+        for results in zip(*found, strict=True):
+            bad = next((each for each in results if isinstance(each, Exception)), None)
+            good = [each for each in results if not isinstance(each, Exception)]
+            combined.append(bad if bad is not None else np.mean(good, axis=0).tolist())
+        return combined
+
+    def close(self) -> None:
+        if self._spread:
+            spread = np.sqrt(np.mean(self._spread, axis=0))
+            if spread.max() > 3 * spread.min():
+                log.warning(
+                    "%s: the rewards of %s spread %.3g times as much as those of %s, so it decides almost alone",
+                    self.name, self.members[int(spread.argmax())].name,
+                    spread.max() / max(spread.min(), 1e-12), self.members[int(spread.argmin())].name,
+                )  # fmt: skip
+        for member in self.members:
+            member.close()
+
+
+def _variance(results: Rewards) -> float:
+    values = [reward for each in results if not isinstance(each, Exception) for reward in each]
+    return float(np.var(values)) if values else 0.0
+
+
+def _turns(part: str | Sequence[Message | str]) -> list[Message]:
+    """Messages; a raw text is one assistant turn, as a row without a prompt has it."""
+    if isinstance(part, str):
+        return [{"role": "assistant", "content": part}] if part else []
+    return [dict(each) for each in part if not isinstance(each, str)]
+
+
+def _query(part: str | Sequence[Message]) -> Any:
+    """Messages for a grader: text where there is only one."""
+    if isinstance(part, str):
+        return part
+    return part[0].get("content") or "" if len(part) == 1 else list(part)
+
+
+class NotFinite(UserError):
+    """A reward that is not a finite number, which ends an evaluation."""
+
+
+def checked(rewards: list[float], what: str, group: PreferenceGroup) -> list[float]:
+    """The rewards. Raises NotFinite, with the place of the row, if one is not finite."""
+    bad = next((value for value in rewards if not math.isfinite(value)), None)
+    if bad is not None:
+        raise NotFinite(
+            f"{group.where or 'a row'}: {what} gives the reward {bad}, which is not finite; check the model's "
+            "weights and dtype"
+        )
+    return rewards
+
+
+def score_merged(score: Callable[[Sequence[PreferenceGroup]], Rewards], groups: Sequence[PreferenceGroup]) -> Rewards:
+    """Rewards of groups, with each prompt computed once for all groups that have it, and each response once.
+
+    A reward depends on its own text alone, so merging changes the cost and nothing else. When a merged group cannot be
+    scored, its groups are scored one by one, so that only the one at fault has none.
+    """
+    merged: list[PreferenceGroup] = []
+    places: list[tuple[int, list[int]]] = []
+    open_groups: dict[str, int] = {}
+    known: list[dict[str, int]] = []
+    for group in groups:
+        key = repr((group.style, group.prompt, group.metadata))
+        texts = [repr(response) for response in group.responses]
+        number = open_groups.get(key) if group.prompt else None
+        if number is None or len(known[number].keys() | set(texts)) > MAX_MERGED:
+            number = open_groups[key] = len(merged)
+            merged.append(replace(group, responses=[], comparisons=()))
+            known.append({})
+        indices = known[number]
+        for text, response in zip(texts, group.responses, strict=True):
+            if text not in indices:
+                indices[text] = len(indices)
+                merged[number].responses.append(response)  # type: ignore[attr-defined]  # a list, made above
+        places.append((number, [indices[text] for text in texts]))
+    found = score(merged)
+    failed = [index for index, (number, _) in enumerate(places) if isinstance(found[number], Exception)]
+    again = dict(zip(failed, score([groups[index] for index in failed]), strict=True)) if failed else {}
+    results: Rewards = []
+    for index, (number, members) in enumerate(places):
+        rewards = again[index] if index in again else found[number]
+        if isinstance(rewards, Exception) or index in again:
+            results.append(rewards)
+        else:
+            results.append([rewards[member] for member in members])
+    return results
+
+
+def open_scorer(model: Any, name: str, options: ScorerOptions) -> Scorer:
+    """The scorer of one of the values of `check_models`: a folder, a tuple of these, an object or a function.
+
+    Raises UserError for anything else, and for a model that cannot be loaded.
+    """
+    if callable(getattr(model, "score_each", None)) and hasattr(
+        model, "inputs"
+    ):  # a RewardScorer; torch stays unloaded
+        return ModelScorer(model, name, model.folder, owns=False)
+    if isinstance(model, BaseGrader):
+        return GraderScorer(model, name, repr(model))
+    if isinstance(model, tuple):
+        members = [open_scorer(part, each, options) for part, each in zip(model, name_scorers(model), strict=True)]
+        return EnsembleScorer(members, name, "+".join(model))
+    if isinstance(model, str):
+        return ModelScorer(_load(model, options), name, model)
+    if callable(model):
+        return FunctionScorer(model, name, getattr(model, "__qualname__", type(model).__name__))
+    raise UserError(
+        f"model is a {type(model).__name__}; pass a model folder, a RewardScorer, a grader, or a function from a list "
+        "of conversations to a list of rewards"
+    )
+
+
+def check_models(models: Sequence[Any], options: ScorerOptions) -> list[Any]:
+    """The models with runs resolved to checkpoints and ensembles to tuples, for `open_scorer`.
+
+    Raises UserError for a model that cannot be loaded, before the first one is evaluated.
+    """
+    found: list[Any] = []
+    for model in models:
+        if not isinstance(model, str | Path) or str(model).startswith(_GRADER):
+            found.append(_make_grader(str(model)) if isinstance(model, str) else model)
+            continue
+        folders = [_check_folder(part, options) for part in _members(str(model))]
+        found.append(folders[0] if len(folders) == 1 else tuple(folders))
+    return found
+
+
+def _check_folder(model: str, options: ScorerOptions) -> str:
+    """The checkpoint of a folder."""
+    from rm_gallery.scoring.loading import check_folder, find_device, find_dtype
+    from rm_gallery.scoring.model_folder import choose_checkpoint
+
+    if options.template_date is not None:
+        read_date(options.template_date, "--template-date")
+    find_dtype(options.dtype, find_device(options.device))
+    folder = choose_checkpoint(model, key="model")
+    check_folder(folder, trust_remote_code=options.trust_remote_code, base=options.base)
+    return folder
+
+
+def _load(folder: str, options: ScorerOptions) -> RewardScorer:
+    from rm_gallery.scoring.scorer import RewardScorer
+
+    return RewardScorer.from_folder(
+        folder,
+        device=options.device,
+        dtype=options.dtype,  # type: ignore[arg-type]  # checked there
+        token_budget=options.token_budget,
+        trust_remote_code=options.trust_remote_code,
+        template_date=options.template_date,
+        base=options.base,
+    )
+
+
+def _members(model: str) -> list[str]:
+    """The folders of an ensemble `a+b`; a path that exists, or has no `+`, stands alone."""
+    if "+" not in model or Path(model).expanduser().exists():
+        return [model]
+    parts = [part.strip() for part in model.split("+")]
+    if not all(parts):
+        raise UserError(f"model={model}: an ensemble is two or more models joined by +, e.g. runs/a+runs/b")
+    return parts
+
+
+def _make_grader(text: str) -> BaseGrader:
+    """`grader:NAME:MODEL`: a built-in grader with a chat model behind an API."""
+    from rm_gallery.core.graders import common
+    from rm_gallery.core.models import OpenAIChatModel
+
+    name, _, model = text.removeprefix(_GRADER).partition(":")
+    known = {
+        each.removesuffix("Grader").lower(): getattr(common, each) for each in dir(common) if each.endswith("Grader")
+    }
+    found = known.get(name.replace("_", "").lower())
+    if found is None or not model:
+        hint = nearest(name.lower(), known) if found is None else ""
+        raise UserError(f"model={text}: must be grader:NAME:MODEL with NAME one of {', '.join(sorted(known))}.{hint}")
+    return found(model=OpenAIChatModel(model=model))
+
+
+def name_scorers(models: Sequence[Any]) -> list[str]:
+    """Short unique names: the last parts of folders as in `rm-gallery score`, names of graders and functions."""
+    from rm_gallery.scoring.jobs import name_models
+
+    members = {
+        str(each): _members(str(each))
+        for each in models
+        if isinstance(each, str | Path) and not str(each).startswith(_GRADER)
+    }
+    folders = list(dict.fromkeys(part for parts in members.values() for part in parts))
+    short = dict(zip(folders, name_models(folders), strict=True)) if folders else {}
+    names: list[str] = []
+    for model in models:
+        if isinstance(model, str | Path):
+            name = "+".join(short[part] for part in members.get(str(model), ())) or str(model)
+        elif isinstance(model, BaseGrader):
+            name = model.name
+        else:
+            folder = getattr(model, "folder", "") or getattr(model, "__name__", "") or type(model).__name__
+            name = Path(folder).name
+        while name in names:
+            name += "'"
+        names.append(name)
+    return names
