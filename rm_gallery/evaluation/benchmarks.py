@@ -150,8 +150,10 @@ def _read_rm_bench(row: Row) -> Item:
     chosen, rejected = _list(row, "chosen"), _list(row, "rejected")
     if len(chosen) != 3 or len(rejected) != 3:
         raise BadRow(f"{len(chosen)} chosen and {len(rejected)} rejected responses, not 3 and 3")
-    domain = str(_value(row, "domain"))
-    known = next((each for each in ("chat", "math", "code", "safety") if domain.startswith(each)), domain)
+    domain = str(row.values.get("domain") or Path(row.file).name)  # the files of single domains have no such column
+    known = next((each for each in ("chat", "math", "code", "safety") if domain.startswith(each)), "")
+    if not known:
+        raise BadRow(f"domain {domain[:20]!r}, which must be chat, math, code or safety")
     return make_item(row, _value(row, "prompt"), [*chosen, *rejected], _best_against_rest(3, 6), subset=known)
 
 

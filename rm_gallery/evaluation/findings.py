@@ -83,7 +83,10 @@ def _accuracy(row: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _baselines(row: Mapping[str, Any]) -> Iterator[Finding]:
-    for each in row.get("baselines", {}).get("rows", ()):
+    found = row.get("baselines", {})
+    for each in found.get("rows", ()):
+        if each["key"] == "words" and not found["by_prompt"] and row["prompts"] > 1:
+            continue  # the same responses may be in several folds, and then the baseline knows the answers
         if each["accuracy"] >= row["interval"][1] and row["ties"] < row["n"]:
             yield Finding(
                 "warning", f"below_{each['key']}",
@@ -221,7 +224,10 @@ def _style(probe: Mapping[str, Any]) -> Iterator[Finding]:
             f"unstable under {_STYLE_NAMES[probe['key']]}: accuracy changes from {accuracies} when the worse response "
             f"alone is changed; the change raises {percent(probe['raised'])} of the rewards"
         )
-    yield Finding(level, probe["key"], text, _STYLE_ADVICE[probe["key"]])
+    advice = (
+        _STYLE_ADVICE[probe["key"]] if probe["raised"] > _RAISED else "add such responses to both sides of the data"
+    )
+    yield Finding(level, probe["key"], text, advice)
 
 
 def _prompt(probe: Mapping[str, Any]) -> Iterator[Finding]:

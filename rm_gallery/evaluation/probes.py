@@ -76,7 +76,7 @@ STYLE_PROBES = (
     StyleProbe("markdown_added", "markdown added", _add_markdown),
     StyleProbe("markdown_removed", "markdown removed", _remove_markdown),
     StyleProbe("repeated", "last sentence repeated", _repeat_sentence),
-    StyleProbe("as_an_ai", '"As an AI language model" in front', lambda text: f"As an AI language model, {text}"),
+    StyleProbe("as_an_ai", '"As an AI ..." in front', lambda text: f"As an AI language model, {text}"),
 )
 _GERMAN = (
     "Vielen Dank f\u00fcr Ihre Frage. Darauf gibt es verschiedene Antworten, und es h\u00e4ngt ganz davon ab, was Sie "
@@ -157,9 +157,9 @@ def _order_row(pairs: Sequence[ProbePair], before: np.ndarray, scorer: Scorer) -
     after = _score(swapped, scorer)[:, ::-1]
     known = np.isfinite(after).all(axis=1)
     if not known.any():
-        return {"key": "order", "title": "responses in the other order", "kind": "style", "reason": "cannot be scored"}
+        return {"key": "order", "title": "the other order", "kind": "style", "reason": "cannot be scored"}
     flips = _verdict(before[known]) != _verdict(after[known])
-    row = _row("order", "responses in the other order", "style", known)
+    row = _row("order", "the other order", "style", known)
     accuracies = {"accuracy": _share(before[known, 0] > before[known, 1])["accuracy"]}
     return {
         **row,
@@ -218,7 +218,7 @@ def _damage(
 
 def _prompt_rows(pairs: Sequence[ProbePair], before: np.ndarray, scorer: Scorer) -> list[dict[str, Any]]:
     """The prompt of another row, and the answer to another row's prompt."""
-    titles = {"prompt": "the prompt of another row", "other_answer": "the better answer to another prompt"}
+    titles = {"prompt": "the prompt of another row", "other_answer": "the answer to another prompt"}
     partners = _partners([pair.group.prompt for pair in pairs])
     if not partners:
         reason = "the rows have no prompts that differ"

@@ -14,7 +14,7 @@ from rm_gallery.safe_text import visible_line
 
 WIDTH = 80
 _MAX_SUBSETS = 12
-_NAME = 22
+_FEW_PROMPTS = 20
 _SHOWN_MISTAKES = 3
 
 Cells = Sequence[str]
@@ -110,7 +110,8 @@ def facts(row: Mapping[str, Any]) -> Iterator[str]:
     if "benchmark" in row:
         yield from _benchmark(row["benchmark"])
     if row["interval_method"] != "wilson":
-        yield f"Interval: bootstrap over {row['prompts']:,} prompts, which repeat."
+        few = ", too few for an exact interval" if row["prompts"] < _FEW_PROMPTS else ""
+        yield f"Interval: bootstrap over {row['prompts']:,} prompts, which repeat{few}."
     length = row["length"]
     parts = [
         f"{percent(part['accuracy'])} where the {name} response is better (n = {part['n']:,})"

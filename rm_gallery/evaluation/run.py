@@ -38,7 +38,7 @@ from rm_gallery.inspection.baselines import baseline_report
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-_MIN_SUBSET, _MAX_STRENGTHS = 1, 6
+_MAX_STRENGTHS = 6
 
 
 class Evaluation(dict[str, Any]):
@@ -288,7 +288,8 @@ def _baselines(done: Collected, seed: int) -> dict[str, Any]:
          "n": each.num_pairs}
         for each in report.baselines
     ]  # fmt: skip
-    return {"rows": rows, "notes": [note.replace("training pairs", "pairs") for note in report.notes]}
+    notes = [note.replace("training pairs", "pairs") for note in report.notes]
+    return {"rows": rows, "notes": notes, "by_prompt": report.by_prompt}
 
 
 def _comparison(

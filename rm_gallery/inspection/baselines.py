@@ -70,6 +70,8 @@ class BaselineReport:
 
     baselines: tuple[Baseline, ...]
     notes: tuple[str, ...]
+    by_prompt: bool = False
+    """Whether folds hold whole prompts; otherwise responses that are in several pairs may be in several folds."""
 
 
 def baseline_report(train: Reservoir[SampledPair], val: Reservoir[SampledPair] | None, *, seed: int) -> BaselineReport:
@@ -102,7 +104,7 @@ def baseline_report(train: Reservoir[SampledPair], val: Reservoir[SampledPair] |
         found += _from_train_to_val(ratios, words, val.in_order(), seed)
         if val.num_offered > len(val.items):
             notes.append(f"evaluated on a random sample of {len(val.items):,} of {val.num_offered:,} validation pairs")
-    return BaselineReport(tuple(found), tuple(notes))
+    return BaselineReport(tuple(found), tuple(notes), by_prompt)
 
 
 _RULES = {
@@ -114,7 +116,7 @@ _RULES = {
 def _groups(prompts: np.ndarray) -> tuple[np.ndarray, bool]:
     """[P] fold group of each pair, and whether groups are prompts."""
     _, groups, counts = np.unique(prompts, return_inverse=True, return_counts=True)
-    if len(counts) < 2 * FOLDS or counts.max() > CONSTANT_SHARE * len(prompts):
+    if len(counts) < FOLDS or counts.max() > CONSTANT_SHARE * len(prompts):
         return np.arange(len(prompts)), False
     return groups, True
 
