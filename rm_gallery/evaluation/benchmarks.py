@@ -6,6 +6,7 @@ Unlike in other sets, a row that cannot be read is an error: a score over the ot
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -126,8 +127,7 @@ def _read_rewardbench(row: Row) -> Item:
 
 def _read_prior(row: Row) -> Item:
     responses = [_value(row, "chosen"), _value(row, "rejected")]
-    known = [name for name in scores.PRIOR_SETS if name in row.file]
-    subset = known[0] if known else Path(row.file).stem.partition("-")[0]
+    subset = re.split(r"[-.]", Path(row.file).name)[0]
     return make_item(row, _value(row, "prompt"), responses, [Comparison(0, 1)], subset=subset)
 
 
@@ -201,13 +201,13 @@ def _read_ppe(row: Row) -> Item:
         if not max(one, two) < len(correct) or correct[one] == correct[two]:
             raise BadRow(f"sampled_conflict_pairs with {one} and {two}, which are not a correct and a wrong response")
         comparisons.append(Comparison(one, two) if correct[one] else Comparison(two, one))
-    subset = next((name for name, word in _PPE.items() if word in row.file.lower()), "")
+    subset = max(_PPE, key=lambda name: row.file.lower().rfind(_PPE[name]))  # folders above may have such names too
     return make_item(row, _value(row, "prompt"), responses, comparisons, subset=subset, quality=correct)
 
 
 def _read_helpsteer3(row: Row) -> Item:
     overall = _value(row, "overall_preference")
-    if not isinstance(overall, int) or abs(overall) > 3:
+    if overall not in range(-3, 4):
         raise BadRow(f"overall_preference {str(overall)[:20]}, which must be a whole number from -3 to 3")
     if not overall:
         raise SkippedRow("overall_preference that is a tie")
@@ -222,9 +222,9 @@ def _read_llmbar(row: Row) -> Item:
     label = _value(row, "label")
     if label not in (1, 2):
         raise BadRow(f"label {str(label)[:20]}, which must be 1 or 2")
-    found = re.search(r"(Natural|(?:Adversarial[/_]?)?(?:Neighbor|GPTInst|GPTOut|Manual))", row.file)
-    name = found.group(1) if found else ""
-    subset = name if name in ("", "Natural") else f"Adversarial/{re.split('[/_]', name)[-1]}"
+    found = re.findall(r"Natural|Neighbor|GPTInst|GPTOut|Manual", row.file)
+    name = found[-1] if found else ""
+    subset = name if name in ("", "Natural") else f"Adversarial/{name}"
     responses = [_value(row, "output_1"), _value(row, "output_2")]
     return make_item(row, _value(row, "input"), responses, [Comparison(label - 1, 2 - label)], subset=subset)
 
@@ -243,7 +243,7 @@ BENCHMARKS = {
         Benchmark(
             "prior-sets", "the prior sets of RewardBench", _read_prior, scores.prior_sets,
             tuple(FileEntry("allenai/preference-test-sets", split=name) for name in scores.PRIOR_SETS),
-            (tuple(f"**/{name}*" for name in scores.PRIOR_SETS),),
+            (tuple(f"**/{name}{end}" for name in scores.PRIOR_SETS for end in ("-*", ".*")),),
         ),
         Benchmark(
             "rewardbench-2", "RewardBench 2", _read_rewardbench2, scores.rewardbench2,
@@ -284,6 +284,12 @@ def find_benchmark(name: str) -> Benchmark | None:
     known = {_bare(each): benchmark for each, benchmark in BENCHMARKS.items()}
     known.update(ppe=BENCHMARKS["ppe-correctness"], preferencetestsets=BENCHMARKS["prior-sets"])
     return known.get(_bare(name))
+
+
+def looks_like_benchmark(name: str) -> bool:
+    """Whether a name is a misspelled name of a benchmark; short names are not."""
+    bare = _bare(name)
+    return len(bare) > 4 and bool(difflib.get_close_matches(bare, map(_bare, BENCHMARKS), n=1, cutoff=0.85))
 
 
 def _bare(name: str) -> str:

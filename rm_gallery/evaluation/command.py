@@ -38,9 +38,11 @@ def add_evaluate(commands: Any) -> None:
     )
     command.add_argument("--max-pairs", type=int, metavar="N", help="evaluate a random sample of N rows of each set")
     command.add_argument(
-        "--probes", action=argparse.BooleanOptionalAction, default=True, help="score changed texts of a sample (on)"
+        "--probes",
+        action=argparse.BooleanOptionalAction,
+        help="score changed texts of a sample (default: on; off for graders)",
     )
-    command.add_argument("--probe-pairs", type=int, default=200, metavar="N", help="pairs in that sample (200)")
+    command.add_argument("--probe-pairs", type=int, metavar="N", help="pairs in that sample (200)")
     command.add_argument(
         "--baselines", action=argparse.BooleanOptionalAction, default=True, help="length and bag of words (on)"
     )
@@ -59,6 +61,7 @@ def add_evaluate(commands: Any) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from rm_gallery.evaluation import rewardbench_files
+    from rm_gallery.evaluation.probes import DEFAULT_PAIRS
     from rm_gallery.evaluation.report import as_markdown, as_text, check_target, write_report
     from rm_gallery.evaluation.run import EvaluateOptions, run
     from rm_gallery.evaluation.scorers import ScorerOptions
@@ -69,9 +72,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     for name in ("json", "markdown", "rewardbench"):
         if getattr(arguments, name) is not None:
             targets[name] = check_target(getattr(arguments, name), f"--{name}")
-    options = EvaluateOptions(
-        arguments.max_pairs, arguments.probe_pairs if arguments.probes else 0, arguments.baselines, arguments.seed
-    )
+    probe_pairs = arguments.probe_pairs
+    if arguments.probes is not None:
+        probe_pairs = (probe_pairs or DEFAULT_PAIRS) if arguments.probes else 0
+    options = EvaluateOptions(arguments.max_pairs, probe_pairs, arguments.baselines, arguments.seed)
     options.check()
     settings = [text for text in arguments.sets if is_setting(text)]
     named = [text for text in arguments.sets if text not in settings]

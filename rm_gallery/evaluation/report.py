@@ -33,6 +33,7 @@ def as_text(evaluation: Mapping[str, Any]) -> str:
         lines += ["Comparison", "----------"]
         for row in evaluation["comparisons"]:
             lines += _wrapped(f"{row['set']}: {row['text']}", "  ")
+            lines += [line for text in _disagreements(row) for line in _wrapped(text, "    ")]
         lines.append("")
     return "\n".join(visible_line(line).rstrip() for line in lines).rstrip()
 
@@ -140,9 +141,20 @@ def facts(row: Mapping[str, Any]) -> Iterator[str]:
             f"Best of {count} responses ({best['n']:,} prompts): a best one is chosen in {percent(best['accuracy'])} "
             f"(chance {percent(best['chance'])}); regret {best['regret']:.3g} (chance {best['random_regret']:.3g})."
         )
+    if row["mistakes"]:
+        worst = [f"{each['where']} (margin {each['margin']:.3g})" for each in row["mistakes"][:_SHOWN_MISTAKES]]
+        yield f"Worst mistakes: {', '.join(worst)}; --json has their texts."
     speed = row["throughput"]
     rate = f"{speed['responses_per_second']:,.0f}/s"
     yield f"{row['rewards']['n']:,} responses scored in {speed['scoring_seconds']:.1f} s, {rate}."
+
+
+def _disagreements(row: Mapping[str, Any]) -> Iterator[str]:
+    """Where the two models of a comparison disagree most."""
+    count = row["only_first_right"] + row["only_second_right"]
+    if count and row["disagreements"]:
+        first = ", ".join(each["where"] for each in row["disagreements"][:_SHOWN_MISTAKES])
+        yield f"One of them alone is right in {count:,} of {row['n']:,} pairs; they disagree most on {first}."
 
 
 def _benchmark(found: Mapping[str, Any]) -> Iterator[str]:
@@ -204,7 +216,12 @@ def as_markdown(evaluation: Mapping[str, Any]) -> str:
             lines += _md_mistakes(row["mistakes"][:_SHOWN_MISTAKES])
     if evaluation["comparisons"]:
         lines += ["### Comparison", ""]
-        lines += [f"- {_md(row['set'])}: {_md(row['text'])}" for row in evaluation["comparisons"]] + [""]
+        for row in evaluation["comparisons"]:
+            lines += [
+                f"- {_md(row['set'])}: {_md(row['text'])}",
+                *(f"    - {_md(text)}" for text in _disagreements(row)),
+            ]
+        lines.append("")
     made = f"rm-gallery {evaluation['rm_gallery']} evaluate, {evaluation['created'][:10]}"
     lines.append(
         f"Made by {made}. A tie counts as wrong; len-ctrl is accuracy with the length difference controlled for; ECE "

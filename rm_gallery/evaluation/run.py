@@ -14,7 +14,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,9 @@ class EvaluateOptions:
 
     max_pairs: int | None = None
     """Size of a random sample of the rows of each set."""
-    probe_pairs: int = DEFAULT_PAIRS
-    """Comparisons of each set that are scored again with changed texts; 0 for none."""
+    probe_pairs: int | None = None
+    """Comparisons of each set that are scored again with changed texts; 0 for none. None for 200, and none for graders,
+    whose every request may cost money."""
     baselines: bool = True
     seed: int = 0
 
@@ -71,8 +72,14 @@ class EvaluateOptions:
         """Raise UserError for a number out of range."""
         if self.max_pairs is not None and self.max_pairs < 1:
             raise UserError(f"--max-pairs={self.max_pairs}: must be at least 1")
-        if self.probe_pairs < 0:
+        if self.probe_pairs is not None and self.probe_pairs < 0:
             raise UserError(f"--probe-pairs={self.probe_pairs}: must be at least 0")
+
+    def probes_of(self, scorer: Scorer) -> int:
+        """The number of comparisons for the probes of a scorer."""
+        if self.probe_pairs is None:
+            return 0 if scorer.kind == "grader" else DEFAULT_PAIRS
+        return self.probe_pairs
 
 
 def evaluate(
@@ -81,7 +88,7 @@ def evaluate(
     *,
     data: Mapping[str, Any] | None = None,
     max_pairs: int | None = None,
-    probes: bool | int = True,
+    probes: bool | int | None = None,
     baselines: bool = True,
     seed: int = 0,
     **loading: Any,
@@ -94,7 +101,8 @@ def evaluate(
     sets: a file, folder, URL or hub dataset with preferences in any format that training reads, the name of a benchmark
     ("rewardbench-2", or "rewardbench-2=FOLDER"), rows in memory, a list of these, or a mapping from names to them.
     data: how rows are read, e.g. {"chosen_key": "better"}. max_pairs: evaluate a random sample of each set.
-    probes: whether a sample of 200 pairs is scored again with changed texts, or the size of the sample.
+    probes: whether a sample of 200 pairs is scored again with changed texts, or the size of the sample; None (default)
+    is False for graders, whose requests may cost money, and True for others.
     loading: arguments of `RewardScorer.from_folder` (device, dtype, token_budget, ...).
 
     Returns a dict with `models[*]["sets"][*]`, whose string is a report. Raises `rm_gallery.UserError` for a model or
@@ -111,7 +119,8 @@ def evaluate(
         raise TypeError(f"evaluate() got an unexpected keyword argument {unknown!r}")
     names, models = _models(model)
     config = load_data_config([f"data.{key}={json.dumps(value)}" for key, value in (data or {}).items()])
-    options = EvaluateOptions(max_pairs, DEFAULT_PAIRS if probes is True else int(probes), baselines, seed)
+    probe_pairs = DEFAULT_PAIRS if probes is True else None if probes is None else int(probes)
+    options = EvaluateOptions(max_pairs, probe_pairs, baselines, seed)
     with tempfile.TemporaryDirectory(prefix="rm-gallery-") as folder:
         opened = open_sets(sets, config, max_items=max_pairs, seed=seed, folder=Path(folder))
         return run(models, opened, options, ScorerOptions(**loading), names=names)
@@ -151,8 +160,9 @@ def run(
             for each in sets:
                 first = reference.get(each.name)
                 others = margins_by_place(first.table, first.table.margins(first.rewards)) if first else None
+                num_probe_pairs = options.probes_of(scorer)
                 done = collect(
-                    each, scorer, num_probe_pairs=options.probe_pairs, seed=options.seed, others=others, sink=sink
+                    each, scorer, num_probe_pairs=num_probe_pairs, seed=options.seed, others=others, sink=sink
                 )
                 if options.baselines and each.name not in baselines:
                     baselines[each.name] = _baselines(done, options.seed)
@@ -167,7 +177,7 @@ def run(
         format=FORMAT,
         rm_gallery=__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        seed=options.seed,
+        options=asdict(options),
         models=found,
         comparisons=comparisons,
     )
@@ -217,7 +227,7 @@ def _set_row(
     row["best_of_n"] = _best_of_n(table, rewards)
     if baselines is not None:
         row["baselines"] = baselines
-    if options.probe_pairs:
+    if done.probe_pairs:
         row["probes"] = {"pairs": len(done.probe_pairs), "rows": run_probes(done.probe_pairs, scorer)}
     row["mistakes"] = done.mistakes
     row["throughput"] = {

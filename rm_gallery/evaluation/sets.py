@@ -24,7 +24,14 @@ from rm_gallery.data.sources.local import exists_here
 from rm_gallery.data.sources.records import MAX_ROW_BYTES, kind_of
 from rm_gallery.data.sources.remote import is_url
 from rm_gallery.errors import BadRow, Dropped, Problem, UserError, nearest
-from rm_gallery.evaluation.benchmarks import BENCHMARKS, KEY, Benchmark, SkippedRow, find_benchmark
+from rm_gallery.evaluation.benchmarks import (
+    BENCHMARKS,
+    KEY,
+    Benchmark,
+    SkippedRow,
+    find_benchmark,
+    looks_like_benchmark,
+)
 from rm_gallery.evaluation.table import Item, quality_of
 from rm_gallery.sampling import Reservoir
 from rm_gallery.schema import InputStyle
@@ -168,7 +175,12 @@ def open_sets(
     if not named:
         raise UserError("no set to evaluate on; name a file with preferences, or a benchmark: " + ", ".join(BENCHMARKS))
     found = [_open(name, source, config, max_items, seed) for name, source in named]
-    return [replace(each, name=name) for each, name in zip(found, _unique(found), strict=True)]
+    result = [replace(each, name=name) for each, name in zip(found, _unique(found), strict=True)]
+    for number, each in enumerate(result):
+        if folder is not None and Path(named[number][1]).parent == folder:  # rows in memory: their place is `NAME:row`
+            files = [replace(file, name=each.name) for file in each.files]
+            result[number] = replace(each, files=files, source=each.name)
+    return result
 
 
 def _named(sets: Any, folder: Path | None) -> list[tuple[str, str]]:
@@ -210,8 +222,8 @@ def _open(name: str, source: str, config: EvaluateDataConfig, max_items: int | N
         files = benchmark.find(path)
         return EvalSet(benchmark.name, shown, files, (), config, benchmark, max_items, seed)
     hint = nearest(name or source, BENCHMARKS)
-    if name and hint and not kind_of(source):
-        raise UserError(f"{KEY}={shown}: no benchmark is called {name!r}.{hint}")
+    if name and looks_like_benchmark(name):
+        raise UserError(f"{KEY}={shown}: no benchmark is called {name!r}.{hint} Or give the set another name")
     is_path = exists_here(source) or is_url(source) or "/" in source or "*" in source or kind_of(source) is not None
     if not is_path:
         raise UserError(

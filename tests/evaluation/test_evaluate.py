@@ -187,7 +187,7 @@ def test_a_bad_row_of_a_benchmark_is_an_error(row: dict[str, Any], message: str,
 def test_a_wrong_name_is_answered(in_tmp: Path) -> None:
     with pytest.raises(UserError, match=r"SET=rewardbnech: neither .*Did you mean 'rewardbench'\?"):
         evaluate(honest, "rewardbnech")
-    with pytest.raises(UserError, match=r"no benchmark is called 'reward-bnch'. Did you mean 'rewardbench'\?"):
+    with pytest.raises(UserError, match=r"no benchmark is called 'reward-bnch'\. Did you mean 'rewardbench'\?"):
         evaluate(honest, "reward-bnch=.")
     with pytest.raises(UserError, match="SET=rmb: not on the hub; get https://"):
         evaluate(honest, "rmb")

@@ -50,6 +50,7 @@ def test_rows_of_several_layouts_and_sources(in_tmp: Path) -> None:
         ("x", 1),
         ("y", 0),
     ]
+    assert row["mistakes"][0]["where"] == "frame:1"
     ranked = [{"prompt": "Why?", "responses": ["a 1", "b 3"], "ranks": [2, 1]}]
     assert _row(ranked)["accuracy"] == 1
     joined = [{"prompt": "Why?", "response": f"a {number}", "helpfulness": number} for number in range(4)]
@@ -72,6 +73,8 @@ def test_names_of_sets_and_benchmarks(in_tmp: Path) -> None:
         write_rows(Path(name) / "test.jsonl", honest_rows(3))
     result = evaluate(honest, ["a/test.jsonl", "b/test.jsonl", "mine=a/test.jsonl"], probes=False, baselines=False)
     assert [each["name"] for each in result["models"][0]["sets"]] == ["a/test.jsonl", "b/test.jsonl", "mine"]
+    [own] = evaluate(honest, {"rm": "a"}, probes=False, baselines=False)["models"][0]["sets"]
+    assert own["name"] == "rm", "a short name is no misspelled benchmark"
     with pytest.raises(UserError, match=r"a/test\.jsonl is named twice"):
         evaluate(honest, ["a/test.jsonl", "a/test.jsonl"])
     assert find_benchmark("RewardBench_2") is BENCHMARKS["rewardbench-2"] and find_benchmark("other") is None
