@@ -15,15 +15,17 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 NO_DEFAULTS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1},
-    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * 4, "num_hidden_layers": 12},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 4, "num_hidden_layers": 12},
+    "t5": {"decoder_start_token_id": 0},
     "xmod": {"default_language": "en_XX"},
 }
 """Settings without which the type's default configuration does not run, or lacks a kind of layer."""
 WRAPPERS = (
     "gemma3", "gemma4", "mistral3", "llama4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "llava",
     "internvl", "aya_vision", "exaone4_5", "idefics3", "smolvlm", "lfm2_vl", "hyperclovax_vision_v2",
+    "modernvbert",
 )  # fmt: skip
 _OTHER_SIZES = {
     "hidden_size": 32, "embed_dim": 32, "depth": 2, "num_hidden_layers": 2, "out_hidden_size": 64, "image_size": 32,

@@ -16,7 +16,7 @@ from rm_gallery.data.batching.bin_packing import Packer, attention_length
 from rm_gallery.data.config import sides_of
 from rm_gallery.data.sources import resolve_files
 from rm_gallery.data.tokenization.template_date import freeze_date
-from rm_gallery.data.tokenization.tokenizer import load_tokenizer
+from rm_gallery.data.tokenization.tokenizer import load_tokenizer, read_at
 from rm_gallery.errors import UserError
 from rm_gallery.files import write_text
 from rm_gallery.inspection.collect import collect
@@ -86,7 +86,7 @@ def inspect_data(config: TrainConfig, *, num_samples: int) -> Report:
             model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=data.chat_template
         )
         freeze_date(tokenizer, data.template_date, key="data.template_date")
-        packer = _packer_for(model, data.budget)
+        packer = _packer_for(model, data.budget, tokenizer)
     elif data.custom_cls.path is not None:
         raise UserError("data.custom_cls renders with a tokenizer: set model.partial_pretrain as well")
     sides = sides_of(data)
@@ -108,11 +108,11 @@ def _short_names(names: set[str]) -> dict[str, str]:
     return short if len(set(short.values())) == len(short) else {}
 
 
-def _packer_for(model: ModelConfig, token_budget: int) -> Packer:
+def _packer_for(model: ModelConfig, token_budget: int, tokenizer: Any) -> Packer:
     """The packer of one rank, as in training. A folder without a model configuration counts as a decoder."""
     from transformers import AutoConfig
 
-    from rm_gallery.modeling.architectures import DECODERS, ENCODERS
+    from rm_gallery.modeling.architectures import DECODERS, ENCODERS, closing_token
     from rm_gallery.modeling.text_part import text_part
 
     path = model.partial_pretrain
@@ -122,6 +122,7 @@ def _packer_for(model: ModelConfig, token_budget: int) -> Packer:
         )
     except (OSError, ValueError):
         return Packer(token_budget)
+    read_at(tokenizer, closing_token(config), what=path)
     padded = config.model_type in ENCODERS or model.packing == "padded"
     if config.model_type not in (*DECODERS, *ENCODERS):
         from rm_gallery.modeling.model_folder import check_class

@@ -47,6 +47,8 @@ _AFTER_PADDING = frozenset({
     "camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "roberta", "roberta-prelayernorm",
     "xlm-roberta", "xlm-roberta-xl", "xmod",
 })  # fmt: skip
+NOT_TRAINED = {"reformer": "transformers trains it on texts of one length alone"}
+"""Types that are scored only, and why."""
 DECODERS = tuple(name for name, each in ARCHITECTURES.items() if each.is_decoder)
 ENCODERS = tuple(name for name, each in ARCHITECTURES.items() if not each.is_decoder)
 
@@ -54,6 +56,11 @@ ENCODERS = tuple(name for name, each in ARCHITECTURES.items() if not each.is_dec
 def architecture(model_type: str) -> Architecture:
     """The entry of a model type; one without special features for types that are not in the table."""
     return ARCHITECTURES.get(model_type, _OTHER)
+
+
+def closing_token(config: Any) -> int | None:
+    """The token at which the reward is read, so that each text has exactly one: EOS in encoder-decoders (BART, T5)."""
+    return config.eos_token_id if getattr(config, "is_encoder_decoder", False) else None
 
 
 def common_setting(config: Any, name: str, default: Any = None) -> Any:

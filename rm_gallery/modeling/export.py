@@ -28,9 +28,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rm_gallery.data.tokenization.tokenizer import read_at
 from rm_gallery.errors import UserError
 from rm_gallery.files import sha256, sha256_files
 from rm_gallery.modeling.adapters import Adapter, open_adapter, stored_name
+from rm_gallery.modeling.architectures import closing_token
 from rm_gallery.modeling.generic_class import CODE_FILE, auto_map, code_of, is_generic
 from rm_gallery.modeling.legacy_keys import add_config_keys, rename_tokenizer_keys
 from rm_gallery.modeling.model_folder import quiet_transformers
@@ -78,6 +80,7 @@ def set_pad_token(model: RewardModel, tokenizer: Any, *, what: str = "model", re
             model.network.get_input_embeddings().weight[tokenizer.pad_token_id :] *= tokenizer.pad_token_id < num_rows
         log.info("embeddings: resized from %d to %d rows for the tokenizer", num_rows, num_rows + missing)
     model.network.config.pad_token_id = tokenizer.pad_token_id
+    read_at(tokenizer, closing_token(model.network.config), what=what)
 
 
 def missing_embedding_rows(
@@ -123,8 +126,9 @@ def write_folder(
     """
     from transformers.dynamic_module_utils import custom_object_save
 
+    network = model.network
     if adapter is None:
-        hashes = write_weights(folder, tensors, dtype, read=read)
+        hashes = write_weights(folder, _without_tied(network, tensors), dtype, read=read)
     else:
         inside = {stored_name(name): name for name in tensors}
         hashes = write_weights(
@@ -132,7 +136,6 @@ def write_folder(
             read=lambda stored: read(inside[stored]), name=ADAPTER_WEIGHTS, max_shard_bytes=sys.maxsize,
         )  # fmt: skip
         adapter.write_config(folder)
-    network = model.network
     with quiet_transformers():
         if getattr(network, "_auto_class", None) is not None:  # custom code of the folder (trust_remote_code)
             custom_object_save(network, folder, config=network.config)
@@ -144,6 +147,12 @@ def write_folder(
     _apply_umask(folder)
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".safetensors"]
     return {**hashes, **sha256_files(folder, names)}
+
+
+def _without_tied(network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without those that are another one under a second name: BART's embedding has three."""
+    tied = getattr(network, "all_tied_weights_keys", None) or {}
+    return {name: each for name, each in tensors.items() if tied.get(name) not in tensors}
 
 
 def _finish_config(path: Path, model: RewardModel, dtype: torch.dtype, record: InputRecord) -> None:

@@ -18,7 +18,7 @@ from rm_gallery.modeling.heads import HEADS
 
 
 def head_of(network: Any) -> nn.Module | None:
-    """The module whose output is the reward: `score` in decoders, `classifier` in encoders; None for other heads."""
+    """The module whose output is the reward, by the names of `HEADS`; None for other heads."""
     found = (getattr(network, name, None) for name in HEADS)
     return next((each for each in found if isinstance(each, nn.Module)), None)
 

@@ -18,9 +18,12 @@ from typing import Any
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.weight_files import BUFFERS, FLOATS, StoredTensor, WeightFolder, list_names
 
-HEADS = ("score", "classifier")
-"""The names of transformers: decoders, encoders."""
-_LAST_LAYERS = ("score", "classifier", "classifier.out_proj", "classification_head.out_proj", "logits_proj")
+HEADS = ("score", "classifier", "classification_head", "sequence_summary")
+"""The names of transformers: decoders, encoders, encoder-decoders (BART, T5), XLM."""
+_LAST_LAYERS = (
+    "score", "classifier", "classifier.out_proj", "classification_head.out_proj", "sequence_summary.summary",
+    "logits_proj",
+)  # fmt: skip
 _OTHER_TASKS = (
     "lm_head", "cls", "lm_predictions", "mask_predictions", "predictions", "decoder", "discriminator_predictions",
     "generator_predictions", "generator_lm_head", "embed_out", "mtp", "pooler",

@@ -28,7 +28,7 @@ def add_config_keys(config: dict[str, Any]) -> None:
     """
     config["sentence_transformers"] = {"activation_fn": "torch.nn.modules.linear.Identity"}
     keys = _rope_keys(config)
-    if keys and _rope_as_read({**config, **keys}) == _rope_as_read(config):
+    if keys and _are_ignored(config, keys):
         config.update(keys)
 
 
@@ -47,6 +47,15 @@ def _rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(local, Mapping):
         keys["rope_local_base_freq"] = local["rope_theta"]
     return keys
+
+
+def _are_ignored(config: Mapping[str, Any], keys: Mapping[str, Any]) -> bool:
+    """Whether transformers 5 reads the same rotary settings with these keys beside its own."""
+    try:
+        found = _rope_as_read({**config, **keys})
+    except Exception:  # it refuses them: Gemma 4
+        return False
+    return bool(found == _rope_as_read(config))
 
 
 def _rope_as_read(config: Mapping[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rm_gallery.data.sources.hub import check_model_name, model_not_found
 from rm_gallery.errors import UserError, one_line
-from rm_gallery.modeling.architectures import common_setting
+from rm_gallery.modeling.architectures import NOT_TRAINED, common_setting
 from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.config import PackingSetting
 from rm_gallery.modeling.generic_class import forget_code, register
@@ -346,6 +346,9 @@ def check_model_config(
 ) -> None:
     """Raise UserError for a configuration that cannot be trained: see `load_model_config`."""
     check_class(config, what=f"{key}={path}")
+    if new_head is not None and config.model_type in NOT_TRAINED:
+        reason = NOT_TRAINED[config.model_type]
+        raise UserError(f"{key}={path}: {config.model_type} cannot be trained: {reason}; choose another model")
     if not new_head:
         hint = "start from its base model, or set model.new_head=true"
         check_one_label(config, files, path, key=key, hint="choose another folder" if new_head is None else hint)

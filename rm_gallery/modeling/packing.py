@@ -21,7 +21,7 @@ from torch import Tensor
 from rm_gallery.data.batching.packed_batch import PackedBatch, collate
 from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.errors import UserError, one_line
-from rm_gallery.modeling.architectures import DECODERS, ENCODERS
+from rm_gallery.modeling.architectures import DECODERS, ENCODERS, closing_token
 from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.config import PackingSetting
 from rm_gallery.modeling.forward import head_of, packed_rewards, padded_rewards, text_rewards
@@ -109,9 +109,9 @@ def _tried(key: _Key) -> Way:
         return Way(False, f"no small {kind} can be built to try packing ({reason})", is_checked=False)
     if head_of(twin) is None:
         return _refused(
-            f"architecture {kind!r} is not supported: its head is not {' or '.join(HEADS)}; choose another model"
+            f"architecture {kind!r} is not supported: its head is none of {', '.join(HEADS)}; choose another model"
         )
-    probe = Probe(VOCABULARY)
+    probe = Probe(VOCABULARY, closing_token(twin.config))
     try:
         probe.measure(twin)
     except Exception as error:
@@ -156,13 +156,12 @@ def check_loaded(network: Any, *, what: str) -> float:
     config, was_training = network.config, network.training
     text_config = config.get_text_config()  # another one in a wrapper of several models
     kind, pads = config.model_type, [getattr(each, "pad_token_id", None) for each in (config, text_config)]
-    pad, eos = pads[1], getattr(text_config, "eos_token_id", None)
+    pad = pads[1]
     tolerance = TOLERANCE if network.dtype == torch.float32 else 0.1
     network.eval()
     try:
         config.pad_token_id = text_config.pad_token_id = pad if isinstance(pad, int) else 0
-        closing = eos if getattr(config, "is_encoder_decoder", False) else None  # where its head reads
-        probe = Probe(min(VOCABULARY, network.get_input_embeddings().num_embeddings), closing)
+        probe = Probe(min(VOCABULARY, network.get_input_embeddings().num_embeddings), closing_token(config))
         probe.measure(network)
         found = probe.compare(lambda batch: padded_rewards(network, batch))
     except Exception as error:
@@ -172,6 +171,9 @@ def check_loaded(network: Any, *, what: str) -> float:
         config.pad_token_id, text_config.pad_token_id = pads
     if not found <= tolerance:
         raise UserError(f"{what}: {_leak(kind, found)}")
+    head = head_of(network)
+    if probe.effect == 0 and head is not None and any(bool(each.any()) for each in head.parameters()):
+        raise UserError(f"{what}: {kind} gives all texts the same reward; choose another model")
     return found
 
 

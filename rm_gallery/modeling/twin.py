@@ -190,12 +190,16 @@ def _shorten_rotary_lists(values: dict[str, Any]) -> None:
 @torch.no_grad()
 def draw_weights(network: nn.Module) -> None:
     """Weights so large that rewards spread, attention is not uniform, and each norm and bias has an effect."""
+    linear = {id(module.weight) for module in network.modules() if isinstance(module, nn.Linear)}
     for name, parameter in network.named_parameters():
         if not parameter.is_floating_point() or name.endswith(("A_log", "dt_bias", "D")):
             continue  # parameters of a scan have values of their own
         noise = torch.randn(parameter.shape)
         is_table = parameter.ndim == 2 and ("embed" in name or name.endswith(("wte.weight", "wpe.weight")))
+        is_table = is_table and id(parameter) not in linear
         if parameter.ndim < 2 or is_table:
             parameter.add_(noise, alpha=0.3) if parameter.ndim < 2 else parameter.copy_(noise)
         else:
             parameter.copy_(noise * 1.4 / parameter[0].numel() ** 0.5)
+            if name.endswith("Attention.q.weight"):  # T5 does not divide scores by the root of the head's size
+                parameter.mul_(_HEAD_DIM**-0.5)

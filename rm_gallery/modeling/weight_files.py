@@ -213,7 +213,8 @@ def check_not_quantized(files: WeightFolder, config: Any, path: str, *, key: str
     if getattr(config, "quantization_config", None):
         return  # transformers reads these, or reports why it cannot
     for name, tensor in files.tensors.items():
-        is_float = tensor.dtype in FLOATS or len(tensor.shape) < 2 or BUFFERS.search(name)
+        is_index = tensor.dtype == "I64" and not name.endswith("weight")  # a table of indices (DeepSeek V4)
+        is_float = tensor.dtype in FLOATS or is_index or len(tensor.shape) < 2 or BUFFERS.search(name)
         if name.rpartition(".")[2] in _QUANTIZED or not is_float:
             raise UserError(
                 f"{key}={path}: the weights are quantized ({name} is {tensor.dtype}), and config.json has no "

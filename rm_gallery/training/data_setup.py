@@ -17,9 +17,9 @@ from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.token_cache.prepare import peek, prepare
 from rm_gallery.data.token_cache.store import Store
 from rm_gallery.data.tokenization.template_date import freeze_date
-from rm_gallery.data.tokenization.tokenizer import load_tokenizer
+from rm_gallery.data.tokenization.tokenizer import load_tokenizer, read_at
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.architectures import ENCODERS
+from rm_gallery.modeling.architectures import ENCODERS, closing_token
 from rm_gallery.modeling.export import InputRecord
 from rm_gallery.modeling.model_folder import load_model_config
 from rm_gallery.modeling.packing import choose_way
@@ -99,7 +99,9 @@ def check_inputs(config: TrainConfig) -> None:
     source = load_model_config(
         model.partial_pretrain, trust_remote_code=model.trust_remote_code, new_head=model.new_head
     )
-    choose_way(source, model.packing, what=f"model.partial_pretrain={model.partial_pretrain}")
+    what = f"model.partial_pretrain={model.partial_pretrain}"
+    choose_way(source, model.packing, what=what)
+    read_at(tokenizer, closing_token(source), what=what)
     for side in sides_of(config.data):
         files, entries = resolve_files(config.data, key=side.key), entries_of(config.data, side.key)
         for warning in peek(files, entries, config.data, tokenizer, key=side.key).warnings():

@@ -80,6 +80,14 @@ def test_the_keys_of_version_4_stand_beside_those_of_version_5(values: Any, adde
     assert config == {**values, **added, "sentence_transformers": identity}
 
 
+def test_keys_that_transformers_5_refuses_are_omitted() -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("gemma4_text").to_dict()
+    add_config_keys(config)
+    assert "rope_theta" not in config and "rope_scaling" not in config
+
+
 def test_a_folder_written_before_is_repaired_and_still_intact(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

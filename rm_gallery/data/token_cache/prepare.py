@@ -34,6 +34,7 @@ from rm_gallery.data.token_cache.row_processor import (
     process_in_order,
 )
 from rm_gallery.data.token_cache.store import DamagedStore, Facts, Store, StoreWriter, open_store
+from rm_gallery.data.tokenization.tokenizer import closing_of
 from rm_gallery.errors import Dropped, UserError
 from rm_gallery.files import lock
 from rm_gallery.schema import InputStyle
@@ -144,6 +145,7 @@ def _fingerprint(
         "tokenizer": hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "class": type(tokenizer).__name__,
         "template": tokenizer.chat_template,
+        "closing": closing_of(tokenizer),
         "special tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     }
     return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from rm_gallery.data.tokenization.chats import Chat, ChatRenderer, Render
 from rm_gallery.data.tokenization.guarded import GuardedChats
 from rm_gallery.data.tokenization.special_tokens import ControlTokens
-from rm_gallery.data.tokenization.tokenizer import TokenizeConfig, fit_length, too_long
+from rm_gallery.data.tokenization.tokenizer import TokenizeConfig, check_closing, fit_length, too_long
 from rm_gallery.data.tokenization.turn_tokens import added_controls, turn_tokens
 from rm_gallery.errors import BadRow
 from rm_gallery.schema import Comparison, PreferenceGroup
@@ -97,7 +97,14 @@ class Encoder:
                 found[index] = self._guarded.checked(texts, rendered, groups[index].where)
             except BadRow as error:
                 found[index] = error
-        return found
+        return [each if isinstance(each, BadRow) else self._with_closing(each) for each in found]
+
+    def _with_closing(self, texts: list[list[int]]) -> list[list[int]] | BadRow:
+        try:
+            check_closing(texts, self.tokenizer)
+        except BadRow as error:
+            return error
+        return texts
 
     def _encode_texts_of(self, group: PreferenceGroup, batches: dict[bool, _Batch]) -> list[list[int]]:
         """Ids of raw texts with control tokens that are plain text; the others are added to a batch."""

@@ -28,6 +28,35 @@ class LengthConfig:
     """Without that filter: `error` stops at the first such text; `left` and `right` truncate it on that side."""
 
 
+_CLOSING = "rm_gallery_closing"
+
+
+def read_at(tokenizer: Any, token: int | None, *, what: str) -> None:
+    """Note the token at which the model reads its reward, if it is a token: each text then has to have exactly one.
+
+    Raises UserError, which begins with `what`, if the tokenizer does not end texts with it.
+    """
+    setattr(tokenizer, _CLOSING, token)
+    if token is not None and list(tokenizer("A text.")["input_ids"]).count(token) != 1:
+        raise UserError(
+            f"{what}: the model reads the reward at its EOS token (id {token}), and the tokenizer writes none at "
+            "the end of a text; use the model's own tokenizer"
+        )
+
+
+def closing_of(tokenizer: Any) -> int | None:
+    """The token that `read_at` noted."""
+    found: int | None = getattr(tokenizer, _CLOSING, None)
+    return found
+
+
+def check_closing(texts: Sequence[Sequence[int]], tokenizer: Any) -> None:
+    """Raise BadRow for a text in which the token that the model reads at does not occur exactly once."""
+    token = closing_of(tokenizer)
+    if token is not None and any(list(ids).count(token) != 1 for ids in texts):
+        raise BadRow("not exactly one EOS token, at which the model reads the reward")
+
+
 def too_long(config: LengthConfig) -> str:
     """Reason of a group that is dropped for its length."""
     return f"longer than data.max_length={config.max_length}"
@@ -53,6 +82,7 @@ def fit_length(
         )
     else:
         fitted = [_truncate(ids, tokenizer, config) for ids in texts]
+        check_closing(fitted, tokenizer)
     differing = [each for each in group.comparisons if fitted[each.better] != fitted[each.worse]]
     if group.comparisons and not differing:
         when = " after truncation" if longest > config.max_length else " as tokens"
