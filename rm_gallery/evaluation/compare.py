@@ -39,7 +39,8 @@ def compare(
     """
     right = first > 0, second > 0
     gain = right[1].astype(np.float64) - right[0]
-    clusters = clusters_of(table.prompt[table.group[indices]])
+    groups = table.group[indices]
+    clusters = clusters_of(table.prompt[groups], groups)
     low, high = percentile_interval(bootstrap_means(gain, clusters, seed=seed)) if gain.any() else (0.0, 0.0)
     only_first, only_second = int((gain < 0).sum()), int((gain > 0).sum())
     row = {

@@ -42,17 +42,19 @@ def wilson(successes: float, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def clusters_of(prompts: np.ndarray) -> np.ndarray | None:
+def clusters_of(prompts: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
     """[C] cluster of each comparison, numbered from 0, if prompts repeat; None if comparisons are independent.
 
-    prompts: [C] hash of the prompt. A prompt that most comparisons have in common is an instruction, not a cluster.
+    prompts: [C] hash of the prompt. rows: [C] number of the row, which has several comparisons if it is a ranking. A
+    prompt that most comparisons have in common is an instruction, not a cluster; rows are the clusters then.
     """
-    if not len(prompts):
-        return None
-    _, clusters, counts = np.unique(prompts, return_inverse=True, return_counts=True)
-    if len(counts) == len(prompts) or counts.max() > CONSTANT_SHARE * len(prompts):
-        return None
-    return clusters
+    for ids in (prompts, rows):
+        _, clusters, counts = np.unique(ids, return_inverse=True, return_counts=True)
+        if len(counts) == len(ids):
+            return None
+        if counts.max() <= CONSTANT_SHARE * len(ids):
+            return clusters
+    return None
 
 
 def bootstrap_means(values: np.ndarray, clusters: np.ndarray | None, *, seed: int) -> np.ndarray:

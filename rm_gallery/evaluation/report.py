@@ -103,7 +103,8 @@ def probe_cells(row: Mapping[str, Any]) -> Cells:
 def facts(row: Mapping[str, Any]) -> Iterator[str]:
     """Sentences with the figures of a set that have no table."""
     if "sample_of" in row:
-        yield f"A random sample of {row['groups']:,} of {row['sample_of']:,} rows; --max-pairs sets its size."
+        size = row["groups"] + sum(each["n"] for each in row["unscored"].values())
+        yield f"A random sample of {size:,} of {row['sample_of']:,} rows; --max-pairs sets its size."
     for name, what in (("dropped", "dropped"), ("unscored", "without a reward")):
         for reason, each in row[name].items():
             first = f" (first: {each['first']})" if each["first"] else ""

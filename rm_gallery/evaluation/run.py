@@ -199,7 +199,7 @@ def _set_row(
     """All figures of a model on a set."""
     table, rewards = done.table, done.rewards
     margins = table.margins(rewards)
-    clusters = metrics.clusters_of(table.prompt[table.group])
+    clusters = metrics.clusters_of(table.prompt[table.group], table.group)
     better, worse = rewards[table.better], rewards[table.worse]
     row: dict[str, Any] = {
         "name": each.name,
@@ -214,7 +214,8 @@ def _set_row(
         row["sample_of"] = done.reading.num_usable
     if each.benchmark is not None:
         score = each.benchmark.score(table, rewards)
-        parts = {"score": score.overall, "parts": score.parts, "notes": list(score.notes)}
+        notes = [*score.notes, *_incomparable(row, done.unscored)]
+        parts = {"score": score.overall, "parts": score.parts, "notes": notes}
         row["benchmark"] = {"name": each.benchmark.name, "title": each.benchmark.title, **parts}
     row["subsets"] = _subsets(table, margins, options.seed)
     row["rewards"] = {"mean": float(rewards.mean()), "std": float(rewards.std()), "n": len(rewards)}
@@ -239,6 +240,18 @@ def _set_row(
     return row
 
 
+def _incomparable(row: dict[str, Any], unscored: Dropped) -> list[str]:
+    """Why the score of a benchmark is not that of all of its rows."""
+    notes = (
+        [f"not comparable with published scores: of a sample of {row['sample_of']:,} rows"]
+        if "sample_of" in row
+        else []
+    )
+    if unscored.total:
+        notes.append(f"not comparable with published scores: {unscored.total:,} rows have no reward")
+    return notes
+
+
 def _dropped(dropped: Dropped) -> dict[str, Any]:
     return {reason: {"n": count, "first": dropped.examples[reason]} for reason, count in dropped.counts.items()}
 
@@ -251,7 +264,7 @@ def _subsets(table: Table, margins: np.ndarray, seed: int) -> list[dict[str, Any
     for number, name in enumerate(table.subsets):
         chosen = subset == number
         if chosen.any():
-            clusters = metrics.clusters_of(table.prompt[table.group[chosen]])
+            clusters = metrics.clusters_of(table.prompt[table.group[chosen]], table.group[chosen])
             rows.append({"name": name or "(none)", **metrics.accuracy(margins[chosen], clusters, seed=seed)})
     return rows
 

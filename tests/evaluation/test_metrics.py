@@ -36,12 +36,15 @@ def test_wilson_interval() -> None:
 def test_repeated_prompts_are_resampled_as_a_whole() -> None:
     # Ten comparisons of each of 20 prompts, all right or all wrong: the error is that of 20 observations, not of 200.
     correct, prompts = np.repeat(np.arange(20) % 2, 10).astype(float), np.repeat(np.arange(20), 10)
-    clusters = metrics.clusters_of(prompts)
+    clusters = metrics.clusters_of(prompts, np.arange(200))
     interval = metrics.accuracy_interval(correct, clusters, seed=0)
     assert interval.method == "bootstrap by prompt"
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * math.sqrt(0.25 / 20), rel=0.1)
-    assert metrics.clusters_of(np.arange(20)) is None
-    assert metrics.clusters_of(np.zeros(20)) is None, "a constant instruction is no cluster"
+    assert metrics.clusters_of(np.arange(20), np.arange(20)) is None
+    assert metrics.clusters_of(np.zeros(20), np.arange(20)) is None, "a constant instruction is no cluster"
+    rows = np.repeat(np.arange(5), 4)
+    clusters = metrics.clusters_of(np.zeros(20), rows)
+    assert clusters is not None and clusters.tolist() == rows.tolist(), "comparisons of a ranking are dependent"
 
 
 def test_calibration() -> None:

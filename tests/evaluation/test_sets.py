@@ -163,6 +163,14 @@ def test_each_benchmark_is_read_from_a_local_copy(name: str, in_tmp: Path) -> No
     assert found["benchmark"]["parts"][part] == 1
 
 
+def test_a_score_over_some_rows_of_a_benchmark_says_so(in_tmp: Path) -> None:
+    _, row = _ROWS["rewardbench"]
+    Path("copy").mkdir()
+    write_rows(Path("copy/filtered.jsonl"), [row] * 5)
+    notes = _row("rewardbench=copy", max_pairs=2)["benchmark"]["notes"]
+    assert notes[-1] == "not comparable with published scores: of a sample of 5 rows"
+
+
 def test_a_tie_of_helpsteer3_is_skipped_as_published(in_tmp: Path) -> None:
     _, row = _ROWS["helpsteer3"]
     Path("copy").mkdir()
