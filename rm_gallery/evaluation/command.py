@@ -94,12 +94,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             rewardbench_files.check_single(len(arguments.model), len(sets))
             sink = stack.enter_context(rewardbench_files.rewardbench_rows(targets["rewardbench"])).add
         result = run(arguments.model, sets, options, loading, sink=sink)
-    print(safe(as_text(result)))
     if "json" in targets:
         write_report(targets["json"], json.dumps(result, indent=1, allow_nan=False) + "\n", "--json")
     if "markdown" in targets:
         write_report(targets["markdown"], as_markdown(result), "--markdown")
     if "rewardbench" in targets:
         rewardbench_files.write_summary(targets["rewardbench"], result["models"][0])
+    print(safe(as_text(result)))  # last: a reader such as `head` may end before the text does
     for name, target in targets.items():
         print(safe(f"{name}: {target}"))

@@ -66,6 +66,8 @@ def _accuracy(row: Mapping[str, Any]) -> Iterator[Finding]:
             "check that the weights were trained, and that texts are not truncated to their common prefix",
         )  # fmt: skip
         return
+    if row["ties"]:  # against chance, a tie is right half of the time
+        low, high = wilson(row["accuracy"] * row["n"] + row["ties"] / 2, row["n"])
     if high < 0.5:
         yield Finding(
             "error", "below_chance", f"{what} is below chance",
@@ -78,7 +80,7 @@ def _accuracy(row: Mapping[str, Any]) -> Iterator[Finding]:
     if row["ties"] > _MANY_TIES * row["n"]:
         yield Finding(
             "warning", "ties", f"{row['ties']:,} of {row['n']:,} pairs are ties, which count as wrong",
-            "a saturated or low-precision output: score raw rewards in fp32",
+            "a saturated, coarse or low-precision output: score raw rewards in fp32",
         )  # fmt: skip
 
 

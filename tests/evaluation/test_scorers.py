@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rm_gallery import UserError, evaluate
+from rm_gallery.cli import main
 from rm_gallery.core.graders.base_grader import BaseGrader, GraderError, GraderRank, GraderScore
 from rm_gallery.errors import BadRow
 from rm_gallery.evaluation.scorers import name_scorers, score_merged
 from rm_gallery.schema import PreferenceGroup
-from tests.evaluation.conftest import honest_rows
+from tests.core.stand_in import StandIn
+from tests.evaluation.conftest import honest_rows, write_rows
 
 
 def _group(prompt: str, *responses: str) -> PreferenceGroup:
@@ -59,6 +63,24 @@ def test_a_grader_is_a_scorer() -> None:
     assert row["unscored"]["grader error: timed out"]["n"] + row["n"] == 60
     assert "rows without a reward: grader error: timed out (first: " in " ".join(str(result).split())
     assert row["length"]["when_longer_is_better"]["accuracy"] == 1
+
+
+@pytest.mark.slow
+def test_a_judge_behind_an_api(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> None:
+    def longer_is_better(body: dict[str, Any]) -> str:
+        text = str(body["messages"][-1]["content"])
+        return json.dumps({"reason": "length", "score": min(5, 1 + len(text.partition("<response>")[2]) // 20)})
+
+    write_rows(in_tmp / "rows.jsonl", honest_rows(30))
+    with StandIn(answer=longer_is_better) as endpoint:
+        monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "none")
+        assert main(["evaluate", "--model", "grader:relevance:any", "rows.jsonl", "--json", "out.json"]) == 0
+        assert endpoint.num_requests == 60, "one request per response, and none for probes"
+    [model] = json.loads(Path("out.json").read_text())["models"]
+    assert (model["name"], model["kind"]) == ("grader:relevance:any", "grader") and "probes" not in model["sets"][0]
+    length = model["sets"][0]["length"]
+    assert length["when_longer_is_better"]["accuracy"] > 0.5 and length["when_shorter_is_better"]["accuracy"] == 0
 
 
 def test_wrong_models_are_answered() -> None:
