@@ -23,17 +23,22 @@ _SIZES: tuple[tuple[int, str], ...] = (
     (_WIDTH, "hidden_size d_model n_embd dim emb_dim word_embed_proj_dim pooler_hidden_size dim_model_base"),
     (_HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"),
     (_HEAD_DIM, "head_dim d_head d_kv kv_channels kv_lora_rank q_lora_rank qk_head_dim mamba_headdim"),
+    (_HEAD_DIM, "linear_head_dim"),
+    (_HEADS, "linear_num_heads"),
     (_HEAD_DIM, "attention_head_size query_pre_attn_scalar mamba_d_head"),
     (2 * _HEADS, "mamba_n_heads"),
     (2 * _WIDTH, "mamba_d_ssm"),
     (2 * _WIDTH, "attention_hidden_size"),
     (2 * _HEAD_DIM, "attention_head_dim"),
     (96, "intermediate_size ffn_dim d_inner dff d_ff hidden_dim n_inner encoder_ffn_dim decoder_ffn_dim"),
+    (96, "ffn_hidden_size"),
     (32, "moe_intermediate_size shared_expert_intermediate_size input_embedding_size output_embedding_size"),
+    (32, "expert_ffn_hidden_size"),
     (32, "entity_emb_size pronunciation_embed_dim shape_embed_dim"),
     (8, "qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim rotary_dim"),
     (8, "adapter_rank mamba_d_state hidden_size_per_layer_input laurel_rank"),
     (WINDOW, "sliding_window window_size local_attention attention_chunk_size"),
+    (4, "zero_expert_num"),
     (4, "num_experts num_local_experts n_routed_experts mamba_dt_rank linear_num_value_heads"),
     (2, "num_experts_per_tok moe_topk linear_num_key_heads n_mamba_heads n_group mamba_ngroups"),
     (2, "num_experts_per_token num_expert_group"),
@@ -84,7 +89,10 @@ def shrink(config: Any) -> Any:
             values[name] = min(size, values[name]) if size <= WINDOW else size
         elif name in _REQUIRED and name in values:
             values[name] = size
-    values.pop("ffn_hidden_size", None)  # Falcon: a multiple of the width
+    if before.get("ffn_hidden_size") == 4 * (width or 0):
+        values["ffn_hidden_size"] = 4 * _WIDTH  # Falcon
+    if isinstance(values.get("intermediate_size"), list):
+        values["intermediate_size"] = [_SMALL["intermediate_size"]] * len(values["intermediate_size"])
     for name in ("num_key_value_heads", "num_kv_heads"):
         if name in values:
             values[name] = {1: 1, heads: _HEADS, None: _HEADS}.get(values[name], 2)

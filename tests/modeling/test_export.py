@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import rm_gallery.modeling.export as export_module
 from rm_gallery.errors import UserError
@@ -20,7 +21,9 @@ from rm_gallery.modeling.export import (
     read_record,
     set_pad_token,
 )
+from rm_gallery.modeling.model_folder import quiet_transformers
 from rm_gallery.modeling.reward_model import load_reward_model
+from rm_gallery.modeling.twin import build_twin
 from tests.small import export_model, make_model, make_tokenizer
 
 
@@ -173,3 +176,16 @@ def test_a_file_that_differs_from_the_tensors_raises(
     with pytest.raises(OSError, match="differs from the tensors written to it; check the disk"):
         export(qwen2_folder, tmp_path / "global_step_1")
     assert not (tmp_path / "global_step_1").exists()
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "nomic_bert", "qwen2"])
+def test_tensors_are_written_as_models_are_published(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    with quiet_transformers():
+        build_twin(AutoConfig.for_model(kind)).save_pretrained(tmp_path / "published")
+    model = load_reward_model(str(tmp_path / "published")).model
+    folder = export_model(tmp_path / "out", model, make_tokenizer(), InputRecord("text"))
+    found, wanted = (load_file(each / "model.safetensors") for each in (folder, tmp_path / "published"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
