@@ -399,6 +399,10 @@ def name_scorers(models: Sequence[Any]) -> list[str]:
     """Short unique names: the last parts of folders as in `rm-gallery score`, names of graders and functions."""
     from rm_gallery.scoring.jobs import name_models
 
+    paths = [str(each) for each in models if isinstance(each, str | Path)]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise UserError(f"model={twice} is named twice; name it once")
     members = {
         str(each): _members(str(each))
         for each in models

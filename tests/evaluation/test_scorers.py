@@ -90,4 +90,6 @@ def test_wrong_models_are_answered() -> None:
         evaluate("a+", honest_rows(2))
     with pytest.raises(UserError, match="model is a int; pass a model folder"):
         evaluate(3, honest_rows(2))
+    with pytest.raises(UserError, match="model=a is named twice"):
+        evaluate(["a", "a"], honest_rows(2))
     assert name_scorers(["x/a", "y/a+x/a"]) == ["x/a", "y/a+x/a"]
