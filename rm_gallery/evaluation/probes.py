@@ -28,6 +28,7 @@ Response = Any
 """Text, or messages whose last one is changed."""
 
 DEFAULT_PAIRS = 200
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])|\n+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class StyleProbe:
 
 def _add_markdown(text: str) -> str:
     """A heading, and the sentences as a list whose first words are bold."""
-    sentences = [each for each in re.split(r"(?<=[.!?])\s+|\n+", text.strip()) if each]
+    sentences = [each for each in _SENTENCE_END.split(text.strip()) if each.strip()]
     lines = [re.sub(r"^(\S+)", r"**\1**", each, count=1) for each in sentences]
     return "## Answer\n\n" + "\n".join(f"- {line}" for line in lines)
 
@@ -67,7 +68,7 @@ def _remove_markdown(text: str) -> str:
 
 def _repeat_sentence(text: str) -> str:
     """With the last sentence twice."""
-    sentences = [each for each in re.split(r"(?<=[.!?])\s+", text.strip()) if each]
+    sentences = [each for each in _SENTENCE_END.split(text.strip()) if each.strip()]
     return f"{text.rstrip()} {sentences[-1]}" if sentences else text
 
 
