@@ -27,9 +27,23 @@ def add_config_keys(config: dict[str, Any]) -> None:
     read other rotary settings with them. sentence-transformers applies a sigmoid by default.
     """
     config["sentence_transformers"] = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    config.update(_expert_keys(config))
     keys = _rope_keys(config)
     if keys and _are_ignored(config, keys):
         config.update(keys)
+
+
+def _expert_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The number of experts under the name of version 4: Qwen3 MoE's `num_experts` is `num_local_experts` now."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    aliases = getattr(CONFIG_MAPPING[kind], "attribute_map", {}) if kind in CONFIG_MAPPING else {}
+    return {
+        name: config[new]
+        for name, new in aliases.items()
+        if name == "num_experts" and new == "num_local_experts" and new in config
+    }
 
 
 def _rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:

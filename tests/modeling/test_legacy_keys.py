@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from rm_gallery.cli import main
 from rm_gallery.files import check_manifest
 from rm_gallery.modeling.export import InputRecord, rescore, set_pad_token
 from rm_gallery.modeling.legacy_keys import add_config_keys
+from rm_gallery.modeling.model_folder import quiet_transformers
 from rm_gallery.modeling.reward_model import load_reward_model
+from rm_gallery.modeling.twin import build_twin
 from tests.small import DECODERS, ENCODERS, export_model, make_model, make_tokenizer
 
 OLD_PYTHON = Path(os.environ.get("RM_GALLERY_OLD_PYTHON", ".venv-transformers4/bin/python")).absolute()
@@ -57,6 +60,16 @@ def exported(kind: str, folder: Path) -> Path:
     return export_model(folder / kind, model, tokenizer, InputRecord("text"))
 
 
+def exported_twin(kind: str, folder: Path) -> Path:
+    with quiet_transformers():
+        network = build_twin(AutoConfig.for_model(kind))
+        network.resize_token_embeddings(264)
+        network.save_pretrained(folder / "base")
+    return export_model(
+        folder / kind, load_reward_model(str(folder / "base")).model, make_tokenizer(), InputRecord("text")
+    )
+
+
 @pytest.mark.parametrize(
     ("values", "added"),
     [
@@ -68,6 +81,7 @@ def exported(kind: str, folder: Path) -> Path:
           "rope_local_base_freq": 333.0}),
         ({"model_type": "modernbert", **ROPE["modernbert"]}, {"global_rope_theta": 9e4, "local_rope_theta": 555.0}),
         ({"model_type": "bert"}, {}),
+        ({"model_type": "qwen3_moe", "num_local_experts": 4}, {"num_experts": 4}),
         # Read with old keys, these would have another base or other windowed layers.
         ({"model_type": "gpt_neox", "rope_parameters": {"rope_type": "linear", "rope_theta": 5e4, "factor": 4.0}}, {}),
         ({"model_type": "modernbert-decoder", "rope_parameters": ROPE["gemma3_text"]["rope_parameters"]}, {}),
@@ -81,8 +95,6 @@ def test_the_keys_of_version_4_stand_beside_those_of_version_5(values: Any, adde
 
 
 def test_keys_that_transformers_5_refuses_are_omitted() -> None:
-    from transformers import AutoConfig
-
     config = AutoConfig.for_model("gemma4_text").to_dict()
     add_config_keys(config)
     assert "rope_theta" not in config and "rope_scaling" not in config
@@ -148,6 +160,7 @@ def test_the_rewards_are_the_same_under_transformers_4(tmp_path: Path) -> None:
     folders = [exported(kind, tmp_path / kind) for kind in (*DECODERS, *ENCODERS)]
     for folder in folders:
         shutil.rmtree(folder.parent / "base")
+    folders += [exported_twin(kind, tmp_path / kind) for kind in ("qwen2_moe", "qwen3_moe", "mixtral", "phi3")]
     command = [str(OLD_PYTHON), "-c", _SCORE, *map(str, folders)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
