@@ -24,9 +24,10 @@ NO_DEFAULTS: dict[str, dict[str, Any]] = {
 """Settings without which the type's default configuration does not run, or lacks a kind of layer."""
 WRAPPERS = (
     "gemma3", "gemma4", "mistral3", "llama4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "llava",
-    "internvl", "aya_vision", "exaone4_5", "idefics3", "smolvlm", "lfm2_vl", "hyperclovax_vision_v2",
-    "modernvbert",
+    "internvl", "aya_vision", "exaone4_5", "idefics3", "smolvlm", "lfm2_vl", "hyperclovax_vision_v2", "modernvbert",
+    "ultravbert",
 )  # fmt: skip
+ENCODER_WRAPPERS = ("modernvbert", "ultravbert")
 _OTHER_SIZES = {
     "hidden_size": 32, "embed_dim": 32, "depth": 2, "num_hidden_layers": 2, "out_hidden_size": 64, "image_size": 32,
     "patch_size": 8, "num_attention_heads": 4, "num_key_value_heads": 4, "num_heads": 4, "intermediate_size": 64,
@@ -81,6 +82,7 @@ def make_wrapper(kind: str, *, classifier: bool = False) -> Any:
     for name, each in values.items():
         if name.endswith(("_token_id", "_token_index")) and isinstance(each, int):
             values[name] = 3
+    classifier = classifier or kind in ENCODER_WRAPPERS
     names = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES if classifier else (
         {**auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
     )  # fmt: skip
@@ -107,7 +109,7 @@ def _shrink_other(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def text_states(wrapper: Any, text: list[int]) -> torch.Tensor:
-    """The last hidden state [D] of a text by the wrapper itself."""
+    """The hidden state [D] of the last token of a text by the wrapper itself."""
     backbone = wrapper.model if hasattr(wrapper, "model") else wrapper.language_model.model
     ids = torch.tensor([text])
     states: torch.Tensor = backbone(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state

@@ -44,8 +44,8 @@ ARCHITECTURES = {
 }
 _OTHER = Architecture(is_decoder=False)
 _AFTER_PADDING = frozenset({
-    "camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "roberta", "roberta-prelayernorm",
-    "xlm-roberta", "xlm-roberta-xl", "xmod",
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 })  # fmt: skip
 NOT_TRAINED = {"reformer": "transformers trains it on texts of one length alone"}
 """Types that are scored only, and why."""

@@ -7,6 +7,7 @@ they run on padded texts behind the same interface, as do decoders that cannot b
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,12 +124,18 @@ def max_positions(model: RewardModel) -> int | None:
 
 
 def has_position_table(model: nn.Module, limit: int | None) -> bool:
-    """Whether the model has an embedding of absolute positions, which limits the length of a text."""
-    return limit is not None and any(
-        isinstance(module, nn.Embedding)
-        and ("position" in name.rpartition(".")[2] or name.endswith("wpe"))
-        and limit <= module.num_embeddings <= limit + 8  # some tables have rows before position 0 (RoBERTa: 2)
-        for name, module in model.named_modules()
+    """Whether the model has a table of absolute positions, learned or not, which limits the length of a text."""
+    if limit is None:
+        return False
+    found = [getattr(each, "pos_encoding", None) for each in model.modules()]  # CTRL has no buffer
+    tables: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    tables += [("pos_encoding", each) for each in found if isinstance(each, Tensor)]
+    return any(
+        tensor.ndim == 2
+        and limit <= tensor.shape[0] <= limit + 8  # some tables have rows before position 0 (RoBERTa: 2)
+        and not name.endswith(".weights")  # XGLM extends it
+        and re.search(r"position|wpe\b|pos_encoding", ".".join(name.split(".")[-2:]))
+        for name, tensor in tables
     )
 
 

@@ -20,7 +20,7 @@ _MAX_LAYERS = 4
 _WIDTH, _HEADS, _HEAD_DIM = 64, 4, 16
 
 _SIZES: tuple[tuple[int, str], ...] = (
-    (_WIDTH, "hidden_size d_model n_embd dim emb_dim word_embed_proj_dim pooler_hidden_size dim_model_base"),
+    (_WIDTH, "hidden_size d_model n_embd dim emb_dim word_embed_proj_dim pooler_hidden_size dim_model_base d_latents"),
     (_HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"),
     (_HEAD_DIM, "head_dim d_head d_kv kv_channels kv_lora_rank q_lora_rank qk_head_dim mamba_headdim"),
     (_HEAD_DIM, "linear_head_dim"),
@@ -36,7 +36,7 @@ _SIZES: tuple[tuple[int, str], ...] = (
     (32, "expert_ffn_hidden_size"),
     (32, "entity_emb_size pronunciation_embed_dim shape_embed_dim"),
     (8, "qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim rotary_dim"),
-    (8, "adapter_rank mamba_d_state hidden_size_per_layer_input laurel_rank"),
+    (8, "num_latents adapter_rank mamba_d_state hidden_size_per_layer_input laurel_rank"),
     (WINDOW, "sliding_window window_size local_attention attention_chunk_size"),
     (4, "zero_expert_num"),
     (4, "num_experts num_local_experts n_routed_experts mamba_dt_rank linear_num_value_heads"),
@@ -198,6 +198,8 @@ def _shorten_rotary_lists(values: dict[str, Any]) -> None:
 @torch.no_grad()
 def draw_weights(network: nn.Module) -> None:
     """Weights so large that rewards spread, attention is not uniform, and each norm and bias has an effect."""
+    config = getattr(network, "config", None)
+    gain = 1.0 if hasattr(config, "H_cycles") else 1.4  # layers that run many times would amplify rounding
     linear = {id(module.weight) for module in network.modules() if isinstance(module, nn.Linear)}
     for name, parameter in network.named_parameters():
         if not parameter.is_floating_point() or name.endswith(("A_log", "dt_bias", "D")):
@@ -208,6 +210,6 @@ def draw_weights(network: nn.Module) -> None:
         if parameter.ndim < 2 or is_table:
             parameter.add_(noise, alpha=0.3) if parameter.ndim < 2 else parameter.copy_(noise)
         else:
-            parameter.copy_(noise * 1.4 / parameter[0].numel() ** 0.5)
+            parameter.copy_(noise * gain / parameter[0].numel() ** 0.5)
             if name.endswith("Attention.q.weight"):  # T5 does not divide scores by the root of the head's size
                 parameter.mul_(_HEAD_DIM**-0.5)

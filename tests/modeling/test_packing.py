@@ -8,13 +8,21 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import small_models
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.errors import UserError
-from rm_gallery.modeling import packing
+from rm_gallery.modeling import packing, twin
+from rm_gallery.modeling.architectures import closing_token
 from rm_gallery.modeling.forward import pad_texts
 from rm_gallery.modeling.model_folder import check_class, quiet_transformers
-from rm_gallery.modeling.packing import Probe, check_loaded, choose_way
-from rm_gallery.modeling.reward_model import load_reward_model, max_positions, max_rotary_positions
+from rm_gallery.modeling.packing import Probe, choose_way
+from rm_gallery.modeling.reward_model import (
+    RewardModel,
+    has_position_table,
+    load_reward_model,
+    max_positions,
+    max_rotary_positions,
+)
 from rm_gallery.modeling.twin import VOCABULARY, build_twin, shrink
 from tests.modeling.test_exactness import gradients
 from tests.small import DECODERS, make_model, random_groups, whole_texts
@@ -148,15 +156,34 @@ def test_a_model_that_ignores_its_input_is_refused(tmp_path: Path) -> None:
         load_reward_model(folder)
 
 
-def test_positions_of_types_that_start_after_the_padding_id(tmp_path: Path) -> None:
-    for kind, longest in (("mpnet", 510), ("camembert", 510)):
-        model = load_reward_model(str(save_twin(kind, tmp_path / kind))).model
-        limit = max_positions(model)
-        assert limit == longest
-        check_loaded(model.network, what="model")
-        model.network(input_ids=torch.full((1, longest), 9))
-        with pytest.raises(Exception, match=r"out of range|out of bounds|must match"):
-            model.network(input_ids=torch.full((1, longest + 1), 9))
+_OFFSET = ("camembert", "mpnet", "ibert", "markuplm")
+_TABLES = (
+    "albert", "bart", "bert", "big_bird", "biogpt", "codegen", "ctrl", "data2vec-text", "deberta", "distilbert",
+    "electra", "ernie", "esm", "flaubert", "gpt2", "gpt_neo", "gptj", "layoutlm", "layoutlmv3", "lilt", "longformer",
+    "luke", "mbart", "megatron-bert", "mvp", "opt", "plbart", "rembert", "roberta", "roberta-prelayernorm", "roc_bert",
+    "roformer", "squeezebert", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*_OFFSET, *(pytest.param(kind, marks=pytest.mark.slow) for kind in _TABLES)])
+def test_the_longest_text_is_that_of_the_position_table(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(twin, "_MAX_POSITIONS", 64)
+    with quiet_transformers():
+        network = build_twin(small_models.config_of(kind))
+    model = RewardModel(network, packing.Way(packed=False, reason=""))
+    limit = max_positions(model)
+    assert limit is not None and has_position_table(model, limit) and 60 < limit <= 64
+
+    @torch.no_grad()
+    def run(length: int) -> None:
+        text = torch.full((1, length), 9)
+        closing = closing_token(network.config)
+        text[0, -1] = 9 if closing is None else closing
+        network(input_ids=text)
+
+    run(limit)
+    with pytest.raises(Exception, match=r"out of range|out of bounds|must match|shape|size"):
+        run(limit + 1)
 
 
 def test_rotary_embeddings_that_depend_on_the_longest_text_have_a_limit() -> None:
