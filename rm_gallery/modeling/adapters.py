@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from rm_gallery.errors import UserError, one_line
 from rm_gallery.files import write_text
 from rm_gallery.modeling.architectures import ARCHITECTURES
 from rm_gallery.modeling.config import ALL_LINEAR, LoraConfig
+from rm_gallery.modeling.freezing import modules_to_save
 from rm_gallery.modeling.heads import HEADS
 from rm_gallery.modeling.model_folder import check_values, quiet_transformers
 from rm_gallery.modeling.reward_model import LoadedModel, RewardModel, load_reward_model
@@ -100,14 +101,6 @@ def check_type(config: Any, *, what: str) -> None:
         raise UserError(
             f"{what}: adapters of {config.model_type} are not implemented; types: {', '.join(ARCHITECTURES)}"
         )
-
-
-def modules_to_save(network: Any) -> list[str]:
-    """The reward head and other modules with parameters outside of the backbone, and poolers: new for most models."""
-    backbone = network.base_model_prefix
-    outside = [name for name, _ in network.named_children() if name != backbone]
-    inside = [f"{backbone}.{name}" for name, _ in getattr(network, backbone).named_children() if name == "pooler"]
-    return [name for name in [*outside, *inside] if any(True for _ in network.get_submodule(name).parameters())]
 
 
 def stored_name(name: str) -> str:
@@ -225,8 +218,3 @@ def _quiet() -> Iterator[None]:
     """No warnings of peft, and no load reports of transformers: what is wrong is checked and reported here."""
     with catch_warnings(action="ignore"), quiet_transformers():
         yield
-
-
-def count_trained(parameters: Iterable[nn.Parameter]) -> int:
-    """Number of elements that are trained."""
-    return sum(each.numel() for each in parameters if each.requires_grad)

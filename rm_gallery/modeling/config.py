@@ -11,6 +11,7 @@ AttentionKernel: TypeAlias = Literal["auto", "plain", "sdpa", "varlen", "flex"]
 CheckpointingMode: TypeAlias = Literal["full", "selective"]
 PackingSetting: TypeAlias = Literal["auto", "packed", "padded"]
 StrategySetting: TypeAlias = Literal["auto", "fsdp", "fsdp2", "ddp"]
+FreezeSetting: TypeAlias = Literal["backbone", "embeddings"] | Annotated[int, Ge(1)] | None
 ModelDtype: TypeAlias = Literal["auto", "bf16", "fp32"]
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
@@ -88,6 +89,9 @@ class ModelConfig:
     new_head: bool = False
     """Train a newly initialized reward head, and replace the head of the folder if it has one. Without it, a head that
     is missing in a reward model's folder, or that cannot be run, is an error."""
+    freeze: FreezeSetting = None
+    """Parameters that are not trained: `backbone` trains the reward head (and pooler) alone, `embeddings` everything
+    else, and a number freezes the embeddings and this many of the lowest layers. Null trains all."""
     resize_embeddings: bool = False
     """Add randomly initialized embedding rows for tokens of the tokenizer that have none, and train them. Without it
     such a tokenizer is an error."""

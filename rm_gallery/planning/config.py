@@ -119,6 +119,7 @@ def layout_of(config: EstimateConfig, shape: ModelShape, device: Device, *, one_
         world_size=config.n_gpus,
         memory=device.memory / USABLE,
         num_parameters=shape.parameters,
+        num_trained=shape.trained_parameters,
         dtype_bytes=dtype_bytes,
         offload=fsdp.offloads_weights,
         fsdp_size=fsdp.fsdp_size,

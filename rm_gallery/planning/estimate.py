@@ -78,7 +78,12 @@ class Estimate:
 def estimate(config: EstimateConfig) -> Estimate:
     """Estimate a run from its configuration. Reads the model's configuration and a sample of the data, no weights."""
     model = config.model
-    shape = load_shape(model.partial_pretrain, trust_remote_code=model.trust_remote_code, packing=model.packing)
+    shape = load_shape(
+        model.partial_pretrain,
+        trust_remote_code=model.trust_remote_code,
+        packing=model.packing,
+        freeze=model.freeze,
+    )
     sample, device, budget = _sample(config), device_of(config), config.data.budget
     packer = Packer(budget, config.n_gpus, padded=shape.padded, attention_length=attention_length(shape.hidden))
     work = plan_workload(sample, config.data, packer, seed=config.trainer.seed)
@@ -272,7 +277,8 @@ def flops_per_token(shape: ModelShape, sizes: GroupSizes, *, checkpointing: bool
         skipped: float = 2 * shape.hidden * (2 * query_width + 3 * shape.intermediate)
         skipped += 4 * query_width * min(seen, shape.windows[-1] or seen)
         forward -= skipped * (1 - float(sizes.num_responses.sum() / sizes.tokens.sum()))
-    return forward * (4 if checkpointing else 3)
+    trained = 1 - shape.frozen_layers / shape.num_layers  # the rest has no backward pass
+    return forward * (1 + (3 if checkpointing else 2) * trained)
 
 
 def bytes_per_step(shape: ModelShape, layout: Layout, micro_batches: float) -> tuple[float, float]:

@@ -133,10 +133,11 @@ def activations(shape: ModelShape, pack: Pack, w: int, *, checkpointing: bool) -
     Example: 28 layers of width 3584 in bf16 save 28 * 3584 * 2 = 200 kB per token with checkpointing; 8,192 tokens
     take 1.5 GiB.
     """
-    kept = shape.num_layers * (w * shape.hidden * pack.tokens if checkpointing else layer_bytes(shape, pack, w))
+    trained_layers = shape.num_layers - shape.frozen_layers
+    kept = trained_layers * (w * shape.hidden * pack.tokens if checkpointing else layer_bytes(shape, pack, w))
     if shape.padded:
         return kept + pack.tokens * (2 * w * shape.hidden + 24) + w * pack.cells
-    if not checkpointing:
+    if not checkpointing and trained_layers:
         kept += last_layer_bytes(shape, pack, w) - layer_bytes(shape, pack, w)
     outer = 2 * w * shape.head_dim + 64
     return kept + pack.tokens * outer + len(set(shape.windows)) * pack.cells
@@ -158,16 +159,18 @@ def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: floa
     Models", section 3.1 and stage 3 of section 5, with float32 gradients as `MasterWeights` sums them.
     """
     w, sharded = layout.width, layout.sharded
-    weights = 4 * shape.parameters / layout.shards
+    trained = 4 * shape.trained_parameters / layout.shards
+    frozen = shape.parameters - shape.trained_parameters  # in the compute dtype, but float32 if sharded
+    weights = trained + (4 * frozen / layout.shards if sharded else w * frozen)
     gathered, copy = 0.0, 0.0
     if sharded:  # the current layer, the prefetched one, and what is outside the layers
         gathered = w * (2 * shape.layer_parameters + shape.outer_parameters)
     elif w < 4:
-        copy = w * (shape.parameters - shape.head_parameters)
+        copy = w * (shape.trained_parameters - shape.head_parameters)
     resident = 0 if layout.offload else 1
-    gradients, optimizer = resident * weights, resident * 2 * weights
+    gradients, optimizer = resident * trained, resident * 2 * trained
     between_steps = 0 if layout.offload_optimizer else optimizer
-    host = (0 if resident else 4 * weights) + optimizer - between_steps
+    host = (0 if resident else weights + 3 * trained) + optimizer - between_steps
     kept = activations(shape, pack, w, checkpointing=layout.checkpointing)
     begin, end = _temporaries(shape, layout, pack)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from rm_gallery.errors import UserError, nearest, one_line
 from rm_gallery.modeling.architectures import ENCODERS
-from rm_gallery.modeling.config import PackingSetting
+from rm_gallery.modeling.config import FreezeSetting, PackingSetting
 from rm_gallery.modeling.weight_files import check_not_adapter, read_weight_folder
 
 _MAX_LAYERS = 1000  # a configuration with more is a typo; building it would take minutes
@@ -41,6 +41,10 @@ class ModelShape:
     """DeBERTa: relative positions in each direction; 0 for other models."""
     max_positions: int | None
     parameters: int
+    trained_parameters: int
+    """All but those that `model.freeze` names."""
+    frozen_layers: int
+    """Lowest layers without activations to save, since nothing in or below them is trained."""
     head_parameters: int
     """Parameters of the reward head, which is float32."""
     layer_parameters: int
@@ -63,6 +67,7 @@ def load_shape(
     key: str = "model.partial_pretrain",
     trust_remote_code: bool = False,
     packing: PackingSetting = "auto",
+    freeze: FreezeSetting = None,
 ) -> ModelShape:
     """The shape of a folder with config.json, a configuration file, a known shape, or a model of the hub.
 
@@ -78,7 +83,7 @@ def load_shape(
     check_model_config(config, model, key=key, files=files)
     _check_layers(getattr(config, "num_hidden_layers", None), model, key)
     try:
-        return measure(config, name=model, source=source, packing=packing, what=f"{key}={model}")
+        return measure(config, name=model, source=source, packing=packing, what=f"{key}={model}", frozen=freeze)
     except UserError:
         raise
     except Exception as error:  # inconsistent sizes raise various errors in torch and transformers
@@ -139,8 +144,9 @@ def _unknown(model: str, key: str) -> str:
 
 
 def measure(
-    config: Any, *, name: str, source: str, packing: PackingSetting = "auto", what: str = "model"
-) -> ModelShape:
+    config: Any, *, name: str, source: str, packing: PackingSetting = "auto", what: str = "model",
+    frozen: FreezeSetting = None,
+) -> ModelShape:  # fmt: skip
     """Build the reward model of a configuration on the meta device and count."""
     import torch
     from torch import nn
@@ -149,6 +155,7 @@ def measure(
 
     from rm_gallery.modeling.architectures import common_setting
     from rm_gallery.modeling.attention import dispatch
+    from rm_gallery.modeling.freezing import count_trained, freeze
     from rm_gallery.modeling.model_folder import quiet_transformers
     from rm_gallery.modeling.packing import choose_way
     from rm_gallery.modeling.reward_model import RewardModel, max_positions
@@ -169,6 +176,8 @@ def measure(
     with torch.device("meta"), quiet_transformers():
         network = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, **extra)
     model = RewardModel(network, way)
+    freeze(network, frozen)
+    depth = config.num_hidden_layers
     layers = next(
         part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == config.num_hidden_layers
     )
@@ -192,6 +201,8 @@ def measure(
         relative_span=span or (config.max_position_embeddings if relative else 0),
         max_positions=max_positions(model),
         parameters=_count(model),
+        trained_parameters=count_trained(model.parameters()),
+        frozen_layers=frozen if isinstance(frozen, int) else depth if frozen == "backbone" else 0,
         head_parameters=_count(model.head),
         layer_parameters=max(_count(layer) for layer in layers),
         matrix_parameters=sum(matrices),

@@ -209,7 +209,10 @@ def _what(found: Estimate) -> list[str]:
     spread = {"none": "one process", "ddp": "ddp, replicated"}.get(
         found.layout.strategy, f"{found.layout.strategy}, sharded across {found.layout.shards} ranks"
     )
+    outside = _count(shape.outer_parameters)
     layers = f"{shape.num_layers} layers of {_count(shape.layer_parameters)}"
+    is_whole = shape.trained_parameters == shape.parameters
+    trained = "" if is_whole else f"; {_count(shape.trained_parameters)} trained (model.freeze={config.model.freeze})"
     emulated = ", emulated" if dtype == "bf16" and not device.has_bf16 else ""
     rate = f"{device.flops(dtype) / 1e12:.3g} TFLOP/s in {dtype}{emulated} ({device.source})"
     checkpointing = "on" if found.layout.checkpointing else "off"
@@ -217,7 +220,7 @@ def _what(found: Estimate) -> list[str]:
     once = "padding included" if shape.padded else "shared prompts once"
     return [
         f"model        {shape.name} ({shape.model_type}; {shape.source})",
-        f"             {_count(shape.parameters)} parameters: {layers}, {_count(shape.outer_parameters)} outside them",
+        f"             {_count(shape.parameters)} parameters: {layers}, {outside} outside them{trained}",
         f"device       {config.n_gpus} x {device.name}: {_gib(device.memory)} GiB usable each",
         f"             {rate}",
         f"layout       model.strategy={config.model.strategy}: {spread}",

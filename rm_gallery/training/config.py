@@ -270,6 +270,12 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
         yield Problem("model.dropout", f"model.dropout={model.dropout}: must be at least 0 and below 1")
     if model.lora.rank:
         yield from _lora_problems(model)
+    if model.freeze is not None and model.resize_embeddings:
+        yield Problem(
+            "model.freeze",
+            f"model.freeze={model.freeze} with model.resize_embeddings=true: new embedding rows must be trained, and "
+            "the embeddings would be frozen; set one of them",
+        )
 
 
 def _lora_problems(model: ModelConfig) -> Iterator[Problem]:
@@ -281,6 +287,12 @@ def _lora_problems(model: ModelConfig) -> Iterator[Problem]:
     if model.resize_embeddings:
         yield Problem(
             key, f"{value} with model.resize_embeddings=true: an adapter has no embedding rows; set one of them"
+        )
+    if model.freeze is not None:
+        yield Problem(
+            "model.freeze",
+            f"model.freeze={model.freeze} with {value}: LoRA freezes all weights but its own and the reward head; "
+            "remove one of them (model.lora.target_modules chooses where LoRA trains)",
         )
     if model.trust_remote_code:
         yield Problem(key, f"{value} with model.trust_remote_code=true is not implemented; set one of them")

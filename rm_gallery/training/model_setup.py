@@ -14,9 +14,10 @@ import torch
 
 from rm_gallery.distributed.process_group import World
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.adapters import Adapter, add_lora, count_trained
+from rm_gallery.modeling.adapters import Adapter, add_lora
 from rm_gallery.modeling.config import LoraConfig
 from rm_gallery.modeling.export import missing_embedding_rows, set_pad_token
+from rm_gallery.modeling.freezing import count_trained, freeze
 from rm_gallery.modeling.generic_class import CODE_FILE, is_generic
 from rm_gallery.modeling.meta_init import MetaInitError, WeightFiles, init_on_meta
 from rm_gallery.modeling.parallel.apply import resolve_strategy
@@ -38,7 +39,7 @@ class StartModel:
     num_parameters: int
     """Of the whole model, over all shards."""
     num_trained: int
-    """Of the trained parameters; all without LoRA."""
+    """Of the trained parameters; all without LoRA and `model.freeze`."""
     adapter: Adapter | None = None
     """What the adapter's folder says, with LoRA."""
 
@@ -61,12 +62,14 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
             reason = str(error)
     if files is None:
         loaded = _load(config, tokenizer)
+    freeze(loaded.model.network, config.model.freeze)
     adapter = add_lora(loaded.model, lora, config.model.partial_pretrain) if lora.rank else None
     count = sum(parameter.numel() for parameter in loaded.model.parameters())
     trained = count_trained(loaded.model.parameters())
     strategy = resolve_strategy(config.model, world, count, trained)
     if strategy != "fsdp2" and files is not None:  # not sharded: this process needs all weights
         loaded, files = _load(config, tokenizer), None
+        freeze(loaded.model.network, config.model.freeze)
     elif strategy == "fsdp2" and files is None:
         log.warning("every rank reads the whole model before sharding, since %s", reason)
     if config.model.trust_remote_code:

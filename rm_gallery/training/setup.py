@@ -139,7 +139,7 @@ def _run(
     with ranks.on_main(lock_run_dir(run_dir)):
         if world.is_main:
             copy_log_to(run_dir / LOG_NAME)
-        tensors = RunTensors(model, weights, optimizer)
+        tensors = RunTensors(model, weights, optimizer, has_frozen=start.adapter is None)
         identity = run_identity(config, train.data, plan, shape, total_steps)
         begin = find_start(
             run_dir, config.trainer.resume_mode, identity, tensors, ranks, mirror_url=config.trainer.mirror_url
@@ -284,7 +284,7 @@ def _log_overview(
     held_out = f"; {val.data.num_comparisons:,} for validation" if val else "; no validation"
     padded = " padded" if start.model.padded else ""
     trained = f"{start.num_trained:,} of {count:,} parameters trained"
-    trained = trained if start.adapter else f"{count:,} parameters, all trained"
+    trained = trained if start.num_trained < count else f"{count:,} parameters, all trained"
     log.info("model   %s, %s", start.model.network.config.model_type, trained)
     log.info("device  %s%s, %s, strategy %s", world.device, ranks, dtype, start.strategy)
     log.info("data    %s pairs, %s tokens%s", f"{train.data.num_comparisons:,}", f"{train.data.num_tokens:,}", held_out)

@@ -117,6 +117,20 @@ def test_static_memory_is_16_bytes_a_parameter_and_a_copy(shape: ModelShape) -> 
     assert step_memory(shape, replace(ONE, width=4), PACK, overhead=0).compute_copy == 0
 
 
+@pytest.mark.slow
+def test_frozen_parameters_are_held_once_and_their_layers_keep_nothing() -> None:
+    whole, half, head = (load_shape("qwen2.5-0.5b", freeze=each) for each in (None, 12, "backbone"))  # type: ignore[arg-type]
+    assert (whole.trained_parameters, head.trained_parameters) == (whole.parameters, 896)
+    kept = {each.trained_parameters: activations(each, PACK, 2, checkpointing=True) for each in (whole, half, head)}
+    assert kept[half.trained_parameters] == pytest.approx(kept[whole.trained_parameters] / 2, rel=0.1)
+    assert kept[896] < kept[whole.trained_parameters] / 30
+    use = step_memory(head, ONE, PACK, overhead=0)
+    assert use.weights == 2 * (whole.parameters - 896) + 4 * 896 and use.compute_copy == 0
+    assert (use.optimizer, step_memory(head, replace(ONE, strategy="fsdp2", shards=2), PACK, overhead=0).weights) == (
+        8 * 896, 2 * whole.parameters,
+    )  # fmt: skip
+
+
 def test_sharding_divides_what_is_static_and_gathers_layers(shape: ModelShape) -> None:
     whole = step_memory(shape, replace(ONE, strategy="ddp", num_processes=8), PACK, overhead=0)
     cut = step_memory(shape, replace(ONE, strategy="fsdp2", num_processes=8, shards=8), PACK, overhead=0)

@@ -43,9 +43,12 @@ _MODEL = "model.network."  # prefix of the names of the transformers model
 class RunTensors:
     """The (master) weights that the optimizer updates, and the optimizer state."""
 
-    def __init__(self, model: RewardModel, weights: TrainedWeights, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, model: RewardModel, weights: TrainedWeights, optimizer: torch.optim.Optimizer, *, has_frozen: bool = True
+    ) -> None:
+        """has_frozen: save frozen weights too; an adapter's are in the folder of its base model."""
         self.weights, self.optimizer = weights, optimizer
-        self._module = _trained_module(model, weights)
+        self._module = _saved_module(model, weights, has_frozen=has_frozen)
 
     def read(self) -> dict[str, Any]:
         """Return all tensors of this rank by name, without copying them. A collective: every rank calls it."""
@@ -78,7 +81,10 @@ class RunTensors:
         if kept:
             state["optimizer"] = kept
         try:
-            check_names(reader.entries, _flat(state))
+            trained = {f"model.{name}" for name, _ in self.weights.named_parameters()}
+            # Frozen weights are float32 if they are sharded, and else in the compute dtype.
+            frozen = {f"model.{name}" for name in state["model"]} - trained
+            check_names(reader.entries, _flat(state), cast=frozen)
         except ValueError as error:
             problem = f"{folder}: does not fit this model ({error})"
         ranks.raise_problem(problem)
@@ -157,18 +163,18 @@ class SavedWeights:
         return self._reader.read_tensor(self._names[name])
 
 
-def _trained_module(model: RewardModel, weights: TrainedWeights) -> nn.Module:
-    """A module whose parameters are those the optimizer updates: the model itself, or a module of these alone.
+def _saved_module(model: RewardModel, weights: TrainedWeights, *, has_frozen: bool) -> nn.Module:
+    """A module with the weights to save, whose parameters are those the optimizer updates, or the model itself.
 
-    The latter for master weights, and for a model with frozen weights, which are in the base model's folder.
+    Frozen weights are its buffers with `has_frozen`, in the dtype that the model has them in; otherwise they are
+    omitted.
     """
-    masters = dict(weights.named_parameters())
-    if set(masters.values()) == set(model.parameters()):
+    masters, parameters = dict(weights.named_parameters()), dict(model.named_parameters())
+    if set(masters.values()) == set(parameters.values()):
         return model
     module = nn.Module()
-    parameters = dict(model.named_parameters())
     for name, value in [*masters.items(), *model.state_dict(keep_vars=True).items()]:
-        if name not in masters and name in parameters:
+        if name not in masters and name in parameters and not has_frozen:
             continue
         *path, last = name.split(".")
         place = module
@@ -179,7 +185,7 @@ def _trained_module(model: RewardModel, weights: TrainedWeights) -> nn.Module:
         if name in masters:
             place.register_parameter(last, masters[name])
         elif not hasattr(place, last):
-            place.register_buffer(last, value)
+            place.register_buffer(last, value.detach())
     return module
 
 

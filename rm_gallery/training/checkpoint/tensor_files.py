@@ -185,13 +185,19 @@ class EarlierReader(dcp.FileSystemReader):
         return Metadata(entries, storage_data=places)  # type: ignore[arg-type]
 
 
-def check_names(entries: Mapping[str, TensorStorageMetadata], expected: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless every expected tensor is saved with its shape and data type."""
+def check_names(
+    entries: Mapping[str, TensorStorageMetadata], expected: Mapping[str, Tensor], *, cast: Collection[str] = ()
+) -> None:
+    """Raise ValueError unless every expected tensor is saved with its shape and data type.
+
+    cast: names of tensors that may be saved in another floating-point type, and are cast when they are read.
+    """
     for name, tensor in expected.items():
         entry = entries.get(name)
         if entry is None:
             raise ValueError(f"{name} is missing")
-        if entry.size != tensor.shape or entry.properties.dtype != tensor.dtype:
+        is_cast = name in cast and entry.properties.dtype.is_floating_point and tensor.is_floating_point()
+        if entry.size != tensor.shape or (entry.properties.dtype != tensor.dtype and not is_cast):
             was = f"{entry.properties.dtype} {list(entry.size)}"
             raise ValueError(f"{name}: {was} is saved, the model has {tensor.dtype} {list(tensor.shape)}")
 
