@@ -6,8 +6,7 @@ not contain, have their values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from rm_gallery.modeling.config import PackingSetting
 from rm_gallery.modeling.heads import HEADS
 from rm_gallery.modeling.model_folder import check_values, initialize, lost_parts, open_model, quiet_transformers
 from rm_gallery.modeling.reward_model import LoadedModel, RewardModel
+from rm_gallery.modeling.skeleton import parameters_on_meta
 from rm_gallery.modeling.weight_files import FLOATS, StoredTensor
 
 
@@ -118,7 +118,7 @@ def init_on_meta(
     if not source.files.tensors:
         raise MetaInitError("it has neither model.safetensors nor the shards of an index")
     try:
-        with quiet_transformers(), _parameters_on_meta():
+        with quiet_transformers(), parameters_on_meta():
             network = AutoModelForSequenceClassification.from_config(
                 source.config, dtype=torch.float32, **source.arguments
             )
@@ -138,23 +138,6 @@ def init_on_meta(
     locations = {name: (each.file, each.name) for name, each in found.items()}
     loaded = LoadedModel(RewardModel(network, source.way), head.name, head.bias, head.new_parts, source.wrapper)
     return loaded, WeightFiles(locations, new)
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules constructed in this context have their parameters on the meta device, and their buffers on the CPU."""
-    original = nn.Module.register_parameter
-
-    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None:
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        original(self, name, param)
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
 def _locate_tensors(

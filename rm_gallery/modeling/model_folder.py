@@ -20,12 +20,13 @@ from torch import Tensor
 
 from rm_gallery.data.sources.hub import check_model_name, model_not_found
 from rm_gallery.errors import UserError, one_line
-from rm_gallery.modeling.architectures import NOT_TRAINED, common_setting
+from rm_gallery.modeling.architectures import ARCHITECTURES, NOT_TRAINED, common_setting
 from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.config import PackingSetting
 from rm_gallery.modeling.generic_class import forget_code, register
 from rm_gallery.modeling.heads import HEADS, RewardHead, find_head, is_reward_model, num_outputs, sort_unread
 from rm_gallery.modeling.packing import OtherHeadError, Way, check_loaded, choose_way
+from rm_gallery.modeling.skeleton import wrong_buffers
 from rm_gallery.modeling.text_part import reads_last_token, text_files, text_part
 from rm_gallery.modeling.weight_files import (
     WeightFolder,
@@ -110,6 +111,11 @@ class ModelSource:
         if self.new_head:
             initialize(network, missing)
         check_values(network.named_parameters(), self.what, but=() if for_scoring else HEADS)
+        if self.config.model_type not in ARCHITECTURES and not trust_remote_code and (lost := wrong_buffers(network)):
+            raise UserError(
+                f"{self.what}: transformers does not initialize {lost[0]} when it loads {self.config.model_type}, so "
+                "rewards would be wrong; choose another model"
+            )
         if not self.way.is_checked:
             check_loaded(network, what=self.what)
         return network, head

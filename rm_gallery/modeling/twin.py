@@ -23,7 +23,7 @@ _SIZES: tuple[tuple[int, str], ...] = (
     (_WIDTH, "hidden_size d_model n_embd dim emb_dim word_embed_proj_dim pooler_hidden_size dim_model_base d_latents"),
     (_HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"),
     (_HEAD_DIM, "head_dim d_head d_kv kv_channels kv_lora_rank q_lora_rank qk_head_dim mamba_headdim"),
-    (_HEAD_DIM, "linear_head_dim"),
+    (_HEAD_DIM, "linear_head_dim chunk_size mamba_chunk_size"),
     (_HEADS, "linear_num_heads"),
     (_HEAD_DIM, "attention_head_size query_pre_attn_scalar mamba_d_head"),
     (2 * _HEADS, "mamba_n_heads"),
@@ -91,6 +91,10 @@ def shrink(config: Any) -> Any:
             values[name] = size
     if before.get("ffn_hidden_size") == 4 * (width or 0):
         values["ffn_hidden_size"] = 4 * _WIDTH  # Falcon
+    if isinstance(values.get("attention_window"), list):  # Longformer
+        values["attention_window"] = [2 * WINDOW] * len(values["attention_window"])
+    if "num_layers_per_stack" in values:  # HRM
+        values["num_layers_per_stack"] = 2
     if isinstance(values.get("intermediate_size"), list):
         values["intermediate_size"] = [_SMALL["intermediate_size"]] * len(values["intermediate_size"])
     for name in ("num_key_value_heads", "num_kv_heads"):

@@ -31,7 +31,9 @@ def class_of_the_folder(folder: Path) -> Any:
     return get_class_from_dynamic_module(reference, folder)
 
 
-@pytest.mark.parametrize(("kind", "values"), [("granite", {"residual_multiplier": 0.22}), ("olmoe", {})])
+@pytest.mark.parametrize(("kind", "values"), [
+    ("granite", {"residual_multiplier": 0.22}), pytest.param("olmoe", {}, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_type_without_a_class_is_exported_with_one(kind: str, values: Any, tmp_path: Path) -> None:
     with quiet_transformers():
         source = save_language_model(kind, tmp_path / "model", **values)

@@ -85,7 +85,7 @@ def test_such_rows_are_dropped_and_counted(in_tmp: Path, caplog: pytest.LogCaptu
     model, tokenizer = load_reward_model(str(save_backbone("bart", in_tmp / "model"))).model, closing_tokenizer()
     set_pad_token(model, tokenizer)
     write_pairs(in_tmp / "train.parquet", [{"chosen": "a[SEP]", "rejected": "b"}, {"chosen": "a", "rejected": "b"}])
-    config = load_config(None, ["data.train_files=train.parquet", "model.partial_pretrain=model"])
+    config = load_config(None, ["data.train_files=train.parquet", "model.partial_pretrain=model", "data.num_workers=0"])
     train, _ = load_sides(config.data, tokenizer)
     assert len(train.data) == 1
     assert train.store.dropped.counts == {"not exactly one EOS token, at which the model reads the reward": 1}
