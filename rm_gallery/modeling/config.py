@@ -12,6 +12,7 @@ CheckpointingMode: TypeAlias = Literal["full", "selective"]
 PackingSetting: TypeAlias = Literal["auto", "packed", "padded"]
 StrategySetting: TypeAlias = Literal["auto", "fsdp", "fsdp2", "ddp"]
 FreezeSetting: TypeAlias = Literal["backbone", "embeddings"] | Annotated[int, Ge(1)] | None
+HeadInit: TypeAlias = Literal["normal", "zero", "lm_head_difference"]
 ModelDtype: TypeAlias = Literal["auto", "bf16", "fp32"]
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
@@ -89,6 +90,11 @@ class ModelConfig:
     new_head: bool = False
     """Train a newly initialized reward head, and replace the head of the folder if it has one. Without it, a head that
     is missing in a reward model's folder, or that cannot be run, is an error."""
+    head_init: HeadInit = "normal"
+    """How a new reward head starts: `normal` (random, as transformers does), `zero`, or `lm_head_difference`: the
+    language model's logit of the first of `head_init_words` minus that of the second."""
+    head_init_words: tuple[str, str] = ("Yes", "No")
+    """Words of `lm_head_difference`; each must be one token."""
     freeze: FreezeSetting = None
     """Parameters that are not trained: `backbone` trains the reward head (and pooler) alone, `embeddings` everything
     else, and a number freezes the embeddings and this many of the lowest layers. Null trains all."""

@@ -19,6 +19,7 @@ from rm_gallery.modeling.config import LoraConfig
 from rm_gallery.modeling.export import missing_embedding_rows, set_pad_token
 from rm_gallery.modeling.freezing import count_trained, freeze
 from rm_gallery.modeling.generic_class import CODE_FILE, is_generic
+from rm_gallery.modeling.head_init import init_head
 from rm_gallery.modeling.meta_init import MetaInitError, WeightFiles, init_on_meta
 from rm_gallery.modeling.parallel.apply import resolve_strategy
 from rm_gallery.modeling.parallel.strategy import Strategy
@@ -95,8 +96,9 @@ def _log_head(config: TrainConfig, loaded: LoadedModel) -> None:
     if not loaded.has_own_head:
         replaced = ", which replaces that of the folder if there is one (model.new_head=true)"
         log.info(
-            "reward head: newly initialized with trainer.seed=%d%s",
+            "reward head: newly initialized with trainer.seed=%d%s%s",
             config.trainer.seed, replaced if config.model.new_head else "",
+            f"; model.head_init={config.model.head_init}" if config.model.head_init != "normal" else "",
         )  # fmt: skip
     elif hasattr(loaded.model.network, loaded.head_name.partition(".")[0]):
         log.info("reward head: loaded from %s", path)
@@ -124,6 +126,7 @@ def _load(config: TrainConfig, tokenizer: Any) -> LoadedModel:
             f"{_what(config)}: the tokenizer has no pad token that differs from EOS and has a row of the embedding, "
             "and an adapter (model.lora.rank) adds no row; use a folder with such a token, or model.lora.rank=0"
         )
+    init_head(loaded, model.head_init, model.head_init_words, tokenizer, path=model.partial_pretrain)
     set_pad_token(loaded.model, tokenizer, what=_what(config), resize=model.resize_embeddings)
     return loaded
 
@@ -142,6 +145,7 @@ def _load_on_meta(config: TrainConfig, tokenizer: Any) -> tuple[LoadedModel, Wei
         )
     if missing_embedding_rows(loaded.model, tokenizer, what=_what(config), resize=model.resize_embeddings):
         raise MetaInitError("its embeddings are resized for the tokenizer")
+    init_head(loaded, model.head_init, model.head_init_words, tokenizer, path=model.partial_pretrain, new=files.new)
     set_pad_token(loaded.model, tokenizer)
     return loaded, files
 
