@@ -32,6 +32,7 @@ from rm_gallery.modeling.freezing import modules_to_save
 from rm_gallery.modeling.heads import HEADS
 from rm_gallery.modeling.model_folder import check_values, quiet_transformers
 from rm_gallery.modeling.reward_model import LoadedModel, RewardModel, load_reward_model
+from rm_gallery.modeling.text_part import plain_renames, text_part
 from rm_gallery.modeling.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, list_names, read_adapter_files
 
 _NAME = "default"  # of the adapter, in the names of peft's parameters
@@ -154,13 +155,14 @@ class AdapterFolder:
         folder = Path(self.path).expanduser()
         base = os.path.expanduser(self.base)
         with torch.random.fork_rng(devices=[]), _quiet():
-            config = AutoConfig.from_pretrained(folder if (folder / "config.json").is_file() else base)
+            config = text_part(AutoConfig.from_pretrained(folder if (folder / "config.json").is_file() else base))
             config.num_labels = 1
             if config.pad_token_id is None:  # of another trainer, whose folder has no config.json
                 config.pad_token_id = 0
             network = AutoModelForSequenceClassification.from_pretrained(
-                base, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
-            )
+                base, config=config, dtype=torch.float32, ignore_mismatched_sizes=True,
+                key_mapping=plain_renames(base, key="base"),
+            )  # fmt: skip
             return peft.PeftModel.from_pretrained(network, folder).eval()
 
 

@@ -136,7 +136,9 @@ def init_on_meta(
         found["score.weight"] = head.adopted.weight
     new = _initialize(network, list(head.new_parts), seed)
     locations = {name: (each.file, each.name) for name, each in found.items()}
-    loaded = LoadedModel(RewardModel(network, source.way), head.name, head.bias, head.new_parts, source.wrapper)
+    loaded = LoadedModel(
+        RewardModel(network, source.way), head.name, head.bias, head.new_parts, source.wrapper, source.renames
+    )
     return loaded, WeightFiles(locations, new)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -87,6 +87,8 @@ class LoadedModel:
     """Names of tensors missing in the folder (head, pooler): newly initialized, to be trained."""
     wrapper: str = ""
     """Type of the folder's wrapper of several models, whose text model this is."""
+    renames: Mapping[str, str] = field(default_factory=dict)
+    """Patterns of names in the wrapper's files and what replaces them."""
 
     @property
     def has_own_head(self) -> bool:
@@ -111,7 +113,9 @@ def load_reward_model(
         path, key=key, trust_remote_code=trust_remote_code, dropout=dropout, new_head=new_head, packing=packing
     )
     network, head = source.load(AutoModelForSequenceClassification, torch.float32, trust_remote_code=trust_remote_code)
-    return LoadedModel(RewardModel(network, source.way), head.name, head.bias, head.new_parts, source.wrapper)
+    return LoadedModel(
+        RewardModel(network, source.way), head.name, head.bias, head.new_parts, source.wrapper, source.renames
+    )
 
 
 def max_positions(model: RewardModel) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.generic_class import register
-from rm_gallery.modeling.weight_files import StoredTensor, WeightFolder, list_names
+from rm_gallery.modeling.weight_files import StoredTensor, WeightFolder, list_names, read_weight_folder
 
 _SAME_LAYERS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 """Text models that compute what a plain type does if the three position ids of each token are equal, as in text."""
@@ -99,6 +99,17 @@ def text_files(config: Any, files: WeightFolder, *, what: str) -> tuple[WeightFo
         elif _root(name, start) in heads:
             tensors[name] = tensor
     return replace(files, tensors=tensors), {} if start == target else {f"^{re.escape(start)}": target}
+
+
+def plain_renames(path: str, *, key: str) -> dict[str, str] | None:
+    """`key_mapping` of `from_pretrained` for the text model of this folder; None if it holds no wrapper."""
+    from transformers import AutoConfig
+
+    whole = AutoConfig.from_pretrained(path)
+    config = text_part(whole)
+    if config is whole:
+        return None
+    return text_files(config, read_weight_folder(path, key=key), what=f"{key}={path}")[1] or None
 
 
 def _heads(files: WeightFolder, start: str) -> set[str]:

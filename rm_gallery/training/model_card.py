@@ -74,7 +74,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 tokenizer = AutoTokenizer.from_pretrained("PATH_OR_NAME")
 config = AutoConfig.from_pretrained("PATH_OR_NAME")
-base = AutoModelForSequenceClassification.from_pretrained("BASE_MODEL", config=config)
+base = AutoModelForSequenceClassification.from_pretrained("BASE_MODEL", config=config{{ mapping }})
 model = PeftModel.from_pretrained(base, "PATH_OR_NAME").eval()
 {%- else -%}
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -111,10 +111,12 @@ def model_card(
     adds_special_tokens: bool = False,
     versions: Mapping[str, str] | None = None,
     code_file: str = "",
+    renames: Mapping[str, str] | None = None,
 ) -> str:
     """The text of README.md.
 
     comparisons: number of training pairs. metrics: by name, those of the last validation.
+    renames: of tensors in the base model's folder, a wrapper of several models.
     code_file: Python file of the checkpoint that transformers needs, if any.
     adds_special_tokens: whether a rendered chat still needs those of the tokenizer, as for encoders.
     """
@@ -165,6 +167,7 @@ def model_card(
         chat=input_style == "chat",
         lora=lora.rank > 0,
         code_file=code_file,
+        mapping=f", key_mapping={json.dumps(dict(renames))}" if renames else "",
         trust=", trust_remote_code=True" if code_file else "",
         special=adds_special_tokens,
         separator=json.dumps(separator)[1:-1],

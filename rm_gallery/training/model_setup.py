@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ class StartModel:
     """Of the whole model, over all shards."""
     num_trained: int
     """Of the trained parameters; all without LoRA and `model.freeze`."""
+    renames: Mapping[str, str] = field(default_factory=dict)
+    """See `LoadedModel`."""
     adapter: Adapter | None = None
     """What the adapter's folder says, with LoRA."""
 
@@ -88,7 +91,7 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
             loaded.model.network.config.model_type, CODE_FILE,
         )  # fmt: skip
     _log_head(config, loaded)
-    return StartModel(loaded.model, strategy, files, count, trained, adapter)
+    return StartModel(loaded.model, strategy, files, count, trained, loaded.renames, adapter)
 
 
 def _log_head(config: TrainConfig, loaded: LoadedModel) -> None:

@@ -379,7 +379,7 @@ def build_checkpoints(
         model_card, config, num_parameters=start.num_parameters, num_trained=start.num_trained,
         comparisons=train.data.num_comparisons, input_style=record.input_style, separator=record.separator,
         adds_special_tokens=bool(tokenizer.cls_token), versions=package_versions("torch", "transformers"),
-        code_file=CODE_FILE if is_generic(start.model.network) else "",
+        code_file=CODE_FILE if is_generic(start.model.network) else "", renames=start.renames,
     )  # fmt: skip
     return Checkpoints(
         config.trainer.run_dir, config.trainer, tensors, weights_folder, ranks,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,23 @@ def test_a_wrapper_trains_with_the_template_of_its_processor(in_tmp: Path) -> No
     values = json.loads((result.checkpoint / "config.json").read_text())
     assert values["architectures"] == ["Gemma3TextForSequenceClassification"]
     assert json.loads((result.checkpoint / "tokenizer_config.json").read_text())["chat_template"] == CHATML
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_wrapper_loads_as_its_card_says(in_tmp: Path) -> None:
+    from rm_gallery import train
+
+    save_wrapper("gemma3", in_tmp / "model")
+    result = train(in_tmp / "model", chat_pairs(24), **{
+        "data.max_length": 128, "data.num_workers": 0, "trainer.total_training_steps": 2, "trainer.logger": [],
+        "data.train_batch_size": 8, "model.fsdp_config.model_dtype": "fp32", "model.lora.rank": 4, "optim.lr": 1e-3,
+    })  # fmt: skip
+    card = (result.checkpoint / "README.md").read_text()
+    assert "key_mapping=" in card
+    plain = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    names: dict[str, Any] = {}
+    exec(plain.replace("PATH_OR_NAME", str(result.checkpoint)).replace("BASE_MODEL", str(in_tmp / "model")), names)
+    messages = [{"role": "user", "content": "Why is the sky blue?"},
+                {"role": "assistant", "content": "Air scatters short waves of light more."}]  # fmt: skip
+    [reward] = RewardScorer.from_folder(result.checkpoint, device="cpu").score_messages([messages])
+    assert names["reward"] == pytest.approx(reward, abs=1e-4)
