@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.config import HeadInit
 from rm_gallery.modeling.reward_model import LoadedModel
+from rm_gallery.modeling.text_part import text_files
 from rm_gallery.modeling.weight_files import read_weight_folder
 
 _OUTPUTS = ("lm_head.weight", "embed_out.weight")
@@ -41,7 +42,7 @@ def init_head(
     if last.bias is not None:
         values[place[last.bias]] = torch.zeros(last.bias.shape)
     if setting == "lm_head_difference":
-        better, worse = (_output_row(network, _token(tokenizer, word, what), path, what) for word in words)
+        better, worse = (_output_row(loaded, _token(tokenizer, word, what), path, what) for word in words)
         if last is not getattr(network, "score", None) or last.weight.shape != (1, *better.shape):
             raise UserError(f"{what}: the reward head of {network.config.model_type} is not one row of its language "
                             "model's head; set normal or zero")  # fmt: skip
@@ -60,9 +61,12 @@ def _token(tokenizer: Any, word: str, what: str) -> int:
     return ids[0]
 
 
-def _output_row(network: Any, token: int, path: str, what: str) -> Tensor:
+def _output_row(loaded: LoadedModel, token: int, path: str, what: str) -> Tensor:
     """The row of a token in the output layer of the folder's language model, in float32."""
-    tensors = read_weight_folder(path, key="model.partial_pretrain").tensors
+    network, files = loaded.model.network, read_weight_folder(path, key="model.partial_pretrain")
+    if loaded.wrapper:
+        files, _ = text_files(network.config, files, what=what)
+    tensors = files.tensors
     embedding = network.get_input_embeddings().weight
     inputs = next(name for name, parameter in network.named_parameters() if parameter is embedding)
     names = list(_OUTPUTS)

@@ -76,7 +76,7 @@ def _keeps_layout(config: Any) -> bool:
 def text_files(config: Any, files: WeightFolder, *, what: str) -> tuple[WeightFolder, dict[str, str]]:
     """The weight files with the text model's tensors alone, under its own names, and how transformers renames them.
 
-    config: of the text model. A reward head beside the text model is kept; what belongs to images and sound is not.
+    config: of the text model. Heads beside the text model are kept; what belongs to images and sound is not.
     Raises UserError if the text model is not found.
     """
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
@@ -96,6 +96,8 @@ def text_files(config: Any, files: WeightFolder, *, what: str) -> tuple[WeightFo
     for name, tensor in files.tensors.items():
         if name.startswith(start) and not _OTHER_PARTS.search(name.removeprefix(start).partition(".")[0]):
             tensors[target + name.removeprefix(start)] = tensor
+        elif name.endswith("lm_head.weight"):
+            tensors["lm_head.weight"] = tensor
         elif _root(name, start) in heads:
             tensors[name] = tensor
     return replace(files, tensors=tensors), {} if start == target else {f"^{re.escape(start)}": target}

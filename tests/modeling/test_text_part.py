@@ -16,6 +16,7 @@ from benchmarks.small_models import ENCODER_WRAPPERS, WRAPPERS, make_wrapper, te
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.export import InputRecord, set_pad_token
+from rm_gallery.modeling.head_init import init_head
 from rm_gallery.modeling.meta_init import init_on_meta
 from rm_gallery.modeling.model_folder import load_model_config, quiet_transformers
 from rm_gallery.modeling.reward_model import load_reward_model
@@ -84,6 +85,15 @@ def test_a_reward_head_beside_the_text_model_is_kept(tmp_path: Path) -> None:
     loaded = load_reward_model(str(tmp_path))
     assert loaded.head_name == "v_head.summary.weight"
     assert torch.equal(loaded.model.network.score.weight, tensors["v_head.summary.weight"])
+
+
+@pytest.mark.parametrize("kind", ["gemma3", pytest.param("llava", marks=pytest.mark.slow)])  # tied, untied
+def test_the_head_can_start_from_the_output_layer_of_the_wrapper(kind: str, tmp_path: Path) -> None:
+    wrapper = save_wrapper(kind, tmp_path)
+    loaded, tokenizer = load_reward_model(str(tmp_path)), make_tokenizer()
+    init_head(loaded, "lm_head_difference", ("a", "b"), tokenizer, path=str(tmp_path))
+    rows = wrapper.get_output_embeddings().weight[[tokenizer.convert_tokens_to_ids(each) for each in "ab"]]
+    torch.testing.assert_close(loaded.model.network.score.weight[0], rows[0] - rows[1], atol=0, rtol=0)
 
 
 def test_weights_without_a_text_model_are_an_error(tmp_path: Path) -> None:
