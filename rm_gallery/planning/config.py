@@ -136,6 +136,7 @@ def layout_of(config: EstimateConfig, shape: ModelShape, device: Device, *, one_
         offload=offload and strategy in ("fsdp", "fsdp2"),
         offload_optimizer=on_gpu and fsdp.optimizer_offload and not offload,
         one_micro_batch=one_micro_batch,
+        optimizer=config.optim.name,
     )
 
 

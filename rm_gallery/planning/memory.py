@@ -53,6 +53,9 @@ class Layout:
     one_micro_batch: bool
     """A step has a single micro-batch on each process: gradients are allocated as activations are freed."""
 
+    optimizer: str = "adamw"
+    """`optim.name`."""
+
     @property
     def sharded(self) -> bool:
         return self.strategy in ("fsdp", "fsdp2")
@@ -70,7 +73,7 @@ class MemoryUse:
     gradients: float
     """float32."""
     optimizer: float
-    """AdamW's two moments, float32."""
+    """State of the optimizer, float32: two moments with AdamW."""
     activations: float
     temporary: float
     """The largest of: gradients of activations and of one matrix, a recomputed layer, the embeddings' gradient."""
@@ -168,9 +171,10 @@ def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: floa
     elif w < 4:
         copy = w * (shape.trained_parameters - shape.head_parameters)
     resident = 0 if layout.offload else 1
-    gradients, optimizer = resident * trained, resident * 2 * trained
+    optimizer_state = _optimizer_state(shape, layout) / layout.shards
+    gradients, optimizer = resident * trained, resident * optimizer_state
     between_steps = 0 if layout.offload_optimizer else optimizer
-    host = (0 if resident else weights + 3 * trained) + optimizer - between_steps
+    host = (0 if resident else weights + trained + optimizer_state) + optimizer - between_steps
     kept = activations(shape, pack, w, checkpointing=layout.checkpointing)
     begin, end = _temporaries(shape, layout, pack)
 
@@ -184,6 +188,14 @@ def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: floa
         at("optimizer step", copy, gradients, optimizer, 0, 0),
         key=lambda use: use.total,
     )
+
+
+def _optimizer_state(shape: ModelShape, layout: Layout) -> float:
+    """Bytes: two moments with AdamW; one buffer for matrices of layers with Muon; a row and a column with Adafactor."""
+    if layout.optimizer == "adafactor":
+        return 4 * 2 * shape.trained_parameters / min(shape.hidden, shape.num_kv_heads * shape.head_dim)
+    saved = 4 * min(shape.matrix_parameters, shape.trained_parameters) if layout.optimizer == "muon" else 0
+    return 8 * shape.trained_parameters - saved
 
 
 def _temporaries(shape: ModelShape, layout: Layout, pack: Pack) -> tuple[float, float]:

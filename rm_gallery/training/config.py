@@ -31,18 +31,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """`optim`: AdamW and the learning-rate schedule."""
+    """`optim`: the optimizer and the learning-rate schedule."""
 
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    """Optimizer. `adafactor` has a row and a column per matrix instead of two moments; `muon` one momentum buffer per
+    matrix of a layer, and AdamW for everything else. See docs/optimizers.md."""
     lr: Annotated[float, Gt(0)] = 1e-6
-    """Peak learning rate."""
+    """Peak learning rate. `adafactor` multiplies it by the root mean square of each parameter."""
     betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.95)
     """AdamW's decay rates for the moving averages of the gradient and its square."""
     eps: Annotated[float, Gt(0)] = 1e-8
     """AdamW's epsilon."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """AdamW's weight decay, of matrices only: biases and norms are excluded."""
+    """Decoupled weight decay, of matrices only: biases and norms are excluded."""
     clip_grad: Annotated[float, Ge(0)] = 1.0
     """Maximum gradient norm; 0 disables clipping."""
     lr_scheduler: Literal["cosine", "wsd", "constant"] = "cosine"

@@ -77,7 +77,8 @@ class RunTensors:
         optimizer: dict[str, Any] = get_optimizer_state_dict(self._module, self.optimizer)
         found = optimizer["state"]
         # Parameters without a gradient so far have no state; after skipped steps only, none has.
-        kept = {name: found[name] for name in found if f"optimizer.{name}.exp_avg" in reader.entries}
+        saved = {name.rpartition(".")[0] for name in reader.entries if name.startswith("optimizer.")}
+        kept = {name: found[name] for name in found if f"optimizer.{name}" in saved}
         if kept:
             state["optimizer"] = kept
         try:
