@@ -25,6 +25,7 @@ from rm_gallery.inspection.page import page_of
 from rm_gallery.inspection.report import Report, build_report
 from rm_gallery.inspection.terminal import print_page
 from rm_gallery.modeling.config import ModelConfig
+from rm_gallery.modeling.weight_files import backbone_folder, tokenizer_folder
 from rm_gallery.safe_text import redact
 from rm_gallery.training.config import TrainConfig, load_config
 
@@ -83,7 +84,9 @@ def inspect_data(config: TrainConfig, *, num_samples: int) -> Report:
         if model.trust_remote_code:
             log.warning("model.trust_remote_code=true: Python code of the model folder may run")
         tokenizer = load_tokenizer(
-            model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=data.chat_template
+            tokenizer_folder(model.partial_pretrain, key="model.partial_pretrain", base=model.lora.base),
+            trust_remote_code=model.trust_remote_code,
+            chat_template=data.chat_template,
         )
         freeze_date(tokenizer, data.template_date, key="data.template_date")
         packer = _packer_for(model, data.budget, tokenizer)
@@ -115,7 +118,7 @@ def _packer_for(model: ModelConfig, token_budget: int, tokenizer: Any) -> Packer
     from rm_gallery.modeling.architectures import DECODERS, ENCODERS, closing_token
     from rm_gallery.modeling.text_part import text_part
 
-    path = model.partial_pretrain
+    path = backbone_folder(model.partial_pretrain, key="model.partial_pretrain", base=model.lora.base)
     try:
         config = text_part(
             AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=model.trust_remote_code)

@@ -77,6 +77,8 @@ class LoraConfig:
     """DoRA: train the magnitude of each weight's columns separately (Liu et al. 2024)."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
+    base: str | None = None
+    """Folder or hub name of the base model, when `partial_pretrain` is an adapter whose folder names another path."""
 
 
 @dataclass(frozen=True)

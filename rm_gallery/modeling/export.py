@@ -32,7 +32,8 @@ from torch.nn.utils.rnn import pad_sequence
 from rm_gallery.data.tokenization.tokenizer import read_at
 from rm_gallery.errors import UserError
 from rm_gallery.files import sha256, sha256_files
-from rm_gallery.modeling.adapters import Adapter, open_adapter, stored_name
+from rm_gallery.modeling.adapter_folder import open_adapter
+from rm_gallery.modeling.adapters import BASE_RECORD, Adapter, stored_name
 from rm_gallery.modeling.architectures import closing_token
 from rm_gallery.modeling.generic_class import CODE_FILE, auto_map, code_of, is_generic
 from rm_gallery.modeling.legacy_keys import add_config_keys, rename_tokenizer_keys
@@ -145,7 +146,7 @@ def write_folder(
         network.config.save_pretrained(folder)
     if is_generic(network):
         (folder / CODE_FILE).write_text(code_of(network), encoding="utf-8")
-    _finish_config(folder / "config.json", model, dtype, record)
+    _finish_config(folder / "config.json", model, dtype, record, adapter)
     _save_tokenizer(folder, tokenizer, record)
     _apply_umask(folder)
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".safetensors"]
@@ -207,8 +208,10 @@ def _convert(network: Any, steps: Sequence[Any], tensors: Mapping[str, Tensor]) 
     return found
 
 
-def _finish_config(path: Path, model: RewardModel, dtype: torch.dtype, record: InputRecord) -> None:
-    """Add what servers need for one raw reward per text, and the input record."""
+def _finish_config(
+    path: Path, model: RewardModel, dtype: torch.dtype, record: InputRecord, adapter: Adapter | None
+) -> None:
+    """Add what servers need for one raw reward per text, the input record, and the fingerprint of an adapter's base."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config.update(
         architectures=[type(model.network).__name__],
@@ -223,6 +226,8 @@ def _finish_config(path: Path, model: RewardModel, dtype: torch.dtype, record: I
     elif not model.network.is_custom_code():
         config.pop("auto_map", None)  # code of the folder that training did not run
     config[RECORD_KEY] = asdict(record)
+    if adapter is not None:
+        config[BASE_RECORD] = adapter.base_fingerprint
     add_config_keys(config)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

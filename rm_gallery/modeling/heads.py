@@ -148,7 +148,7 @@ def find_head(
     chosen = (
         heads[wanted] if wanted in heads else {name: each for part in heads.values() for name, each in part.items()}
     )
-    head, score = _one_output(chosen), getattr(network, "score", None)
+    head, score = one_output(chosen), getattr(network, "score", None)
     if head is None or score is None or head.weight.shape != tuple(score.weight.shape):
         tensors = list_names([str(each or name) for name, each in chosen.items()], limit=4)
         why = "it must be one matrix [1, D] of a decoder, with or without a bias, in a safetensors file"
@@ -156,7 +156,7 @@ def find_head(
     return head
 
 
-def _one_output(tensors: Mapping[str, StoredTensor | None]) -> RewardHead | None:
+def one_output(tensors: Mapping[str, StoredTensor | None]) -> RewardHead | None:
     """The head that consists of exactly these tensors; None if it is anything else than one matrix and its bias."""
     known = [each for each in tensors.values() if each is not None]
     weights = [each for each in known if each.name.endswith(".weight") and len(each.shape) == 2 and each.shape[0] == 1]

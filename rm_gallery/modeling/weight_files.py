@@ -25,6 +25,7 @@ _QUANTIZED = (
 )  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000  # the library's limit
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_HEAD_FILE = "value_head.safetensors"
 _ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin")
 
 
@@ -71,7 +72,7 @@ def read_weight_folder(path: str, *, key: str) -> WeightFolder:
             )
     what = f"{key}={path}"
     files = _loaded_files(folder, what)
-    head_file = folder / "value_head.safetensors"
+    head_file = folder / _HEAD_FILE
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         for name, tensor in _read_header(file, what).items():
@@ -158,6 +159,10 @@ class AdapterFiles:
     config: Mapping[str, Any]
     """adapter_config.json."""
     tensors: Mapping[str, StoredTensor]
+    head_file: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """Those of `value_head.safetensors`, which LLaMA-Factory writes beside the adapter."""
+    other_files: tuple[str, ...] = ()
+    """Names of files with a head that are not read."""
 
     @property
     def base(self) -> str:
@@ -194,7 +199,24 @@ def read_adapter_files(path: str, *, key: str) -> AdapterFiles | None:
             f"{key}={path}: the folder holds an adapter as a pickle ({found[1]}), which can execute code and is not "
             f"read; convert it to {ADAPTER_WEIGHTS}"
         )
-    return AdapterFiles(values, _read_header(weights, f"{key}={path}") if weights.is_file() else {})
+    tensors, head = (
+        _read_header(file, f"{key}={path}") if file.is_file() else {} for file in (weights, folder / _HEAD_FILE)
+    )
+    return AdapterFiles(values, tensors, head, tuple(each.name for each in folder.glob("value_head.bin")))
+
+
+def tokenizer_folder(path: str, *, key: str, base: str | None = None) -> str:
+    """Where the tokenizer of a model is: an adapter without one has that of its base model (`base`, or its own)."""
+    files = read_adapter_files(path, key=key)
+    if files is None or (Path(path).expanduser() / "tokenizer_config.json").is_file():
+        return path
+    return base or files.base or path
+
+
+def backbone_folder(path: str, *, key: str, base: str | None = None) -> str:
+    """Where the configuration of a model is: for an adapter that of its base model (`base`, or its own)."""
+    files = read_adapter_files(path, key=key)
+    return path if files is None else base or files.base or path
 
 
 def check_not_adapter(path: str, *, key: str) -> None:

@@ -17,7 +17,8 @@ from rm_gallery.data.tokenization.template_date import freeze_date
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.distributed.cpu import keep_freed_memory
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.adapters import check_type, open_adapter
+from rm_gallery.modeling.adapter_folder import open_adapter
+from rm_gallery.modeling.adapters import check_type
 from rm_gallery.modeling.export import InputRecord, read_record, set_pad_token
 from rm_gallery.modeling.forward import pad_texts
 from rm_gallery.modeling.heads import has_foreign_head, is_reward_model, num_outputs
@@ -39,7 +40,7 @@ from rm_gallery.modeling.reward_model import (
     max_rotary_positions,
 )
 from rm_gallery.modeling.text_part import text_part
-from rm_gallery.modeling.weight_files import WeightFolder, check_not_quantized, read_weight_folder
+from rm_gallery.modeling.weight_files import WeightFolder, check_not_quantized, read_weight_folder, tokenizer_folder
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def load_folder(
     try:
         if has_own_code:
             raise OtherHeadError("the folder has code of its own")
-        loaded = load_reward_model(path, key=KEY, new_head=None) if adapter is None else adapter.load_merged(key=KEY)
+        loaded = load_reward_model(path, key=KEY, new_head=None) if adapter is None else adapter.load_merged()
         model, how = (
             _with_bias(path, loaded.model, loaded.model.head, loaded.head_name, loaded.head_bias),
             str(loaded.model.way),
@@ -169,8 +170,7 @@ def check_folder(
         files = read_weight_folder(adapter.base, key="base")
         check_model_config(config, adapter.base, key="base", files=files, new_head=True)
         check_type(config, what=f"{KEY}={path}")
-        has_tokenizer = (Path(path).expanduser() / "tokenizer_config.json").is_file()
-        return config, files, load_tokenizer(path if has_tokenizer else adapter.base, key=KEY)
+        return config, files, load_tokenizer(tokenizer_folder(path, key=KEY, base=base), key=KEY)
     _check_remote_code(path, trust_remote_code)
     config = read_model_config(path, key=KEY, trust_remote_code=trust_remote_code)
     files = read_weight_folder(path, key=KEY)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
 from rm_gallery.errors import UserError, one_line
 from rm_gallery.files import replace, write_manifest
-from rm_gallery.modeling.adapters import open_adapter
+from rm_gallery.modeling.adapter_folder import open_adapter
 from rm_gallery.modeling.export import check_rewards, rescore, write_folder
 from rm_gallery.modeling.parallel.apply import DTYPES
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.scoring.loading import KEY, load_folder
 from rm_gallery.scoring.model_folder import choose_checkpoint
+
+log = logging.getLogger(__name__)
 
 _TEXTS = (
     "Why is the sky blue?\n\nAir scatters short waves of light more.",
@@ -45,6 +48,8 @@ def merge(
     model, tokenizer = source.model, source.tokenizer
     assert isinstance(model, RewardModel)  # adapters of other architectures are refused
     state = model.network.state_dict()
+    if (bias := state.pop("score.bias", None)) is not None:  # of another trainer: no layer of the library has it
+        log.warning("%s: the bias of the reward head, %.6g, is dropped: rewards differ by it", path, bias.item())
     texts = [tokenizer(text)["input_ids"] for text in _TEXTS]
     expected = rescore(source_folder, texts, base=base)
     staging = target.with_name(f".{target.name}.merging")

@@ -21,8 +21,9 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from rm_gallery.config import known_keys, load, problem_of, to_save, to_yaml
 from rm_gallery.data.config import DataConfig, data_problems, normalize_data
-from rm_gallery.errors import Problem, nearest
+from rm_gallery.errors import Problem, UserError, nearest
 from rm_gallery.modeling.config import ModelConfig
+from rm_gallery.modeling.weight_files import read_adapter_files
 from rm_gallery.training.familiar_names import key_for
 from rm_gallery.training.trackers import TRACKERS, TrackerConfig
 
@@ -225,7 +226,42 @@ def normalize(values: dict[str, Any]) -> Iterator[Problem]:
     if isinstance(trainer, dict) and isinstance(trainer.get("logger"), str):
         trainer["logger"] = [trainer["logger"]]
     yield from _familiar_names(values, known_keys(TrainConfig))
+    if isinstance(model := values.get("model"), dict):
+        yield from _continue_adapter(model)
     yield from normalize_data(values.get("data"))
+
+
+_LORA_KEYS = {
+    "rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules",
+    "use_dora": "use_dora", "use_rslora": "use_rslora",
+}  # fmt: skip
+"""Keys of `model.lora`, and their names in adapter_config.json."""
+
+
+def _continue_adapter(model: dict[str, Any]) -> Iterator[Problem]:
+    """With an adapter's folder as the model, `model.lora` gets the adapter's settings; other ones are problems."""
+    path, given = model.get("partial_pretrain"), model.get("lora") or {}
+    if not isinstance(path, str) or not path or not isinstance(given, dict):
+        return
+    try:
+        files = read_adapter_files(path, key="model.partial_pretrain")
+    except UserError as error:
+        yield Problem("model.partial_pretrain", str(error))
+        return
+    if files is None:
+        return
+    found = {key: files.config[name] for key, name in _LORA_KEYS.items() if files.config.get(name) is not None}
+    targets = found.get("target_modules", [])
+    found["target_modules"] = sorted(targets) if isinstance(targets, list) else [targets]
+    for key, value in found.items():
+        wanted = given.get(key, value)
+        if key != "dropout" and (sorted(map(str, wanted)) if isinstance(wanted, list) else wanted) != value:
+            yield Problem(
+                f"model.lora.{key}",
+                f"model.lora.{key}={wanted}, but the adapter of model.partial_pretrain={path} has {value}; remove the "
+                "key to continue it, or merge it first (rm-gallery merge)",
+            )
+    model["lora"] = {**found, **given}
 
 
 def _familiar_names(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[Problem]:

@@ -29,8 +29,9 @@ from rm_gallery.modeling.reward_model import (
     max_positions,
     max_rotary_positions,
 )
-from rm_gallery.modeling.weight_files import check_not_adapter
+from rm_gallery.modeling.weight_files import tokenizer_folder
 from rm_gallery.training.config import TrainConfig
+from rm_gallery.training.model_setup import find_adapter
 
 log = logging.getLogger(__name__)
 
@@ -91,15 +92,20 @@ def check_inputs(config: TrainConfig) -> None:
     Raises UserError as `run_training` would.
     """
     model = config.model
-    check_not_adapter(model.partial_pretrain, key="model.partial_pretrain")
+    path, key, base = model.partial_pretrain, "model.partial_pretrain", model.lora.base
+    adapter = find_adapter(config)
     tokenizer = load_tokenizer(
-        model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template
+        tokenizer_folder(path, key=key, base=base),
+        trust_remote_code=model.trust_remote_code,
+        chat_template=config.data.chat_template,
     )
     freeze_date(tokenizer, config.data.template_date, key="data.template_date")
+    if adapter is not None:
+        path, key = adapter.base, "base"
     source = load_model_config(
-        model.partial_pretrain, trust_remote_code=model.trust_remote_code, new_head=model.new_head
+        path, key=key, trust_remote_code=model.trust_remote_code, new_head=model.new_head or adapter is not None
     )
-    what = f"model.partial_pretrain={model.partial_pretrain}"
+    what = f"{key}={path}"
     choose_way(source, model.packing, what=what)
     read_at(tokenizer, closing_token(source), what=what)
     for side in sides_of(config.data):

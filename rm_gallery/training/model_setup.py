@@ -15,6 +15,7 @@ import torch
 
 from rm_gallery.distributed.process_group import World
 from rm_gallery.errors import UserError
+from rm_gallery.modeling.adapter_folder import BASE_HINT, AdapterFolder, open_adapter
 from rm_gallery.modeling.adapters import Adapter, add_lora
 from rm_gallery.modeling.config import LoraConfig
 from rm_gallery.modeling.export import missing_embedding_rows, set_pad_token
@@ -57,6 +58,8 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
     reason, files, lora = "", None, config.model.lora
     if not lora.rank and lora != LoraConfig():
         log.warning("model.lora has no effect with model.lora.rank=0: all parameters are trained")
+    folder = find_adapter(config)
+    adapter = None
     if lora.rank:
         reason = "LoRA is added to the loaded model"
     elif world.world_size > 1 or (world.device.type == "cuda" and config.model.fsdp_config.offloads_weights):
@@ -65,14 +68,13 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
         except MetaInitError as error:
             reason = str(error)
     if files is None:
-        loaded = _load(config, tokenizer)
+        loaded, adapter = _load(config, tokenizer, folder)
     freeze(loaded.model.network, config.model.freeze)
-    adapter = add_lora(loaded.model, lora, config.model.partial_pretrain) if lora.rank else None
     count = sum(parameter.numel() for parameter in loaded.model.parameters())
     trained = count_trained(loaded.model.parameters())
     strategy = resolve_strategy(config.model, world, count, trained)
     if strategy != "fsdp2" and files is not None:  # not sharded: this process needs all weights
-        loaded, files = _load(config, tokenizer), None
+        (loaded, _), files = _load(config, tokenizer), None
         freeze(loaded.model.network, config.model.freeze)
     elif strategy == "fsdp2" and files is None:
         log.warning("every rank reads the whole model before sharding, since %s", reason)
@@ -115,23 +117,41 @@ def _log_head(config: TrainConfig, loaded: LoadedModel) -> None:
         )  # fmt: skip
 
 
-def _load(config: TrainConfig, tokenizer: Any) -> LoadedModel:
+def find_adapter(config: TrainConfig) -> AdapterFolder | None:
+    """The adapter that the run continues; None for other models. Raises UserError as `open_adapter` does."""
     model = config.model
-    loaded = load_reward_model(
-        model.partial_pretrain,
-        trust_remote_code=model.trust_remote_code,
-        dropout=model.dropout,
-        new_head=model.new_head,
-        packing=model.packing,
-    )
+    return open_adapter(
+        model.partial_pretrain, key="model.partial_pretrain", base=model.lora.base, new_head=model.new_head,
+        hint=BASE_HINT,
+    )  # fmt: skip
+
+
+def _load(
+    config: TrainConfig, tokenizer: Any, folder: AdapterFolder | None = None
+) -> tuple[LoadedModel, Adapter | None]:
+    """The model with a pad token, and with LoRA if it is configured; folder: the adapter to continue."""
+    model, adapter = config.model, None
+    if folder is not None:
+        loaded, adapter = folder.load_for_training(model.lora, dropout=model.dropout, packing=model.packing)
+    else:
+        loaded = load_reward_model(
+            model.partial_pretrain,
+            trust_remote_code=model.trust_remote_code,
+            dropout=model.dropout,
+            new_head=model.new_head,
+            packing=model.packing,
+        )
     if model.lora.rank and missing_embedding_rows(loaded.model, tokenizer, what=_what(config)):
         raise UserError(
             f"{_what(config)}: the tokenizer has no pad token that differs from EOS and has a row of the embedding, "
             "and an adapter (model.lora.rank) adds no row; use a folder with such a token, or model.lora.rank=0"
         )
-    init_head(loaded, model.head_init, model.head_init_words, tokenizer, path=model.partial_pretrain)
+    path = model.partial_pretrain if folder is None else folder.base
+    init_head(loaded, model.head_init, model.head_init_words, tokenizer, path=path)
     set_pad_token(loaded.model, tokenizer, what=_what(config), resize=model.resize_embeddings)
-    return loaded
+    if model.lora.rank and adapter is None:
+        adapter = add_lora(loaded.model, model.lora, model.partial_pretrain)
+    return loaded, adapter
 
 
 def _load_on_meta(config: TrainConfig, tokenizer: Any) -> tuple[LoadedModel, WeightFiles]:

@@ -34,7 +34,7 @@ from rm_gallery.modeling.generic_class import CODE_FILE, is_generic
 from rm_gallery.modeling.parallel.apply import DTYPES, apply, offload_optimizer
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
-from rm_gallery.modeling.weight_files import check_not_adapter
+from rm_gallery.modeling.weight_files import tokenizer_folder
 from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.training.callbacks import AnnouncedSaver, Callbacks, Sinks
 from rm_gallery.training.checkpoint import (
@@ -51,7 +51,7 @@ from rm_gallery.training.checkpoint.folders import name_best
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.data_setup import Loaded, check_data, load_sides
 from rm_gallery.training.model_card import model_card
-from rm_gallery.training.model_setup import StartModel, start_model
+from rm_gallery.training.model_setup import StartModel, find_adapter, start_model
 from rm_gallery.training.optim import build_optimizer, build_schedule
 from rm_gallery.training.run_dir import (
     LOG_NAME,
@@ -98,9 +98,10 @@ def run_training(config: TrainConfig, *, callbacks: Callbacks | None = None) -> 
 def _run(
     config: TrainConfig, world: World, stop: StopSignal, callbacks: Callbacks, copy_log_to: Callable[[Path], None]
 ) -> RunResult:
-    check_not_adapter(config.model.partial_pretrain, key="model.partial_pretrain")
+    find_adapter(config)
+    path = config.model.partial_pretrain
     tokenizer = load_tokenizer(
-        config.model.partial_pretrain,
+        tokenizer_folder(path, key="model.partial_pretrain", base=config.model.lora.base),
         trust_remote_code=config.model.trust_remote_code,
         chat_template=config.data.chat_template,
     )

@@ -1,0 +1,290 @@
+"""A folder with an adapter (LoRA) and its reward head: finds both, whatever trainer wrote them, and loads them.
+
+Names of the tensors. peft writes `base_model.model.` + the name in the network. A state dict that another tool saved
+also has `modules_to_save.default` in the name of the head and `default` in those of LoRA. LLaMA-Factory writes the head
+as `v_head.summary` into value_head.safetensors.
+
+Nothing here imports peft until an adapter is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from rm_gallery.errors import UserError, one_line
+from rm_gallery.modeling.adapters import (
+    BASE_RECORD,
+    Adapter,
+    add_layers,
+    check_type,
+    import_peft,
+    merge_layers,
+    quiet,
+    short_name,
+    stored_name,
+    weights_fingerprint,
+)
+from rm_gallery.modeling.config import LoraConfig, PackingSetting
+from rm_gallery.modeling.heads import HEADS, RewardHead, one_output
+from rm_gallery.modeling.model_folder import check_values
+from rm_gallery.modeling.reward_model import LoadedModel, RewardModel, load_reward_model
+from rm_gallery.modeling.text_part import plain_renames, text_part
+from rm_gallery.modeling.weight_files import AdapterFiles, StoredTensor, list_names, read_adapter_files
+
+log = logging.getLogger(__name__)
+
+_OTHER_HEADS = ("v_head", "value_head", "reward_head", "score_head", "regression_head")
+"""Names of other trainers."""
+_HINT = "name the folder of the base model with base= (--base)"
+BASE_HINT = "name the folder of the base model with model.lora.base"
+"""For training; see `open_adapter`."""
+_UNKNOWN_SETTINGS = (
+    "trainable_token_indices", "layer_replication", "lora_bias", "target_parameters", "megatron_config", "use_qalora",
+    "alora_invocation_tokens", "arrow_config", "use_bdlora", "velora_config", "monteclora_config", "kasa_config",
+)  # fmt: skip
+"""Settings of peft that train more than the matrices, or something else."""
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A folder with an adapter of a sequence classification model and its head."""
+
+    path: str
+    key: str
+    """Configuration key of `path`, for messages."""
+    base: str
+    """Folder or hub name of the base model."""
+    names_base: bool
+    """Whether the caller named the base model, instead of adapter_config.json."""
+    config: Mapping[str, Any]
+    """adapter_config.json."""
+    tensors: Mapping[str, StoredTensor]
+    """By their names in the network, LoRA's without the adapter's name; the head under the library's name."""
+    head: RewardHead | None
+    """None if a new head is to be trained."""
+    hint: str
+    """What to do about the base model, in messages."""
+
+    @property
+    def what(self) -> str:
+        """The folder, in messages."""
+        return f"{self.key}={self.path}"
+
+    def load_merged(self) -> LoadedModel:
+        """The base model with the adapter merged into its weights, in float32 on the CPU.
+
+        The state of the random number generator does not change. Raises UserError for a base model that cannot be
+        loaded or that does not fit the adapter.
+        """
+        with torch.random.fork_rng(devices=[]):
+            loaded = self._load_base()
+            self._add_to(loaded)
+        network = loaded.model.network
+        merge_layers(network)
+        check_values(network.named_parameters(), self.what, but=HEADS)
+        network.requires_grad_(True)
+        return self._with_head(loaded)
+
+    def load_for_training(
+        self, config: LoraConfig, *, dropout: float, packing: PackingSetting
+    ) -> tuple[LoadedModel, Adapter]:
+        """The base model with the adapter, to train it further; see `load_merged`.
+
+        A new head is initialized, from torch's random number generator, if the folder was opened without one.
+        """
+        for name in _UNKNOWN_SETTINGS:
+            if self.config.get(name):
+                raise UserError(f"{self.what}: adapters with {name} cannot be trained further; merge it first")
+        if self.config.get("bias", "none") != "none":
+            raise UserError(f"{self.what}: its biases are trained (bias={self.config['bias']}); merge it first")
+        initial = self.config.get("init_lora_weights", True)
+        if initial not in (True, False, "gaussian", "orthogonal"):
+            raise UserError(
+                f"{self.what}: init_lora_weights={initial} changes the weights of the base model; merge it first"
+            )
+        has_head = self.head is not None
+        with torch.random.fork_rng(devices=[], enabled=has_head):
+            loaded = self._load_base(dropout=dropout, packing=packing)
+        with torch.random.fork_rng(devices=[]):
+            adapter = self._add_to(loaded, lora_dropout=config.dropout)
+        log.info(
+            "LoRA: continues the adapter of %s (rank %d, alpha %g%s%s) on %s",
+            self.path, config.rank, config.alpha, ", DoRA" * config.use_dora, ", rsLoRA" * config.use_rslora, self.base,
+        )  # fmt: skip
+        return self._with_head(loaded), adapter
+
+    def _with_head(self, loaded: LoadedModel) -> LoadedModel:
+        if self.head is None:
+            return loaded
+        name = next(name for name, each in self.tensors.items() if each == self.head.weight)
+        is_own = short_name(self.head.weight.name) == name
+        return replace(
+            loaded, head_name=name if is_own else self.head.weight.name, head_bias=self.head.read_bias(), new_parts=()
+        )
+
+    def load_plain(self) -> Any:
+        """The model as transformers and peft alone load it, in float32; the adapter is not merged.
+
+        A constant that the head adds to each reward is dropped. Tensors that are not stored under peft's names are
+        passed to peft under these.
+        """
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        peft = import_peft(self.what)
+        folder, base = Path(self.path).expanduser(), os.path.expanduser(self.base)
+        with torch.random.fork_rng(devices=[]), quiet():
+            config = text_part(AutoConfig.from_pretrained(folder if (folder / "config.json").is_file() else base))
+            config.num_labels = 1
+            if config.pad_token_id is None:  # of another trainer, whose folder has no config.json
+                config.pad_token_id = 0
+            network = AutoModelForSequenceClassification.from_pretrained(
+                base, config=config, dtype=torch.float32, ignore_mismatched_sizes=True,
+                key_mapping=plain_renames(base, key="base"),
+            )  # fmt: skip
+            is_usual = all(each.name == stored_name(name) for name, each in self.tensors.items())
+            if is_usual and self.config.get("task_type") == "SEQ_CLS":
+                return peft.PeftModel.from_pretrained(network, folder).eval()
+            settings = peft.LoraConfig.from_pretrained(folder)
+            adapted = peft.PeftModelForSequenceClassification(network, settings)
+            values = {stored_name(name): _read(each) for name, each in self.tensors.items()}
+            peft.set_peft_model_state_dict(adapted, values)
+            return adapted.eval()
+
+    def _load_base(self, **options: Any) -> LoadedModel:
+        loaded = load_reward_model(self.base, key="base", new_head=True, **options)
+        check_type(loaded.model.network.config, what=self.what)
+        self._check_base(loaded.model)
+        return loaded
+
+    def _check_base(self, model: RewardModel) -> None:
+        """Raise UserError if the base model's weights are not those of training; a warning if the caller named it."""
+        file = Path(self.path).expanduser() / "config.json"
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if values.get(BASE_RECORD) in (None, weights_fingerprint(model)):
+            return
+        problem = (
+            f"{self.what}: the adapter was trained on other weights than those of {self.base}, which has the same "
+            "shapes (another version, or trained further), so rewards differ from those of training"
+        )
+        if not self.names_base:
+            raise UserError(f"{problem}; restore the base model, or {self.hint} to use it anyway")
+        log.warning("%s", problem)
+
+    def _add_to(self, loaded: LoadedModel, *, lora_dropout: float = 0.0) -> Adapter:
+        """Add the layers of LoRA to the base model, and copy the adapter's values into them and into the head."""
+        network = loaded.model.network
+        peft = import_peft(self.what)
+        try:
+            with quiet():
+                settings = peft.LoraConfig.from_pretrained(Path(self.path).expanduser())
+                settings.lora_dropout = lora_dropout
+                adapter = add_layers(loaded.model, settings, self.base, also_trained=settings.modules_to_save or ())
+        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+            raise self._no_fit([one_line(error)]) from error
+        places = {short_name(name) or "": each for name, each in network.named_parameters() if each.requires_grad}
+        heads = {name for name in places if name.startswith(HEADS)} if self.head is None else set()
+        tensors = {name: each for name, each in self.tensors.items() if name not in heads}
+        new = {name for name in loaded.new_parts if name not in heads}
+        wrong = [
+            *(f"{name} is missing" for name in places if name not in tensors and (".lora_" in name or name in new)),
+            *(f"{name} is missing, also in the base model" for name in new if name not in places),
+            *(f"{name} has no counterpart" for name in tensors if name not in places),
+            *(
+                f"{name} has shape {list(each.shape)}, but {list(places[name].shape)} by adapter_config.json"
+                for name, each in tensors.items()
+                if name in places and tuple(places[name].shape) != each.shape
+            ),
+        ]
+        if self.head is not None and not any(name.startswith(HEADS) and name in tensors for name in places):
+            wrong.insert(0, f"the reward head {self.head.weight.name} has no counterpart")
+        if wrong:
+            raise self._no_fit(wrong)
+        with torch.no_grad():
+            for name, each in tensors.items():
+                places[name].copy_(_read(each))
+        check_values(
+            ((name, places[name]) for name in tensors),
+            self.what,
+            but=[name for name in tensors if name.startswith(HEADS) or ".lora_B" in name],
+        )
+        return adapter
+
+    def _no_fit(self, reasons: list[str]) -> UserError:
+        return UserError(f"{self.what}: does not fit its base model {self.base} ({list_names(reasons)})")
+
+
+def _read(tensor: StoredTensor) -> Tensor:
+    with safe_open(tensor.file, framework="pt") as source:
+        found: Tensor = source.get_tensor(tensor.name)
+        return found
+
+
+def open_adapter(
+    path: str, *, key: str, base: str | None = None, new_head: bool = False, hint: str = _HINT
+) -> AdapterFolder | None:
+    """The adapter of a folder; None for a folder without one.
+
+    base: the base model, instead of that of adapter_config.json. new_head: a head is trained, and one in the folder is
+    ignored. hint: what to do about a base model that is not found. Raises UserError for an adapter that is no LoRA,
+    has no reward head or several labels, is a pickle, or whose base model is not known.
+    """
+    files = read_adapter_files(path, key=key)
+    if files is None:
+        if base:
+            raise UserError(f"{key}={path}: base={base} is for adapters, and this folder holds none; remove it")
+        return None
+    what = f"{key}={path}: the folder holds an adapter"
+    kind = str(files.config.get("peft_type") or "unknown")
+    if kind != "LORA":
+        raise UserError(f"{what} of type {kind}, which is not read; merge it into its base model first")
+    tensors, head = _sort(files, what, new_head=new_head)
+    found = base or files.base
+    is_local = found.startswith((".", "/", "~")) or found.count("/") > 1
+    if not found or (is_local and not Path(found).expanduser().is_dir()):
+        why = f"its base model {found} does not exist here" if found else "adapter_config.json names no base model"
+        raise UserError(f"{what}, and {why}; {hint}")
+    return AdapterFolder(path, key, found, bool(base), files.config, tensors, head, hint)
+
+
+def _sort(files: AdapterFiles, what: str, *, new_head: bool) -> tuple[dict[str, StoredTensor], RewardHead | None]:
+    """The tensors by their names in the network, and the reward head among them, under the library's name."""
+    tensors = {name: each for stored, each in files.tensors.items() if (name := short_name(stored)) is not None}
+    if with_lora := [name for name in tensors if name.startswith(HEADS) and ".lora_" in name]:
+        raise UserError(f"{what} with LoRA in its reward head ({with_lora[0]}), which is not read; merge it first")
+    roots = {name.partition(".")[0] for name in tensors if ".lora_" in name}
+    outside = {name: each for name, each in tensors.items() if name.partition(".")[0] not in roots}
+    unread = [name for name in outside if name.partition(".")[0] in ("lm_head", "cls", "predictions")]
+    if unread:
+        log.warning("%s: not read, since it predicts tokens: %s", what, list_names(unread))
+    own = {name: each for name, each in outside.items() if name.startswith(HEADS)}
+    others = {name: each for name, each in outside.items() if name.partition(".")[0] in _OTHER_HEADS}
+    others |= files.head_file
+    tensors = {name: each for name, each in tensors.items() if name not in unread and name not in others}
+    if new_head:
+        return {name: each for name, each in tensors.items() if name not in own}, None
+    if own and others:
+        raise UserError(f"{what} with two reward heads, {list_names(own)} and {list_names(others)}; delete one of them")
+    if (adopted := one_output(others)) is not None:
+        return tensors | {"score.weight": adopted.weight}, adopted
+    weights = [each for name, each in own.items() if name.endswith(".weight") and len(each.shape) == 2]
+    if not weights:
+        found = f"{len(tensors)} tensors" + (f", {list_names(others)}" if others else "")
+        pickle = "".join(f"; {name} is a pickle, which can execute code and is not read" for name in files.other_files)
+        raise UserError(
+            f"{what} without a reward head (task type {files.config.get('task_type') or 'unknown'}, {found}{pickle}); "
+            "the head is missing: save it with the adapter (peft: task_type SEQ_CLS, modules_to_save), or merge it "
+            "into a reward model"
+        )
+    if weights[-1].shape[0] != 1:
+        raise UserError(f"{what} of a classifier with {weights[-1].shape[0]} labels, but a reward model has one")
+    return tensors, RewardHead(weights[-1])
