@@ -43,7 +43,8 @@ _NOT_BUILT = {"t5gemma": "encoder-decoder of two configurations", "t5gemma2": "e
 _HEAD = """# Model types
 
 A model of any type of transformers that has a sequence classification class, or is a decoder with a causal language model, can be
-trained if its rewards are exact: those of one text at a time through plain transformers, within 1e-4 in float32. `model.packing=auto` takes the first way that is:
+trained if its rewards are exact: those of one text at a time through plain transformers, within 1e-4 in float32.
+`model.packing=auto` takes the first way that is:
 
 1. packed with own layers: {own} types, tested on their own;
 2. packed with transformers' layers: no padding, shared prompts computed once;
