@@ -126,6 +126,8 @@ def model_card(
     is_hub = _is_hub_name(base)
     lora = config.model.lora
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    frozen = config.model.freeze
+    how = "LoRA" if lora.rank else "" if frozen is None else f"model.freeze={frozen}"
     metadata: dict[str, Any] = {
         "library_name": "peft" if lora.rank else "transformers",
         "pipeline_tag": "text-classification",
@@ -139,7 +141,7 @@ def model_card(
         metadata["datasets"] = datasets
     rows = [
         ("base model", base if is_hub else _last_part(base)),
-        ("parameters", f"{num_parameters:,}" + (f", {num_trained:,} of them trained (LoRA)" if lora.rank else "")),
+        ("parameters", f"{num_parameters:,}" + (f", {num_trained:,} of them trained ({how})" if how else "")),
         ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, {targets}" if lora.rank else ""),
         ("training data", f"{', '.join(train)} ({comparisons:,} pairs)"),
         (
@@ -147,6 +149,7 @@ def model_card(
             ", ".join(val) or (f"{value('data.val_fraction')} of the prompts" if config.data.val_fraction else "none"),
         ),
         ("steps", f"{step:,} of {value('data.train_batch_size')} pairs"),
+        ("optimizer", value("optim.name")),
         (
             "learning rate",
             f"{value('optim.lr')}, {value('optim.lr_scheduler')}, warm-up {value('optim.warmup_steps_ratio')}",

@@ -101,6 +101,7 @@ def test_a_checkpoint_is_complete_and_frozen_weights_are_those_of_the_base(
     assert {name for name in state if name.endswith("exp_avg")} == {
         f"optimizer.network.{name}.exp_avg" for name in found if name not in same
     }
+    assert "of them trained (model.freeze=1) |" in (folder / "README.md").read_text()
     trained = json.loads(Path("runs/run/run.json").read_text())["model"]["trained_parameters"]
     assert trained == sum(each.numel() for name, each in found.items() if name not in same)
 
