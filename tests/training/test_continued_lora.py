@@ -211,3 +211,24 @@ def test_roberta_keeps_its_head_of_two_layers(in_tmp: Path) -> None:
     first = train(base, "first", *LORA) / LAST
     torch.testing.assert_close(start_rewards(first), scored(first), atol=1e-5, rtol=0)
     train(first, "more", "trainer.total_training_steps=1")
+
+
+def test_graders_and_runner_score_with_an_adapter(adapter: Path, qwen2_folder: Path) -> None:
+    from rm_gallery.core.graders.common import RelevanceGrader
+    from rm_gallery.core.models import OpenAIChatModel
+    from rm_gallery.core.runner import GradingRunner
+    from rm_gallery.scoring import RewardScorer
+
+    change(adapter, base_model_name_or_path="/nowhere/base")
+    scorer = RewardScorer.from_folder(adapter, device="cpu", dtype="fp32", base=str(qwen2_folder))
+    [[wanted]] = scorer.score([scorer.build_group("Why?", ["Air scatters light."])])
+    model = OpenAIChatModel(str(adapter), is_local=True, device="cpu", dtype="fp32", base=str(qwen2_folder))
+    assert model.is_reward_model
+    grader = RelevanceGrader(model=model)
+    assert grader.evaluate(query="Why?", response="Air scatters light.").score == pytest.approx(wanted, abs=1e-6)
+    results = GradingRunner({"relevance": grader}).run([{"query": "Why?", "response": "Air scatters light."}])
+    assert results["relevance"][0].score == pytest.approx(wanted, abs=1e-6)
+    with pytest.raises(UserError, match="/nowhere/base does not exist here"):
+        OpenAIChatModel(str(adapter), is_local=True).chat([{"role": "user", "content": "Why?"}])
+    with pytest.raises(UserError, match="is for adapters, and this folder holds none"):
+        OpenAIChatModel(str(qwen2_folder), is_local=True, base="x")

@@ -19,7 +19,13 @@ from rm_gallery.core.models.base_chat_model import ChatResponse, Usage
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import UserError, one_line
 from rm_gallery.modeling.heads import has_foreign_head, num_outputs
-from rm_gallery.modeling.weight_files import WeightFolder, check_not_adapter, read_weight_folder
+from rm_gallery.modeling.weight_files import (
+    ADAPTER_CONFIG,
+    WeightFolder,
+    check_not_adapter,
+    read_adapter_files,
+    read_weight_folder,
+)
 from rm_gallery.schema import Message
 from rm_gallery.scoring.model_folder import newest_checkpoint
 
@@ -41,17 +47,23 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 
 def open_folder(
-    model: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    model: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False, base: str | None = None
 ) -> LocalRewardModel | LocalGenerator:
     """The model of a checkpoint folder. Reads its configuration without torch and loads no weights.
 
-    Raises UserError for a missing folder, an adapter, a missing configuration or weights, a classifier with several
-    labels, and another kind of model.
+    base: of an adapter (LoRA), which is a reward model if it holds a head; that is known when it is loaded.
+    Raises UserError for a missing folder, a missing configuration or weights, a classifier with several labels, and
+    another kind of model or adapter.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
         raise UserError(f"model={model}: no such folder (working directory {Path.cwd()}); is_local=True needs a folder")
+    adapter = read_adapter_files(model, key="model")
+    if adapter is not None and adapter.config.get("peft_type") == "LORA":
+        return LocalRewardModel(folder, device, dtype, trust_remote_code, base)
     check_not_adapter(model, key="model")
+    if base is not None:
+        raise UserError(f"model={model}: base={base} is for adapters, and this folder holds none; remove it")
     config = _read_config(folder)
     if not any(found for pattern in _WEIGHTS for found in folder.glob(pattern)):
         raise UserError(f"model={model}: the folder has no weights; copy the model's *.safetensors files there")
@@ -104,7 +116,8 @@ def _shared(key: tuple[str, ...], load: Callable[[], Any]) -> Any:
 class _LocalModel(ABC):
     """A checkpoint folder with its loaded model."""
 
-    def __init__(self, folder: Path, device: str, dtype: str, trust_remote_code: bool) -> None:
+    def __init__(self, folder: Path, device: str, dtype: str, trust_remote_code: bool, base: str | None = None) -> None:
+        self.base = base
         self.folder, self.device, self.dtype = folder.resolve(), device, dtype
         self.trust_remote_code = trust_remote_code
         self._engine: Any = None
@@ -127,8 +140,9 @@ class _LocalModel(ABC):
             raise self._error
         if self._engine is None:
             # With the modification time: a folder that is overwritten is another model.
-            written = (self.folder / "config.json").stat().st_mtime_ns
-            settings = (self.device, self.dtype, str(self.trust_remote_code))
+            names = (name for name in ("config.json", ADAPTER_CONFIG) if (self.folder / name).is_file())
+            written = [(self.folder / name).stat().st_mtime_ns for name in names]
+            settings = (self.device, self.dtype, str(self.trust_remote_code), str(self.base))
             try:
                 self._engine = _shared((type(self).__name__, str(self.folder), str(written), *settings), self._load)
             except UserError as error:
@@ -149,7 +163,7 @@ class LocalRewardModel(_LocalModel):
 
         dtype: Any = self.dtype
         return RewardScorer.from_folder(
-            self.folder, device=self.device, dtype=dtype, trust_remote_code=self.trust_remote_code
+            self.folder, device=self.device, dtype=dtype, trust_remote_code=self.trust_remote_code, base=self.base
         )
 
     def scorer(self) -> Any:

@@ -52,6 +52,7 @@ class OpenAIChatModel(BaseChatModel):
         device: str = "auto",
         dtype: str = "auto",
         trust_remote_code: bool = False,
+        base: str | None = None,
         **options: Any,
     ) -> None:
         """model: name at the endpoint, or with `is_local` the checkpoint folder.
@@ -63,6 +64,7 @@ class OpenAIChatModel(BaseChatModel):
         retry at level INFO. An exceeded quota is not retried.
         device, dtype: for a folder; `auto` is a GPU with bfloat16 if there is one, else the CPU with float32.
         trust_remote_code: run model code from the folder, for architectures that transformers does not have.
+        base: for the folder of an adapter (LoRA), its base model, if it is not the one that adapter_config.json names.
         options: sent with every request (temperature, max_tokens, extra_body, ...).
         Raises UserError for a folder without a model, and for a missing package or API key.
         """
@@ -72,7 +74,7 @@ class OpenAIChatModel(BaseChatModel):
         self._endpoint: _Endpoint | None = None
         self._takes_format = True
         if is_local:
-            self._local = open_folder(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            self._local = open_folder(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, base=base)
         else:
             self._endpoint = _Endpoint(model, api_key, base_url, timeout, max_retries)
 
