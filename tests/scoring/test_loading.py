@@ -62,7 +62,7 @@ def test_a_folder_that_is_no_model_ends_in_one_sentence(tmp_path: Path) -> None:
 
 
 def test_an_adapter_without_a_head_ends_in_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "base"}')
     with pytest.raises(UserError, match=r"holds an adapter without a reward head .* the head is missing: save it"):
         load(tmp_path)
 

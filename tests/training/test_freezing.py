@@ -109,7 +109,7 @@ def test_a_checkpoint_is_complete_and_frozen_weights_are_those_of_the_base(
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("qwen2", ("model.freeze=backbone",)),
+        pytest.param("qwen2", ("model.freeze=backbone",), marks=pytest.mark.slow),
         *(
             pytest.param(kind, options, marks=pytest.mark.slow)
             for kind in ("qwen2", "bert", "gpt2")

@@ -130,7 +130,7 @@ def test_only_adapter_and_head_are_trained_and_saved(qwen2_folder: Path, caplog:
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("qwen2", ("model.lora.dropout=0.3",)),
+        pytest.param("qwen2", ("model.lora.dropout=0.3",), marks=pytest.mark.slow),
         pytest.param(
             "qwen2",
             (

@@ -144,6 +144,7 @@ def test_bad_steps_are_counted_over_starts(qwen2_folder: Path, monkeypatch: Any)
     assert_same_run(parts, whole)
 
 
+@pytest.mark.slow
 def test_a_run_in_which_every_step_was_bad_goes_on_without_optimizer_state(
     qwen2_folder: Path, monkeypatch: Any
 ) -> None:
@@ -164,6 +165,7 @@ def test_a_run_in_which_every_step_was_bad_goes_on_without_optimizer_state(
     assert_same_run(parts, whole)
 
 
+@pytest.mark.slow
 def test_a_longer_run_of_a_constant_rate_is_the_one_that_was_as_long_from_the_start(qwen2_folder: Path) -> None:
     constant = "optim.lr_scheduler=constant"
     whole = train(qwen2_folder, "whole", constant)
@@ -218,6 +220,7 @@ def test_another_run_in_the_same_folder_is_refused_by_what_differs(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "train.log"} == before
 
 
+@pytest.mark.slow
 def test_another_configuration_needs_another_directory_or_the_name_of_the_checkpoint(
     qwen2_folder: Path, caplog: Any, capsys: Any
 ) -> None:
@@ -241,6 +244,7 @@ def test_another_configuration_needs_another_directory_or_the_name_of_the_checkp
     assert [start["start_step"] for start in facts["earlier_starts"]] == [0]
 
 
+@pytest.mark.slow
 def test_early_stopping_survives_a_restart_and_ends_the_run(qwen2_folder: Path, monkeypatch: Any, caplog: Any) -> None:
     early = ("trainer.early_stopping_patience=2", "trainer.test_freq=1", "trainer.save_freq=1", "optim.lr=1e-12")
     whole = train(qwen2_folder, "whole", *early)
