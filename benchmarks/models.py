@@ -78,7 +78,7 @@ combined with the type's base class. The checkpoint holds that class as a file: 
 
 **Limits.** With a rotary embedding of type `longrope` or `dynamic`, a text above its original length changes the rewards of its
 batch, so such texts are refused (`data.max_length`). `estimate` counts a mixture of experts without its experts' matrices.
-Not done: the auxiliary loss of routers.
+Under FSDP2 each rank holds and reads its own experts. Not done: the auxiliary loss of routers.
 
 The table is written by `python -m benchmarks.models` with transformers {version}, from the default configuration of each type, over
 {texts} texts of up to {longest} tokens of a small random model:

@@ -22,6 +22,7 @@ from rm_gallery.modeling.heads import HEADS
 from rm_gallery.modeling.model_folder import check_values, initialize, lost_parts, open_model, quiet_transformers
 from rm_gallery.modeling.reward_model import LoadedModel, RewardModel
 from rm_gallery.modeling.skeleton import parameters_on_meta
+from rm_gallery.modeling.stored_layout import MergedTensor, from_stored
 from rm_gallery.modeling.weight_files import FLOATS, StoredTensor
 
 
@@ -33,8 +34,8 @@ class MetaInitError(Exception):
 class WeightFiles:
     """The location of each tensor of a transformers model, and the values of those newly initialized."""
 
-    tensors: Mapping[str, tuple[Path, str]]
-    """Name in the model -> (file, name in the file)."""
+    tensors: Mapping[str, StoredTensor | MergedTensor]
+    """Name in the model -> the tensor of a file, or the tensors of which it is made."""
     new: Mapping[str, Tensor]
     """Name in the model -> value of a tensor that no file contains: reward head, pooler."""
 
@@ -44,18 +45,19 @@ class WeightFiles:
         state: tensors under the model's names, of any floating-point dtype. Raises UserError for an unreadable file and
         as `check_values` does.
         """
-        by_file: dict[Path, list[str]] = {}
+        by_file: dict[Path, list[tuple[str, str]]] = {}
         for name in state:
             if name in self.new:
                 rows = _local_rows(state[name])
                 _local(state[name]).copy_(self.new[name][rows] if rows else self.new[name])
+            elif isinstance(entry := self.tensors[name], MergedTensor):
+                self._merge(state[name], entry)
             else:
-                by_file.setdefault(self.tensors[name][0], []).append(name)
+                by_file.setdefault(entry.file, []).append((name, entry.name))
         for file, names in by_file.items():
             try:
                 with safe_open(file, framework="pt") as source:
-                    for name in names:
-                        saved = self.tensors[name][1]
+                    for name, saved in names:
                         _copy_rows(state[name], source.get_slice(saved))
                         local = _local(state[name])
                         # A shard alone may be zero: rows of the embedding that no token has.
@@ -65,6 +67,17 @@ class WeightFiles:
                 raise
             except Exception as error:
                 raise UserError(f"{file}: cannot read the weights ({one_line(error)})") from error
+
+    @staticmethod
+    def _merge(tensor: Tensor, entry: MergedTensor) -> None:
+        first = next(iter(entry.pieces.values()))[0].file
+        try:
+            values = entry.read(_local_rows(tensor))
+        except Exception as error:
+            raise UserError(f"{first}: cannot read the weights of {entry.name} ({one_line(error)})") from error
+        if values.numel():
+            check_values([(entry.name, values)], str(first), but=HEADS)
+            _local(tensor).copy_(values)
 
 
 def _local_rows(tensor: Tensor) -> slice | None:
@@ -135,34 +148,42 @@ def init_on_meta(
     if head.adopted is not None:
         found["score.weight"] = head.adopted.weight
     new = _initialize(network, list(head.new_parts), seed)
-    locations = {name: (each.file, each.name) for name, each in found.items()}
     loaded = LoadedModel(
         RewardModel(network, source.way), head.name, head.bias, head.new_parts, source.wrapper, source.renames
     )
-    return loaded, WeightFiles(locations, new)
+    return loaded, WeightFiles(found, new)
 
 
 def _locate_tensors(
     network: Any, stored: Mapping[str, StoredTensor]
-) -> tuple[dict[str, StoredTensor], list[str], list[str]]:
+) -> tuple[dict[str, StoredTensor | MergedTensor], list[str], list[str]]:
     """The stored tensor of each tensor of the network, the names without one, and stored names that have no place.
 
     A causal language model has the names of our backbone and an extra head. A bare backbone lacks the prefix: its
     `norm.weight` is our `model.norm.weight`. Raises MetaInitError for another shape or dtype.
     """
     prefix = f"{network.base_model_prefix}."
-    found, missing = {}, []
+    found: dict[str, StoredTensor | MergedTensor] = {}
+    missing = []
+    converted = from_stored(network, stored)
     for name, tensor in network.state_dict().items():
-        entry = stored.get(name) or stored.get(name.removeprefix(prefix)) or stored.get(prefix + name)
+        entry = (
+            stored.get(name) or stored.get(name.removeprefix(prefix)) or stored.get(prefix + name)
+            or converted.get(name)
+        )  # fmt: skip
         if entry is None:
             missing.append(name)
         elif tuple(tensor.shape) != entry.shape:
             raise MetaInitError(f"{entry.name} has shape {list(entry.shape)}, not {list(tensor.shape)}")
-        elif entry.dtype not in FLOATS and tensor.is_floating_point():
+        elif isinstance(entry, StoredTensor) and entry.dtype not in FLOATS and tensor.is_floating_point():
             raise MetaInitError(f"{entry.name} has dtype {entry.dtype}")
         else:
             found[name] = entry
-    read = {(entry.file, entry.name) for entry in found.values()}
+    read = {
+        (piece.file, piece.name)
+        for entry in found.values()
+        for piece in (entry.all_pieces if isinstance(entry, MergedTensor) else [entry])
+    }
     unread = [name for name, entry in stored.items() if (entry.file, entry.name) not in read]
     return found, sorted(missing), sorted(unread)
 

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rm_gallery.errors import UserError
+from rm_gallery.modeling import stored_layout
 from rm_gallery.modeling.export import InputRecord, set_pad_token
 from rm_gallery.modeling.meta_init import MetaInitError, init_on_meta
 from rm_gallery.modeling.reward_model import load_reward_model
+from rm_gallery.modeling.stored_layout import MergedTensor
 from tests.small import DECODERS, ENCODERS, export_model, make_model, make_tokenizer
 
 
@@ -34,6 +36,36 @@ def test_loaded_weights_are_those_that_transformers_loads(kind: str, tmp_path: P
     assert buffers.keys() == dict(meta.model.named_buffers()).keys()
     for name, value in meta.model.named_buffers():
         torch.testing.assert_close(value, buffers[name], atol=0, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", pytest.param("mixtral", marks=pytest.mark.slow)])
+def test_a_rank_reads_its_own_experts(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    read, opened = stored_layout._read, list[str]()
+    monkeypatch.setattr(stored_layout, "_read", lambda piece: opened.append(piece.name) or read(piece))
+
+    experts = {"num_local_experts": 4} if kind == "mixtral" else {"num_experts": 4, "moe_intermediate_size": 24}
+    config = AutoConfig.for_model(
+        kind, vocab_size=264, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts_per_tok=2, pad_token_id=0, **experts,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert "model.layers.1.mlp.experts.gate_up_proj" not in load_file(tmp_path / "model.safetensors")
+    expected = load_reward_model(str(tmp_path)).model.network.state_dict()
+    files = init_on_meta(str(tmp_path), seed=0)[1]
+    state = {name: torch.full_like(value, float("nan")) for name, value in expected.items()}
+    files.load_into(state)
+    assert all(torch.equal(state[name], value) for name, value in expected.items() if not name.startswith("score"))
+    merged_names = [name for name in expected if "experts" in name]
+    assert len(merged_names) == 4
+    for name in merged_names:
+        merged = files.tensors[name]
+        assert isinstance(merged, MergedTensor)
+        opened.clear()
+        assert torch.equal(merged.read(slice(1, 3)), expected[name][1:3])
+        assert {each.split(".experts.")[1][0] for each in opened} == {"1", "2"}
+        assert not merged.read(slice(4, 4)).numel(), "a rank without an expert"
 
 
 def test_the_head_depends_only_on_the_seed(qwen2_folder: Path) -> None:
@@ -72,8 +104,9 @@ def test_only_the_shards_of_the_index_are_read(qwen2_folder: Path, tmp_path: Pat
     folder = copy_with(qwen2_folder, tmp_path / "model", files=parts, index=True)
     save_file({"model.norm.weight": torch.zeros(32)}, folder / "consolidated.safetensors")
     _, files = init_on_meta(str(folder), seed=0)
-    assert {path.name for path, _ in files.tensors.values()} == {"a.safetensors", "b.safetensors"}
-    assert files.tensors["model.norm.weight"] == (folder / "b.safetensors", "model.norm.weight")
+    assert {each.file.name for each in files.tensors.values()} == {"a.safetensors", "b.safetensors"}
+    norm = files.tensors["model.norm.weight"]
+    assert (norm.file, norm.name) == (folder / "b.safetensors", "model.norm.weight")
 
 
 def test_models_that_transformers_must_load_itself_raise_with_the_reason(qwen2_folder: Path, tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def test_zero_rows_and_heads_are_no_damage(backbone: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"model=x: score\.weight is all zero"):
         check_values(state.items(), "model=x")
     files = init_on_meta(str(backbone), seed=0)[1]
-    file, name = files.tensors[EMBEDDING]
+    file, name = files.tensors[EMBEDDING].file, files.tensors[EMBEDDING].name
     rows = load_file(file)[name]
     rows[200:] = 0
     folder = make_folder(backbone, tmp_path / "model", {EMBEDDING: rows})
