@@ -121,7 +121,7 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
     _add_show_data(commands, default_config)
     _add_estimate(commands, default_config)
     _add_score(commands)
-    add_evaluate(commands)
+    add_evaluate(commands, _add_loading_options)
     _add_export_data(commands)
     add_push(commands)
     add_merge(commands)
@@ -204,6 +204,13 @@ def _add_score(commands: Any) -> None:
     command.add_argument(
         "--best", action="store_true", help="for lists: add best_index and best_response, of the highest reward"
     )
+    _add_loading_options(command)
+    command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
+    command.set_defaults(run=_score, words="inputs", when_stopped="rerun the command to resume")
+
+
+def _add_loading_options(command: argparse.ArgumentParser) -> None:
+    """How reward models are loaded."""
     command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N")
     command.add_argument("--dtype", default="auto", help="auto (default: bf16 on a GPU), fp32, bf16")
     command.add_argument("--token-budget", type=int, metavar="N", help="maximum tokens per model call")
@@ -212,8 +219,6 @@ def _add_score(commands: Any) -> None:
     command.add_argument(
         "--template-date", metavar="DATE", help="date (YYYY-MM-DD) for a chat template that writes today's"
     )
-    command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
-    command.set_defaults(run=_score, words="inputs", when_stopped="rerun the command to resume")
 
 
 def _add_export_data(commands: Any) -> None:

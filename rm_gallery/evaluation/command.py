@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
-def add_evaluate(commands: Any) -> None:
+def add_evaluate(commands: Any, add_loading_options: Callable[[argparse.ArgumentParser], None]) -> None:
     command = commands.add_parser(
         "evaluate",
         help="accuracy, calibration, biases and benchmark scores of reward models",
@@ -47,14 +48,7 @@ def add_evaluate(commands: Any) -> None:
         "--baselines", action=argparse.BooleanOptionalAction, default=True, help="length and bag of words (on)"
     )
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of samples and bootstraps (0)")
-    command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N")
-    command.add_argument("--dtype", default="auto", help="auto (default: bf16 on a GPU), fp32, bf16")
-    command.add_argument("--token-budget", type=int, metavar="N", help="maximum tokens per model call")
-    command.add_argument("--trust-remote-code", action="store_true", help="run code from the model folder")
-    command.add_argument("--base", metavar="FOLDER", help="base model of an adapter, if its folder names another path")
-    command.add_argument(
-        "--template-date", metavar="DATE", help="date (YYYY-MM-DD) for a chat template that writes today's"
-    )
+    add_loading_options(command)
     command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
     command.set_defaults(run=_evaluate, words="sets", when_stopped="nothing was written")
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from rm_gallery.evaluation.metrics import sigmoid, wilson
+from rm_gallery.evaluation.metrics import Z, sigmoid, wilson
 
-_Z = 1.959963984540054
 SCATTER = 500
 """Comparisons in the sample of the scatter plot."""
 
@@ -90,7 +89,7 @@ def controlled_accuracy(correct: np.ndarray, difference: np.ndarray, clusters: n
         scores = np.stack([np.bincount(clusters, weights=scores[:, column]) for column in range(2)], axis=1)
     inverse = np.linalg.inv(curvature)
     error = math.sqrt(max(0.0, float((inverse @ (scores.T @ scores) @ inverse)[0, 0])))
-    low, middle, high = sigmoid(weights[0] + np.array([-_Z, 0.0, _Z]) * error)
+    low, middle, high = sigmoid(weights[0] + np.array([-Z, 0.0, Z]) * error)
     return {"accuracy": float(middle), "interval": [float(low), float(high)], "slope": float(weights[1])}
 
 

@@ -16,7 +16,8 @@ import numpy as np
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-_Z = 1.959963984540054  # the 97.5th percentile of the normal distribution
+Z = 1.959963984540054
+"""The 97.5th percentile of the normal distribution."""
 CONSTANT_SHARE = 0.5
 """A prompt of more than this share of the comparisons is a constant instruction, so pairs are resampled instead."""
 RELIABILITY_BINS = 10
@@ -36,9 +37,9 @@ def wilson(successes: float, count: int) -> tuple[float, float]:
     """The 95% score interval of a proportion (Wilson 1927, JASA 22:209-212). (0, 1) without observations."""
     if not count:
         return 0.0, 1.0
-    share, square = successes / count, _Z * _Z / count
+    share, square = successes / count, Z * Z / count
     middle = (share + square / 2) / (1 + square)
-    half = _Z / (1 + square) * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    half = Z / (1 + square) * math.sqrt(share * (1 - share) / count + square / (4 * count))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 

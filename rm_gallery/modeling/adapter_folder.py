@@ -170,7 +170,8 @@ class AdapterFolder:
         """Raise UserError if the base model's weights are not those of training; a warning if the caller named it."""
         file = Path(self.path).expanduser() / "config.json"
         values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if values.get(BASE_RECORD) in (None, weights_fingerprint(model)):
+        recorded = values.get(BASE_RECORD)
+        if recorded is None or recorded == weights_fingerprint(model):
             return
         problem = (
             f"{self.what}: the adapter was trained on other weights than those of {self.base}, which has the same "

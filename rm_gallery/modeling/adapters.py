@@ -136,14 +136,17 @@ def _heads(network: Any) -> list[str]:
 
 @torch.no_grad()
 def merge_layers(network: nn.Module) -> None:
-    """Merge the low-rank matrices into the weights in place, and restore the modules that they were added to."""
-    from peft.tuners.lora import LoraLayer
+    """Merge the layers of an adapter into the weights in place, and restore the modules that they were added to."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    for name, module in list(network.named_modules()):
-        if isinstance(module, LoraLayer):
+    places = [(parent, *each) for parent in network.modules() for each in parent.named_children()]
+    for parent, name, module in places:
+        if isinstance(module, AuxiliaryTrainingWrapper):  # trained rows of an embedding
+            setattr(parent, name, module.unload_and_optionally_merge_module(True, False, None))
+        elif isinstance(module, BaseTunerLayer) and not isinstance(parent, AuxiliaryTrainingWrapper):
             module.merge()
-            parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, module.get_base_layer())
+            setattr(parent, name, module.get_base_layer())
 
 
 def stored_name(name: str) -> str:

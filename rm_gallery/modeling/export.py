@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -39,13 +38,13 @@ from rm_gallery.modeling.generic_class import CODE_FILE, auto_map, code_of, is_g
 from rm_gallery.modeling.legacy_keys import add_config_keys, rename_tokenizer_keys
 from rm_gallery.modeling.model_folder import quiet_transformers
 from rm_gallery.modeling.reward_model import RewardModel
+from rm_gallery.modeling.stored_layout import as_stored
 from rm_gallery.modeling.weight_files import ADAPTER_WEIGHTS, read_weight_folder
 from rm_gallery.schema import InputStyle
 
 log = logging.getLogger(__name__)
 
 RECORD_KEY = "rm_gallery"
-_LAYER = re.compile(r"(?:[^.]+\.)*?\d+\.")  # the beginning of the names of a layer's tensors
 _PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
 
@@ -131,7 +130,7 @@ def write_folder(
 
     network = model.network
     if adapter is None:
-        stored, read_stored = _as_published(network, _without_tied(network, tensors), read)
+        stored, read_stored = as_stored(network, _without_tied(network, tensors), read)
         hashes = write_weights(folder, stored, dtype, read=read_stored)
     else:
         inside = {stored_name(name): name for name in tensors}
@@ -157,55 +156,6 @@ def _without_tied(network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     """The tensors without those that are another one under a second name: BART's embedding has three."""
     tied = getattr(network, "all_tied_weights_keys", None) or {}
     return {name: each for name, each in tensors.items() if tied.get(name) not in tensors}
-
-
-def _as_published(
-    network: Any, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]
-) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:
-    """The tensors under the names and in the shapes in which models of this type are published, and how to read one.
-
-    Transformers 5 joins tensors when it loads some models, such as all experts of a layer; transformers 4 and vLLM read
-    them as published. They are those that `save_pretrained` writes. One layer is converted at a time.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange
-
-    steps = get_model_conversion_mapping(network, add_legacy=False)
-    steps = [each for each in steps if not isinstance(each, PrefixChange)]
-    if not steps:
-        return dict(tensors), read
-    layers: dict[str, list[str]] = {}
-    for name in tensors:
-        layers.setdefault((_LAYER.match(name) or [""])[0], []).append(name)
-    converted: dict[str, Tensor] = {}
-    layer_of: dict[str, str] = {}
-    for layer, names in layers.items():
-        found = _convert(network, steps, {name: tensors[name] for name in names})
-        converted.update(found)
-        layer_of.update(dict.fromkeys(found, layer))
-    last: tuple[str, dict[str, Tensor]] = ("", {})
-
-    def read_converted(name: str) -> Tensor:
-        nonlocal last
-        if name not in last[1]:
-            layer = layer_of[name]
-            last = layer, _convert(network, steps, {each: read(each).detach().cpu() for each in layers[layer]})
-        return last[1][name]
-
-    return converted, read_converted
-
-
-def _convert(network: Any, steps: Sequence[Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `save_pretrained` makes of these tensors."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    before = vars(network).get("_weight_conversions")
-    network._weight_conversions = list(steps)
-    try:
-        found: dict[str, Tensor] = revert_weight_conversion(network, dict(tensors))
-    finally:
-        network._weight_conversions = before
-    return found
 
 
 def _finish_config(

@@ -173,12 +173,12 @@ def _locate_tensors(
         )  # fmt: skip
         if entry is None:
             missing.append(name)
-        elif tuple(tensor.shape) != entry.shape:
+            continue
+        if isinstance(entry, StoredTensor) and tuple(tensor.shape) != entry.shape:
             raise MetaInitError(f"{entry.name} has shape {list(entry.shape)}, not {list(tensor.shape)}")
-        elif isinstance(entry, StoredTensor) and entry.dtype not in FLOATS and tensor.is_floating_point():
+        if isinstance(entry, StoredTensor) and entry.dtype not in FLOATS and tensor.is_floating_point():
             raise MetaInitError(f"{entry.name} has dtype {entry.dtype}")
-        else:
-            found[name] = entry
+        found[name] = entry
     read = {
         (piece.file, piece.name)
         for entry in found.values()

@@ -29,7 +29,7 @@ def build_optimizer(
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     if config.name != "adamw" and any(isinstance(parameter, DTensor) for _, parameter in trained):
         raise UserError(
-            f"optim.name={config.name} is not implemented for sharded parameters (fsdp2); set model.strategy=ddp, or "
+            f"optim.name={config.name} cannot update sharded parameters (fsdp2); set model.strategy=ddp, or "
             "optim.name=adamw"
         )
     if config.name == "muon":

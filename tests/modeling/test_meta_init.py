@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rm_gallery.errors import UserError
@@ -42,9 +47,14 @@ def test_loaded_weights_are_those_that_transformers_loads(kind: str, tmp_path: P
 def test_a_rank_reads_its_own_experts(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    read, opened = stored_layout._read, list[str]()
-    monkeypatch.setattr(stored_layout, "_read", lambda piece: opened.append(piece.name) or read(piece))
+    opened = list[str]()
 
+    @contextmanager
+    def watched(file: Path, framework: str) -> Iterator[SimpleNamespace]:
+        with safe_open(file, framework=framework) as source:
+            yield SimpleNamespace(get_tensor=lambda name: opened.append(name) or source.get_tensor(name))
+
+    monkeypatch.setattr(stored_layout, "safe_open", watched)
     experts = {"num_local_experts": 4} if kind == "mixtral" else {"num_experts": 4, "moe_intermediate_size": 24}
     config = AutoConfig.for_model(
         kind, vocab_size=264, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -66,6 +76,13 @@ def test_a_rank_reads_its_own_experts(kind: str, tmp_path: Path, monkeypatch: py
         assert torch.equal(merged.read(slice(1, 3)), expected[name][1:3])
         assert {each.split(".experts.")[1][0] for each in opened} == {"1", "2"}
         assert not merged.read(slice(4, 4)).numel(), "a rank without an expert"
+
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = next(name for name in tensors if re.search(r"experts\.2\.(up_proj|w3)", name))
+    del tensors[lost]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(MetaInitError, match=r"no file contains model\.layers\.0\.mlp\.experts\.gate_up_proj"):
+        init_on_meta(str(tmp_path), seed=0)
 
 
 def test_the_head_depends_only_on_the_seed(qwen2_folder: Path) -> None:

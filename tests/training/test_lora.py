@@ -271,16 +271,17 @@ def test_a_base_model_that_moved_is_named(adapter: Path, qwen2_folder: Path, cap
 
 
 @pytest.mark.slow
-def test_an_adapter_that_peft_wrote_is_scored_and_merged(qwen2_folder: Path) -> None:
+@pytest.mark.parametrize("more", [{}, {"trainable_token_indices": [20, 30]}, {"bias": "all"}], ids=str)
+def test_an_adapter_that_peft_wrote_is_scored_and_merged(more: dict[str, Any], qwen2_folder: Path) -> None:
     """No config.json, tokenizer or record, two labels in the base model's configuration, and rank 2 in one layer."""
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
     from transformers import AutoModelForSequenceClassification
 
     network = AutoModelForSequenceClassification.from_pretrained(qwen2_folder, num_labels=1)
-    network = get_peft_model(network, PeftConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"]))
+    network = get_peft_model(network, PeftConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], **more))
     for name, each in network.named_parameters():
-        if "lora_B" in name:
+        if each.requires_grad and "lora_A" not in name:
             torch.nn.init.normal_(each)
     network.save_pretrained("theirs")
     assert not Path("theirs/config.json").exists()
