@@ -204,6 +204,9 @@ def _add_score(commands: Any) -> None:
     command.add_argument(
         "--best", action="store_true", help="for lists: add best_index and best_response, of the highest reward"
     )
+    command.add_argument(
+        "--normalize", action="store_true", help="subtract the mean of the validation rewards, divide by their std"
+    )
     _add_loading_options(command)
     command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
     command.set_defaults(run=_score, words="inputs", when_stopped="rerun the command to resume")
@@ -360,6 +363,7 @@ def _score(arguments: argparse.Namespace) -> None:
         base=arguments.base,
         template_date=arguments.template_date,
         best=arguments.best,
+        normalize=arguments.normalize,
         data=load_data_config(settings),
     )
     scored = score_files(options)

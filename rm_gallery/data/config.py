@@ -88,6 +88,11 @@ class Side:
     """None takes every row."""
 
 
+def has_validation(config: DataConfig) -> bool:
+    """Whether there is a validation side."""
+    return bool(config.val_files or config.val_fraction)
+
+
 def sides_of(config: DataConfig) -> list[Side]:
     """The training side, and the validation side if there is one."""
     if config.val_files:

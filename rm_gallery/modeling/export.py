@@ -61,6 +61,10 @@ class InputRecord:
     directly; a blank line if training had no prompts."""
     text_special_tokens: Literal["parse", "plain"] = "parse"
     """Style `text`: whether special tokens written out in a text are parsed or tokenized as plain text."""
+    reward_mean: float | None = None
+    """Of the distinct responses of the validation set, with these weights; None if they were not measured."""
+    reward_std: float | None = None
+    """The same: their standard deviation."""
     own_rendering: bool = False
     """A custom dataset class rendered the conversations, not the folder's chat template: texts that it rendered get the
     rewards of training, message lists do not."""
@@ -120,11 +124,13 @@ def write_folder(
     *,
     read: Callable[[str], Tensor],
     adapter: Adapter | None = None,
+    normalize: bool = False,
 ) -> dict[str, str]:
     """Write weights, config and tokenizer from one process, without a manifest; return each file's SHA-256 by its name.
 
     tensors, dtype, read: see `write_weights`. adapter: with LoRA, whose tensors are written in float32 as peft's
-    folder, since they are small. Raises OSError as it does.
+    folder, since they are small. normalize: write the mean and standard deviation of the record, if it has them, under
+    the names of other programs as well. Raises OSError as `write_weights`.
     """
     from transformers.dynamic_module_utils import custom_object_save
 
@@ -145,7 +151,7 @@ def write_folder(
         network.config.save_pretrained(folder)
     if is_generic(network):
         (folder / CODE_FILE).write_text(code_of(network), encoding="utf-8")
-    _finish_config(folder / "config.json", model, dtype, record, adapter)
+    _finish_config(folder / "config.json", model, dtype, record, adapter, normalize=normalize)
     _save_tokenizer(folder, tokenizer, record)
     _apply_umask(folder)
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".safetensors"]
@@ -158,8 +164,12 @@ def _without_tied(network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     return {name: each for name, each in tensors.items() if tied.get(name) not in tensors}
 
 
+_MEAN_KEYS, _STD_KEYS = ("mean", "logit_mean"), ("std", "logit_sigma")
+"""Keys of OpenRLHF's config.json, and of vLLM's pooler configuration: both compute (reward - mean) / std."""
+
+
 def _finish_config(
-    path: Path, model: RewardModel, dtype: torch.dtype, record: InputRecord, adapter: Adapter | None
+    path: Path, model: RewardModel, dtype: torch.dtype, record: InputRecord, adapter: Adapter | None, *, normalize: bool
 ) -> None:
     """Add what servers need for one raw reward per text, the input record, and the fingerprint of an adapter's base."""
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -176,6 +186,10 @@ def _finish_config(
     elif not model.network.is_custom_code():
         config.pop("auto_map", None)  # code of the folder that training did not run
     config[RECORD_KEY] = asdict(record)
+    for name in (*_MEAN_KEYS, *_STD_KEYS):
+        config.pop(name, None)  # of the model that training started from, whose rewards are others
+    if normalize and record.reward_mean is not None:
+        config |= dict.fromkeys(_MEAN_KEYS, record.reward_mean) | dict.fromkeys(_STD_KEYS, record.reward_std)
     if adapter is not None:
         config[BASE_RECORD] = adapter.base_fingerprint
     add_config_keys(config)
@@ -238,6 +252,36 @@ def read_record(folder: str | Path) -> InputRecord | None:
         return None
     values = json.loads(path.read_text(encoding="utf-8")).get(RECORD_KEY)
     return InputRecord(**values) if values else None
+
+
+def names_statistics(folder: str | Path) -> bool:
+    """Whether config.json has mean and standard deviation under the names of other programs."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and _MEAN_KEYS[0] in json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_statistics(folder: str | Path) -> tuple[float, float] | None:
+    """Mean and standard deviation of rewards that config.json has: of our record, else under the names of others.
+
+    Raises UserError for values that cannot normalize a reward.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    record = config.get(RECORD_KEY) or {}
+    places = [
+        (record, "reward_mean", "reward_std"),
+        *((config, *keys) for keys in zip(_MEAN_KEYS, _STD_KEYS, strict=True)),
+    ]
+    for values, mean, std in places:
+        found = values.get(mean), values.get(std)
+        if None in found:
+            continue
+        if not all(isinstance(each, int | float) and math.isfinite(each) for each in found) or found[1] <= 0:
+            raise UserError(f"{path}: {mean}={found[0]} and {std}={found[1]} cannot normalize rewards; remove them")
+        return float(found[0]), float(found[1])
+    return None
 
 
 @torch.no_grad()

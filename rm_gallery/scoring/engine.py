@@ -25,7 +25,7 @@ from rm_gallery.errors import BadRow, UserError
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring import forks
 from rm_gallery.scoring.inputs import check_group
-from rm_gallery.scoring.loading import ScoringModel
+from rm_gallery.scoring.loading import ScoringModel, no_statistics
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +70,23 @@ def find_bad_reward(rewards: Sequence[float]) -> BadRow | None:
     return None if all(map(math.isfinite, rewards)) else NonFiniteReward("reward that is not finite")
 
 
+def _statistics(source: ScoringModel) -> tuple[float, float]:
+    if source.statistics is None:
+        raise no_statistics(getattr(source.model.network.config, "_name_or_path", ""))
+    return source.statistics
+
+
 class Engine(forks.SurvivesFork):
     """Tokenizes groups and computes rewards of packs. Thread-safe; model calls run one at a time."""
 
-    def __init__(self, source: ScoringModel, *, token_budget: int | None = None) -> None:
-        """token_budget: maximum tokens of a pack, except for a single longer text; None depends on the device."""
+    def __init__(self, source: ScoringModel, *, token_budget: int | None = None, normalize: bool = False) -> None:
+        """token_budget: maximum tokens of a pack, except for a single longer text; None depends on the device.
+
+        normalize: subtract the mean of the validation rewards and divide by their standard deviation. Raises UserError
+        for a model without them.
+        """
         self.source = source
+        self._mean, self._std = _statistics(source) if normalize else (0.0, 1.0)
         self.model, self.tokenizer, self.record = source.model, source.tokenizer, source.record
         check_weights(self.model)
         self.device = next(self.model.parameters()).device
@@ -181,5 +192,6 @@ class Engine(forks.SurvivesFork):
         with self._lock, torch.inference_mode():
             forks.compute_in_fork()
             self.num_packs += 1
-            flat = iter(self.model(collate(pack).to(self.device)).tolist())
+            rewards = self.model(collate(pack).to(self.device)).tolist()
+            flat = ((reward - self._mean) / self._std for reward in rewards)
         return [[next(flat) for _ in part.tails] for part in pack]

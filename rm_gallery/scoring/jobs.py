@@ -46,6 +46,8 @@ class ScoreOptions:
     """Base model of adapters (`--base`), instead of the one that their folders name."""
     template_date: str | None = None
     """Date (YYYY-MM-DD) for chat templates that write today's."""
+    normalize: bool = False
+    """Subtract the mean of the validation rewards and divide by their standard deviation (`--normalize`)."""
     best: bool = False
     """Name the best response of each list (`--best`)."""
     data: ScoreDataConfig = field(default_factory=ScoreDataConfig)
@@ -214,6 +216,7 @@ def plan_jobs(
         if existing:
             raise UserError(f"{table.file.name}: already has a column {existing[0]!r}; rename it")
         facts = [table.file.identity, table.format_name, asdict(table.config), options.dtype, options.device]
+        facts += ["normalize"] * options.normalize
         prints = [_fingerprint([*facts, model.fingerprint]) for model in models]
         jobs.append(ScoringJob(table, path, prints, columns))
     return jobs

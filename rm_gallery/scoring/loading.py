@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +18,7 @@ from rm_gallery.distributed.cpu import keep_freed_memory
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.adapter_folder import open_adapter
 from rm_gallery.modeling.adapters import check_type
-from rm_gallery.modeling.export import InputRecord, read_record, set_pad_token
+from rm_gallery.modeling.export import InputRecord, read_record, read_statistics, set_pad_token
 from rm_gallery.modeling.forward import pad_texts
 from rm_gallery.modeling.heads import has_foreign_head, is_reward_model, num_outputs
 from rm_gallery.modeling.model_folder import (
@@ -41,6 +40,7 @@ from rm_gallery.modeling.reward_model import (
 )
 from rm_gallery.modeling.text_part import text_part
 from rm_gallery.modeling.weight_files import WeightFolder, check_not_quantized, read_weight_folder, tokenizer_folder
+from rm_gallery.scoring.model_folder import file_of
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,8 @@ class ScoringModel:
     """Token ids appended to each text (`reward_token_id` of InternLM2-style models)."""
     template_date: str | None = None
     """Date that the chat template writes as today's; None if it writes none."""
+    statistics: tuple[float, float] | None = None
+    """Mean and standard deviation of the validation rewards; None if the folder has none."""
 
 
 def load_folder(
@@ -140,7 +142,9 @@ def load_folder(
         text_config.use_cache = False  # no generation, so no KV cache
     log.info("%s: %s, %s on %s, %s", path, type(model.network).__name__, str(kind).removeprefix("torch."), where, how)
     limit = max_positions(model)  # type: ignore[arg-type]
-    record = read_record(os.path.expanduser(path)) or InputRecord(
+    file = file_of(path, "config.json")
+    at = path if file is None else file.parent  # of a hub model, its folder in the cache
+    record = read_record(at) or InputRecord(
         "chat" if tokenizer.chat_template else "text", max_length=limit or _UNLIMITED
     )
     if record.own_rendering:
@@ -153,7 +157,15 @@ def load_folder(
     closing = (reward_token,) if isinstance(reward_token, int) and reward_token >= 0 else ()
     limits = (limit if has_position_table(model, limit) else None, max_rotary_positions(model.network.config))
     positions = min((each for each in limits if each is not None), default=None)
-    return ScoringModel(model, tokenizer, record, positions, closing, date)
+    return ScoringModel(model, tokenizer, record, positions, closing, date, read_statistics(at))
+
+
+def no_statistics(path: str) -> UserError:
+    """The error for rewards to normalize by a folder that has no mean and standard deviation."""
+    return UserError(
+        f"{KEY}={path}: rewards cannot be normalized: config.json has no mean and standard deviation of rewards, which "
+        "a checkpoint has whose step was validated (trainer.test_freq); score without normalizing"
+    )
 
 
 def check_folder(

@@ -9,7 +9,7 @@ from pathlib import Path
 from rm_gallery.errors import UserError, one_line
 from rm_gallery.files import replace, write_manifest
 from rm_gallery.modeling.adapter_folder import open_adapter
-from rm_gallery.modeling.export import check_rewards, rescore, write_folder
+from rm_gallery.modeling.export import check_rewards, names_statistics, rescore, write_folder
 from rm_gallery.modeling.parallel.apply import DTYPES
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.scoring.loading import KEY, load_folder
@@ -56,7 +56,10 @@ def merge(
     shutil.rmtree(staging, ignore_errors=True)
     try:
         meta = {name: value.to("meta") for name, value in state.items()}
-        hashes = write_folder(staging, model, meta, tokenizer, DTYPES[dtype], source.record, read=state.__getitem__)
+        hashes = write_folder(
+            staging, model, meta, tokenizer, DTYPES[dtype], source.record, read=state.__getitem__,
+            normalize=names_statistics(source_folder),
+        )  # fmt: skip
         check_rewards(staging, texts, expected, exact=dtype == "fp32")
         write_manifest(staging, hashes)
         replace(staging, target)

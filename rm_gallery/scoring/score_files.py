@@ -35,7 +35,7 @@ from rm_gallery.scoring.jobs import (
     output_columns,
     plan_jobs,
 )
-from rm_gallery.scoring.model_folder import ModelFolder, choose_checkpoint
+from rm_gallery.scoring.model_folder import ModelFolder, choose_checkpoint, file_of
 from rm_gallery.scoring.parts import REASON, Parts, Result, blocks, cannot_write
 from rm_gallery.scoring.preferences import Agreement, measure
 from rm_gallery.scoring.tables import (
@@ -191,10 +191,14 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
 
 def _check_models(options: ScoreOptions) -> None:
     """Raise UserError for a model that cannot be loaded, before the rewards of those before it are computed."""
-    from rm_gallery.scoring.loading import check_folder
+    from rm_gallery.modeling.export import read_statistics
+    from rm_gallery.scoring.loading import check_folder, no_statistics
 
     for model in options.models:
         check_folder(model, trust_remote_code=options.trust_remote_code, base=options.base)
+        config = file_of(model, "config.json")
+        if options.normalize and (config is None or read_statistics(config.parent) is None):
+            raise no_statistics(model)
 
 
 def _find_inputs(options: ScoreOptions) -> list[DataFile]:
@@ -229,6 +233,7 @@ class _LazyScorer:
                 trust_remote_code=self._options.trust_remote_code,
                 template_date=self._options.template_date,
                 base=self._options.base,
+                normalize=self._options.normalize,
             )
             self._model.check_unchanged()
         return self._scorer

@@ -28,12 +28,15 @@ class RewardScorer:
     parent on a CPU; a pickle of a scorer from a folder loads it again.
     """
 
-    def __init__(self, source: ScoringModel, *, token_budget: int | None = None) -> None:
-        """source: from `load_folder`. token_budget: maximum tokens of a model call; None depends on the device."""
+    def __init__(self, source: ScoringModel, *, token_budget: int | None = None, normalize: bool = False) -> None:
+        """source: from `load_folder`. token_budget: maximum tokens of a model call; None depends on the device.
+
+        normalize: see `from_folder`.
+        """
         self.folder = ""
         """Folder of the model; identifies the scorer when grading resumes."""
         self._origin: tuple[dict[str, Any], Stats] | None = None
-        self.engine = Engine(source, token_budget=token_budget)
+        self.engine = Engine(source, token_budget=token_budget, normalize=normalize)
         reads_tools = "tools" in str(source.tokenizer.chat_template)
         self.inputs = InputBuilder(source.record.input_style, source.record.separator, reads_tools=reads_tools)
         self._batcher = Batcher(self.engine)
@@ -51,6 +54,7 @@ class RewardScorer:
         trust_remote_code: bool = False,
         template_date: str | None = None,
         base: str | None = None,
+        normalize: bool = False,
     ) -> RewardScorer:
         """Load a checkpoint folder of RM-Gallery, or any sequence classification model or adapter with one label.
 
@@ -59,18 +63,20 @@ class RewardScorer:
         float32; the reward head of packed architectures stays float32. On a CPU, freed memory is kept for the next
         call (see `keep_freed_memory`). template_date: date (YYYY-MM-DD) for a chat template that writes today's.
         base: folder or hub name of an adapter's base model, if it is not the one that adapter_config.json names.
-        Raises UserError for a folder without such a model, and for weights that are not finite.
+        normalize: return (reward - mean) / standard deviation, with those of the validation responses that the folder
+        has. Raises UserError for a folder without such a model or without these figures, and for weights that are not
+        finite.
         """
         folder = choose_checkpoint(str(folder), key="model")
         settings: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         settings["base"] = base
         is_here = Path(folder).expanduser().is_dir()
         where = str(Path(folder).expanduser().resolve()) if is_here else str(folder)
-        origin = {"folder": where, "token_budget": token_budget, **settings}, stats_of(folder)
+        origin = {"folder": where, "token_budget": token_budget, "normalize": normalize, **settings}, stats_of(folder)
         forks.compute_in_fork()
         source = load_folder(folder, **settings, template_date=template_date)
         origin[0]["template_date"] = source.template_date
-        scorer = cls(source, token_budget=token_budget)
+        scorer = cls(source, token_budget=token_budget, normalize=normalize)
         scorer.folder, scorer._origin = str(folder), origin
         return scorer
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from rm_gallery.config import known_keys, load, problem_of, to_save, to_yaml
-from rm_gallery.data.config import DataConfig, data_problems, normalize_data
+from rm_gallery.data.config import DataConfig, data_problems, has_validation, normalize_data
 from rm_gallery.errors import Problem, UserError, nearest
 from rm_gallery.modeling.config import ModelConfig
 from rm_gallery.modeling.weight_files import read_adapter_files
@@ -108,6 +108,10 @@ class CheckpointConfig:
     async_save: bool = False
     """Save asynchronously: training waits only for the copy to host memory, which takes the size of this rank's shard
     of weights and optimizer state."""
+    reward_statistics: Literal["record", "normalize"] = "record"
+    """Mean and standard deviation of the validation rewards of a checkpoint's step: `record` keeps them in its record,
+    for `score --normalize` and `RewardScorer(normalize=True)`; `normalize` also writes them into config.json under the
+    names that OpenRLHF and vLLM use."""
     license: str = "unknown"
     """Licence in the model card of each checkpoint, e.g. `apache-2.0`."""
     default_hdfs_dir: str | None = None
@@ -283,13 +287,16 @@ def problems_of_training(config: TrainConfig) -> Iterator[Problem]:
     yield from optim_problems(config.optim)
     yield from trainer_problems(config.trainer)
     yield from _early_stopping_problems(config)
+    if config.trainer.reward_statistics == "normalize" and not has_validation(config.data):
+        key = "trainer.reward_statistics"
+        yield Problem(key, f"{key}=normalize: there is no validation; set data.val_files or data.val_fraction")
 
 
 def _early_stopping_problems(config: TrainConfig) -> Iterator[Problem]:
     key, trainer, data = "trainer.early_stopping_patience", config.trainer, config.data
     if trainer.early_stopping_patience is None:
         return
-    if not data.val_files and not data.val_fraction:
+    if not has_validation(data):
         yield Problem(key, f"{key}: there is no validation; set data.val_files or data.val_fraction")
     elif trainer.test_freq <= 0:
         yield Problem(key, f"{key}: validation runs after the last step only; set trainer.test_freq")

@@ -106,6 +106,7 @@ def model_card(
     comparisons: int,
     step: int,
     metrics: Mapping[str, float],
+    metrics_step: int | None = None,
     input_style: str,
     separator: str = "",
     adds_special_tokens: bool = False,
@@ -115,7 +116,7 @@ def model_card(
 ) -> str:
     """The text of README.md.
 
-    comparisons: number of training pairs. metrics: by name, those of the last validation.
+    comparisons: number of training pairs. metrics: by name, those of the last validation, at `metrics_step`.
     renames: of tensors in the base model's folder, a wrapper of several models.
     code_file: Python file of the checkpoint that transformers needs, if any.
     adds_special_tokens: whether a rendered chat still needs those of the tokenizer, as for encoders.
@@ -166,7 +167,7 @@ def model_card(
         name=value("trainer.experiment_name"),
         rows=[(label, _cell(value)) for label, value in rows if value],
         metrics=[(name, f"{metrics[name]:.4f}") for name in _SHOWN if name in metrics],
-        step=step,
+        step=step if metrics_step is None else metrics_step,
         chat=input_style == "chat",
         lora=lora.rank > 0,
         code_file=code_file,

@@ -374,6 +374,7 @@ def build_checkpoints(
         exact=computes == written == "fp32",
         probes=[train.data[int(index)] for index in shortest],
         adapter=start.adapter,
+        normalize=config.trainer.reward_statistics == "normalize",
     )
     url, record = config.trainer.mirror_url, weights_folder.record
     card = partial(
@@ -385,7 +386,9 @@ def build_checkpoints(
     return Checkpoints(
         config.trainer.run_dir, config.trainer, tensors, weights_folder, ranks,
         facts=identity.facts(begin.origin), mirror=Mirror(url) if url and ranks.rank == 0 else None,
-        latest=begin.folder, card=lambda progress: card(step=progress.step, metrics=progress.last_val),
+        latest=begin.folder, card=lambda progress: card(
+            step=progress.step, metrics=progress.last_val, metrics_step=progress.last_val_step
+        ),
     )  # fmt: skip
 
 

@@ -209,7 +209,7 @@ class Trainer:
             except _StopRequested:
                 self._save_and_stop()
         progress.validation_pending = False
-        progress.last_val = metrics
+        progress.last_val, progress.last_val_step = metrics, progress.step
         if not math.isfinite(metrics.get("val/loss", 0.0)):
             log.warning(
                 "step %d: val/loss is %s: some validation text has no finite reward", progress.step, metrics["val/loss"]

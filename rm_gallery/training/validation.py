@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.data.batching.prompt_sharing import plan_step
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.token_group import TokenGroup
+from rm_gallery.distributed.collectives import all_gather
 from rm_gallery.distributed.process_group import rank, world_size
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
@@ -27,6 +29,7 @@ def validate(
 ) -> dict[str, float]:  # fmt: skip
     """val/loss, val/accuracy and mean rewards over all comparisons; with several sources, loss and accuracy of each.
 
+    val/reward_mean and val/reward_std are over the distinct responses.
     Collective: each rank computes its share and gets all metrics.
     token_budget: tokens of a micro-batch; share_prompts: compute pairs of the same prompt together. The metrics depend
     on neither (float64 sums of float32 rewards).
@@ -36,11 +39,15 @@ def validate(
     device = device or next(model.parameters()).device
     packer = packer_for(model, token_budget=token_budget, world_size=world_size())
     by_source = {number: Sums() for number in range(len(data.sources))}
+    texts, scored = [], []
     with model.inference():
         for source, groups in load_packs(data, packer, share_prompts=share_prompts):
             before_pack()
             batch = collate(groups).to(device)
-            by_source[source].add(objective(model(batch), batch)[1])
+            rewards = model(batch)
+            by_source[source].add(objective(rewards, batch)[1])
+            texts += _hash_texts(groups)
+            scored.append(rewards)
     total = Sums()
     for sums in by_source.values():
         total.merge(sums)
@@ -50,7 +57,34 @@ def validate(
             found = means(sums.read(), "val")
             name = data.sources[number] or "other"
             metrics.update({f"{metric}/{name}": found[metric] for metric in _BY_SOURCE if metric in found})
-    return metrics
+    rewards_of_rank = torch.cat(scored).cpu().numpy() if scored else np.zeros(0, np.float32)
+    return {**metrics, **_reward_statistics(np.array(texts, np.uint64), rewards_of_rank)}
+
+
+def _hash_texts(groups: Sequence[TokenGroup]) -> list[int]:
+    """A hash of the tokens of each whole text, in the order of `PackedBatch.reward_index`."""
+    found = []
+    for group in groups:
+        prefix = hashlib.blake2b(group.prefix.tobytes(), digest_size=8)
+        for tail in group.tails:
+            whole = prefix.copy()
+            whole.update(tail.tobytes())
+            found.append(int.from_bytes(whole.digest(), "little"))
+    return found
+
+
+def _reward_statistics(texts: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
+    """Mean and standard deviation (with n - 1) of the rewards of distinct texts over all ranks; {} for fewer than two.
+
+    texts: [R] uint64 hashes of this rank's texts; rewards: [R] float32. A text may occur several times, on several
+    ranks: in a group of every pair that it is part of. It counts once, so neither sharing nor ranks change the result.
+    """
+    texts, rewards = (np.concatenate(each) for each in zip(*all_gather((texts, rewards)), strict=True))
+    first = np.unique(texts, return_index=True)[1]
+    if len(first) < 2:
+        return {}
+    values = rewards[first].astype(np.float64)
+    return {"val/reward_mean": float(values.mean()), "val/reward_std": float(values.std(ddof=1))}
 
 
 def packer_for(model: RewardModel, *, token_budget: int, world_size: int) -> Packer:

@@ -53,6 +53,7 @@ class OpenAIChatModel(BaseChatModel):
         dtype: str = "auto",
         trust_remote_code: bool = False,
         base: str | None = None,
+        normalize: bool = False,
         **options: Any,
     ) -> None:
         """model: name at the endpoint, or with `is_local` the checkpoint folder.
@@ -65,6 +66,7 @@ class OpenAIChatModel(BaseChatModel):
         device, dtype: for a folder; `auto` is a GPU with bfloat16 if there is one, else the CPU with float32.
         trust_remote_code: run model code from the folder, for architectures that transformers does not have.
         base: for the folder of an adapter (LoRA), its base model, if it is not the one that adapter_config.json names.
+        normalize: for the folder of a reward model, return (reward - mean) / std of its validation rewards.
         options: sent with every request (temperature, max_tokens, extra_body, ...).
         Raises UserError for a folder without a model, and for a missing package or API key.
         """
@@ -74,7 +76,9 @@ class OpenAIChatModel(BaseChatModel):
         self._endpoint: _Endpoint | None = None
         self._takes_format = True
         if is_local:
-            self._local = open_folder(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, base=base)
+            self._local = open_folder(
+                model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, base=base, normalize=normalize
+            )
         else:
             self._endpoint = _Endpoint(model, api_key, base_url, timeout, max_retries)
 

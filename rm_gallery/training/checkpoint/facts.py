@@ -81,6 +81,8 @@ def _fault(saved: SavedRun, names: Collection[str]) -> str | None:
         return "only one of progress.best_step and progress.best_accuracy is set"
     if progress.best_step is not None and not 1 <= progress.best_step <= progress.step:
         return f"progress.best_step={progress.best_step} is no step of the run"
+    if progress.last_val_step is not None and not 0 <= progress.last_val_step <= progress.step:
+        return f"progress.last_val_step={progress.last_val_step} is no step of the run"
     if not 0 <= progress.validations_since_highest <= progress.step + 1:
         return f"progress.validations_since_highest={progress.validations_since_highest} is no number of validations"
     ranks = {name for name in names if re.fullmatch(r"rank_\d+\.json", name)}

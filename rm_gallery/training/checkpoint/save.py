@@ -11,7 +11,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +233,13 @@ class _Save:
         if self.owner.card is not None:
             (self.staging / CARD_NAME).write_text(self.owner.card(self.progress), encoding="utf-8")
         (self.staging / ".gitignore").write_text("\n".join(NOT_UPLOADED) + "\n", encoding="utf-8")
-        weights = self.owner.weights_folder.write(self.staging, self.state)
+        statistics = self.progress.reward_statistics
+        weights = self.owner.weights_folder.write(self.staging, self.state, statistics)
+        if self.owner.config.reward_statistics == "normalize" and statistics is None:
+            log.warning(
+                "%s has no mean and std (trainer.reward_statistics=normalize): rewards of this step's weights were not "
+                "measured, or all are equal; set trainer.save_freq to a multiple of trainer.test_freq", self.folder,
+            )  # fmt: skip
         own = sha256_files(self.staging, [f"{STATE_NAME}/{FACTS_NAME}"])
         publish(self.staging, self.folder, {**hashes, **weights, **own})
         self._after()
@@ -274,16 +280,21 @@ class WeightsFolder:
     """A few short groups to rescore."""
     adapter: Adapter | None = None
     """With LoRA: what is written instead of the whole model."""
+    normalize: bool = False
+    """Whether config.json has mean and standard deviation under the names of other programs too."""
 
-    def write(self, folder: Path, state: Path) -> dict[str, str]:
+    def write(self, folder: Path, state: Path, statistics: tuple[float, float] | None = None) -> dict[str, str]:
         """Write the files into an existing folder from a `training_state`; return the SHA-256 of each by its name.
 
+        statistics: mean and standard deviation of rewards with these weights, for the record.
         Raises OSError when the disk is full or the weights on disk differ from those in memory.
         """
         saved = SavedWeights(state)
+        mean, std = statistics or (None, None)
         return write_folder(
-            folder, self.model, saved.meta_tensors(), self.tokenizer, self.dtype, self.record, read=saved.read,
-            adapter=self.adapter,
+            folder, self.model, saved.meta_tensors(), self.tokenizer, self.dtype,
+            replace(self.record, reward_mean=mean, reward_std=std), read=saved.read, adapter=self.adapter,
+            normalize=self.normalize,
         )  # fmt: skip
 
     def expected(self) -> list[float]:

@@ -271,6 +271,19 @@ class Progress:
     highest_accuracy: float | None = None
     """The highest `val/accuracy` so far, for early stopping."""
     validations_since_highest: int = 0
+    last_val_step: int | None = None
+    """Step of `last_val`; None before the first validation, and in checkpoints of earlier versions."""
+
+    @property
+    def reward_statistics(self) -> tuple[float, float] | None:
+        """Mean and standard deviation of the validation rewards with the weights of this step.
+
+        None if this step was not validated, and if they cannot normalize a reward: not finite, or no deviation.
+        """
+        if self.last_val_step != self.step or not self.step:
+            return None
+        mean, std = (self.last_val.get(f"val/reward_{name}", math.nan) for name in ("mean", "std"))
+        return (mean, std) if math.isfinite(mean) and math.isfinite(std) and std > 0 else None
 
     def note_accuracy(self, metrics: Mapping[str, float]) -> bool:
         """Record the accuracy of this step if it is the best so far; return whether it is."""

@@ -63,6 +63,7 @@ ALLOWED: dict[str, list[Any]] = {
     "progress.last_val.val/loss": [-1, 10**30, 1.5, "nan"],
     "progress.best_accuracy": [-1, 10**30, 1.5, "nan"],
     "progress.highest_accuracy": [None, -1, 10**30, 1.5, "nan"],
+    "progress.last_val_step": [None],
     "fixed": [{}, {"a": {"b": []}}],
     "config": [{}, {"a": {"b": []}}],
     "total_steps": [10**30],
