@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +24,7 @@ from benchmarks.gpu_check.report import Report
 from benchmarks.gpu_check.systems import BUDGET, STEP_PAIRS, make_groups, make_packs
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.data.tokenization.token_group import TokenGroup
-from rm_gallery.modeling.attention import flex
+from rm_gallery.modeling.attention import dispatch, flex
 from rm_gallery.modeling.attention.dispatch import AttentionSpec, PackLayout, attend, lay_out, reference_attention
 from rm_gallery.modeling.attention.varlen import find_flash
 
@@ -44,6 +45,9 @@ LONG_SHAPES: dict[str, list[tuple[int, list[int]]]] = {
 """Too long for a CPU."""
 HEADS = [(4, 4, 64), (4, 2, 64), (8, 1, 128)]
 """(heads, key heads, head dimension)"""
+FEATURES: list[dict[str, Any]] = [{}, {"softcap": 2.0}, {"has_sinks": True}, {"softcap": 2.0, "has_sinks": True},
+                                  {"chunk": 5}]  # fmt: skip
+"""Options of `Case` that not every kernel supports."""
 _COMPILED_ON_CPU = ("many responses", "one of each length")
 """Shapes of FlexAttention on a CPU; each is compiled on its own."""
 EXACT, ROUNDED = 2e-5, 2e-2
@@ -80,35 +84,39 @@ class Case:
 
     def __init__(
         self, layout: PackLayout, heads: tuple[int, int, int], dtype: torch.dtype, *, window: int | None = None,
-        backward: bool = True, scaling: float = 0.1,
+        backward: bool = True, softcap: float | None = None, has_sinks: bool = False, chunk: int | None = None,
     ) -> None:  # fmt: skip
-        self.window, self.backward, self.scaling = window, backward, scaling
+        self.backward = backward
+        self.spec = AttentionSpec(0.1, window, softcap, chunk=chunk)
         self.inputs, self.gradient = draw_inputs(len(layout.labels), heads, layout.device, dtype)
+        if has_sinks:
+            self.inputs.append(torch.linspace(-2.0, 3.0, heads[0], device=layout.device).to(dtype))
         self.wanted = self._reference(layout.labels, heads[0] // heads[1])
 
     def _reference(self, labels: Tensor, repeats: int) -> list[Tensor]:
-        """Output, and the gradients of query, key and value; of long packs head by head, which bounds memory."""
-        query, key, value = (part.double().requires_grad_(self.backward) for part in self.inputs)
-        heads = [(slice(None), slice(None))]
+        """Output, and the gradients of the inputs; of long packs head by head, which bounds memory."""
+        query, key, value, *sinks = inputs = [part.double().requires_grad_(self.backward) for part in self.inputs]
+        heads = [(slice(None), slice(None))]  # query heads and key heads
         if query.shape[1] * len(labels) ** 2 > _MAX_CELLS:
             heads = [(slice(h, h + 1), slice(h // repeats, h // repeats + 1)) for h in range(query.shape[1])]
         outputs = []
         for some, shared in heads:
             q, k, v = query[:, some].transpose(0, 1), key[:, shared].transpose(0, 1), value[:, shared].transpose(0, 1)
-            output = reference_attention(q, k, v, labels, scaling=self.scaling, window=self.window)  # [T, heads, D]
+            spec = replace(self.spec, sinks=sinks[0][some] if sinks else None)
+            output = reference_attention(q, k, v, labels, spec)  # [T, heads, D]
             if self.backward:
                 output.backward(self.gradient[:, some].double())
             outputs.append(output.detach())
-        gradients = [part.grad for part in (query, key, value) if part.grad is not None]
+        gradients = [part.grad for part in inputs if part.grad is not None]
         return [torch.cat(outputs, 1), *gradients]
 
     def error(self, run: Callable[..., Tensor]) -> float:
         """Largest error of output and gradients, relative to each one's maximum.
 
-        run: (query, key, value, scaling) -> [T, H, D].
+        run: (query, key, value, spec) -> [T, H, D].
         """
         inputs = [part.clone().requires_grad_(self.backward) for part in self.inputs]
-        found = [run(*inputs, self.scaling)]
+        found = [run(*inputs[:3], replace(self.spec, sinks=inputs[3] if inputs[3:] else None))]
         if self.backward:
             found += torch.autograd.grad(found[0], inputs, self.gradient)
         shares = [
@@ -119,11 +127,10 @@ class Case:
 
 
 def worst_difference(
-    run: Callable[..., Tensor], layout: PackLayout, heads: tuple[int, int, int], dtype: torch.dtype, *,
-    window: int | None = None, backward: bool = True,
-) -> float:  # fmt: skip
-    """The error of one kernel in one case; see `Case.error`."""
-    return Case(layout, heads, dtype, window=window, backward=backward).error(run)
+    run: Callable[..., Tensor], layout: PackLayout, heads: tuple[int, int, int], dtype: torch.dtype, **options: Any
+) -> float:
+    """The error of one kernel in one case; options: those of `Case`. See `Case.error`."""
+    return Case(layout, heads, dtype, **options).error(run)
 
 
 def run(report: Report) -> None:
@@ -139,24 +146,25 @@ def run(report: Report) -> None:
         }
         with report.check(f"kernels in {name}"):
             for each in heads:
-                _forget_compiled()
-                _measure_errors(errors, shapes, each, dtype, device)
+                for features in FEATURES:
+                    _forget_compiled()
+                    _measure_errors(errors, shapes, each, dtype, device, features)
         for kernel, found in errors.items():
             _add_errors(report, f"{kernel} {name}", found, bound)
     with report.check("reward queries"):
         _check_reward_queries(report, shapes)
     with report.check("time"):
         _forget_compiled()
-        _measure_times(report, [name for name in kernels if name != "flex" or device.type == "cuda"])
+        _measure_times(report, [name for name in kernels if name != ("plain" if device.type == "cuda" else "flex")])
 
 
 def _kernels(report: Report) -> list[str]:
     """The kernels that run here; the others are named."""
     if report.device.type == "cuda":
         if find_flash() is not None:
-            return ["varlen", "flex", "sdpa"]
+            return ["varlen", "flex", "sdpa", "plain"]
         report.add("varlen", False, "this GPU and torch have no such kernel")
-        return ["flex", "sdpa"]
+        return ["flex", "sdpa", "plain"]
     report.skip("varlen", "needs a GPU")
     has_compiler = shutil.which("g++") is not None or shutil.which("clang++") is not None
     if not has_compiler or report.tiny:
@@ -172,9 +180,15 @@ def _forget_compiled() -> None:
 
 def _measure_errors(
     errors: dict[str, dict[str, float | str]], shapes: dict[str, list[tuple[int, list[int]]]],
-    heads: tuple[int, int, int], dtype: torch.dtype, device: torch.device,
+    heads: tuple[int, int, int], dtype: torch.dtype, device: torch.device, features: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Fill in kernel -> case -> its error, or the exception as text."""
+    """Fill in kernel -> case -> its error, or the exception as text.
+
+    Features other than a window are measured with one number of heads, in the kernels that have them.
+    """
+    if features and heads != HEADS[1]:
+        return
+    errors = {kernel: found for kernel, found in errors.items() if supports(kernel, features)}
     for shape, groups in shapes.items():
         for window in (None, 100 if device.type == "cuda" else 6):
             cases: dict[bool, Case] = {}
@@ -184,18 +198,23 @@ def _measure_errors(
                     continue
                 layout = layout_of(groups, device, kernel)
                 if backward not in cases:
-                    cases[backward] = Case(layout, heads, dtype, window=window, backward=backward)
+                    cases[backward] = Case(layout, heads, dtype, window=window, backward=backward, **features)
                 try:
                     with torch.set_grad_enabled(backward):
-                        error: float | str = cases[backward].error(_call(kernel, layout, window))
+                        error: float | str = cases[backward].error(_call(kernel, layout))
                 except Exception as raised:  # the other cases are still measured
                     error = f"{type(raised).__name__}: {' '.join(str(raised).split())[:300]}"
-                found[f"{shape}, heads {heads}, window {window}"] = error
+                found[f"{shape}, heads {heads}, window {window}{''.join(f', {each}' for each in features)}"] = error
 
 
-def _call(kernel: str, layout: PackLayout, window: int | None) -> Callable[..., Tensor]:
-    def call(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        spec = AttentionSpec(scaling, window)
+def supports(kernel: str, features: dict[str, Any]) -> bool:
+    """Whether a kernel supports these options of `Case`."""
+    fields = {"sinks" if name == "has_sinks" else name for name in features}
+    return fields <= dispatch.takes(kernel)
+
+
+def _call(kernel: str, layout: PackLayout) -> Callable[..., Tensor]:
+    def call(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
         if kernel == "flex" and layout.device.type == "cpu":
             with compiled_flex():
                 return flex.flex_attention(query, key, value, layout, spec)
@@ -255,15 +274,15 @@ def _measure_times(report: Report, kernels: Sequence[str]) -> None:
     for kernel in kernels:
         layout = lay_out(pack.to(report.device), kernel)
         inputs, gradient = draw_inputs(len(layout.labels), heads, report.device, torch.bfloat16)
-        milliseconds[kernel] = _time(_call(kernel, layout, None), inputs, gradient, report)
+        milliseconds[kernel] = _time(_call(kernel, layout), inputs, gradient, report)
     lengths = [length - sum(tails) + tail for length, tails in zip(pack.group_lengths, pack.tail_lengths, strict=True)
                for tail in tails]  # fmt: skip
     padded, gradient = draw_inputs(len(lengths) * max(lengths), heads, report.device, torch.bfloat16)
 
-    def sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def sdpa(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
         texts = [part.view(len(lengths), max(lengths), -1, part.shape[-1]).transpose(1, 2) for part in
                  (query, *(each.repeat_interleave(heads[0] // heads[1], 1) for each in (key, value)))]  # fmt: skip
-        out = F.scaled_dot_product_attention(*texts, is_causal=True, scale=scaling)
+        out = F.scaled_dot_product_attention(*texts, is_causal=True, scale=spec.scaling)
         return out.transpose(1, 2).reshape(query.shape)
 
     milliseconds["padded"] = _time(sdpa, padded, gradient, report)
@@ -279,7 +298,7 @@ def _time(call: Callable[..., Tensor], inputs: Sequence[Tensor], gradient: Tenso
     for number in range(200):
         report.wait()
         start = time.perf_counter()
-        torch.autograd.grad(call(*inputs, 0.1), inputs, gradient)
+        torch.autograd.grad(call(*inputs, AttentionSpec(0.1)), inputs, gradient)
         report.wait()
         if number >= 2:  # the first ones compile and select kernels
             times.append(1e3 * (time.perf_counter() - start))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from rm_gallery.modeling.attention.cpu import is_worth_splitting, plain_attentio
 from rm_gallery.modeling.attention.flex import flex_attention
 from rm_gallery.modeling.attention.flex import is_available as flex_is_available
 from rm_gallery.modeling.attention.layout import AttentionSpec, PackLayout, visible
-from rm_gallery.modeling.attention.varlen import find_flash, varlen_attention
+from rm_gallery.modeling.attention.varlen import find_flash, takes_softcap, varlen_attention
 
 __all__ = [
     "NAME",
@@ -31,6 +31,7 @@ __all__ = [
     "lay_out",
     "packed_attention",
     "reference_attention",
+    "takes",
     "visible",
 ]
 
@@ -76,8 +77,11 @@ def attend(
     """
     if not len(query):
         return query
-    same_width = query.shape[-1] == value.shape[-1]
-    kernel = _choose(query, packed, spec, rewards_only, same_width)
+    if spec.window is not None or spec.chunk is not None:
+        window, chunk = (None if each is None or each >= packed.longest_text else each for each in spec.reach)
+        spec = replace(spec, window=window, chunk=chunk)
+    same_widths = query.shape[-1] == value.shape[-1]
+    kernel = _choose(query, packed, spec, rewards_only, same_widths)
     return kernel.run(query, key, value, packed, spec, rewards_only=rewards_only)
 
 
@@ -92,10 +96,24 @@ def sdpa_attention(
         q = _rows(query, bucket.query_rows)
         # Key heads are repeated here: with `enable_gqa` and a mask, some GPU back ends fall back to plain products.
         k, v = (_rows(part, bucket.key_tokens).repeat_interleave(repeats, 1) for part in (key, value))
-        mask = queries.mask(number, spec.window)
+        mask = queries.mask(number, spec.reach)
+        if spec.sinks is not None:
+            q, k, v, mask = _with_sink_key(q, k, v, mask, spec.sinks / spec.scaling)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=spec.dropout, scale=spec.scaling)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [B x Q, H, D]
+        outputs.append(out[..., : value.shape[-1]].transpose(1, 2).flatten(0, 1))  # [B x Q, H, D]
     return torch.cat(outputs).index_select(0, queries.restore)
+
+
+def _with_sink_key(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, product: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys, values [B, H, L, D] and the mask with one more key, whose products with queries are `product` [H].
+
+    Its value is 0, and it has a coordinate of its own, in which every query is 1. Widths stay multiples of 8.
+    """
+    wider = 8 - q.shape[-1] % 8
+    ones = F.pad(q.new_ones(*q.shape[:-1], 1), (0, wider - 1))
+    sink = product.to(k.dtype)[:, None, None] * F.pad(k.new_ones(1), (q.shape[-1], wider - 1))  # [H, 1, D + wider]
+    k = torch.cat([F.pad(k, (0, wider)), sink.expand(len(k), -1, -1, -1)], 2)
+    return torch.cat([q, ones], -1), k, F.pad(v, (0, wider, 0, 1)), F.pad(mask, (0, 1), value=True)
 
 
 def _rows(part: Tensor, index: Tensor) -> Tensor:
@@ -110,46 +128,58 @@ class Kernel:
     run: Callable[..., Tensor]
     """(query [N, H, D], key [T, H_kv, D], value, layout, spec, *, rewards_only) -> [N, H, D]"""
     takes: frozenset[str] = frozenset()
-    """Fields of AttentionSpec that it supports, besides `scaling` and `window`."""
+    """Fields of AttentionSpec that it supports, besides `scaling` and `window`; see `takes`."""
     needs_gpu: bool = False
     """GPU only, and for all tokens only: one query per response is not worth a layout of its own."""
+    same_widths: bool = False
+    """Heads of queries and of values have to have the same dimension (in latent attention they do not)."""
     head_dims: range = range(1, 1 << 30)
 
 
 KERNELS = {
-    "split": Kernel(split_attention),
-    "plain": Kernel(plain_attention),
-    "varlen": Kernel(varlen_attention, needs_gpu=True, head_dims=range(8, 257, 8)),
-    "flex": Kernel(flex_attention, needs_gpu=True, head_dims=range(16, 257)),
-    "sdpa": Kernel(sdpa_attention, takes=frozenset({"dropout"})),
-}
+    "split": Kernel(split_attention, takes=frozenset({"sinks"}), same_widths=True),
+    "plain": Kernel(plain_attention, takes=frozenset({"softcap", "sinks", "dropout", "chunk"})),
+    "varlen": Kernel(varlen_attention, needs_gpu=True, same_widths=True, head_dims=range(8, 257, 8)),
+    "flex": Kernel(flex_attention, takes=frozenset({"softcap", "sinks", "chunk"}), needs_gpu=True, same_widths=True,
+                   head_dims=range(16, 257)),
+    "sdpa": Kernel(sdpa_attention, takes=frozenset({"sinks", "dropout", "chunk"})),
+}  # fmt: skip
+_IN_WORDS = {"softcap": "a soft cap", "sinks": "sinks", "dropout": "attention dropout", "chunk": "chunked attention"}
 
 
 def _choose(
-    query: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool, same_width: bool = True
+    query: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool, same_widths: bool = True
 ) -> Kernel:
     """The first candidate that takes every field of `spec` that is set."""
-    needed = {name for name in ("softcap", "sinks") if getattr(spec, name) is not None}
+    needed = {name for name in ("softcap", "sinks", "chunk") if getattr(spec, name) is not None}
     needed |= {"dropout"} if spec.dropout else set()
     candidates = _candidates(query, packed, spec, rewards_only)
-    if not same_width:  # heads whose values have another width (latent attention): not for the kernels of GPUs
-        candidates = [name for name in candidates if not KERNELS[name].needs_gpu] or ["sdpa"]
+    if not same_widths:
+        candidates = [name for name in candidates if not KERNELS[name].same_widths] or ["sdpa", "plain"]
     for name in candidates:
-        if needed <= KERNELS[name].takes:
+        if needed <= takes(name):
             return KERNELS[name]
-    if needed == {"dropout"}:
-        raise UserError(f"model.attention={candidates[0]} does not support attention dropout; set auto")
-    raise UserError("attention with a soft cap or sinks is not supported in packed form")
+    missing = " and ".join(_IN_WORDS[name] for name in sorted(needed - takes(candidates[0])))
+    raise UserError(f"model.attention={packed.kernel} does not support {missing}, which the model has; set auto")
+
+
+def takes(name: str) -> frozenset[str]:
+    """Fields that a kernel supports here."""
+    more = {"softcap"} if name == "varlen" and takes_softcap() else set()
+    return KERNELS[name].takes | more
 
 
 def _candidates(query: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_only: bool) -> list[str]:
-    """Kernels that can compute these queries, fastest first: by measurement on a CPU (docs/log.md), varlen on a GPU."""
+    """Kernels that can compute these queries, fastest first: by measurement on a CPU (docs/log.md), varlen on a GPU.
+
+    The last one takes every field.
+    """
     if packed.kernel != "auto":
-        return ["sdpa" if rewards_only and KERNELS[packed.kernel].needs_gpu else packed.kernel]
+        return ["sdpa", "plain"] if rewards_only and KERNELS[packed.kernel].needs_gpu else [packed.kernel]
     names = []
     if query.device.type == "cpu":
         is_inference = query.dtype == torch.float32 and not (torch.is_grad_enabled() or rewards_only)
-        if is_inference and is_worth_splitting(packed, spec.window):
+        if is_inference and spec.reach == (None, None) and is_worth_splitting(packed):
             names.append("split")
         if int(packed.lengths.max()) <= _MAX_PLAIN_TOKENS.get(query.dtype, 0):
             names.append("plain")
@@ -159,7 +189,7 @@ def _candidates(query: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_
             for name in ("varlen", "flex")
             if query.shape[-1] in KERNELS[name].head_dims and _why_not(name, query.device, query.dtype) is None
         ]
-    return [*names, "sdpa"]
+    return [*names, "sdpa", "plain"]
 
 
 def check(setting: str, device: torch.device, dtype: torch.dtype, dropout: float) -> None:
@@ -167,7 +197,7 @@ def check(setting: str, device: torch.device, dtype: torch.dtype, dropout: float
     if setting == "auto":
         return
     reason = _why_not(setting, device, dtype)
-    if dropout and "dropout" not in KERNELS[setting].takes:
+    if dropout and "dropout" not in takes(setting):
         reason = "it does not support attention dropout, and model.dropout is not 0"
     if reason is not None:
         raise UserError(f"model.attention={setting}: {reason}; set auto, which selects a supported kernel")
@@ -187,18 +217,21 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def reference_attention(
-    query: Tensor, key: Tensor, value: Tensor, labels: Tensor, *, scaling: float, window: int | None = None
-) -> Tensor:
+def reference_attention(query: Tensor, key: Tensor, value: Tensor, labels: Tensor, spec: AttentionSpec) -> Tensor:
     """The visibility rule over all T x T pairs: the reference of every kernel.
 
     query: [H, T, D]; key, value: [H_kv, T, D]; labels: [T, 3]. Returns [T, H, D].
     """
     repeats = query.shape[0] // key.shape[0]
     key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
-    scores = (query @ key.transpose(1, 2)) * scaling  # [H, T, T]
-    scores = scores.masked_fill(~visible(labels, labels, window), float("-inf"))
-    return (scores.softmax(-1) @ value).transpose(0, 1)
+    scores = (query @ key.transpose(1, 2)) * spec.scaling  # [H, T, T]
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    scores = scores.masked_fill(~visible(labels, labels, *spec.reach), float("-inf"))
+    if spec.sinks is not None:
+        scores = torch.cat([scores, spec.sinks[:, None, None].expand(-1, len(labels), 1)], -1)
+    weights = F.dropout(scores.softmax(-1)[..., : len(labels)], spec.dropout)
+    return (weights @ value).transpose(0, 1)
 
 
 def install() -> None:

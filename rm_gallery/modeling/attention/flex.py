@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rm_gallery.modeling.attention.layout import AttentionSpec, PackLayout
+from rm_gallery.modeling.attention.layout import AttentionSpec, PackLayout, Reach
 
 # T tokens, padded to whole blocks; M blocks; H query heads, H_kv key heads, D head dimension
 
@@ -26,17 +26,20 @@ BLOCK = 128
 """Queries and keys of a block: the kernel's tile."""
 
 
-def block_mask(packed: PackLayout, window: int | None) -> Any:
+def block_mask(packed: PackLayout, reach: Reach) -> Any:
     """The BlockMask of a layout, built on the host: `create_block_mask` evaluates all T x T pairs on the device."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    partial, full = block_map(packed, window)
+    window, chunk = reach
+    partial, full = block_map(packed, window or chunk)
     # Padding tokens are a group of their own, -2, which sees itself: a row without keys would give NaN.
     labels = packed.host_labels
     rest = len(partial) * BLOCK - len(labels)
     padded = np.concatenate([labels, np.stack([np.full(rest, -2), np.full(rest, -2), np.arange(rest)], -1)])
     # First visible position of each query, as data: a Python number for the window would be compiled into the kernel.
-    first = np.zeros(len(padded)) if window is None else padded[:, 2] - window + 1
+    first = np.zeros(len(padded), np.int64) if window is None else padded[:, 2] - window + 1
+    if chunk is not None:
+        first = np.maximum(first, padded[:, 2] // chunk * chunk)
     group, response, position, begin = (packed.to_device(each.astype(np.int32)) for each in (*padded.T, first))
 
     def is_visible(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -63,8 +66,8 @@ def block_map(packed: PackLayout, window: int | None) -> tuple[np.ndarray, np.nd
                  0 1 0           1 0 0
                  1 1 1           0 0 0
 
-    With a window no block counts as full, and some partial blocks may hold no visible pair: both cost time, not
-    correctness.
+    window: of the layer, or its chunk. With one no block counts as full, and some partial blocks may hold no visible
+    pair: both cost time, not correctness.
     """
     num_blocks = max(1, -(-int(packed.lengths.sum()) // BLOCK))
     some = np.eye(num_blocks, dtype=bool)  # padding sees itself
@@ -115,23 +118,43 @@ def flex_attention(
 ) -> Tensor:
     """query: [T, H, D]; key, value: [T, H_kv, D]. Returns [T, H, D]."""
     assert not rewards_only
-    mask = packed.cached(("block mask", spec.window), lambda: block_mask(packed, spec.window))
+    mask = packed.cached(("block mask", spec.reach), lambda: block_mask(packed, spec.reach))
     num_tokens = len(query)
     rest = mask.seq_lengths[0] - num_tokens
     q, k, v = (
         torch.nn.functional.pad(part, (0, 0, 0, 0, 0, rest)).transpose(0, 1).unsqueeze(0)
         for part in (query, key, value)
     )  # each [1, heads, T, D]
-    out: Tensor = _kernel(query.device.type)(q, k, v, block_mask=mask, scale=spec.scaling, enable_gqa=True)
-    return out[0].transpose(0, 1)[:num_tokens]
+    options: dict[str, Any] = {"block_mask": mask, "scale": spec.scaling, "enable_gqa": True}
+    if spec.softcap is not None:
+        options["score_mod"] = _soft_cap(spec.softcap)
+    kernel = _kernel(query.device.type)
+    if spec.sinks is None:
+        out = kernel(q, k, v, **options)
+    else:  # the keys have the share e^s / (e^s + e^sink) of a softmax that includes the sink; s: their log-sum-exp
+        out, log_sum = kernel(q, k, v, **options, return_lse=True)
+        share = (log_sum - spec.sinks.to(log_sum.dtype)[:, None]).sigmoid()  # [1, H, T]
+        out = out * share.unsqueeze(-1).to(out.dtype)
+    whole: Tensor = out[0].transpose(0, 1)[:num_tokens]
+    return whole
+
+
+@lru_cache(maxsize=8)
+def _soft_cap(softcap: float) -> Callable[..., Tensor]:
+    """The function on scores, one object for each soft cap, so that the kernel is compiled once."""
+
+    def cap(score: Tensor, *_: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return cap
 
 
 @lru_cache(maxsize=2)
-def _kernel(device: str) -> Callable[..., Tensor]:
+def _kernel(device: str) -> Callable[..., Any]:
     """Compiled on a GPU, once for all lengths. On a CPU it runs uncompiled, forward only."""
     from torch.nn.attention.flex_attention import flex_attention as flex
 
-    kernel: Callable[..., Tensor] = torch.compile(flex, dynamic=True) if device == "cuda" else flex  # type: ignore[assignment]
+    kernel: Callable[..., Any] = torch.compile(flex, dynamic=True) if device == "cuda" else flex  # type: ignore[assignment]
     return kernel
 
 

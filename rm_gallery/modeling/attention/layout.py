@@ -17,13 +17,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Part = TypeVar("Part")
+Reach: TypeAlias = tuple["int | None", "int | None"]
+"""(window, chunk) of a layer in tokens; None where there is none."""
 
 # T tokens of the batch, G groups, R responses
 # of a bucket: B groups (or sequences), Q queries and K keys of its longest one
@@ -32,17 +34,20 @@ _MAX_CELLS_SHARE = 0.5  # split by response if that computes at most this share 
 _MIN_FILL = 0.75  # the shortest group of a bucket has at least this share of the tokens of its longest one
 
 
-def visible(q: Tensor, k: Tensor, window: int | None = None) -> Tensor:
+def visible(q: Tensor, k: Tensor, window: int | None = None, chunk: int | None = None) -> Tensor:
     """The visibility rule. q: [..., Q, 3], k: [..., K, 3] hold (group, response, position); returns bool [..., Q, K].
 
     A query sees a key of its own group that is not after it, in the common prefix (response -1) or in its own response.
-    window: a layer's sliding window, in tokens of the text (prefix and response).
+    window: a layer's sliding window, in tokens of the text (prefix and response). chunk: a text is divided into
+    chunks of this many tokens, and a query sees its own chunk only.
     """
     group_q, response_q, position_q = q.unsqueeze(-2).unbind(-1)  # [..., Q, 1]
     group_k, response_k, position_k = k.unsqueeze(-3).unbind(-1)  # [..., 1, K]
     seen = (group_q == group_k) & (position_k <= position_q) & ((response_k == -1) | (response_k == response_q))
     if window is not None:
         seen = seen & (position_q - position_k < window)
+    if chunk is not None:
+        seen = seen & (position_q // chunk == position_k // chunk)
     return seen
 
 
@@ -60,6 +65,13 @@ class AttentionSpec:
     """[H] a logit per head that the softmax includes, without a value."""
     dropout: float = 0.0
     """Dropout rate of attention probabilities; 0 outside training."""
+    chunk: int | None = None
+    """Tokens of a chunk in layers with chunked attention."""
+
+    @property
+    def reach(self) -> Reach:
+        """What limits the keys of a query within its text."""
+        return self.window, self.chunk
 
 
 @dataclass(frozen=True)
@@ -83,22 +95,22 @@ class BucketedQueries:
     buckets: list[Bucket]
     restore: Tensor
     """[number of queries] the row of each query in the concatenated [B x Q] rows of all buckets."""
-    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
-    """(bucket, window) -> bool [B, 1, Q, K]; computed by the first layer that needs it."""
-    biases: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
-    """(bucket, window, dtype) -> the mask as an additive bias: 0 and minus infinity."""
+    masks: dict[tuple[int, Reach], Tensor] = field(default_factory=dict)
+    """(bucket, reach) -> bool [B, 1, Q, K]; computed by the first layer that needs it."""
+    biases: dict[tuple[int, Reach, torch.dtype], Tensor] = field(default_factory=dict)
+    """(bucket, reach, dtype) -> the mask as an additive bias: 0 and minus infinity."""
 
-    def mask(self, bucket: int, window: int | None) -> Tensor:
-        key = (bucket, window)
+    def mask(self, bucket: int, reach: Reach) -> Tensor:
+        key = (bucket, reach)
         if key not in self.masks:
             found = self.buckets[bucket]
-            self.masks[key] = visible(found.query_labels, found.key_labels, window).unsqueeze(1)
+            self.masks[key] = visible(found.query_labels, found.key_labels, *reach).unsqueeze(1)
         return self.masks[key]
 
-    def bias(self, bucket: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        key = (bucket, window, dtype)
+    def bias(self, bucket: int, reach: Reach, dtype: torch.dtype) -> Tensor:
+        key = (bucket, reach, dtype)
         if key not in self.biases:
-            mask = self.mask(bucket, window)
+            mask = self.mask(bucket, reach)
             self.biases[key] = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
                 ~mask, float("-inf")
             )

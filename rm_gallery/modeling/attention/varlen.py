@@ -20,6 +20,7 @@ in float32.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,8 +34,11 @@ from rm_gallery.modeling.attention.layout import AttentionSpec, PackLayout, rang
 
 # T tokens, S gathered keys, N sequences, H query heads, H_kv key heads, D head dimension
 
-FlashCall: TypeAlias = Callable[["Tensor", "Tensor", "Tensor", "Sequences", float, "int | None"], Tensor]
-"""(query [T, H, D], keys [S, H_kv, D], values [S, H_kv, D], sequences, scaling, window) -> [T, H, D]."""
+FlashCall: TypeAlias = Callable[..., Tensor]
+"""(query [T, H, D], keys [S, H_kv, D], values [S, H_kv, D], sequences, scaling, window) -> [T, H, D].
+
+Takes a soft cap as a seventh argument where `takes_softcap`.
+"""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,8 @@ def varlen_attention(
     assert flash is not None and not rewards_only
     sequences = packed.cached("sequences", lambda: make_sequences(packed))
     keys, values = (_Gather.apply(part, sequences) for part in (key, value))
-    return flash(query.contiguous(), keys, values, sequences, spec.scaling, spec.window)
+    more = () if spec.softcap is None else (spec.softcap,)
+    return flash(query.contiguous(), keys, values, sequences, spec.scaling, spec.window, *more)
 
 
 class _Gather(torch.autograd.Function):
@@ -153,11 +158,14 @@ def _from_flash_attn() -> FlashCall | None:
     except ImportError:
         return None
 
-    def call(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scaling: float, window: int | None) -> Tensor:
+    def call(
+        q: Tensor, k: Tensor, v: Tensor, s: Sequences, scaling: float, window: int | None, softcap: float | None = None
+    ) -> Tensor:
         left = -1 if window is None else window - 1
+        more = {} if softcap is None else {"softcap": softcap}
         out: Tensor = flash_attn_varlen_func(
             q, k, v, s.cu_seqlens_q, s.cu_seqlens_k, s.max_seqlen_q, s.max_seqlen_k,
-            softmax_scale=scaling, causal=True, window_size=(left, -1 if window is None else 0),
+            softmax_scale=scaling, causal=True, window_size=(left, -1 if window is None else 0), **more,
         )  # fmt: skip
         return out
 
@@ -189,17 +197,34 @@ def _from_torch() -> FlashCall | None:
     return call
 
 
+@lru_cache(maxsize=1)
+def takes_softcap() -> bool:
+    """Whether `find_flash`'s kernel has soft caps: that of flash-attn 2.6 and newer, not torch's. Measured."""
+    flash = find_flash()
+    # Scores 0 and 64, with the soft cap 1: 0 and 1.
+    return flash is not None and abs(_one_query(flash, 1.0, 1.0) - (1 + 3 * math.e) / (1 + math.e)) < 0.05
+
+
 def _is_aligned_bottom_right(flash: FlashCall) -> bool:
     """Whether the last of fewer queries sees all keys; measured, since kernel versions differ in this."""
+    return _one_query(flash, 0.0) == 2.0
+
+
+def _one_query(flash: FlashCall, size: float, *more: float) -> float:
+    """Attention of a query of ones over keys of zeros and of `size`, with the values 1 and 3; NaN if it does not run.
+
+    more: further arguments of `flash`.
+    """
     device = torch.device("cuda")
     empty = torch.zeros(0, dtype=torch.int64, device=device)
     one_query, two_keys = (torch.tensor([0, length], dtype=torch.int32, device=device) for length in (1, 2))
     sequences = Sequences(one_query, two_keys, 1, 2, empty, empty, [])
-    query = torch.zeros(1, 1, 64, dtype=torch.bfloat16, device=device)
+    query = torch.ones(1, 1, 64, dtype=torch.bfloat16, device=device)
+    keys = torch.stack([torch.zeros_like(query[0]), torch.full_like(query[0], size)])
     values = torch.tensor([1.0, 3.0], dtype=torch.bfloat16, device=device)[:, None, None].expand(2, 1, 64).contiguous()
     try:
         with torch.no_grad():
-            found = flash(query, torch.zeros_like(values), values, sequences, 1.0, None)
+            found = flash(query, keys, values, sequences, 1.0, None, *more)
     except (RuntimeError, TypeError):  # no kernel for this GPU, or another signature
-        return False
-    return bool((found == 2.0).all())
+        return math.nan
+    return float(found.mean())

@@ -7,18 +7,20 @@ import pytest
 from benchmarks.gpu_check.kernels import (
     EXACT,
     EXACT_ON_GPU,
+    FEATURES,
     HEADS,
     LONG_SHAPES,
     ROUNDED,
     SHAPES,
     draw_inputs,
     layout_of,
+    supports,
     worst_difference,
 )
 
 __all__ = [
-    "EXACT", "EXACT_ON_GPU", "HEADS", "LONG_SHAPES", "ROUNDED", "SHAPES", "SHAPES_AND_HEADS", "draw_inputs",
-    "layout_of", "worst_difference",
+    "EXACT", "EXACT_ON_GPU", "FEATURES", "HEADS", "LONG_SHAPES", "ROUNDED", "SHAPES", "SHAPES_AND_HEADS", "draw_inputs",
+    "layout_of", "supports", "worst_difference",
 ]  # fmt: skip
 
 SHAPES_AND_HEADS = [

@@ -1,8 +1,6 @@
-"""Packed attention against the reference, forward and backward; buckets; features that are refused."""
+"""Packed attention against the reference, forward and backward; buckets; the choice of a kernel."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +8,6 @@ import torch
 
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.data.tokenization.token_group import TokenGroup
-from rm_gallery.errors import UserError
 from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.attention.dispatch import (
     AttentionSpec,
@@ -40,6 +37,8 @@ def test_visibility_rule() -> None:
     assert visible(labels, labels).int().tolist() == expected
     assert visible(labels, labels, window=2)[3].int().tolist() == [0, 0, 1, 1, 0, 0]
     assert visible(labels, labels, window=2)[4].int().tolist() == [0, 1, 0, 0, 1, 0]
+    assert visible(labels, labels, chunk=2)[3].int().tolist() == [0, 0, 1, 1, 0, 0]
+    assert visible(labels, labels, chunk=3)[4].int().tolist() == [1, 1, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -59,7 +58,7 @@ def test_kernel_equals_the_reference(
     ]
     weight = torch.randn(batch.num_tokens, heads, size, generator=draw).to(where)
     found, _ = packed_attention(torch.nn.Identity(), *inputs, None, packed=layout, scaling=0.2, sliding_window=window)
-    wanted = reference_attention(*(part[0] for part in inputs), layout.labels, scaling=0.2, window=window)
+    wanted = reference_attention(*(part[0] for part in inputs), layout.labels, AttentionSpec(0.2, window))
     torch.testing.assert_close(found[0], wanted, atol=1e-5, rtol=0)
     gradients = [torch.autograd.grad((out * weight).sum(), inputs) for out in (found[0], wanted)]
     for mine, theirs in zip(*gradients, strict=True):
@@ -75,7 +74,7 @@ def test_bfloat16_is_within_rounding(device: str) -> None:
     inputs = [torch.randn(1, 4, batch.num_tokens, 64, generator=draw).to(where) for _ in range(3)]
     rounded = [part.bfloat16() for part in inputs]
     found, _ = packed_attention(torch.nn.Identity(), *rounded, None, packed=layout, scaling=0.125)
-    wanted = reference_attention(*(part[0].float() for part in rounded), layout.labels, scaling=0.125)
+    wanted = reference_attention(*(part[0].float() for part in rounded), layout.labels, AttentionSpec(0.125))
     torch.testing.assert_close(found[0].float(), wanted, atol=3e-2, rtol=3e-2)
 
 
@@ -85,14 +84,6 @@ def test_buckets_contain_every_token_once_and_little_padding() -> None:
     rows = torch.cat([bucket.key_tokens.reshape(-1) for bucket in layout.all_tokens.buckets])
     assert torch.equal(rows[layout.all_tokens.restore], torch.arange(batch.num_tokens))
     assert len(rows) <= batch.num_tokens / 0.75
-
-
-@pytest.mark.parametrize("option", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}])
-def test_unsupported_features_are_refused(option: dict[str, Any]) -> None:
-    layout = lay_out(collate(random_groups(0)))
-    query = torch.zeros(1, 4, len(layout.all_tokens.restore), 8)
-    with pytest.raises(UserError, match="soft cap or sinks"):
-        packed_attention(torch.nn.Identity(), query, query, query, None, packed=layout, **option)
 
 
 def test_the_choice_falls_through_to_a_kernel_that_takes_all_fields(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +99,19 @@ def test_the_choice_falls_through_to_a_kernel_that_takes_all_fields(monkeypatch:
     for spec in (AttentionSpec(1.0), AttentionSpec(1.0, dropout=0.1), AttentionSpec(1.0, softcap=9.0)):
         attend(query, query, query, layout, spec)
     assert chosen == ["plain", "sdpa", "sdpa"]
+
+
+@pytest.mark.parametrize("kernel", ["auto", "plain", "sdpa"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_values_may_have_another_dimension_than_queries(kernel: str, grad: bool) -> None:
+    """In latent attention; texts are long enough for every kernel of a CPU."""
+    layout = lay_out(collate([TokenGroup(np.arange(200), [np.arange(100), np.arange(60)], ())]), kernel)
+    query, key, value = (torch.randn(360, count, size) for count, size in ((4, 24), (2, 24), (2, 16)))
+    for spec in (AttentionSpec(0.2), AttentionSpec(0.2, sinks=torch.ones(4)), AttentionSpec(0.2, chunk=7)):
+        with torch.set_grad_enabled(grad):
+            found = attend(query, key, value, layout, spec)
+        wanted = reference_attention(*(part.transpose(0, 1) for part in (query, key, value)), layout.labels, spec)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kernel", ["plain", "sdpa"])
@@ -129,7 +133,7 @@ def test_groups_of_many_responses_are_split_in_inference(kernel: str, window: in
     inputs = [torch.randn(1, count, batch.num_tokens, 16) for count in (4, 2, 2)]
     with torch.no_grad():
         found, _ = packed_attention(torch.nn.Identity(), *inputs, None, packed=layout, sliding_window=window)
-    wanted = reference_attention(*(part[0] for part in inputs), layout.labels, scaling=0.25, window=window)
+    wanted = reference_attention(*(part[0] for part in inputs), layout.labels, AttentionSpec(0.25, window))
     torch.testing.assert_close(found[0], wanted, atol=1e-5, rtol=0)
 
 
