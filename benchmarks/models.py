@@ -76,9 +76,16 @@ combined with the type's base class. The checkpoint holds that class as a file: 
   folder of its own`;
 - rewards that depend on padding: `rewards of mobilebert depend on the padding, and so on the other texts of a batch`.
 
+**Mixtures of experts.** `model.router_aux_loss_coef=0.001` adds the load-balancing loss of the routers (Fedus et al. 2021, equations 4
+to 6), as transformers' `load_balancing_loss_func` defines it, for all types that have it: Mixtral, Qwen2 MoE, Qwen3 MoE, Qwen3-Next, Qwen3.5
+MoE, OLMoE, GPT-OSS, PhiMoE, Granite MoE, Jamba, MiniMax and others. It is taken over the tokens and layers of the whole optimizer step, and a text
+counts once for each comparison that it is in, so that it depends neither on micro-batches, nor on shared prompts or the number of
+processes. A step of more than one micro-batch also runs each of them without gradients first, to count the tokens of
+each expert. `train/router_aux_loss` is the loss without its weight; `train/loss` stays the preference loss. Under FSDP2 each rank holds and reads
+its own experts.
+
 **Limits.** With a rotary embedding of type `longrope` or `dynamic`, a text above its original length changes the rewards of its
 batch, so such texts are refused (`data.max_length`). `estimate` counts a mixture of experts without its experts' matrices.
-Under FSDP2 each rank holds and reads its own experts. Not done: the auxiliary loss of routers.
 
 The table is written by `python -m benchmarks.models` with transformers {version}, from the default configuration of each type, over
 {texts} texts of up to {longest} tokens of a small random model:

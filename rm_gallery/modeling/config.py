@@ -127,6 +127,9 @@ class ModelConfig:
     `fsdp2`. One process uses neither."""
     dropout: float = 0.0
     """Every dropout probability of the model. Off by default: noise in rewards costs more than it regularizes."""
+    router_aux_loss_coef: Annotated[float, Ge(0)] | None = None
+    """Mixtures of experts: weight of the routers' load-balancing loss, which is added to the preference loss; 0.001 in
+    many configurations. Null or 0: none."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
 

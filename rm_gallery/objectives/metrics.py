@@ -74,4 +74,5 @@ def means(sums: Mapping[str, float], prefix: str) -> dict[str, float]:
         f"{prefix}/margin": sums["margin"] / count,
         f"{prefix}/reward_chosen": sums["reward_chosen"] / count,
         f"{prefix}/reward_rejected": sums["reward_rejected"] / count,
+        **({f"{prefix}/router_aux_loss": sums["router_aux_loss"] / count} if "router_aux_loss" in sums else {}),
     }

@@ -29,6 +29,7 @@ from rm_gallery.modeling.reward_model import (
     max_positions,
     max_rotary_positions,
 )
+from rm_gallery.modeling.router_loss import check_config
 from rm_gallery.modeling.weight_files import tokenizer_folder
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.model_setup import find_adapter
@@ -107,6 +108,8 @@ def check_inputs(config: TrainConfig) -> None:
     )
     what = f"{key}={path}"
     choose_way(source, model.packing, what=what)
+    if model.router_aux_loss_coef:
+        check_config(source)
     read_at(tokenizer, closing_token(source), what=what)
     for side in sides_of(config.data):
         files, entries = resolve_files(config.data, key=side.key), entries_of(config.data, side.key)

@@ -34,6 +34,7 @@ from rm_gallery.modeling.generic_class import CODE_FILE, is_generic
 from rm_gallery.modeling.parallel.apply import DTYPES, apply, offload_optimizer
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
+from rm_gallery.modeling.router_loss import RouterLoss
 from rm_gallery.modeling.weight_files import tokenizer_folder
 from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.training.callbacks import AnnouncedSaver, Callbacks, Sinks
@@ -119,6 +120,8 @@ def _run(
         config, tokenizer, world
     )  # before the data, which may take long: a bad folder fails immediately
     shape = model_shape(start.model)
+    coefficient = config.model.router_aux_loss_coef
+    router_loss = RouterLoss(start.model, coefficient) if coefficient else None
     train, val = load_sides(config.data, tokenizer)
     check_data(config, start.model, train, val)
     model = start.model
@@ -159,7 +162,7 @@ def _run(
         if world.is_main:
             _write_facts(config, world, start, plan, train, val, total_steps, begin.progress.step)
         checkpoints = build_checkpoints(config, start, weights, tensors, tokenizer, train, ranks, identity, begin)
-        loop = _Loop(world, ranks, stop, model, weights, optimizer, plan, train, val, total_steps)
+        loop = _Loop(world, ranks, stop, model, weights, optimizer, plan, train, val, total_steps, router_loss)
         val_metrics = _train(config, loop, begin, checkpoints, callbacks)
         if world.is_main:
             draw_curves(run_dir)
@@ -200,6 +203,7 @@ class _Loop:
     train: Loaded
     val: Loaded | None
     total_steps: int
+    router_loss: RouterLoss | None
 
 
 def _train(
@@ -328,6 +332,7 @@ def _build_trainer(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: 
         save_best=config.trainer.save_best,
         patience=config.trainer.early_stopping_patience,
         tick=tick,
+        router_loss=loop.router_loss,
     )
 
 

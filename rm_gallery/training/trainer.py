@@ -19,6 +19,7 @@ from rm_gallery.distributed.collectives import HostGroup, sum_numbers
 from rm_gallery.errors import StoppedBySignal, TrainingStopped
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
+from rm_gallery.modeling.router_loss import RouterLoss
 from rm_gallery.objectives import Objective
 from rm_gallery.objectives.metrics import Sums, means
 from rm_gallery.training.checkpoint import Progress, Start, random_state, set_random_state
@@ -83,6 +84,7 @@ class Trainer:
         max_bad_steps: int, validate: Validation | None, checkpoints: Saver, sink: MetricSink,
         ranks: HostGroup, start: Start | None = None, stop: StopSignal | None = None, save_best: bool = False,
         patience: int | None = None, tick: Callable[[str], None] = lambda text: None,
+        router_loss: RouterLoss | None = None,
     ) -> None:  # fmt: skip
         """start: the checkpoint that the run resumes from. steps: those after it.
 
@@ -93,7 +95,7 @@ class Trainer:
         self.steps, self.total_steps, self.intervals = steps, total_steps, intervals
         self.max_bad_steps, self.validate, self.checkpoints, self.sink = max_bad_steps, validate, checkpoints, sink
         self.ranks, self.stop, self.save_best = ranks, stop or StopSignal(), save_best
-        self.patience, self.tick = patience, tick
+        self.patience, self.tick, self.router_loss = patience, tick, router_loss
         self.start = start or Start()
         self.progress = self.start.progress
         self.parameters: list[nn.Parameter] = [parameter for _, parameter in weights.named_parameters()]
@@ -165,6 +167,8 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=device)
         step_sums = Sums()
         count = len(batches.batches)
+        if self.router_loss is not None:
+            self.router_loss.start(batches.batches, device)
         for index, batch in enumerate(batches.batches):
             if _is_stop_check(index, count):
                 self._check_stop()
@@ -172,7 +176,12 @@ class Trainer:
                 self.tick(f"micro-batch {index + 1}/{count}")
             batch = batch.to(device)
             loss, metric_sums = self.objective(self.model(batch), batch)
-            self.weights.backward(loss / batches.num_comparisons, is_last=index == count - 1)
+            share = loss / batches.num_comparisons
+            if self.router_loss is not None:
+                balance = self.router_loss.share(batch)
+                share = share + self.router_loss.coefficient * balance
+                metric_sums = {**metric_sums, "router_aux_loss": balance * batches.num_comparisons}
+            self.weights.backward(share, is_last=index == count - 1)
             total += loss.detach()
             step_sums.add(metric_sums)
         loss_value, grad_norm = self.weights.gather_gradients(total / batches.num_comparisons, self.clip_grad)
