@@ -36,9 +36,9 @@ class OptimConfig:
 
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
-    name: Literal["adamw", "adafactor", "muon"] = "adamw"
-    """Optimizer. `adafactor` has a row and a column per matrix instead of two moments; `muon` one momentum buffer per
-    matrix of a layer, and AdamW for everything else. See docs/optimizers.md."""
+    name: Literal["adamw", "adamw_8bit", "adafactor", "muon"] = "adamw"
+    """Optimizer. `adamw_8bit` has AdamW's two moments in 8 bits; `adafactor` a row and a column per matrix instead;
+    `muon` one momentum buffer per matrix of a layer, and AdamW for everything else. See docs/optimizers.md."""
     lr: Annotated[float, Gt(0)] = 1e-6
     """Peak learning rate. `adafactor` multiplies it by the root mean square of each parameter."""
     betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.95)

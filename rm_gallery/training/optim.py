@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -13,6 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from rm_gallery.errors import UserError
 from rm_gallery.training.config import OptimConfig
+from rm_gallery.training.low_precision import AdamW8bit, StochasticRounding
+from rm_gallery.training.optimizers import Adafactor, Muon, groups_of
 
 Schedule: TypeAlias = Callable[[int], float]
 """Step, from 0, to a factor on the learning rate."""
@@ -21,68 +22,39 @@ Schedule: TypeAlias = Callable[[int], float]
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     config: OptimConfig,
+    *,
+    seed: int = 0,
 ) -> torch.optim.Optimizer:
     """The optimizer of `optim.name`, with weight decay on matrices only (Loshchilov and Hutter 2019).
 
-    Raises UserError for sharded parameters with another optimizer than AdamW.
+    bfloat16 parameters are rounded stochastically; seed: of the rounding. Raises UserError for an optimizer that cannot
+    update parameters in host memory whose model is on a GPU.
     """
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-    if config.name != "adamw" and any(isinstance(parameter, DTensor) for _, parameter in trained):
+    if config.name in ("muon", "adafactor") and any(_is_offloaded(parameter) for _, parameter in trained):
         raise UserError(
-            f"optim.name={config.name} cannot update sharded parameters (fsdp2); set model.strategy=ddp, or "
-            "optim.name=adamw"
+            f"optim.name={config.name} cannot update offloaded parameters, which it communicates between GPUs; set "
+            "model.fsdp_config.cpu_offload=false (optimizer_offload=true works), or optim.name=adamw or adamw_8bit"
         )
+    optimizer = _build(trained, config)
+    if any(parameter.dtype == torch.bfloat16 for _, parameter in trained):
+        return StochasticRounding(optimizer, seed=seed)
+    return optimizer
+
+
+def _build(trained: Sequence[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
     if config.name == "muon":
         return Muon(trained, config)
-    groups = _groups([parameter for _, parameter in trained], config.weight_decay)
+    groups = groups_of([parameter for _, parameter in trained], config.weight_decay)
     if config.name == "adafactor":
-        return torch.optim.Adafactor(groups, lr=config.lr)
+        return Adafactor(groups, lr=config.lr)
+    if config.name == "adamw_8bit":
+        return AdamW8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def _groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    groups = [
-        {"params": [each for each in parameters if each.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [each for each in parameters if each.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for the matrices of layers, AdamW for embeddings, heads, norms, biases and experts.
-
-    One momentum buffer for each matrix, whose update is orthogonalized. Updates are scaled to the size of AdamW's
-    (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2), so that `optim.lr` means the same.
-    """
-
-    def __init__(self, named_parameters: Sequence[tuple[str, nn.Parameter]], config: OptimConfig) -> None:
-        matrices = [parameter for name, parameter in named_parameters if is_layer_matrix(name, parameter)]
-        chosen = set(matrices)
-        rest = _groups([each for _, each in named_parameters if each not in chosen], config.weight_decay)
-        self._parts: list[torch.optim.Optimizer] = []
-        if matrices:
-            self._parts.append(torch.optim.Muon(
-                matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-            ))  # fmt: skip
-        if rest:
-            self._parts.append(torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
-        super().__init__([{"params": [each for _, each in named_parameters]}], {})
-        self.param_groups = [group for part in self._parts for group in part.param_groups]
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Step both, on the groups and the state of this optimizer: loading a state replaces them."""
-        start = 0
-        for part in self._parts:
-            end = start + len(part.param_groups)
-            part.param_groups, part.state = self.param_groups[start:end], self.state
-            part.step()
-            start = end
-
-
-def is_layer_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """Whether Muon updates it: a matrix of a numbered layer that is no table."""
-    return parameter.ndim == 2 and bool(re.search(r"\.\d+\.", name)) and "emb" not in name and "_bias" not in name
+def _is_offloaded(parameter: torch.Tensor) -> bool:
+    return isinstance(parameter, DTensor) and parameter.device.type != parameter.device_mesh.device_type
 
 
 def build_schedule(config: OptimConfig, total_steps: int) -> Schedule:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from rm_gallery.distributed.process_group import processes
 from rm_gallery.training.config import OptimConfig
+from rm_gallery.training.low_precision import _unpacked
 from rm_gallery.training.optim import build_optimizer
+from tests import forks
 from tests.small import make_model
-from tests.training.rank_runs import Run, run_all
+from tests.training.rank_runs import Act, Run, run_all
 from tests.training.short_runs import Lost, assert_same_run, lose, settings, train, weights, when_logged, write_data
 
-OPTIMIZERS = {"adafactor": ("optim.name=adafactor", "optim.lr=1e-2"), "muon": ("optim.name=muon",)}
+OPTIMIZERS = {
+    "adafactor": ("optim.name=adafactor", "optim.lr=1e-2"),
+    "adamw_8bit": ("optim.name=adamw_8bit",),
+    "muon": ("optim.name=muon",),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -72,19 +82,107 @@ def test_a_checkpoint_of_another_optimizer_is_an_error(qwen2_folder: Path, capsy
     assert "momentum_buffer is missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("shape", [(64, 512), (9, 600), (5, 30, 257)])
+def test_moments_of_8_bits_give_about_the_updates_of_adamw(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    start, scale = torch.randn(shape), torch.logspace(-4, 0, shape[-2])[:, None]
+    found = {}
+    for name in ("adamw", "adamw_8bit"):
+        torch.manual_seed(1)
+        parameter, small = nn.Parameter(start.clone()), nn.Parameter(torch.ones(8, 8))
+        optimizer = build_optimizer([("a", parameter), ("b", small)], OptimConfig(name=name, lr=1e-3, weight_decay=0.1))
+        for _ in range(20):
+            parameter.grad, small.grad = torch.randn(shape) * scale, torch.randn(8, 8)
+            optimizer.step()
+        found[name] = (parameter.detach(), small.detach(), optimizer.state[parameter])
+    (exact, exact_small, _), (close, close_small, state) = found["adamw"], found["adamw_8bit"]
+    assert torch.allclose(close_small, exact_small, rtol=0, atol=1e-7), "moments of small tensors are float32"
+    assert (close - exact).norm() < 0.04 * (exact - start).norm()
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.uint8
+    assert state["exp_avg_scale"].shape == (*shape[:-1], -(-shape[-1] // 256))
+
+
+def test_a_second_moment_that_is_not_0_is_not_stored_as_0() -> None:
+    parameter = nn.Parameter(torch.zeros(16, 256))
+    parameter.grad = torch.logspace(-12, 0, 256).expand(16, -1).clone()
+    parameter.grad[:, 1] = 0
+    optimizer = build_optimizer([("a", parameter)], OptimConfig(name="adamw_8bit", lr=1e-3))
+    optimizer.step()
+    state = {key: value[:1] for key, value in optimizer.state[parameter].items() if value.ndim}
+    moment = _unpacked(state, "exp_avg_sq", signed=False)[0]
+    assert torch.equal(moment == 0, torch.arange(256) == 1)
+    assert torch.allclose(moment[200:], 0.05 * parameter.grad[0, 200:] ** 2, rtol=0.25)
+
+
+SHAPES = {
+    "embed.weight": (50, 120),
+    "layers.0.up": (17, 8),
+    "layers.0.experts": (3, 40, 50),
+    "norm": (9,),
+    "head": (1, 8),
+}
+
+
+def compare_sharded(path: Path) -> int:
+    """Largest difference between whole parameters and sharded ones after 5 steps, by optimizer and mesh."""
+    found: dict[str, float] = {}
+    with processes("cpu"):
+        for shape in ((2,), (2, 1)):
+            mesh = init_device_mesh("cpu", shape)
+            where = [Replicate(), Shard(0)][-len(shape) :]
+            for name in ("adamw_8bit", "muon", "adafactor"):
+                torch.manual_seed(0)
+                whole = {key: nn.Parameter(torch.randn(size)) for key, size in SHAPES.items()}
+                parts = {
+                    key: nn.Parameter(distribute_tensor(each.detach(), mesh, where)) for key, each in whole.items()
+                }
+                config = OptimConfig(name=name, lr=1e-2, weight_decay=0.1)
+                both = [build_optimizer(each.items(), config) for each in (whole, parts)]
+                for _ in range(5):
+                    for key, each in whole.items():
+                        each.grad = torch.randn(each.shape)
+                        parts[key].grad = distribute_tensor(each.grad, mesh, where)
+                    for optimizer in both:
+                        optimizer.step()
+                differences = [(parts[key].full_tensor() - each).abs().max() for key, each in whole.items()]  # type: ignore[attr-defined]
+                found[f"{name} {shape}"] = float(torch.stack(differences).max())
+    path.write_text(json.dumps(found))
+    return 0
+
+
+@pytest.mark.slow
+def test_sharded_parameters_are_updated_as_whole_ones(tmp_path: Path) -> None:
+    """One is sharded unevenly, and one rank has no row of the head."""
+    path = tmp_path / "found.json"
+    assert forks.finish(forks.ranks(2, compare_sharded, path, log=tmp_path / "log")) == [0, 0], (
+        tmp_path / "log"
+    ).read_text()
+    found = json.loads(path.read_text())
+    assert len(found) == 6
+    assert all(value < 1e-6 for value in found.values()), found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_two_processes_train_as_one_does_and_sharding_is_refused(name: str, in_tmp: Path, qwen2_folder: Path) -> None:
+def test_two_processes_train_as_one_does_and_resume_on_one(name: str, in_tmp: Path, qwen2_folder: Path) -> None:
     options = (*OPTIMIZERS[name], "optim.lr=1e-4")
+    fsdp2 = (*options, "model.strategy=fsdp2")
+    stop = Act(rank=1, step=3, what="SIGTERM")
     done = run_all(
         [
             Run(settings(qwen2_folder, "one", *options), ranks=1),
             Run(settings(qwen2_folder, "ddp", *options, "model.strategy=ddp")),
-            Run(settings(qwen2_folder, "fsdp2", *options, "model.strategy=fsdp2")),
+            Run(settings(qwen2_folder, "fsdp2", *fsdp2)),
+            Run(settings(qwen2_folder, "parts", *fsdp2), act=stop),
+            Run(settings(qwen2_folder, "fewer", *options), ranks=1, copy=("runs/parts", "runs/fewer")),
+            Run(settings(qwen2_folder, "parts", *fsdp2)),
         ],
         in_tmp,
     )
-    assert [set(each.status) for each in done] == [{0}, {0}, {2}], "".join(each.log for each in done)
-    assert f"optim.name={name} cannot update sharded parameters (fsdp2)" in done[2].log
-    one, ddp = (weights(Path("runs") / each / "global_step_6") for each in ("one", "ddp"))
-    assert max(float((one[key] - ddp[key]).abs().max()) for key in one) < 1e-4
+    status = [set(each.status) for each in done]
+    assert status == [{0}, {0}, {0}, {143}, {0}, {0}], "".join(each.log for each in done)
+    assert_same_run(Path("runs/parts"), Path("runs/fsdp2"))
+    one = weights(Path("runs/one/global_step_6"))
+    for other in ("ddp", "fsdp2", "fewer"):
+        found = weights(Path("runs") / other / "global_step_6")
+        assert max(float((one[key] - found[key]).abs().max()) for key in one) < 1e-4, other
