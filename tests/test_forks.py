@@ -74,6 +74,7 @@ sys.exit(0)
 """
 
 
+@pytest.mark.slow
 def test_torchrun_starts_forked_workers_as_it_starts_others(in_tmp: Path) -> None:
     """And starts them again when one was killed; the other one, which waits, is ended at once."""
     (in_tmp / "script.py").write_text(SCRIPT)

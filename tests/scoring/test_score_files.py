@@ -90,6 +90,7 @@ def score_one_part(options: ScoreOptions) -> None:
     score_files(options, on_part=lambda rows: time.sleep(60))
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_where_it_was_killed(options: ScoreOptions, in_tmp: Path) -> None:
     process = forks.start(score_one_part, options, log=in_tmp / "log")
     try:

@@ -123,7 +123,13 @@ def test_a_continued_run_resumes_bit_for_bit(options: tuple[str, ...], qwen2_fol
     assert rows(whole)[0] != rows(first.parent)[0]
 
 
-@pytest.mark.parametrize("kind", ["state dict", "LLaMA-Factory", "value_head", "no config.json"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "value_head",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("state dict", "LLaMA-Factory", "no config.json")),
+    ],
+)
 def test_the_head_of_another_trainer_is_kept(kind: str, adapter: Path, qwen2_folder: Path, caplog: Any) -> None:
     expected = scored(adapter)
     if kind == "state dict":

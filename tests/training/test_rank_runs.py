@@ -34,7 +34,7 @@ def run(model: Path, name: str, *overrides: str, **more: Any) -> Run:
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("qwen2", (*FSDP2, "trainer.async_save=true", "trainer.save_freq=2")),
+        pytest.param("qwen2", (*FSDP2, "trainer.async_save=true", "trainer.save_freq=2"), marks=pytest.mark.slow),
         pytest.param("qwen2", (*FSDP2, "model.fsdp_config.model_dtype=bf16"), marks=pytest.mark.slow),
         pytest.param("bert", (*DDP, "model.dropout=0.3", "trainer.log_freq=4"), marks=pytest.mark.slow),
     ],

@@ -33,7 +33,7 @@ def train_once(folder: Path, mode: CheckpointingMode | None, kernel: str) -> tup
 @pytest.mark.parametrize(
     "kind", ["qwen2", *(pytest.param(each, marks=pytest.mark.slow) for each in ("gemma3_text", "bert"))]
 )
-@pytest.mark.parametrize("kernel", ["sdpa", "plain"])
+@pytest.mark.parametrize("kernel", ["sdpa", pytest.param("plain", marks=pytest.mark.slow)])
 def test_selective_keeps_matrix_products_and_changes_no_gradient(kind: str, kernel: str, tmp_path: Path) -> None:
     folder = make_model(kind, tmp_path)
     plain, least = train_once(folder, None, kernel)

@@ -54,7 +54,8 @@ def as_earlier_version(folder: Path) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("version", [pytest.param("this", marks=pytest.mark.slow), "earlier"])
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["this", "earlier"])
 def test_no_file_of_a_checkpoint_is_executed(version: str, run: Path, qwen2_folder: Path, capsys: Any) -> None:
     """Each file in turn is a pickle that creates a file, and the manifest has its hash."""
     folder = run / "global_step_6"
