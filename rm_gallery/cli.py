@@ -351,7 +351,9 @@ def _score(arguments: argparse.Namespace) -> None:
         summarize,
     )
 
-    settings = [text for text in arguments.inputs if re.match(r"\+*(data|model|optim|trainer)(\.\w+)+=", text)]
+    settings = [
+        text for text in arguments.inputs if re.match(r"\+*(data|model|objective|optim|trainer)(\.\w+)+=", text)
+    ]
     options = ScoreOptions(
         models=tuple(arguments.model),
         inputs=tuple(text for text in arguments.inputs if text not in settings),

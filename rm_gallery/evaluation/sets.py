@@ -39,7 +39,7 @@ from rm_gallery.scoring.tables import reader_for
 
 log = logging.getLogger(__name__)
 
-_SETTING = re.compile(r"\+*(data|model|optim|trainer)(\.\w+)+=")
+_SETTING = re.compile(r"\+*(data|model|objective|optim|trainer)(\.\w+)+=")
 _NAMED = re.compile(r"(?P<name>[\w.@ -]+)=(?P<path>.+)", re.DOTALL)
 
 

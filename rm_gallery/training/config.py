@@ -31,6 +31,16 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class ObjectiveConfig:
+    """`objective`: what is trained."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    name: Literal["bradley_terry"] = "bradley_terry"
+    """Objective: `bradley_terry` on comparisons. See docs/objectives.md."""
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """`optim`: the optimizer and the learning-rate schedule."""
 
@@ -146,6 +156,7 @@ class TrainConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     from_environment: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -153,7 +164,7 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain dict of every value, defaults included. It may hold secrets: `to_save` is for files."""
-        return {name: asdict(getattr(self, name)) for name in ("model", "data", "optim", "trainer")}
+        return {name: asdict(getattr(self, name)) for name in ("model", "data", "objective", "optim", "trainer")}
 
     def to_save(self) -> dict[str, Any]:
         """The same without secrets, for everything that is written: files, trackers, messages."""

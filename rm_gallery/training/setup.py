@@ -302,7 +302,7 @@ def _log_overview(
 def _build_trainer(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Saver, sink: MetricSink,
     tick: Callable[[str], None],
 ) -> Trainer:  # fmt: skip
-    objective = OBJECTIVES["bradley_terry"]
+    objective = OBJECTIVES[config.objective.name]
     model, val = loop.model, loop.val
 
     def run_validation(before_pack: Callable[[], None]) -> dict[str, float]:

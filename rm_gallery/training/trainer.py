@@ -21,7 +21,7 @@ from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.modeling.router_loss import RouterLoss
 from rm_gallery.objectives import Objective
-from rm_gallery.objectives.metrics import Sums, means
+from rm_gallery.objectives.metrics import Sums
 from rm_gallery.training.checkpoint import Progress, Start, random_state, set_random_state
 from rm_gallery.training.optim import Schedule
 from rm_gallery.training.signals import StopSignal
@@ -230,7 +230,7 @@ class Trainer:
     def _log(self, result: StepResult, learning_rate: float, epoch: float) -> None:
         self.sink.log(
             {
-                **means(self.window.sums.read(), "train"),
+                **self.objective.means(self.window.sums.read(), "train"),
                 "train/lr": learning_rate,
                 "train/grad_norm": result.grad_norm,
                 "train/epoch": epoch,

@@ -17,7 +17,7 @@ from rm_gallery.distributed.collectives import all_gather
 from rm_gallery.distributed.process_group import rank, world_size
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
-from rm_gallery.objectives.metrics import Sums, means
+from rm_gallery.objectives.metrics import Sums
 
 _BY_SOURCE = ("val/loss", "val/accuracy")
 _GROUPS_AT_ONCE = 4096  # groups packed at a time, so that memory does not grow with the data
@@ -51,10 +51,10 @@ def validate(
     total = Sums()
     for sums in by_source.values():
         total.merge(sums)
-    metrics = means(total.read(), "val")
+    metrics = objective.means(total.read(), "val")
     if len(by_source) > 1:
         for number, sums in by_source.items():
-            found = means(sums.read(), "val")
+            found = objective.means(sums.read(), "val")
             name = data.sources[number] or "other"
             metrics.update({f"{metric}/{name}": found[metric] for metric in _BY_SOURCE if metric in found})
     rewards_of_rank = torch.cat(scored).cpu().numpy() if scored else np.zeros(0, np.float32)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from rm_gallery.cli import main
 from rm_gallery.config import compose, known_keys
+from rm_gallery.objectives.bradley_terry import BradleyTerry
 from rm_gallery.training.trackers.base import JsonLines
 from tests.small import text_pairs, write_pairs
 
@@ -82,6 +83,16 @@ def when_logged(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[],
             action()
 
     monkeypatch.setattr(JsonLines, "log", log)
+
+
+class StandIn(BradleyTerry):
+    """The Bradley-Terry objective with another function from rewards and a batch to the loss and metric sums."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, rewards: Any, batch: Any) -> Any:
+        return self._function(rewards, batch)
 
 
 class Lost(BaseException):

@@ -184,7 +184,7 @@ def test_a_wrong_value_is_one_sentence_that_names_its_key(override: str, sentenc
         ("model.fsdp_config.dtype",
          "model.fsdp_config.dtype: unknown key; write model.fsdp_config.model_dtype (auto, bf16 or fp32)"),
         ("data.custom_cls.pth", "data.custom_cls.pth: unknown key. Did you mean 'data.custom_cls.path'?"),
-        ("foo", "foo: unknown key; known here: model, data, optim, trainer"),
+        ("foo", "foo: unknown key; known here: model, data, objective, optim, trainer"),
         ("data.custom_cls.zzz",
          "data.custom_cls.zzz: unknown key; known here: data.custom_cls.path, data.custom_cls.name"),
     ],

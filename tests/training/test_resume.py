@@ -15,7 +15,7 @@ import torch
 from rm_gallery.data.batching.packed_batch import PackedBatch
 from rm_gallery.objectives import OBJECTIVES, bradley_terry
 from tests.small import make_model, text_pairs, write_pairs
-from tests.training.short_runs import Lost, assert_same_run, lose, rows, send, train, when_logged, write_data
+from tests.training.short_runs import Lost, StandIn, assert_same_run, lose, rows, send, train, when_logged, write_data
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ def test_a_signal_in_the_middle_of_a_step_leaves_the_step_for_later(
         return bradley_terry(rewards, batch)
 
     with monkeypatch.context() as patch:
-        patch.setitem(OBJECTIVES, "bradley_terry", objective)
+        patch.setitem(OBJECTIVES, "bradley_terry", StandIn(objective))
         parts = train(model, "parts", *settings, status=143)
     micro_batches = next(calls)
     done = len(rows(parts))
@@ -135,7 +135,7 @@ def test_bad_steps_are_counted_over_starts(qwen2_folder: Path, monkeypatch: Any)
         loss, sums = bradley_terry(rewards, batch)
         return loss * (math.nan if int(batch.input_ids.sum()) % 3 == 0 else 1), sums
 
-    monkeypatch.setitem(OBJECTIVES, "bradley_terry", objective)
+    monkeypatch.setitem(OBJECTIVES, "bradley_terry", StandIn(objective))
     whole = train(qwen2_folder, "whole", "trainer.max_bad_steps=6")
     when_logged(monkeypatch, 3, send(signal.SIGTERM))
     parts = train(qwen2_folder, "parts", "trainer.max_bad_steps=6", status=143)
@@ -155,7 +155,7 @@ def test_a_run_in_which_every_step_was_bad_goes_on_without_optimizer_state(
         return loss * (math.nan if next(calls) < 2 else 1), sums
 
     one_batch = "data.max_tokens_per_micro_batch=2000"
-    monkeypatch.setitem(OBJECTIVES, "bradley_terry", objective)
+    monkeypatch.setitem(OBJECTIVES, "bradley_terry", StandIn(objective))
     whole = train(qwen2_folder, "whole", one_batch)
     calls = iter(range(1000))
     when_logged(monkeypatch, 2, send(signal.SIGTERM))

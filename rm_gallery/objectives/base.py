@@ -1,0 +1,51 @@
+"""What an objective is: a loss summed over the items of a step, and the labels and metrics that belong to it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from rm_gallery.data.batching.packed_batch import PackedBatch
+
+# R responses, A outputs of the reward head
+
+
+class Objective(ABC):
+    """Computes the loss of a micro-batch as a sum, so that no result depends on micro-batches, sharing or ranks.
+
+    The trainer divides by the count of the whole optimizer step, over all ranks, which the plan knows before the first
+    forward pass. To add an objective: a class in a file of this folder, and an entry in `OBJECTIVES`.
+    """
+
+    reads: ClassVar[Literal["last_token"]] = "last_token"
+    """Which outputs of the model it reads: the reward at the last token of each response."""
+    count: ClassVar[Literal["comparisons", "values"]] = "comparisons"
+    """What the loss is summed over, and divided by: comparisons, or the values of rated responses."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Labels without which a row cannot be used: fields of `Comparison` and `Rating`."""
+    divisible: ClassVar[bool] = True
+    """Whether the items of one group may be computed in several micro-batches."""
+
+    def __call__(self, rewards: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss sum of a micro-batch, and detached metric sums by name, `loss` among them.
+
+        rewards: [R] float32, or [R, A] with `model.attributes`. Without items the loss is 0 and part of the graph, so
+        that `backward` works.
+        """
+        loss = self.loss(rewards, batch)
+        return loss, {"loss": loss.detach(), **self.sums(rewards.detach(), batch)}
+
+    @abstractmethod
+    def loss(self, rewards: Tensor, batch: PackedBatch) -> Tensor:
+        """The loss, summed over the items of the micro-batch."""
+
+    @abstractmethod
+    def sums(self, rewards: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
+        """Sums over the items of the micro-batch, from which `means` computes metrics. Each is 0-dimensional."""
+
+    @abstractmethod
+    def means(self, sums: Mapping[str, float], prefix: str) -> dict[str, float]:
+        """Metrics from sums over all ranks, as `train/loss`; {} if nothing was counted."""
