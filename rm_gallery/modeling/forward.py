@@ -31,12 +31,14 @@ def packed_rewards(network: Any, batch: PackedBatch, kernel: str, *, reads_only_
     count = len(batch.reward_index)
     if not batch.num_tokens:
         batch = _one_token(batch)
-    hidden = getattr(network, network.base_model_prefix)(
-        input_ids=batch.input_ids.unsqueeze(0),
-        position_ids=batch.positions.unsqueeze(0),
-        use_cache=False,
-        packed=dispatch.lay_out(batch, kernel),
-    ).last_hidden_state[0]  # [R, D], or [T, D]
+    layout = dispatch.lay_out(batch, kernel)
+    with dispatch.carry_layout(layout):
+        hidden = getattr(network, network.base_model_prefix)(
+            input_ids=batch.input_ids.unsqueeze(0),
+            position_ids=batch.positions.unsqueeze(0),
+            use_cache=False,
+            packed=layout,
+        ).last_hidden_state[0]  # [R, D], or [T, D]
     if not reads_only_rewards:
         hidden = hidden.index_select(0, batch.reward_index)
     head = head_of(network)

@@ -1,8 +1,8 @@
 """A twin of a model: a small network from the same configuration, on which a way to run the model is tried.
 
-Scalars that decide what is computed are those of the configuration: multipliers, soft caps, rotary settings, clips,
-kinds of layers. Sizes are small, windows are shorter than the texts of the check, weights are random. A check needs
-neither the model's weights nor its memory.
+Scalars that decide what is computed are those of the configuration: multipliers, rotary settings, clips,
+kinds of layers. Sizes are small, windows and chunks are shorter than the texts of the check, soft caps so low that they
+have an effect, weights are random. A check needs neither the model's weights nor its memory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 
 VOCABULARY = 128
 WINDOW = 6  # in tokens; even, since some types halve it
+_SOFT_CAP = 1.0  # below most attention scores, so that rewards depend on it
 _FIRST_TOKEN = 8  # texts of the check have no smaller ids: special tokens are below
 _MAX_LAYERS = 4
 _WIDTH, _HEADS, _HEAD_DIM = 64, 4, 16
@@ -37,7 +38,7 @@ _SIZES: tuple[tuple[int, str], ...] = (
     (32, "entity_emb_size pronunciation_embed_dim shape_embed_dim"),
     (8, "qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim rotary_dim"),
     (8, "num_latents adapter_rank mamba_d_state hidden_size_per_layer_input laurel_rank"),
-    (WINDOW, "sliding_window window_size local_attention attention_chunk_size"),
+    (WINDOW, "sliding_window window_size local_attention attention_chunk_size floor_scale"),
     (4, "zero_expert_num"),
     (4, "num_experts num_local_experts n_routed_experts mamba_dt_rank linear_num_value_heads"),
     (2, "num_experts_per_tok moe_topk linear_num_key_heads n_mamba_heads n_group mamba_ngroups"),
@@ -111,6 +112,8 @@ def shrink(config: Any) -> Any:
         values.update({name: _HEAD_DIM for name in ("coordinate_size", "shape_size") if name in values})
     if "axial_pos_embds_dim" in values:  # Reformer
         values["axial_pos_embds_dim"] = [_WIDTH // 4, _WIDTH - _WIDTH // 4]
+    if values.get("attn_logit_softcapping"):
+        values["attn_logit_softcapping"] = min(values["attn_logit_softcapping"], _SOFT_CAP)
     _shrink_layer_settings(values, before)
     # 2. A table of learned positions; rotary settings may depend on the number of positions, so it stays with them.
     if not values.get("rope_parameters"):

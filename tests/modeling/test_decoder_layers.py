@@ -6,6 +6,7 @@ RMS norm and rotary embedding are compared with numerical derivatives in float64
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -16,6 +17,9 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.modeling import decoder_layers
+from rm_gallery.modeling.attention import dispatch
+from rm_gallery.modeling.attention.dispatch import AttentionSpec, attend
 from rm_gallery.modeling.decoder_layers import rms_norm, rotate
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.objectives import OBJECTIVES
@@ -49,6 +53,25 @@ def with_full_last_layer(model: RewardModel) -> RewardModel:
     last.self_attn.forward = MethodType(first.self_attn.forward.__func__, last.self_attn)
     model._reads_only_rewards = False
     return model
+
+
+def test_attention_has_the_specification_that_the_library_asks_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Soft cap, sinks and chunks included: none of these types has them, so own layers leave them out."""
+    specs: list[AttentionSpec] = []
+
+    def record(query: Tensor, *others: Any, **options: Any) -> Tensor:
+        specs.append(others[3])
+        return attend(query, *others, **options)
+
+    monkeypatch.setattr(dispatch, "attend", record)
+    monkeypatch.setattr(decoder_layers, "attend", record)
+    model = load_reward_model(str(folder)).model.eval()
+    for change in (lambda model: model, with_library_layers):
+        change(model)(collate(random_groups(0)))
+    own, library = [asdict(each) for each in specs[:2]], [asdict(each) for each in specs[2:]]
+    assert own == library and len(own) == 2
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.errors import UserError
 from rm_gallery.modeling import packing, twin
 from rm_gallery.modeling.architectures import closing_token
+from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.forward import pad_texts
 from rm_gallery.modeling.model_folder import check_class, quiet_transformers
 from rm_gallery.modeling.packing import Probe, choose_way
@@ -27,14 +30,12 @@ from rm_gallery.modeling.twin import VOCABULARY, build_twin, shrink
 from tests.modeling.test_exactness import gradients
 from tests.small import DECODERS, make_model, random_groups, whole_texts
 
-PACKED = ("qwen3_moe", "olmo2", "phi3", "gpt2", "smollm3")
-PADDED = ("gemma2", "gpt_neo", "falcon", "bloom", "electra", "xlm-roberta", "distilbert")
+PACKED = ("qwen3_moe", "olmo2", "phi3", "gpt2", "smollm3", "gemma2")
+PACKED_SLOW = ("gpt_oss", "nemotron", "stablelm", "phimoe", "qwen2_moe")
+PADDED = ("gpt_neo", "falcon", "bloom", "electra", "xlm-roberta", "distilbert")
 
 
-def config_of(kind: str, **values: Any) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(kind, **values)
+config_of = small_models.config_of
 
 
 def save_twin(kind: str, folder: Path) -> Path:
@@ -45,7 +46,9 @@ def save_twin(kind: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", PACKED + PADDED)
+@pytest.mark.parametrize(
+    "kind", [*PACKED, *PADDED, *(pytest.param(kind, marks=pytest.mark.slow) for kind in PACKED_SLOW)]
+)
 def test_every_way_gives_the_rewards_and_gradients_of_one_text_at_a_time(kind: str, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
@@ -82,17 +85,64 @@ def test_padded_decoders_give_the_packed_rewards(kind: str, tmp_path: Path) -> N
         torch.testing.assert_close(padded(batch), packed(batch), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("kind", "values", "reason"), [
-    ("qwen2_moe", {"layer_types": ["sliding_attention"] * 24, "use_sliding_window": True}, "packed rewards of"),
-    ("phimoe", {"sliding_window": 2047}, "packed rewards of"),
-    ("gemma2", {}, "soft cap"), ("gpt_oss", {}, "sinks"),
-    ("qwen3_5_text", {}, "packed rewards of"), ("stablelm", {}, "cannot be packed"),
+_WINDOWS = {"layer_types": ["sliding_attention", "full_attention"] * 12, "use_sliding_window": True}
+NEEDS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("gemma2", {}, ("softcap", "window")), ("gpt_oss", {}, ("sinks", "window")), ("llama4_text", {}, ("chunk",)),
+    ("qwen2_moe", _WINDOWS, ("window",)), ("phimoe", {"sliding_window": 2047}, ("window",)),
+    ("vaultgemma", {}, ("softcap", "window")), ("granite_swa", {}, ("sinks", "window")),
+    ("granitemoe_swa", {}, ("sinks", "window")), ("mimo_v2_flash", {}, ("sinks", "window")),
+    ("flint", {}, ("sinks", "window")), ("nemotron", {}, ()), ("stablelm", {}, ()),
+]  # fmt: skip
+"""Types whose attention has more than scaling and a mask that the call names, and what it has."""
+_FAST = ("gemma2", "gpt_oss", "llama4_text")
+
+
+@pytest.fixture
+def nothing_tried() -> Iterator[None]:
+    """The check is not answered from an earlier one, and its results are forgotten."""
+    packing._tried.cache_clear()
+    yield
+    packing._tried.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_tried")
+@pytest.mark.parametrize(("kind", "values", "fields"), [
+    pytest.param(*each, id=each[0], marks=() if each[0] in _FAST else pytest.mark.slow) for each in NEEDS
 ])  # fmt: skip
-def test_what_packed_attention_does_not_know_falls_back_to_padded(kind: str, values: Any, reason: str) -> None:
-    way = choose_way(config_of(kind, **values), "auto", what="model")
-    assert not way.packed and reason in way.reason, way
+def test_the_check_sees_each_field_of_attention(
+    kind: str, values: dict[str, Any], fields: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(kind, **values)
+    attend = dispatch.attend
+    assert choose_way(config, "packed", what="model").packed
+    for field in fields:
+        packing._tried.cache_clear()
+
+        def incomplete(query: Any, key: Any, value: Any, layout: Any, spec: Any, field: str = field) -> Any:
+            return attend(query, key, value, layout, replace(spec, **{field: None}))
+
+        monkeypatch.setattr(dispatch, "attend", incomplete)
+        way = choose_way(config, "auto", what="model")
+        assert not way.packed and f"packed rewards of a small {kind} differ by" in way.reason, field
+        monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("nothing_tried")
+def test_the_check_sees_queries_that_are_scaled_by_their_place_in_the_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of("llama4_text", attn_temperature_tuning=True)
+    assert choose_way(config, "auto", what="model").packed
+    packing._tried.cache_clear()
+    monkeypatch.setattr(dispatch, "_temperature_correction", lambda *_: None)
+    assert "packed rewards of a small llama4_text differ by" in choose_way(config, "auto", what="model").reason
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "falcon"])
+def test_what_cannot_be_packed_falls_back_to_padded(kind: str) -> None:
+    config = config_of(kind)
+    way = choose_way(config, "auto", what="model")
+    assert not way.packed and f"packed rewards of a small {kind} differ by" in way.reason, way
     with pytest.raises(UserError, match=r"model\.packing=packed is not possible"):
-        choose_way(config_of(kind, **values), "packed", what="model")
+        choose_way(config, "packed", what="model")
 
 
 @pytest.mark.parametrize("kind", ["mobilebert", "nystromformer", "fnet"])

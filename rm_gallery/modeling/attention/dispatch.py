@@ -5,20 +5,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rm_gallery.data.batching.packed_batch import PackedBatch
 from rm_gallery.errors import UserError
+from rm_gallery.modeling.architectures import common_setting
 from rm_gallery.modeling.attention.cpu import is_worth_splitting, plain_attention, split_attention
 from rm_gallery.modeling.attention.flex import flex_attention
 from rm_gallery.modeling.attention.flex import is_available as flex_is_available
-from rm_gallery.modeling.attention.layout import AttentionSpec, PackLayout, visible
+from rm_gallery.modeling.attention.layout import AttentionSpec, PackLayout, Reach, visible
 from rm_gallery.modeling.attention.varlen import find_flash, takes_softcap, varlen_attention
 
 __all__ = [
@@ -26,6 +30,8 @@ __all__ = [
     "AttentionSpec",
     "PackLayout",
     "attend",
+    "carried_layout",
+    "carry_layout",
     "check",
     "install",
     "lay_out",
@@ -49,22 +55,79 @@ def lay_out(batch: PackedBatch, kernel: str = "auto") -> PackLayout:
     return PackLayout(batch.group_lengths, batch.tail_lengths, batch.input_ids.device, kernel)
 
 
+_layout: ContextVar[PackLayout | None] = ContextVar("layout", default=None)
+_NOT_NAMED: Any = object()
+
+
+@contextmanager
+def carry_layout(layout: PackLayout | None) -> Iterator[None]:
+    """Attention in this block has this layout where a model's layers drop keyword arguments (Nemotron, StableLM)."""
+    token = _layout.set(layout)
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+def carried_layout() -> PackLayout | None:
+    """The layout of the innermost `carry_layout`."""
+    return _layout.get()
+
+
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    packed: PackLayout, scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
+    packed: PackLayout | None = None, scaling: float | None = None, dropout: float = 0.0,
+    sliding_window: int | None = _NOT_NAMED, softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention of all tokens, with the signature of transformers' interface.
 
     query: [1, H, T, D]; key, value: [1, H_kv, T, D]. Returns [1, T, H, D].
     """
+    packed = carried_layout() if packed is None else packed
+    if packed is None:
+        raise RuntimeError(f"attn_implementation={NAME} was called without the layout of a packed batch")
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    spec = AttentionSpec(scaling, window=sliding_window, softcap=softcap, sinks=s_aux, dropout=dropout)
+    window, chunk = _reach(module, sliding_window)
+    spec = AttentionSpec(scaling, window, softcap, s_aux, dropout, chunk)
+    correction = _temperature_correction(module, packed)
+    if correction is not None:
+        query = (query * correction).to(query.dtype)
     try:
         return attend(query, key, value, packed, spec).unsqueeze(0), None
     except UserError as error:
         raise UserError(f"{type(module).__name__}: {error}") from error
+
+
+def _reach(module: Any, window: int | None) -> Reach:
+    """Window and chunk of a layer. A mask may have them that the call does not name (Qwen2 MoE, PhiMoE, Llama 4)."""
+    config = getattr(module, "config", None)
+    kinds = common_setting(config, "layer_types")
+    kind = kinds[module.layer_idx] if kinds and hasattr(module, "layer_idx") else "sliding_attention"
+    chunk = common_setting(config, "attention_chunk_size") if kind == "chunked_attention" else None
+    if window is _NOT_NAMED:
+        window = common_setting(config, "sliding_window") if kind == "sliding_attention" else None
+    return window, chunk
+
+
+def _temperature_correction(module: Any, packed: PackLayout) -> Tensor | None:
+    """[T, 1, 1] factors on the queries of Llama 4's layers without rotary embedding.
+
+    These layers scale queries by their position, which transformers counts over the whole pack: query 9 of a text that
+    starts at token 100 was scaled as the query 109. The factor is the scale of the former by that of the latter.
+    """
+    if getattr(module, "use_rope", True) or not getattr(module, "attn_temperature_tuning", False):
+        return None
+    floor, strength = module.floor_scale, module.attn_scale
+    if int(packed.lengths.sum()) < floor:  # all scales are 1
+        return None
+
+    def factors() -> Tensor:
+        positions = np.stack([packed.host_labels[:, 2], np.arange(len(packed.host_labels))])
+        scales = 1 + strength * np.log1p((positions + 1) // floor)
+        return packed.to_device((scales[0] / scales[1]).astype(np.float32))[:, None, None]
+
+    return packed.cached(("temperature", floor, strength), factors)
 
 
 def attend(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -188,6 +189,23 @@ def enable_checkpointing(model: RewardModel, mode: CheckpointingMode) -> None:
         model.network.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:  # the method's name in older versions of transformers
         model.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    for module in model.network.modules() if not model.padded else ():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = partial(_checkpoint, module._gradient_checkpointing_func)
+
+
+def _checkpoint(checkpoint: Callable[..., Any], function: Callable[..., Any], *inputs: Any) -> Any:
+    """Activation checkpointing whose recomputation has the layout of the forward pass.
+
+    The recomputation runs in the backward pass, on a GPU in a thread of its own, where context variables are not set.
+    """
+    layout = dispatch.carried_layout()
+
+    def compute(*inputs: Any) -> Any:
+        with dispatch.carry_layout(layout):
+            return function(*inputs)
+
+    return checkpoint(compute, *inputs)
 
 
 def _policy(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:

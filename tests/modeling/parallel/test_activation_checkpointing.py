@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.small_models import config_of
 from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.config import CheckpointingMode
+from rm_gallery.modeling.packing import choose_way
 from rm_gallery.modeling.parallel.apply import enable_checkpointing
-from rm_gallery.modeling.reward_model import load_reward_model
+from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
+from rm_gallery.modeling.twin import VOCABULARY, build_twin
 from rm_gallery.objectives import OBJECTIVES
 from tests.small import make_model, random_groups
 
@@ -47,3 +52,31 @@ def test_selective_keeps_matrix_products_and_changes_no_gradient(kind: str, kern
         assert least == products < most
     else:  # the products inside plain attention are computed again
         assert least <= products < most
+
+
+@pytest.mark.parametrize("kind", [
+    "nemotron", *(pytest.param(each, marks=pytest.mark.slow) for each in ("stablelm", "gemma2", "gpt_oss"))
+])  # fmt: skip
+def test_layers_that_drop_keyword_arguments_are_recomputed_in_a_thread_of_its_own(kind: str) -> None:
+    """The backward pass of a GPU runs in a thread, where context variables are not set."""
+    config = config_of(kind)
+    network = build_twin(config)
+    way = choose_way(config, "packed", what="model")
+    dispatch.install()
+    network.set_attn_implementation(dispatch.NAME)
+    model = RewardModel(network, way).train()
+    batch = collate(random_groups(4, vocab=VOCABULARY))
+    found = []
+    for mode in (None, "full", "selective"):
+        if mode is not None:
+            enable_checkpointing(model, mode)
+        model.zero_grad()
+        loss = OBJECTIVES["bradley_terry"](model(batch), batch)[0]
+        with dispatch.carry_layout(dispatch.lay_out(collate(random_groups(5)))):  # of another batch
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+        found.append([each.grad.clone() for each in model.parameters() if each.grad is not None])
+    assert len(found[0]) == len(list(model.parameters()))
+    for others in found[1:]:
+        torch.testing.assert_close(others, found[0], atol=1e-6, rtol=1e-5)
