@@ -14,6 +14,7 @@ StrategySetting: TypeAlias = Literal["auto", "fsdp", "fsdp2", "ddp"]
 FreezeSetting: TypeAlias = Literal["backbone", "embeddings"] | Annotated[int, Ge(1)] | None
 HeadInit: TypeAlias = Literal["normal", "zero", "lm_head_difference"]
 ModelDtype: TypeAlias = Literal["auto", "bf16", "fp32"]
+MasterWeightsSetting: TypeAlias = Literal["fp32", "bf16_stochastic"]
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
 
@@ -40,6 +41,10 @@ class FsdpConfig:
     model_dtype: ModelDtype = "auto"
     """Compute dtype of the backbone; `auto` is bf16 on GPUs and CPUs with bfloat16 instructions, else fp32. Master
     weights and optimizer state are float32 either way."""
+    master_weights: MasterWeightsSetting = "fp32"
+    """Dtype of the weights that the optimizer updates. `bf16_stochastic` keeps the backbone's trained weights in bf16
+    only, 4 bytes less per parameter: updates are computed in float32 and rounded stochastically; `auto` above is bf16
+    then. See docs/optimizers.md."""
     cpu_offload: bool = False
     """FSDP2: offload parameters, gradients and optimizer state to host memory, where the optimizer steps too."""
     offload_params: bool = False
@@ -138,5 +143,5 @@ def with_dtype(config: ModelConfig, *, has_bf16: bool) -> ModelConfig:
     """The configuration with `auto` as `model_dtype` resolved. has_bf16: whether the device has units for bfloat16."""
     if config.fsdp_config.model_dtype != "auto":
         return config
-    dtype: ModelDtype = "bf16" if has_bf16 else "fp32"
+    dtype: ModelDtype = "bf16" if has_bf16 or config.fsdp_config.master_weights == "bf16_stochastic" else "fp32"
     return replace(config, fsdp_config=replace(config.fsdp_config, model_dtype=dtype))

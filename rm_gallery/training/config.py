@@ -327,6 +327,12 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
         yield Problem("model.dropout", f"model.dropout={model.dropout}: must be at least 0 and below 1")
     if model.lora.rank:
         yield from _lora_problems(model)
+    fsdp = model.fsdp_config
+    if fsdp.master_weights == "bf16_stochastic" and fsdp.model_dtype == "fp32":
+        key = "model.fsdp_config.master_weights"
+        yield Problem(
+            key, f"{key}=bf16_stochastic with model_dtype=fp32: the weights are in bf16; set model_dtype=bf16 or auto"
+        )
     if model.freeze is not None and model.resize_embeddings:
         yield Problem(
             "model.freeze",

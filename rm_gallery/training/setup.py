@@ -137,7 +137,7 @@ def _run(
     )
     agree_on_plan(plan)
     total_steps = _count_steps(plan, config, train.data)
-    optimizer = build_optimizer(weights.named_parameters(), config.optim)
+    optimizer = build_optimizer(weights.named_parameters(), config.optim, seed=config.trainer.seed)
     offload_optimizer(optimizer, config.model.fsdp_config, world.device)
     run_dir, ranks = config.trainer.run_dir, HostGroup(world)
     with ranks.on_main(lock_run_dir(run_dir)):

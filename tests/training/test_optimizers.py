@@ -13,13 +13,25 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from rm_gallery.distributed.process_group import processes
+from rm_gallery.modeling.parallel.master_weights import accumulate_in_float32
+from rm_gallery.training.checkpoint.state import SavedWeights
 from rm_gallery.training.config import OptimConfig
-from rm_gallery.training.low_precision import _unpacked
+from rm_gallery.training.low_precision import _unpacked, round_stochastically
 from rm_gallery.training.optim import build_optimizer
 from tests import forks
 from tests.small import make_model
 from tests.training.rank_runs import Act, Run, run_all
-from tests.training.short_runs import Lost, assert_same_run, lose, settings, train, weights, when_logged, write_data
+from tests.training.short_runs import (
+    Lost,
+    assert_same_run,
+    lose,
+    rows,
+    settings,
+    train,
+    weights,
+    when_logged,
+    write_data,
+)
 
 OPTIMIZERS = {
     "adafactor": ("optim.name=adafactor", "optim.lr=1e-2"),
@@ -186,3 +198,88 @@ def test_two_processes_train_as_one_does_and_resume_on_one(name: str, in_tmp: Pa
     for other in ("ddp", "fsdp2", "fewer"):
         found = weights(Path("runs") / other / "global_step_6")
         assert max(float((one[key] - found[key]).abs().max()) for key in one) < 1e-4, other
+
+
+STOCHASTIC = ("model.fsdp_config.master_weights=bf16_stochastic", "model.fsdp_config.model_dtype=bf16")
+
+
+def test_stochastic_rounding_is_right_on_average_and_keeps_what_bf16_has() -> None:
+    exact = torch.tensor([1 + 2**-8, -1 - 3 * 2**-10, 0.0, 2.0**-140, 3e38, float("inf"), float("nan"), -5.0])
+    found = torch.empty(4000, len(exact), dtype=torch.bfloat16)
+    round_stochastically(exact.expand(4000, -1), found, seed=1)
+    again = torch.empty_like(found)
+    round_stochastically(exact.expand(4000, -1), again, seed=1)
+    assert found.view(torch.int16).equal(again.view(torch.int16))
+    assert sorted(found[:, 0].unique().tolist()) == [1.0, 1 + 2**-7], "one of the two neighbours"
+    assert found[:, 0].float().mean() == pytest.approx(1 + 2**-8, abs=3 * 2**-8 / 4000**0.5)
+    assert found[:, 1].float().mean() == pytest.approx(-1 - 3 * 2**-10, abs=3 * 2**-8 / 4000**0.5)
+    assert found[:, [2, 5, 7]].float().equal(exact[[2, 5, 7]].expand(4000, -1))
+    assert found[:, 6].isnan().all()
+
+
+def test_bf16_weights_have_the_state_and_gradients_of_float32(monkeypatch: Any) -> None:
+    """Small updates, which plain rounding would lose, are made on average; the same seed gives the same weights."""
+    found = []
+    for seed in (0, 0, 1):
+        parameter = nn.Parameter(torch.ones(200, 300, dtype=torch.bfloat16))
+        accumulate_in_float32(parameter)
+        optimizer = build_optimizer([("a", parameter)], OptimConfig(lr=1e-4), seed=seed)
+        for _ in range(10):
+            for _ in range(2):
+                (parameter.sum() * 0.1).backward()
+            assert parameter.grad is not None
+            assert parameter.grad.dtype == torch.float32
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(parameter.detach().float())
+    assert optimizer.state[parameter]["exp_avg"].dtype == torch.float32
+    assert found[0].mean() == pytest.approx(1 - 10 * 1e-4, abs=1e-4)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", *OPTIMIZERS])
+def test_a_run_with_bf16_weights_that_was_lost_resumes_bit_for_bit(
+    name: str, in_tmp: Path, monkeypatch: Any, qwen2_folder: Path
+) -> None:
+    options = (*OPTIMIZERS.get(name, ()), *STOCHASTIC)
+    whole = train(qwen2_folder, "whole", *options)
+    when_logged(monkeypatch, 5, lose)
+    with pytest.raises(Lost):
+        train(qwen2_folder, "parts", "trainer.save_freq=3", *options)
+    assert_same_run(train(qwen2_folder, "parts", "trainer.save_freq=3", *options), whole)
+    saved = SavedWeights(whole / "global_step_6" / "training_state").meta_tensors()
+    assert {str(each.dtype) for key, each in saved.items() if "score" not in key} == {"torch.bfloat16"}
+    assert saved["score.weight"].dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_two_processes_train_bf16_weights_and_resume(in_tmp: Path, qwen2_folder: Path) -> None:
+    options = (*STOCHASTIC, "optim.lr=1e-4")
+    fsdp2 = (*options, "model.strategy=fsdp2")
+    done = run_all(
+        [
+            Run(settings(qwen2_folder, "one", *options), ranks=1),
+            Run(settings(qwen2_folder, "ddp", *options, "model.strategy=ddp")),
+            Run(settings(qwen2_folder, "fsdp2", *fsdp2)),
+            Run(settings(qwen2_folder, "fsdp2-parts", *fsdp2), act=Act(rank=1, step=3, what="SIGTERM")),
+            Run(settings(qwen2_folder, "fewer", *options), ranks=1, copy=("runs/fsdp2-parts", "runs/fewer")),
+            Run(settings(qwen2_folder, "fsdp2-parts", *fsdp2)),
+        ],
+        in_tmp,
+    )
+    status = [set(each.status) for each in done]
+    assert status == [{0}, {0}, {0}, {143}, {0}, {0}], "".join(each.log for each in done)
+    assert_same_run(Path("runs/fsdp2-parts"), Path("runs/fsdp2"))
+    losses = {
+        name: [row["train/loss"] for row in rows(Path("runs") / name) if "train/loss" in row]
+        for name in ("one", "ddp", "fsdp2", "fewer")
+    }
+    for name in ("ddp", "fsdp2", "fewer"):
+        assert losses[name] == pytest.approx(losses["one"], abs=0.02), name
+
+
+def test_bf16_weights_in_a_float32_model_are_an_error(qwen2_folder: Path, capsys: Any) -> None:
+    train(qwen2_folder, "first", STOCHASTIC[0], status=2)
+    assert "master_weights=bf16_stochastic with model_dtype=fp32" in capsys.readouterr().err

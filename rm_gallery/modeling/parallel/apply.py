@@ -110,7 +110,7 @@ def apply(
             log.info("model.fsdp_config.wrap_policy has no effect with DDP")
         model.to(world.device)
         broadcast_from_rank_0(model)
-        weights = MasterWeights(model, dtype)
+        weights = MasterWeights(model, dtype, has_masters=fsdp.master_weights == "fp32")
     if world.world_size > 1:
         model.register_forward_pre_hook(lambda *_: heartbeat("a forward pass"), prepend=True)
     return weights
@@ -120,7 +120,9 @@ def _sharding_spec(fsdp: FsdpConfig, dtype: torch.dtype, world: World) -> Shardi
     if world.device.type == "cpu" and (fsdp.offloads_weights or fsdp.optimizer_offload):
         log.info("model.fsdp_config: %s", _NO_OFFLOAD_ON_CPU)  # FSDP2 runs the same code as on a GPU
     size = fsdp.fsdp_size if fsdp.fsdp_size > 0 else world.world_size
-    return ShardingSpec(dtype, size, fsdp.wrap_policy.min_num_params, fsdp.offloads_weights)
+    return ShardingSpec(
+        dtype, size, fsdp.wrap_policy.min_num_params, fsdp.master_weights == "fp32", fsdp.offloads_weights
+    )
 
 
 def _log_ignored_settings(config: ModelConfig, world: World) -> None:

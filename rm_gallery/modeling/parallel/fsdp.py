@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from rm_gallery.distributed.collectives import sum_over_ranks
 from rm_gallery.distributed.process_group import World, heartbeat, init_single_process
 from rm_gallery.modeling.meta_init import WeightFiles
-from rm_gallery.modeling.parallel.master_weights import TrainedWeights
+from rm_gallery.modeling.parallel.master_weights import TrainedWeights, accumulate_in_float32
 from rm_gallery.modeling.reward_model import RewardModel
 
 _NETWORK = "network."  # prefix of the transformers model's names in RewardModel
@@ -28,6 +28,9 @@ class ShardingSpec:
     """Ranks per sharding group. With several groups each holds a replica of the model (hybrid sharding, HSDP)."""
     min_num_params: int = 0
     """Smallest module, in parameters, that is sharded on its own; 0 shards each transformer layer."""
+    has_masters: bool = True
+    """Shards are float32; else the backbone's are in the compute dtype, and their gradients are accumulated in float32.
+    FSDP2 rounds the gradient of each micro-batch to the compute dtype after its reduction in float32."""
     offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory."""
 
@@ -75,8 +78,10 @@ def shard(model: RewardModel, files: WeightFiles | None, spec: ShardingSpec, wor
     """
     if world.world_size == 1:
         init_single_process()
+    head = set(model.head.parameters())
     for parameter in model.parameters():
-        if not parameter.requires_grad:  # frozen (LoRA): no float32 shard
+        # No float32 shard of frozen ones (LoRA), nor without master weights.
+        if not parameter.requires_grad or not (spec.has_masters or parameter in head):
             parameter.data = parameter.data.to(spec.dtype)
     _fully_shard(model, spec, _mesh(spec, world), world)
     if files is not None:
@@ -119,6 +124,9 @@ class ShardedWeights(TrainedWeights):
         self._world_size = world.world_size
         self._num_replicas = world.world_size // spec.group_size
         self._named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+        for _, parameter in self._named:
+            if parameter.dtype != torch.float32:
+                accumulate_in_float32(parameter)
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Accumulate a micro-batch's gradients: reduce-scatter within a group, all-reduce across groups after the last.

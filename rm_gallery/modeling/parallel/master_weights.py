@@ -21,7 +21,7 @@ _BUCKET_NUMEL = 1 << 25  # elements per all-reduce: 128 MiB of float32
 
 
 class TrainedWeights(ABC):
-    """The float32 parameters that the optimizer updates, replicated or sharded.
+    """The parameters that the optimizer updates, replicated or sharded: float32, or bfloat16 without master weights.
 
     A training step on every rank: `backward` for each micro-batch (the same number on all ranks), `gather_gradients`,
     the optimizer's step over `named_parameters`, `copy_to_model`.
@@ -33,9 +33,9 @@ class TrainedWeights(ABC):
     _named: list[tuple[str, nn.Parameter]]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trained parameters in float32, under the model's names; DTensors if sharded.
+        """The trained parameters under the model's names; DTensors if sharded.
 
-        `.grad` is the step's gradient.
+        `.grad` is the step's gradient, float32.
         """
         return iter(self._named)
 
@@ -104,7 +104,11 @@ class MasterWeights(TrainedWeights):
     reduce bfloat16 gradients.
     """
 
-    def __init__(self, model: RewardModel, dtype: torch.dtype) -> None:
+    def __init__(self, model: RewardModel, dtype: torch.dtype, *, has_masters: bool = True) -> None:
+        """has_masters: False keeps the weights in `dtype` only, the head's excepted; `optim.py` rounds their updates.
+
+        Their gradients are float32 nevertheless.
+        """
         head = set(model.head.parameters())
         self.device = next(model.parameters()).device
         self.compute_dtype = dtype
@@ -115,7 +119,10 @@ class MasterWeights(TrainedWeights):
                 parameter.data = parameter.data.to(dtype)
                 continue
             master = parameter
-            if dtype != torch.float32 and parameter not in head:
+            if dtype != torch.float32 and parameter not in head and not has_masters:
+                parameter.data = parameter.data.to(dtype)
+                accumulate_in_float32(parameter)
+            elif dtype != torch.float32 and parameter not in head:
                 master = nn.Parameter(parameter.detach().clone())
                 parameter.data = parameter.data.to(dtype)
                 parameter.register_post_accumulate_grad_hook(_accumulate_into(master))
@@ -153,6 +160,17 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         size += tensor.numel()
     if bucket:
         yield bucket
+
+
+def accumulate_in_float32(parameter: nn.Parameter) -> None:
+    """Let a narrower parameter have a float32 gradient, to which those of further micro-batches are added."""
+
+    def widen(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad = parameter.grad.float()
+
+    parameter.grad_dtype = None  # any
+    parameter.register_post_accumulate_grad_hook(widen)
 
 
 def _accumulate_into(master: nn.Parameter) -> Callable[[Tensor], None]:

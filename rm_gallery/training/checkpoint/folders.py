@@ -1,7 +1,7 @@
 """Checkpoint folders of a run: list, verify, commit, prune, and name the best one.
 
 global_step_N/                 the Hugging Face model
-global_step_N/training_state/  the training state: weights and optimizer in float32, step, random states
+global_step_N/training_state/  the training state: weights and optimizer, step, random states
 global_step_N/manifest.json    SHA-256 of every file, written last: a checkpoint with a manifest is complete
 .global_step_N.*               being written, downloaded or deleted; removed at the next start
 """

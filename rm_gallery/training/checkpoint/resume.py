@@ -208,7 +208,7 @@ def _check_identity(folder: Path, saved: SavedRun, identity: RunIdentity) -> dic
 # Settings that leave the trained weights as they are, but for rounding. `RunIdentity.fixed` covers those of the data.
 _EXECUTION = re.compile(
     r"data\.(?!val_)|model\.(trust_remote_code|enable_gradient_checkpointing|checkpointing_mode|attention|use_liger"
-    r"|compile|strategy|packing|fsdp_config\.(?!model_dtype))|trainer\.(?!export_dtype|total_)"
+    r"|compile|strategy|packing|fsdp_config\.(?!model_dtype|master_weights))|trainer\.(?!export_dtype|total_)"
 )
 
 

@@ -1,8 +1,9 @@
 """The training state: tensors, RNG states, and the progress of the run.
 
-A checkpoint holds weights and optimizer state in float32, sharded or not, as `model.NAME` and `optimizer.NAME.exp_avg`.
-The names do not depend on the strategy, so another world size or strategy reads the same files. RNG states (Python,
-numpy, torch on the CPU and on this rank's GPU) are plain JSON values.
+A checkpoint holds weights and optimizer state in float32 (bfloat16 weights and 8-bit moments as they are), sharded or
+not, as `model.NAME` and `optimizer.NAME.exp_avg`. The names do not depend on the strategy, so another world size or
+strategy reads the same files. RNG states (Python, numpy, torch on the CPU and on this rank's GPU) are plain JSON
+values.
 """
 
 from __future__ import annotations
