@@ -51,9 +51,10 @@ trained if its rewards are exact: those of one text at a time through plain tran
 3. padded: whole texts, grouped by length.
 
 A check decides for each model when it is loaded, and the log has the way and the reason. It runs a small random model with
-the scalar settings of the model's own configuration, and windows shorter than its texts, so two models of one type may run
-differently: Gemma 2 has a soft cap and runs padded. If no small model can be built from the configuration, the loaded model
-itself is checked on short texts and runs padded. A type that is exact in no way is refused.
+the scalar settings of the model's own configuration, and with windows, chunks and soft caps so small that its texts depend on
+them, so two models of one type may run differently. Packed attention has windows, chunks, soft caps and attention sinks; the check
+fails if one of them is left out. If no small model can be built from the configuration, the loaded model itself is checked on short
+texts and runs padded. A type that is exact in no way is refused.
 
 Scoring uses the same choice. It also runs other heads as transformers does, padded, if the same check passes on the loaded model.
 
