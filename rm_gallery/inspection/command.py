@@ -19,8 +19,8 @@ from rm_gallery.data.tokenization.template_date import freeze_date
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer, read_at
 from rm_gallery.errors import UserError
 from rm_gallery.files import write_text
+from rm_gallery.html_page import is_foreign, render
 from rm_gallery.inspection.collect import collect
-from rm_gallery.inspection.html import MARKER, html_of
 from rm_gallery.inspection.page import page_of
 from rm_gallery.inspection.report import Report, build_report
 from rm_gallery.inspection.terminal import print_page
@@ -30,6 +30,9 @@ from rm_gallery.safe_text import redact
 from rm_gallery.training.config import TrainConfig, load_config
 
 log = logging.getLogger(__name__)
+
+MARKER = "rm-gallery show-data"
+"""In the first lines of every report, so that no other file is overwritten."""
 
 
 def show_data(
@@ -48,7 +51,7 @@ def show_data(
     page = page_of(inspect_data(config, num_samples=samples), about)
     if target is not None:
         try:
-            write_text(target, html_of(page))
+            write_text(target, render("inspection/report.html.jinja", MARKER, page=page))
         except OSError as error:
             raise UserError(f"--html={html}: cannot be written ({error.strerror}); choose another file") from error
     if as_json:
@@ -66,7 +69,7 @@ def _check_target(html: str) -> Path:
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
         raise UserError(f"--html={html}: {what}; use a file name such as report.html")
-    if path.exists() and MARKER.encode() not in path.read_bytes()[:1000]:
+    if is_foreign(path, MARKER):
         raise UserError(f"--html={html}: the file exists and is not a report of this command; choose another one")
     return path
 
