@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,12 @@ def add_evaluate(commands: Any, add_loading_options: Callable[[argparse.Argument
         "--model", action="append", required=True, metavar="MODEL", help="repeat to compare others with the first"
     )
     command.add_argument("--json", metavar="FILE", help="write all figures as JSON")
-    command.add_argument("--markdown", metavar="FILE", help="write the report as Markdown, for a model card")
+    command.add_argument("--html", metavar="FILE", help="write one self-contained page with charts and texts")
+    command.add_argument(
+        "--markdown",
+        metavar="FILE",
+        help="write the report as Markdown; into the README.md of a checkpoint as a section",
+    )
     command.add_argument(
         "--rewardbench", metavar="FILE", help="write FILE and FILE_outputs.jsonl as the package rewardbench does"
     )
@@ -56,16 +62,17 @@ def add_evaluate(commands: Any, add_loading_options: Callable[[argparse.Argument
 def _evaluate(arguments: argparse.Namespace) -> None:
     from rm_gallery.evaluation import rewardbench_files
     from rm_gallery.evaluation.probes import DEFAULT_PAIRS
-    from rm_gallery.evaluation.report import as_markdown, as_text, check_target, write_report
+    from rm_gallery.evaluation.report import as_text
+    from rm_gallery.evaluation.report_files import check_target, text_of, write_report
     from rm_gallery.evaluation.run import EvaluateOptions, run
     from rm_gallery.evaluation.scorers import ScorerOptions
     from rm_gallery.evaluation.sets import is_setting, load_data_config, open_sets
     from rm_gallery.safe_text import safe
 
     targets: dict[str, Path] = {}
-    for name in ("json", "markdown", "rewardbench"):
+    for name in ("json", "html", "markdown", "rewardbench"):
         if getattr(arguments, name) is not None:
-            targets[name] = check_target(getattr(arguments, name), f"--{name}")
+            targets[name] = check_target(getattr(arguments, name), f"--{name}", name)
     probe_pairs = arguments.probe_pairs
     if arguments.probes is not None:
         probe_pairs = (probe_pairs or DEFAULT_PAIRS) if arguments.probes else 0
@@ -88,10 +95,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             rewardbench_files.check_single(len(arguments.model), len(sets))
             sink = stack.enter_context(rewardbench_files.rewardbench_rows(targets["rewardbench"])).add
         result = run(arguments.model, sets, options, loading, sink=sink)
-    if "json" in targets:
-        write_report(targets["json"], json.dumps(result, indent=1, allow_nan=False) + "\n", "--json")
-    if "markdown" in targets:
-        write_report(targets["markdown"], as_markdown(result), "--markdown")
+    command = shlex.join(["rm-gallery", *sys.argv[1:]])
+    kinds = [name for name in targets if name != "rewardbench"]
+    texts = {name: text_of(result, name, targets[name], command=command) for name in kinds}
+    for name, text in texts.items():
+        write_report(targets[name], text, f"--{name}")
     if "rewardbench" in targets:
         rewardbench_files.write_summary(targets["rewardbench"], result["models"][0])
     print(safe(as_text(result)))  # last: a reader such as `head` may end before the text does

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from rm_gallery.evaluation.metrics import wilson
 
 Level = Literal["error", "warning", "ok"]
+LEVELS: dict[str, int] = {"error": 0, "warning": 1, "ok": 2}
+"""In the order of a report."""
 
 _MIN_PAIRS = 20
 _LENGTH_GAP = 0.20
@@ -48,8 +50,7 @@ def findings_of(row: Mapping[str, Any]) -> list[Finding]:
     found = [
         *_accuracy(row), *_baselines(row), *_length(row), *_calibration(row), *_strength(row), *_probes(row),
     ]  # fmt: skip
-    order = {"error": 0, "warning": 1, "ok": 2}
-    found.sort(key=lambda each: order[each.level])
+    found.sort(key=lambda each: LEVELS[each.level])
     return found or [Finding("ok", "none", "no bias or fault was found by these checks")]
 
 

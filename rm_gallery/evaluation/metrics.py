@@ -206,7 +206,8 @@ def histogram(samples: dict[str, np.ndarray], *, bins: int = 40) -> dict[str, An
     joined = np.concatenate(list(samples.values()))
     low, high = (float(each) for each in np.percentile(joined, [0.1, 99.9]))
     if high <= low:
-        low, high = low - 0.5, high + 0.5
+        half = max(0.5, abs(low) * 1e-6)  # bins of a large constant must differ in floating point
+        low, high = low - half, high + half
     edges = np.linspace(low, high, bins + 1)
     counts = {name: np.histogram(np.clip(each, low, high), edges)[0].tolist() for name, each in samples.items()}
     return {"edges": edges.tolist(), "counts": counts}

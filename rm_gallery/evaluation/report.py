@@ -1,15 +1,12 @@
-"""The report in a terminal (80 columns) and as Markdown for a model card, and the files that hold it."""
+"""The report in a terminal (80 columns) and as Markdown for a model card."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from rm_gallery.errors import UserError
 from rm_gallery.evaluation.findings import percent
-from rm_gallery.files import write_text
 from rm_gallery.safe_text import visible_line
 
 WIDTH = 80
@@ -26,7 +23,7 @@ def as_text(evaluation: Mapping[str, Any]) -> str:
     for model in evaluation["models"]:
         about = f", {model['parameters']:,} parameters, {model['dtype']}" if "parameters" in model else ""
         lines += [*_wrapped(f"{model['name']} ({model['kind']}{about})"), ""]
-        lines += [*_table(_SUMMARY_HEAD, [_summary(row) for row in model["sets"]]), ""]
+        lines += [*_table(SUMMARY_HEAD, [summary_cells(row) for row in model["sets"]]), ""]
         for row in model["sets"]:
             lines += _set_lines(row)
     if evaluation["comparisons"]:
@@ -38,10 +35,11 @@ def as_text(evaluation: Mapping[str, Any]) -> str:
     return "\n".join(visible_line(line).rstrip() for line in lines).rstrip()
 
 
-_SUMMARY_HEAD = ("set", "n", "accuracy", "95% interval", "ties", "margin", "len-ctrl", "ECE")
+SUMMARY_HEAD = ("set", "n", "accuracy", "95% interval", "ties", "margin", "len-ctrl", "ECE")
 
 
-def _summary(row: Mapping[str, Any]) -> Cells:
+def summary_cells(row: Mapping[str, Any]) -> Cells:
+    """A row of the summary of a model's sets."""
     low, high = row["interval"]
     return (
         row["name"],
@@ -102,18 +100,25 @@ def probe_cells(row: Mapping[str, Any]) -> Cells:
 
 def facts(row: Mapping[str, Any]) -> Iterator[str]:
     """Sentences with the figures of a set that have no table."""
+    for _, text in facts_by_subject(row):
+        yield text
+
+
+def facts_by_subject(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The sentences, each with its subject: a key of the row, or `rows` for how it was read."""
     if "sample_of" in row:
         size = row["groups"] + sum(each["n"] for each in row["unscored"].values())
-        yield f"A random sample of {size:,} of {row['sample_of']:,} rows; --max-pairs sets its size."
+        yield "rows", f"A random sample of {size:,} of {row['sample_of']:,} rows; --max-pairs sets its size."
     for name, what in (("dropped", "dropped"), ("unscored", "without a reward")):
         for reason, each in row[name].items():
             first = f" (first: {each['first']})" if each["first"] else ""
-            yield f"{each['n']:,} {'row' if each['n'] == 1 else 'rows'} {what}: {reason}{first}."
+            yield "rows", f"{each['n']:,} {'row' if each['n'] == 1 else 'rows'} {what}: {reason}{first}."
     if "benchmark" in row:
-        yield from _benchmark(row["benchmark"])
+        for text in _benchmark(row["benchmark"]):
+            yield "benchmark", text
     if row["interval_method"] != "wilson":
         few = ", too few for an exact interval" if row["prompts"] < _FEW_PROMPTS else ""
-        yield f"Interval: bootstrap over {row['prompts']:,} prompts, which repeat{few}."
+        yield "rows", f"Interval: bootstrap over {row['prompts']:,} prompts, which repeat{few}."
     length = row["length"]
     parts = [
         f"{percent(part['accuracy'])} where the {name} response is better (n = {part['n']:,})"
@@ -123,31 +128,33 @@ def facts(row: Mapping[str, Any]) -> Iterator[str]:
     if parts:
         correlation = length["correlation"]
         rank = f"; rank correlation of reward and length {correlation:+.2f}" if correlation is not None else ""
-        yield f"Length: accuracy {', '.join(parts)}{rank}."
+        yield "length", f"Length: accuracy {', '.join(parts)}{rank}."
     found = row["calibration"]
     temperature = found["temperature"]
     fitted = f"fitted temperature {temperature:.3g}" if temperature else f"no temperature, {found['temperature_note']}"
-    yield f"Calibration: Brier score {found['brier']:.3f}, ECE {found['ece']:.3f}, {fitted}."
+    yield "calibration", f"Calibration: Brier score {found['brier']:.3f}, ECE {found['ece']:.3f}, {fitted}."
     baselines = row.get("baselines", {}).get("rows", ())
     if baselines:
-        yield "Baselines: " + ", ".join(f"{each['title']} {percent(each['accuracy'])}" for each in baselines) + "."
+        rows = ", ".join(f"{each['title']} {percent(each['accuracy'])}" for each in baselines)
+        yield "baselines", f"Baselines: {rows}."
     if row["strength"]:
-        steps = ", ".join(f"{_span(each)}: {percent(each['accuracy'])} of {each['n']:,}" for each in row["strength"])
-        yield f"By strength of preference: {steps}."
+        steps = ", ".join(f"{span(each)}: {percent(each['accuracy'])} of {each['n']:,}" for each in row["strength"])
+        yield "strength", f"By strength of preference: {steps}."
     best = row["best_of_n"]
     if best:
         smallest, largest = best["responses"]
         count = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
-        yield (
+        text = (
             f"Best of {count} responses ({best['n']:,} prompts): a best one is chosen in {percent(best['accuracy'])} "
             f"(chance {percent(best['chance'])}); regret {best['regret']:.3g} (chance {best['random_regret']:.3g})."
         )
+        yield "best_of_n", text
     if row["mistakes"]:
         worst = [f"{each['where']} (margin {each['margin']:.3g})" for each in row["mistakes"][:_SHOWN_MISTAKES]]
-        yield f"Worst mistakes: {', '.join(worst)}; --json has their texts."
+        yield "mistakes", f"Worst mistakes: {', '.join(worst)}; --html and --json have their texts."
     speed = row["throughput"]
     rate = f"{speed['responses_per_second']:,.0f}/s"
-    yield f"{row['rewards']['n']:,} responses scored in {speed['scoring_seconds']:.1f} s, {rate}."
+    yield "throughput", f"{row['rewards']['n']:,} responses scored in {speed['scoring_seconds']:.1f} s, {rate}."
 
 
 def _disagreements(row: Mapping[str, Any]) -> Iterator[str]:
@@ -169,7 +176,8 @@ def _benchmark(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"Note: {note}."
 
 
-def _span(row: Mapping[str, Any]) -> str:
+def span(row: Mapping[str, Any]) -> str:
+    """The strengths of preference of a row: one, or from the lowest to the highest."""
     return f"{row['from']:g}" if row["from"] == row["to"] else f"{row['from']:g} to {row['to']:g}"
 
 
@@ -205,7 +213,7 @@ def as_markdown(evaluation: Mapping[str, Any]) -> str:
     for model in evaluation["models"]:
         if len(evaluation["models"]) > 1:
             lines += [f"### {_md(model['name'])}", ""]
-        lines += [*_md_table(_SUMMARY_HEAD, [_summary(row) for row in model["sets"]]), ""]
+        lines += [*_md_table(SUMMARY_HEAD, [summary_cells(row) for row in model["sets"]]), ""]
         for row in model["sets"]:
             lines += [f"**{_md(row['name'])}**", "", *(f"- {_md(text)}" for text in facts(row))]
             lines += [f"- {each['level']}: {_md(each['text'])}" for each in row["findings"]] + [""]
@@ -251,20 +259,3 @@ def _md_mistakes(mistakes: Sequence[Mapping[str, Any]]) -> list[str]:
         for name in ("prompt", "better", "worse"):
             lines.append(f"    - {name}: {_md(textwrap.shorten(each[name], 300, placeholder=' ...'))}")
     return [*lines, ""] if lines else []
-
-
-def check_target(path: str, option: str) -> Path:
-    """The file of an option, checked before anything is scored. Raises UserError for a folder or a missing folder."""
-    target = Path(path).expanduser()
-    if target.is_dir() or not target.parent.is_dir():
-        what = "is a folder" if target.is_dir() else "is in a folder that does not exist"
-        raise UserError(f"{option} {path}: {what}; name a file")
-    return target
-
-
-def write_report(path: Path, text: str, option: str) -> None:
-    """Write a file of the report atomically; raises UserError if it cannot be written."""
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise UserError(f"{option} {path}: cannot be written ({error.strerror}); choose another file") from error

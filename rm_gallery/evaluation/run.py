@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import json
 import logging
+import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -34,6 +35,7 @@ from rm_gallery.evaluation.scorers import Scorer, ScorerOptions, check_models, n
 from rm_gallery.evaluation.sets import EvalSet, load_data_config, open_sets
 from rm_gallery.evaluation.table import Table
 from rm_gallery.inspection.baselines import baseline_report
+from rm_gallery.training.run_dir import package_versions
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +52,12 @@ class Evaluation(dict[str, Any]):
         return as_text(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the figures as JSON, atomically."""
-        from rm_gallery.evaluation.report import write_report
+        """Write a report atomically: a page for a name that ends in `.html`, Markdown for `.md`, else JSON."""
+        from rm_gallery.evaluation.report_files import check_target, text_of, write_report
 
-        write_report(Path(path), json.dumps(self, indent=1, allow_nan=False) + "\n", "path")
+        kind = {".html": "html", ".md": "markdown"}.get(Path(path).suffix.lower(), "json")
+        target = check_target(str(path), "path", kind)
+        write_report(target, text_of(self, kind, target), "path")
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,7 @@ def run(
     return Evaluation(
         format=FORMAT,
         rm_gallery=__version__,
+        versions={"python": platform.python_version(), **package_versions("torch", "transformers")},
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         options=asdict(options),
         models=found,

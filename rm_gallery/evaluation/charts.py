@@ -1,0 +1,236 @@
+"""Charts of the report as inline SVG: static, with title and description, and readable without colors.
+
+Colors are those of the page (the classes are styled in report.html.jinja). The text of a chart has 12 units of the 360
+that its picture is wide, about the size of the page's text; a picture in a cell of a table has no text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rm_gallery.evaluation.metrics import wilson
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+_WIDTH, _HEIGHT = 360, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 352, 26, 186
+_CLIPPED = 1.0
+"""Percent of the points of a scatter plot at each side that may lie beyond its axes, and are drawn at the edge."""
+
+
+@dataclass
+class _Chart:
+    """Axes with ticks, and what is drawn between them."""
+
+    key: str
+    """Unique in the page."""
+    title: str
+    about: str
+    """The chart in words, for who cannot see it."""
+    x: tuple[float, float]
+    y: tuple[float, float]
+    x_label: str
+    y_label: str
+    tick: Callable[[float], str] = lambda value: f"{value:,.6g}"
+    body: list[str] = field(default_factory=list)
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Place in the picture; what is beyond the axes is drawn at their end."""
+        across = min(1.0, max(0.0, (x - self.x[0]) / (self.x[1] - self.x[0])))
+        up = min(1.0, max(0.0, (y - self.y[0]) / (self.y[1] - self.y[0])))
+        return round(_LEFT + across * (_RIGHT - _LEFT), 1), round(_BOTTOM - up * (_BOTTOM - _TOP), 1)
+
+    def line(self, kind: str, x: tuple[float, float], y: tuple[float, float]) -> None:
+        (x1, y1), (x2, y2) = self.at(x[0], y[0]), self.at(x[1], y[1])
+        self.body.append(f'<line class="{kind}" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>')
+
+    def markup(self, legend: Sequence[tuple[str, str]] = ()) -> Markup:
+        """legend: class and label of each series."""
+        from markupsafe import Markup, escape
+
+        labels = f'aria-labelledby="{self.key}-t {self.key}-d"'
+        lines = [
+            f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" {labels}>',
+            f'<title id="{self.key}-t">{escape(self.title)}</title>',
+            f'<desc id="{self.key}-d">{escape(self.about)}</desc>',
+        ]
+        for value in ticks(*self.y):
+            _, y = self.at(self.x[0], value)
+            lines.append(f'<line class="rule" x1="{_LEFT}" y1="{y}" x2="{_RIGHT}" y2="{y}"/>')
+            lines.append(f'<text class="end" x="{_LEFT - 6}" y="{y + 4}">{self.tick(value)}</text>')
+        for value in ticks(*self.x):
+            x, _ = self.at(value, self.y[0])
+            lines.append(f'<line class="rule" x1="{x}" y1="{_BOTTOM}" x2="{x}" y2="{_BOTTOM + 4}"/>')
+            lines.append(f'<text class="middle" x="{x}" y="{_BOTTOM + 17}">{self.tick(value)}</text>')
+        lines += self.body
+        lines.append(f'<line class="axis" x1="{_LEFT}" y1="{_BOTTOM}" x2="{_RIGHT}" y2="{_BOTTOM}"/>')
+        lines.append(f'<text x="2" y="12">{escape(self.y_label)}</text>')
+        lines.append(f'<text class="end" x="{_RIGHT}" y="{_BOTTOM + 36}">{escape(self.x_label)}</text>')
+        place = _RIGHT
+        for kind, label in reversed(legend):
+            lines.append(f'<text class="end" x="{place}" y="12">{escape(label)}</text>')
+            place -= 7 * len(label) + 8
+            lines.append(f'<rect class="{kind}" x="{place - 8}" y="3" width="10" height="9"/>')
+            place -= 22
+        return Markup("\n".join([*lines, "</svg>"]))
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Three to six round numbers from low to high."""
+    rough = (high - low) / 5
+    scale = 10.0 ** math.floor(math.log10(rough))
+    step = next(scale * part for part in (1, 2, 5, 10) if scale * part >= rough)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def rewards(key: str, found: Mapping[str, Any]) -> Markup:
+    """Histograms of the rewards of the better and of the worse responses, in the same bins."""
+    edges, counts = found["edges"], found["counts"]
+    most = max(max(each) for each in counts.values())
+    middle = {name: _median(edges, each) for name, each in counts.items()}
+    about = ", ".join(f"median of the {name} responses about {value:.3g}" for name, value in middle.items())
+    chart = _Chart(
+        key, "Rewards of the better and the worse responses", about, (edges[0], edges[-1]), (0, most),
+        "reward", "responses",
+    )  # fmt: skip
+    for name in ("worse", "better"):
+        points = [chart.at(edges[0], 0)]
+        for (low, high), count in zip(pairwise(edges), counts[name], strict=True):
+            points += [chart.at(low, count), chart.at(high, count)]
+        points.append(chart.at(edges[-1], 0))
+        path = " ".join(f"{x},{y}" for x, y in points)
+        chart.body.append(f'<polygon class="{name}" points="{path}"/>')
+    return chart.markup([("better", "better"), ("worse", "worse")])
+
+
+def margins(key: str, found: Mapping[str, Any]) -> Markup:
+    """A histogram of the margins; those below zero are mistakes."""
+    edges, counts = found["edges"], found["counts"]["margin"]
+    wrong = sum(count for high, count in zip(edges[1:], counts, strict=True) if high <= 0)
+    about = (
+        f"{wrong:,} of {sum(counts):,} pairs are in bins below zero; median about {_median(edges, counts):.3g}, bins "
+        f"from {edges[0]:.3g} to {edges[-1]:.3g}"
+    )
+    chart = _Chart(
+        key, "Margins, the better response's reward minus the worse one's", about, (edges[0], edges[-1]),
+        (0, max(counts)), "margin: better minus worse", "pairs",
+    )  # fmt: skip
+    for (low, high), count in zip(pairwise(edges), counts, strict=True):
+        for kind, start, end in (("wrong", low, min(high, 0.0)), ("right", max(low, 0.0), high)):
+            if count and start < end:  # a bin that holds zero has both colors
+                (x1, y1), (x2, y2) = chart.at(start, count), chart.at(end, 0)
+                chart.body.append(
+                    f'<rect class="{kind}" x="{x1}" y="{y1}" width="{max(0.5, x2 - x1):.1f}" height="{y2 - y1:.1f}">'
+                    f"<title>{low:.3g} to {high:.3g}: {count:,}</title></rect>"
+                )
+    if edges[0] < 0 < edges[-1]:
+        chart.line("mark", (0, 0), (0, max(counts)))
+    return chart.markup([("wrong", "wrong"), ("right", "right")])
+
+
+def _median(edges: Sequence[float], counts: Sequence[int]) -> float:
+    """Middle of the bin that holds the median."""
+    place = int(np.searchsorted(np.cumsum(counts), sum(counts) / 2))
+    return (edges[place] + edges[place + 1]) / 2
+
+
+def reliability(key: str, bins: Sequence[Mapping[str, Any]]) -> Markup:
+    """Share of right verdicts by the model's confidence, each with its 95% interval; on the diagonal both are equal."""
+    known = [row for row in bins if row["n"]]
+    bounds = [wilson(row["accuracy"] * row["n"], row["n"]) for row in known]
+    start = min(0.5, math.floor(10 * min(low for low, _ in bounds)) / 10)
+    about = "; ".join(
+        f"confidence {row['confidence']:.2f}: right in {row['accuracy']:.2f} of {row['n']:,}" for row in known
+    )
+    chart = _Chart(
+        key, "Reliability diagram", about, (0.5, 1.0), (start, 1.0), "confidence, sigmoid(|margin|)",
+        "share of right verdicts",
+    )  # fmt: skip
+    chart.line("mark", (0.5, 1.0), (0.5, 1.0))
+    points = [chart.at(row["confidence"], row["accuracy"]) for row in known]
+    chart.body.append(f'<polyline class="curve" points="{" ".join(f"{x},{y}" for x, y in points)}"/>')
+    most = max(row["n"] for row in known)
+    for row, (low, high), (x, y) in zip(known, bounds, points, strict=True):
+        chart.line("whisker", (row["confidence"],) * 2, (low, high))
+        radius = 2.5 + 4.5 * math.sqrt(row["n"] / most)
+        chart.body.append(
+            f'<circle class="right" cx="{x}" cy="{y}" r="{radius:.1f}"><title>confidence '
+            f"{row['low']:.2f} to {row['high']:.2f}: right in {row['accuracy']:.1%} of {row['n']:,}</title></circle>"
+        )
+    return chart.markup()
+
+
+def lengths(key: str, sample: Sequence[Sequence[float]]) -> Markup:
+    """Margin by the difference of length; a verdict by length alone has all points in two opposite quarters."""
+    points = np.array(sample, float)
+    (x_low, y_low), (x_high, y_high) = np.percentile(points, [_CLIPPED, 100 - _CLIPPED], axis=0)
+    x_limit, y_limit = max(-x_low, x_high, 1.0), max(-y_low, y_high) or 1.0
+    by_length = float((points[:, 0] * points[:, 1] > 0).mean())
+    about = f"{len(points):,} pairs; in {by_length:.0%} of them the longer response has the higher reward"
+    chart = _Chart(
+        key, "Margin by difference of length", about, (-x_limit, x_limit), (-y_limit, y_limit),
+        "characters: better minus worse", "margin",
+    )  # fmt: skip
+    chart.line("mark", (0, 0), (-y_limit, y_limit))
+    chart.line("mark", (-x_limit, x_limit), (0, 0))
+    for difference, margin in points.tolist():
+        x, y = chart.at(difference, margin)
+        kind = "right" if margin > 0 else "wrong"
+        chart.body.append(f'<circle class="dot {kind}" cx="{x}" cy="{y}" r="2.6"/>')
+    return chart.markup([("dot wrong", "wrong"), ("dot right", "right")])
+
+
+# ------------------------------------------------------------------------- charts in a cell, beside their figures
+
+
+def bar(value: float, interval: Sequence[float] | None = None, mark: float | None = 0.5) -> Markup:
+    """A share as a bar from 0 to 1, with its interval."""
+    parts = [f'<rect class="bar" y="2" width="{_percent(value)}" height="12"/>']
+    if interval is not None:
+        parts += _whisker(interval)
+    return _cell(parts, mark)
+
+
+def change(before: float, after: float) -> Markup:
+    """A share before a change (ring) and after it (dot), from 0 to 1."""
+    kind = "fall" if after < before else "rise"
+    return _cell(
+        [
+            f'<line class="{kind}" x1="{_percent(before)}" x2="{_percent(after)}" y1="8" y2="8"/>',
+            f'<circle class="ring" cx="{_percent(before)}" cy="8" r="4"/>',
+            f'<circle class="{kind}" cx="{_percent(after)}" cy="8" r="4"/>',
+        ],
+        0.5,
+    )
+
+
+def difference(value: float, interval: Sequence[float], limit: float) -> Markup:
+    """A difference of two shares with its interval, from -limit to +limit."""
+    place, *ends = ((each / limit + 1) / 2 for each in (value, *interval))
+    return _cell([*_whisker(ends), f'<circle class="right" cx="{_percent(place)}" cy="8" r="4"/>'], 0.5)
+
+
+def _whisker(ends: Sequence[float]) -> list[str]:
+    low, high = map(_percent, ends)
+    caps = [f'<line class="whisker" x1="{x}" x2="{x}" y1="4" y2="12"/>' for x in (low, high)]
+    return [f'<line class="whisker" x1="{low}" x2="{high}" y1="8" y2="8"/>', *caps]
+
+
+def _cell(parts: Sequence[str], mark: float | None) -> Markup:
+    from markupsafe import Markup
+
+    if mark is not None:
+        parts = [*parts, f'<line class="mark" x1="{_percent(mark)}" x2="{_percent(mark)}" y1="0" y2="16"/>']
+    return Markup(f'<svg class="cell" height="16" aria-hidden="true">{"".join(parts)}</svg>')
+
+
+def _percent(value: float) -> str:
+    return f"{100 * min(1.0, max(0.0, value)):.1f}%"
