@@ -53,7 +53,7 @@ trained if its rewards are exact: those of one text at a time through plain tran
 A check decides for each model when it is loaded, and the log has the way and the reason. It runs a small random model with
 the scalar settings of the model's own configuration, and with windows, chunks and soft caps so small that its texts depend on
 them, so two models of one type may run differently. Packed attention has windows, chunks, soft caps and attention sinks; the check
-fails if one of them is left out. If no small model can be built from the configuration, the loaded model itself is checked on short
+fails if one of them is omitted. If no small model can be built from the configuration, the loaded model itself is checked on short
 texts and runs padded. A type that is exact in no way is refused.
 
 Scoring uses the same choice. It also runs other heads as transformers does, padded, if the same check passes on the loaded model.
