@@ -220,6 +220,9 @@ def _add_loading_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--trust-remote-code", action="store_true", help="run code from the model folder")
     command.add_argument("--base", metavar="FOLDER", help="base model of an adapter, if its folder names another path")
     command.add_argument(
+        "--unquantized", action="store_true", help="do not quantize the base model of an adapter that was trained so"
+    )
+    command.add_argument(
         "--template-date", metavar="DATE", help="date (YYYY-MM-DD) for a chat template that writes today's"
     )
 
@@ -363,6 +366,7 @@ def _score(arguments: argparse.Namespace) -> None:
         token_budget=arguments.token_budget,
         trust_remote_code=arguments.trust_remote_code,
         base=arguments.base,
+        quantized=not arguments.unquantized,
         template_date=arguments.template_date,
         best=arguments.best,
         normalize=arguments.normalize,

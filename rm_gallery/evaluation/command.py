@@ -87,6 +87,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         token_budget=arguments.token_budget,
         trust_remote_code=arguments.trust_remote_code,
         base=arguments.base,
+        quantized=not arguments.unquantized,
         template_date=arguments.template_date,
     )
     with contextlib.ExitStack() as stack:

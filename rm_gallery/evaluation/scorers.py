@@ -73,6 +73,7 @@ class ScorerOptions:
     token_budget: int | None = None
     trust_remote_code: bool = False
     base: str | None = None
+    quantized: bool = True
     template_date: str | None = None
 
 
@@ -366,6 +367,7 @@ def _load(folder: str, options: ScorerOptions) -> RewardScorer:
         trust_remote_code=options.trust_remote_code,
         template_date=options.template_date,
         base=options.base,
+        quantized=options.quantized,
     )
 
 

@@ -9,7 +9,6 @@ Nothing here imports peft until an adapter is loaded.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -26,20 +25,25 @@ from rm_gallery.modeling.adapters import (
     BASE_RECORD,
     Adapter,
     add_layers,
-    check_type,
-    import_peft,
-    merge_layers,
-    quiet,
     short_name,
     stored_name,
     weights_fingerprint,
 )
 from rm_gallery.modeling.config import LoraConfig, PackingSetting
+from rm_gallery.modeling.generic_class import forget_code, register
 from rm_gallery.modeling.heads import HEADS, RewardHead, one_output
+from rm_gallery.modeling.lora_layers import import_peft, merge_layers, quiet
 from rm_gallery.modeling.model_folder import check_values
+from rm_gallery.modeling.quantization import QuantizeOptions, check_package
 from rm_gallery.modeling.reward_model import LoadedModel, RewardModel, load_reward_model
 from rm_gallery.modeling.text_part import plain_renames, text_part
-from rm_gallery.modeling.weight_files import AdapterFiles, StoredTensor, list_names, read_adapter_files
+from rm_gallery.modeling.weight_files import (
+    AdapterFiles,
+    StoredTensor,
+    kind_of_quantization,
+    list_names,
+    read_adapter_files,
+)
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +78,10 @@ class AdapterFolder:
     """None if a new head is to be trained."""
     hint: str
     """What to do about the base model, in messages."""
+    model_config: Mapping[str, Any]
+    """config.json of the folder, or {}."""
+    quantization: Mapping[str, Any] | None
+    """See `AdapterFiles.quantization`."""
 
     @property
     def what(self) -> str:
@@ -95,9 +103,18 @@ class AdapterFolder:
         network.requires_grad_(True)
         return self._with_head(loaded)
 
+    def load_quantized(self, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+        """The quantized base model with the adapter, which is not merged; see `load_merged`."""
+        options = QuantizeOptions(kind_of_quantization(self.quantization), dtype, device, self.what)
+        with torch.random.fork_rng(devices=[]):
+            loaded = self._load_base()
+            self._add_to(loaded, quantization=options)
+        return self._with_head(loaded)
+
     def load_for_training(
-        self, config: LoraConfig, *, dropout: float, packing: PackingSetting
-    ) -> tuple[LoadedModel, Adapter]:
+        self, config: LoraConfig, *, dropout: float, packing: PackingSetting,
+        quantization: QuantizeOptions | None = None,
+    ) -> tuple[LoadedModel, Adapter]:  # fmt: skip
         """The base model with the adapter, to train it further; see `load_merged`.
 
         A new head is initialized, from torch's random number generator, if the folder was opened without one.
@@ -116,7 +133,7 @@ class AdapterFolder:
         with torch.random.fork_rng(devices=[], enabled=has_head):
             loaded = self._load_base(dropout=dropout, packing=packing)
         with torch.random.fork_rng(devices=[]):
-            adapter = self._add_to(loaded, lora_dropout=config.dropout)
+            adapter = self._add_to(loaded, lora_dropout=config.dropout, quantization=quantization)
         log.info(
             "LoRA: continues the adapter of %s (rank %d, alpha %g%s%s) on %s",
             self.path, config.rank, config.alpha, ", DoRA" * config.use_dora, ", rsLoRA" * config.use_rslora, self.base,
@@ -132,25 +149,36 @@ class AdapterFolder:
             loaded, head_name=name if is_own else self.head.weight.name, head_bias=self.head.read_bias(), new_parts=()
         )
 
-    def load_plain(self) -> Any:
+    def load_plain(self, *, quantized: bool = True) -> Any:
         """The model as transformers and peft alone load it, in float32; the adapter is not merged.
+
+        quantized: quantize the base model as in training, if it was.
 
         A constant that the head adds to each reward is dropped. Tensors that are not stored under peft's names are
         passed to peft under these.
         """
-        from transformers import AutoConfig, AutoModelForSequenceClassification
+        from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig
 
         peft = import_peft(self.what)
         folder, base = Path(self.path).expanduser(), os.path.expanduser(self.base)
+        more: dict[str, Any] = {}
+        if quantized and self.quantization:
+            check_package(self.what)
+            more = {"quantization_config": BitsAndBytesConfig(**self.quantization), "device_map": {"": "cpu"}}
         with torch.random.fork_rng(devices=[]), quiet():
             config = text_part(AutoConfig.from_pretrained(folder if (folder / "config.json").is_file() else base))
+            forget_code(config)
+            register(config)
             config.num_labels = 1
             if config.pad_token_id is None:  # of another trainer, whose folder has no config.json
                 config.pad_token_id = 0
             network = AutoModelForSequenceClassification.from_pretrained(
                 base, config=config, dtype=torch.float32, ignore_mismatched_sizes=True,
-                key_mapping=plain_renames(base, key="base"),
+                key_mapping=plain_renames(base, key="base"), **more,
             )  # fmt: skip
+            for module in network.modules():
+                if hasattr(module, "support_avx512bf16_for_cpu"):
+                    module.support_avx512bf16_for_cpu = False  # it would compute in bfloat16
             is_usual = all(each.name == stored_name(name) for name, each in self.tensors.items())
             if is_usual and self.config.get("task_type") == "SEQ_CLS":
                 return peft.PeftModel.from_pretrained(network, folder).eval()
@@ -162,15 +190,12 @@ class AdapterFolder:
 
     def _load_base(self, **options: Any) -> LoadedModel:
         loaded = load_reward_model(self.base, key="base", new_head=True, **options)
-        check_type(loaded.model.network.config, what=self.what)
         self._check_base(loaded.model)
         return loaded
 
     def _check_base(self, model: RewardModel) -> None:
         """Raise UserError if the base model's weights are not those of training; a warning if the caller named it."""
-        file = Path(self.path).expanduser() / "config.json"
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        recorded = values.get(BASE_RECORD)
+        recorded = self.model_config.get(BASE_RECORD)
         if recorded is None or recorded == weights_fingerprint(model):
             return
         problem = (
@@ -181,7 +206,9 @@ class AdapterFolder:
             raise UserError(f"{problem}; restore the base model, or {self.hint} to use it anyway")
         log.warning("%s", problem)
 
-    def _add_to(self, loaded: LoadedModel, *, lora_dropout: float = 0.0) -> Adapter:
+    def _add_to(
+        self, loaded: LoadedModel, *, lora_dropout: float = 0.0, quantization: QuantizeOptions | None = None
+    ) -> Adapter:
         """Add the layers of LoRA to the base model, and copy the adapter's values into them and into the head."""
         network = loaded.model.network
         peft = import_peft(self.what)
@@ -189,7 +216,12 @@ class AdapterFolder:
             with quiet():
                 settings = peft.LoraConfig.from_pretrained(Path(self.path).expanduser())
                 settings.lora_dropout = lora_dropout
-                adapter = add_layers(loaded.model, settings, self.base, also_trained=settings.modules_to_save or ())
+                adapter = add_layers(
+                    loaded.model, settings, self.base, also_trained=settings.modules_to_save or (),
+                    quantization=quantization,
+                )  # fmt: skip
+        except UserError as error:
+            raise UserError(f"{self.what}: {error}") from error
         except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
             raise self._no_fit([one_line(error)]) from error
         places = {short_name(name) or "": each for name, each in network.named_parameters() if each.requires_grad}
@@ -254,7 +286,9 @@ def open_adapter(
     if not found or (is_local and not Path(found).expanduser().is_dir()):
         why = f"its base model {found} does not exist here" if found else "adapter_config.json names no base model"
         raise UserError(f"{what}, and {why}; {hint}")
-    return AdapterFolder(path, key, found, bool(base), files.config, tensors, head, hint)
+    return AdapterFolder(
+        path, key, found, bool(base), files.config, tensors, head, hint, files.model_config, files.quantization
+    )
 
 
 def _sort(files: AdapterFiles, what: str, *, new_head: bool) -> tuple[dict[str, StoredTensor], RewardHead | None]:

@@ -13,30 +13,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from warnings import catch_warnings
 
 import torch
 from torch import nn
 
 from rm_gallery.errors import UserError
 from rm_gallery.files import write_text
-from rm_gallery.modeling.architectures import ARCHITECTURES
 from rm_gallery.modeling.config import ALL_LINEAR, LoraConfig
 from rm_gallery.modeling.freezing import modules_to_save
-from rm_gallery.modeling.model_folder import quiet_transformers
+from rm_gallery.modeling.lora_layers import (
+    ADAPTER_NAME,
+    generic_name,
+    import_peft,
+    inject,
+    is_read_directly,
+    linear_layers,
+    names_without_effect,
+)
+from rm_gallery.modeling.quantization import QuantizeOptions
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.modeling.weight_files import ADAPTER_CONFIG
 
+log = logging.getLogger(__name__)
+
 BASE_RECORD = "rm_gallery_base"
 """Key of an adapter's config.json with the fingerprint of the base model's weights."""
-_NAME = "default"  # of the adapter, in the names of peft's parameters
 _PREFIX = "base_model.model."  # of the names in the file
 
 
@@ -52,6 +60,8 @@ class Adapter:
     """Modules trained in full: the reward head, poolers."""
     base_fingerprint: str
     """See `weights_fingerprint`."""
+    quantization: Mapping[str, Any] | None = None
+    """How the base model is quantized, see `quantization.settings_of`; None if it is not."""
 
     def write_config(self, folder: Path) -> None:
         """Write adapter_config.json as peft does."""
@@ -67,86 +77,155 @@ class Adapter:
         write_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def add_lora(model: RewardModel, config: LoraConfig, base: str) -> Adapter:
+def add_lora(
+    model: RewardModel, config: LoraConfig, base: str, *, quantization: QuantizeOptions | None = None
+) -> Adapter:
     """Add low-rank matrices to the linear layers in place; only they, the reward head and poolers stay trainable.
 
     base: folder or hub name of the model, for the adapter's folder. Draws from torch's random number generator. Raises
-    UserError if peft is missing, and for `target_modules` that are no linear layers of the backbone.
+    UserError if peft is missing, for `target_modules` that are no linear layers of the backbone or have no effect, and
+    for a type whose rewards with LoRA would differ from those of the merged model.
     """
+    what = f"model.lora.rank={config.rank}"
     peft = import_peft("model.lora.rank")
     network = model.network
-    check_type(network.config, what=f"model.lora.rank={config.rank}")
-    kept = {module for name in modules_to_save(network) for module in network.get_submodule(name).modules()}
-    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear) and module not in kept]
-    last_names = sorted({name.rpartition(".")[2] for name in linear})
-    wanted = last_names if config.target_modules == ALL_LINEAR else list(config.target_modules)
-    chosen = {target: [name for name in linear if name == target or name.endswith(f".{target}")] for target in wanted}
-    if unknown := [target for target, names in chosen.items() if not names]:
-        raise UserError(
-            f"model.lora.target_modules: the backbone has no linear layer {unknown[0]}; it has {', '.join(last_names)}"
-        )
-    names = sorted({name for found in chosen.values() for name in found})
+    also_trained = [*modules_to_save(network), *_trained_in_full(network, config.modules_to_save)]
+    names = [name for name in _targets(model, config, what) if not _is_inside(name, also_trained)]
     settings = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=names,
         use_dora=config.use_dora, use_rslora=config.use_rslora,
     )  # fmt: skip
-    adapter = add_layers(model, settings, base, also_trained=modules_to_save(network))
-    settings.target_modules = set(wanted)
+    every = [name for name, _ in network.named_modules()]
+    _log_share(network, names)
+    adapter = add_layers(model, settings, base, also_trained=also_trained, quantization=quantization)
+    settings.target_modules = _short_names(names, [name for name in every if not _is_inside(name, also_trained)])
     return adapter
 
 
-def add_layers(model: RewardModel, settings: Any, base: str, *, also_trained: Iterable[str]) -> Adapter:
+def _log_share(network: Any, names: Iterable[str]) -> None:
+    """Log how much of the model has LoRA, where experts in one tensor, which are no linear layers, have none."""
+    experts = [name for name, each in network.named_parameters() if each.ndim == 3]
+    if experts:
+        covered = sum(network.get_submodule(name).weight.numel() for name in names)
+        log.info(
+            "LoRA: on the matrices with %.1f%% of the parameters; experts in one tensor have none (%s)",
+            100 * covered / sum(each.numel() for each in network.parameters()),
+            ", ".join(dict.fromkeys(map(generic_name, experts))),
+        )
+
+
+def _trained_in_full(network: Any, ends: Iterable[str]) -> list[str]:
+    """Names of the modules that `modules_to_save` names by the ends of their names."""
+    found: list[str] = []
+    backbone = network.base_model_prefix
+    every = [name for name, _ in network.named_modules() if name.startswith(f"{backbone}.")]
+    owners: dict[nn.Parameter, set[str]] = {}
+    for name, each in network.named_parameters(remove_duplicate=False):
+        owners.setdefault(each, set()).add(name)
+    for end in ends:
+        key = f"model.lora.modules_to_save: {end}"
+        names = [name for name in every if f".{name}".endswith(f".{end}")]
+        parameters = [each for name in names for each in network.get_submodule(name).parameters()]
+        if not parameters:
+            last = (name.rpartition(".")[2] for name in every if any(network.get_submodule(name).parameters()))
+            raise UserError(
+                f"{key} is no module of the backbone; it has {', '.join(sorted({*last} - set('0123456789')))}"
+            )
+        if shared := [each for each in parameters if len(owners[each]) > 1]:
+            raise UserError(
+                f"{key} shares its weight with other modules ({', '.join(sorted(owners[shared[0]]))}), and peft would "
+                "separate them; remove it"
+            )
+        found.extend(names)
+    return found
+
+
+def _targets(model: RewardModel, config: LoraConfig, what: str) -> list[str]:
+    """Names of the layers that `target_modules` chooses, without those that LoRA cannot be added to."""
+    network, key = model.network, "model.lora.target_modules"
+    linear, direct = linear_layers(network)
+    last_names = sorted({name.rpartition(".")[2] for name in linear})
+    if not linear:
+        raise UserError(f"{what}: {network.config.model_type} has no linear layers that LoRA can be added to")
+    wanted = last_names if config.target_modules == ALL_LINEAR else list(config.target_modules)
+    chosen = {target: [name for name in linear if name == target or name.endswith(f".{target}")] for target in wanted}
+    if unknown := [target for target, names in chosen.items() if not names]:
+        why = ""
+        if any(f".{name}".endswith(f".{unknown[0]}") for name in direct):
+            why = f" that is called: transformers reads the weight of {unknown[0]} directly"
+        raise UserError(f"{key}: the backbone has no linear layer {unknown[0]}{why}; it has {', '.join(last_names)}")
+    names = sorted({name for found in chosen.values() for name in found})
+    unused = names_without_effect(network.config, model.way, map(generic_name, names), what=what)
+    without = [name for name in names if generic_name(name) in unused]
+    if without and config.target_modules != ALL_LINEAR:
+        raise UserError(f"{key}: no reward depends on {without[0]} of {network.config.model_type}; remove it")
+    if config.target_modules == ALL_LINEAR and (left := sorted(map(generic_name, {*without, *direct}))):
+        log.info(
+            "LoRA: not added to %s, since their weights are read directly or no reward depends on them",
+            ", ".join(dict.fromkeys(left)),
+        )
+    return [name for name in names if name not in without]
+
+
+def _is_inside(name: str, modules: Iterable[str]) -> bool:
+    return any(f"{name}.".startswith(f"{each}.") for each in modules)
+
+
+def _short_names(names: Iterable[str], every: Iterable[str]) -> set[str]:
+    """The last parts of the names if no other module has one of them, as peft matches; else the whole names."""
+    chosen = set(names)
+    short = {name.rpartition(".")[2] for name in chosen}
+    found = {name for name in every if name.rpartition(".")[2] in short}
+    return short if found == chosen else chosen
+
+
+def add_layers(
+    model: RewardModel, settings: Any, base: str, *, also_trained: Iterable[str],
+    quantization: QuantizeOptions | None = None,
+) -> Adapter:  # fmt: skip
     """Add the layers that `settings` (peft's LoraConfig) describes in place, and make them trainable.
 
     also_trained: names of modules, or their ends, that are trained in full as the head is; all others are frozen.
+    quantization: how the base model is quantized before. Raises UserError for layers that would have no effect, since
+    the library reads their weight directly.
     """
-    peft = import_peft("model.lora.rank")
     network = model.network
     fingerprint = weights_fingerprint(model)
     ends = list(dict.fromkeys([*_heads(network), *also_trained]))
+    trained = [name for name, _ in network.named_modules() if any(f".{name}".endswith(f".{end}") for end in ends)]
+    short = _peft_ends(trained, [name for name, _ in network.named_modules()])
+    record = None if quantization is None else quantization.quantize(network, but=trained)
     settings.inference_mode, settings.modules_to_save = False, None
     excluded = settings.exclude_modules
     if excluded is None:  # no LoRA in modules that are trained in full
         settings.exclude_modules = rf"(.*\.)?({'|'.join(map(re.escape, ends))})(\..*)?"
-    with quiet():
-        peft.inject_adapter_in_model(settings, network, adapter_name=_NAME)
+    inject(network, settings)
     settings.exclude_modules = excluded
-    trained = [name for name, _ in network.named_modules() if any(f".{name}".endswith(f".{end}") for end in ends)]
+    adapted = [name for name, module in network.named_modules() if hasattr(module, "lora_A")]
+    if direct := [name for name in adapted if is_read_directly(network, name)]:
+        raise UserError(
+            f"LoRA on {direct[0]} of {network.config.model_type} has no effect: transformers reads its weight directly"
+        )
     for name in trained:
         network.get_submodule(name).requires_grad_(True)
     path = os.path.expanduser(base)
-    # peft matches `modules_to_save` by the ends of names.
-    short = tuple(dict.fromkeys(name.rpartition(".")[2] for name in trained))
-    return Adapter(settings, os.path.abspath(path) if os.path.isdir(path) else base, short, fingerprint)
+    return Adapter(settings, os.path.abspath(path) if os.path.isdir(path) else base, short, fingerprint, record)
 
 
-def check_type(config: Any, *, what: str) -> None:
-    """Raise UserError for a model type with layers that may read weights past the modules that LoRA replaces."""
-    if config.model_type not in ARCHITECTURES:
-        raise UserError(
-            f"{what}: adapters of {config.model_type} are not implemented; types: {', '.join(ARCHITECTURES)}"
-        )
+def _peft_ends(names: Iterable[str], every: Iterable[str]) -> tuple[str, ...]:
+    """Names as short as they can be: peft takes each module whose name ends with one of `modules_to_save`."""
+    chosen, all_names = list(names), list(every)
+    short: list[str] = []
+    for name in chosen:
+        last = name.rpartition(".")[2]
+        short.append(last if all(each in chosen for each in all_names if each.endswith(last)) else name)
+    return tuple(dict.fromkeys(short))
 
 
 def _heads(network: Any) -> list[str]:
     """The modules with parameters outside of the backbone: the reward head, and its dense layers."""
     outside = [name for name, _ in network.named_children() if name != network.base_model_prefix]
     return [name for name in outside if any(True for _ in network.get_submodule(name).parameters())]
-
-
-@torch.no_grad()
-def merge_layers(network: nn.Module) -> None:
-    """Merge the layers of an adapter into the weights in place, and restore the modules that they were added to."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    places = [(parent, *each) for parent in network.modules() for each in parent.named_children()]
-    for parent, name, module in places:
-        if isinstance(module, AuxiliaryTrainingWrapper):  # trained rows of an embedding
-            setattr(parent, name, module.unload_and_optionally_merge_module(True, False, None))
-        elif isinstance(module, BaseTunerLayer) and not isinstance(parent, AuxiliaryTrainingWrapper):
-            module.merge()
-            setattr(parent, name, module.get_base_layer())
 
 
 def stored_name(name: str) -> str:
@@ -163,7 +242,9 @@ def short_name(name: str) -> str | None:
     """
     if ".original_module." in name:
         return None
-    name = re.sub(rf"\.modules_to_save(\.{_NAME})?(?=\.)|\.{_NAME}(?=\.|$)", "", name.removeprefix(_PREFIX))
+    name = re.sub(
+        rf"\.modules_to_save(\.{ADAPTER_NAME})?(?=\.)|\.{ADAPTER_NAME}(?=\.|$)", "", name.removeprefix(_PREFIX)
+    )
     return re.sub(r"\.lora_magnitude_vector\.weight$", ".lora_magnitude_vector", name)  # DoRA
 
 
@@ -180,20 +261,3 @@ def weights_fingerprint(model: RewardModel) -> str:
         if each not in kept
     ]
     return hashlib.sha256(repr(sorted(sums)).encode()).hexdigest()[:32]
-
-
-def import_peft(what: str) -> Any:
-    """The package; raises UserError, which begins with `what`, if it is missing."""
-    try:
-        with quiet():
-            import peft
-    except ImportError as error:
-        raise UserError(f"{what} needs the peft package: pip install 'rm-gallery[lora]'") from error
-    return peft
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No warnings of peft, and no load reports of transformers: what is wrong is checked and reported here."""
-    with catch_warnings(action="ignore"), quiet_transformers():
-        yield

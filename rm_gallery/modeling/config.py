@@ -13,6 +13,7 @@ PackingSetting: TypeAlias = Literal["auto", "packed", "padded"]
 StrategySetting: TypeAlias = Literal["auto", "fsdp", "fsdp2", "ddp"]
 FreezeSetting: TypeAlias = Literal["backbone", "embeddings"] | Annotated[int, Ge(1)] | None
 HeadInit: TypeAlias = Literal["normal", "zero", "lm_head_difference"]
+Quantization: TypeAlias = Literal["nf4", "int8"] | None
 ModelDtype: TypeAlias = Literal["auto", "bf16", "fp32"]
 MasterWeightsSetting: TypeAlias = Literal["fp32", "bf16_stochastic"]
 
@@ -82,6 +83,9 @@ class LoraConfig:
     """DoRA: train the magnitude of each weight's columns separately (Liu et al. 2024)."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules that are trained in full and saved, beside the reward head: embeddings and norms, by the ends of their
+    names, such as `[embed_tokens, input_layernorm, norm]`."""
     base: str | None = None
     """Folder or hub name of the base model, when `partial_pretrain` is an adapter whose folder names another path."""
 
@@ -136,6 +140,9 @@ class ModelConfig:
     """Mixtures of experts: weight of the routers' load-balancing loss, which is added to the preference loss; 0.001 in
     many configurations. Null or 0: none."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    quantization: Quantization = None
+    """QLoRA, with `lora.rank` (extra `qlora`): the frozen linear layers in 4 bits (`nf4`, Dettmers et al. 2023) or 8
+    bits (`int8`). Head, norms and embeddings are not quantized."""
     fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
 
 

@@ -39,7 +39,7 @@ from rm_gallery.modeling.legacy_keys import add_config_keys, rename_tokenizer_ke
 from rm_gallery.modeling.model_folder import quiet_transformers
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.modeling.stored_layout import as_stored
-from rm_gallery.modeling.weight_files import ADAPTER_WEIGHTS, read_weight_folder
+from rm_gallery.modeling.weight_files import ADAPTER_WEIGHTS, QUANTIZATION_RECORD, read_weight_folder
 from rm_gallery.schema import InputStyle
 
 log = logging.getLogger(__name__)
@@ -192,6 +192,8 @@ def _finish_config(
         config |= dict.fromkeys(_MEAN_KEYS, record.reward_mean) | dict.fromkeys(_STD_KEYS, record.reward_std)
     if adapter is not None:
         config[BASE_RECORD] = adapter.base_fingerprint
+        if adapter.quantization is not None:
+            config[QUANTIZATION_RECORD] = dict(adapter.quantization)
     add_config_keys(config)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -285,16 +287,18 @@ def read_statistics(folder: str | Path) -> tuple[float, float] | None:
 
 
 @torch.no_grad()
-def rescore(folder: Path, texts: Sequence[Sequence[int]], *, base: str | None = None) -> list[float]:
+def rescore(
+    folder: Path, texts: Sequence[Sequence[int]], *, base: str | None = None, quantized: bool = True
+) -> list[float]:
     """Rewards of token sequences by transformers (and peft) alone, in float32 and one padded batch.
 
-    base: see `open_adapter`.
+    base: see `open_adapter`. quantized: see `AdapterFolder.load_plain`.
     """
     from transformers import AutoModelForSequenceClassification
 
     adapter = open_adapter(str(folder), key="model", base=base)
     if adapter is not None:
-        network = adapter.load_plain()
+        network = adapter.load_plain(quantized=quantized)
     else:
         with quiet_transformers():
             network = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()

@@ -121,7 +121,7 @@ def _tried(key: _Key) -> Way:
     why_not = "model.packing=padded"
     if not key.padded_only:
         try:
-            found = probe.compare(lambda batch: _packed_twin(twin, batch))
+            found = probe.compare(lambda batch: packed_by_library(twin, batch))
             if found <= TOLERANCE:
                 return Way(True, f"equal to one text at a time ({found:.1e} on a small {kind})", difference=found)
             why_not = f"packed rewards of a small {kind} differ by {found:.2g}"
@@ -141,7 +141,8 @@ def _leak(kind: str, found: float) -> str:
     )
 
 
-def _packed_twin(twin: Any, batch: PackedBatch) -> Tensor:
+def packed_by_library(twin: Any, batch: PackedBatch) -> Tensor:
+    """Rewards [R] of packed tokens through the library's layers, whose attention is set to ours."""
     dispatch.install()
     twin.set_attn_implementation(dispatch.NAME)
     return packed_rewards(twin, batch, "auto")
@@ -209,8 +210,16 @@ class Probe:
 
     @torch.no_grad()
     def compare(self, rewards: Any) -> float:
-        """The largest difference of `rewards(batch)`, beyond the size of a reward relative to it; NaN counts."""
-        found = rewards(collate(self._groups))
+        """The largest difference of `rewards(batch)`; see `difference`."""
+        return self.difference(rewards(self.batch))
+
+    @property
+    def batch(self) -> PackedBatch:
+        """The texts as one batch."""
+        return collate(self._groups)
+
+    def difference(self, found: Tensor) -> float:
+        """The largest difference from one text at a time, beyond the size of a reward relative to it; NaN counts."""
         return float(((found - self.wanted).abs() / self.wanted.abs().clamp(min=1)).max())
 
 

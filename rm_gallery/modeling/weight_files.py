@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rm_gallery.errors import UserError, one_line
+from rm_gallery.modeling.config import Quantization
 
 _INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -25,6 +26,8 @@ _QUANTIZED = (
 )  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000  # the library's limit
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+QUANTIZATION_RECORD = "rm_gallery_quantization"
+"""Key of an adapter's config.json with the arguments of `BitsAndBytesConfig`."""
 _HEAD_FILE = "value_head.safetensors"
 _ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin")
 
@@ -163,6 +166,14 @@ class AdapterFiles:
     """Those of `value_head.safetensors`, which LLaMA-Factory writes beside the adapter."""
     other_files: tuple[str, ...] = ()
     """Names of files with a head that are not read."""
+    model_config: Mapping[str, Any] = field(default_factory=dict)
+    """config.json of the folder, or {}."""
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """How the base model was quantized in training (arguments of `BitsAndBytesConfig`); None if it was not."""
+        found: Mapping[str, Any] | None = self.model_config.get(QUANTIZATION_RECORD)
+        return found
 
     @property
     def base(self) -> str:
@@ -202,7 +213,23 @@ def read_adapter_files(path: str, *, key: str) -> AdapterFiles | None:
     tensors, head = (
         _read_header(file, f"{key}={path}") if file.is_file() else {} for file in (weights, folder / _HEAD_FILE)
     )
-    return AdapterFiles(values, tensors, head, tuple(each.name for each in folder.glob("value_head.bin")))
+    others = tuple(each.name for each in folder.glob("value_head.bin"))
+    return AdapterFiles(values, tensors, head, others, _read_config(folder / "config.json"))
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # transformers reports what it cannot read
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def kind_of_quantization(settings: Mapping[str, Any] | None) -> Quantization:
+    """The kind that a record of `AdapterFiles.quantization` describes; None without a record."""
+    if not settings:
+        return None
+    return "nf4" if settings.get("load_in_4bit") else "int8"
 
 
 def tokenizer_folder(path: str, *, key: str, base: str | None = None) -> str:

@@ -44,6 +44,8 @@ class ScoreOptions:
     trust_remote_code: bool = False
     base: str | None = None
     """Base model of adapters (`--base`), instead of the one that their folders name."""
+    quantized: bool = True
+    """Quantize the base model of adapters that were trained so (without `--unquantized`)."""
     template_date: str | None = None
     """Date (YYYY-MM-DD) for chat templates that write today's."""
     normalize: bool = False

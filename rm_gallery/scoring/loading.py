@@ -17,7 +17,6 @@ from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.distributed.cpu import keep_freed_memory
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.adapter_folder import open_adapter
-from rm_gallery.modeling.adapters import check_type
 from rm_gallery.modeling.export import InputRecord, read_record, read_statistics, set_pad_token
 from rm_gallery.modeling.forward import pad_texts
 from rm_gallery.modeling.heads import has_foreign_head, is_reward_model, num_outputs
@@ -39,7 +38,13 @@ from rm_gallery.modeling.reward_model import (
     max_rotary_positions,
 )
 from rm_gallery.modeling.text_part import text_part
-from rm_gallery.modeling.weight_files import WeightFolder, check_not_quantized, read_weight_folder, tokenizer_folder
+from rm_gallery.modeling.weight_files import (
+    WeightFolder,
+    check_not_quantized,
+    kind_of_quantization,
+    read_weight_folder,
+    tokenizer_folder,
+)
 from rm_gallery.scoring.model_folder import file_of
 
 log = logging.getLogger(__name__)
@@ -98,8 +103,12 @@ def load_folder(
     trust_remote_code: bool = False,
     template_date: str | None = None,
     base: str | None = None,
+    quantized: bool = True,
 ) -> ScoringModel:
     """Load a model folder, or a folder with an adapter (LoRA), which is merged into its base model in memory.
+
+    An adapter whose base model was quantized in training (QLoRA) stays beside the base model, quantized the same way;
+    quantized=False merges it into the base model that is not quantized.
 
     template_date: date (YYYY-MM-DD) for a chat template that writes today's; None for the day of the call.
     base: the base model of an adapter, instead of the one that its folder names.
@@ -113,13 +122,17 @@ def load_folder(
     kind = find_dtype(dtype, where)
     config, files, tokenizer = check_folder(path, trust_remote_code=trust_remote_code, base=base)
     adapter = open_adapter(path, key=KEY, base=base)
+    is_quantized = adapter is not None and adapter.quantization is not None and quantized
     has_own_code = _has_own_code(config, trust_remote_code)
     date = freeze_date(tokenizer, template_date, key="template_date (score: --template-date)")
     model: RewardModel | PaddedModel
     try:
         if has_own_code:
             raise OtherHeadError("the folder has code of its own")
-        loaded = load_reward_model(path, key=KEY, new_head=None) if adapter is None else adapter.load_merged()
+        if adapter is None:
+            loaded = load_reward_model(path, key=KEY, new_head=None)
+        else:
+            loaded = adapter.load_quantized(kind, where) if is_quantized else adapter.load_merged()
         model, how = (
             _with_bias(path, loaded.model, loaded.model.head, loaded.head_name, loaded.head_bias),
             str(loaded.model.way),
@@ -127,7 +140,9 @@ def load_folder(
     except OtherHeadError:
         model, how = _load_other(path, config, files, has_own_code, kind), "padded"
     if adapter is not None:
-        log.info("%s: an adapter, merged into %s in memory", path, adapter.base)
+        kind_of_base = kind_of_quantization(adapter.quantization)
+        how_added = f"on {adapter.base}, quantized to {kind_of_base} as in training" if is_quantized else ""
+        log.info("%s: an adapter, %s", path, how_added or f"merged into {adapter.base} in memory")
     with quiet_transformers():
         set_pad_token(model, tokenizer, what=f"{KEY}={path}", resize=None)  # type: ignore[arg-type]  # it needs the network alone
     try:
@@ -181,7 +196,6 @@ def check_folder(
         config = text_part(read_model_config(adapter.base, key="base"))
         files = read_weight_folder(adapter.base, key="base")
         check_model_config(config, adapter.base, key="base", files=files, new_head=True)
-        check_type(config, what=f"{KEY}={path}")
         return config, files, load_tokenizer(tokenizer_folder(path, key=KEY, base=base), key=KEY)
     _check_remote_code(path, trust_remote_code)
     config = read_model_config(path, key=KEY, trust_remote_code=trust_remote_code)

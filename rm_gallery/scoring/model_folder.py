@@ -76,9 +76,11 @@ def stats_of(folder: str | Path) -> Stats:
 class ModelFolder:
     """The files of one model while it scores."""
 
-    def __init__(self, model: str, base: str | None = None) -> None:
-        """model: a folder, or a model of the hub. base: of an adapter, if its folder does not name it."""
-        self.model = model
+    def __init__(self, model: str, base: str | None = None, *, quantized: bool = True) -> None:
+        """model: a folder, or a model of the hub. base: of an adapter, if its folder does not name it. quantized: see
+        `load_folder`.
+        """
+        self.model, self._quantized = model, quantized
         adapter = read_adapter_files(model, key="model")
         self._base = None if adapter is None or not (base or adapter.base) else ModelFolder(base or adapter.base)
         self._stats = self._now()
@@ -88,7 +90,8 @@ class ModelFolder:
         """The content of every file of the folder, or the commit of a hub model."""
         folder = Path(self.model).expanduser()
         if self._base is not None:
-            return [*([name, digest] for name, digest in self._hash(folder).items()), self._base.fingerprint]
+            files = [[name, digest] for name, digest in self._hash(folder).items()]
+            return [*files, self._base.fingerprint, *([] if self._quantized else ["unquantized"])]
         if folder.is_dir():
             return [[name, digest] for name, digest in self._hash(folder).items()]
         config = file_of(self.model, "config.json")

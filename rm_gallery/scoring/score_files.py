@@ -165,7 +165,7 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
     said: set[str] = set()
     tables = [open_table(file, options.data, said, best=options.best) for file in _find_inputs(options)]
     names = name_models(options.models)
-    models = [ModelFolder(model, options.base) for model in options.models]
+    models = [ModelFolder(model, options.base, quantized=options.quantized) for model in options.models]
     jobs = plan_jobs(options, tables, names, models)
     with ExitStack() as locks:
         for job in jobs:
@@ -234,6 +234,7 @@ class _LazyScorer:
                 template_date=self._options.template_date,
                 base=self._options.base,
                 normalize=self._options.normalize,
+                quantized=self._options.quantized,
             )
             self._model.check_unchanged()
         return self._scorer

@@ -55,6 +55,7 @@ class RewardScorer:
         template_date: str | None = None,
         base: str | None = None,
         normalize: bool = False,
+        quantized: bool = True,
     ) -> RewardScorer:
         """Load a checkpoint folder of RM-Gallery, or any sequence classification model or adapter with one label.
 
@@ -63,13 +64,14 @@ class RewardScorer:
         float32; the reward head of packed architectures stays float32. On a CPU, freed memory is kept for the next
         call (see `keep_freed_memory`). template_date: date (YYYY-MM-DD) for a chat template that writes today's.
         base: folder or hub name of an adapter's base model, if it is not the one that adapter_config.json names.
+        quantized: quantize the base model of an adapter as in training, if it was (QLoRA); see `load_folder`.
         normalize: return (reward - mean) / standard deviation, with those of the validation responses that the folder
         has. Raises UserError for a folder without such a model or without these figures, and for weights that are not
         finite.
         """
         folder = choose_checkpoint(str(folder), key="model")
         settings: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-        settings["base"] = base
+        settings |= {"base": base, "quantized": quantized}
         is_here = Path(folder).expanduser().is_dir()
         where = str(Path(folder).expanduser().resolve()) if is_here else str(folder)
         origin = {"folder": where, "token_budget": token_budget, "normalize": normalize, **settings}, stats_of(folder)

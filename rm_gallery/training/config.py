@@ -23,7 +23,7 @@ from rm_gallery.config import known_keys, load, problem_of, to_save, to_yaml
 from rm_gallery.data.config import DataConfig, data_problems, has_validation, normalize_data
 from rm_gallery.errors import Problem, UserError, nearest
 from rm_gallery.modeling.config import ModelConfig
-from rm_gallery.modeling.weight_files import read_adapter_files
+from rm_gallery.modeling.weight_files import kind_of_quantization, read_adapter_files
 from rm_gallery.training.familiar_names import key_for
 from rm_gallery.training.trackers import TRACKERS, TrackerConfig
 
@@ -276,7 +276,21 @@ def _continue_adapter(model: dict[str, Any]) -> Iterator[Problem]:
                 f"model.lora.{key}={wanted}, but the adapter of model.partial_pretrain={path} has {value}; remove the "
                 "key to continue it, or merge it first (rm-gallery merge)",
             )
+    kept = set(files.config.get("modules_to_save") or ())
+    if more := [name for name in given.get("modules_to_save") or () if name not in kept]:
+        yield Problem(
+            "model.lora.modules_to_save",
+            f"model.lora.modules_to_save: the adapter of model.partial_pretrain={path} has no {more[0]}; remove it, or "
+            "merge the adapter first (rm-gallery merge)",
+        )
     model["lora"] = {**found, **given}
+    quantized = kind_of_quantization(files.quantization)
+    if model.setdefault("quantization", quantized) != quantized:
+        yield Problem(
+            "model.quantization",
+            f"model.quantization={model['quantization']}, but the adapter of model.partial_pretrain={path} was trained "
+            f"with {quantized or 'null'}; remove the key to continue it, or merge it first (rm-gallery merge)",
+        )
 
 
 def _familiar_names(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[Problem]:
@@ -333,6 +347,8 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
         yield Problem(
             key, f"{key}=bf16_stochastic with model_dtype=fp32: the weights are in bf16; set model_dtype=bf16 or auto"
         )
+    if model.quantization is not None:
+        yield from _quantization_problems(model)
     if model.freeze is not None and model.resize_embeddings:
         yield Problem(
             "model.freeze",
@@ -359,6 +375,24 @@ def _lora_problems(model: ModelConfig) -> Iterator[Problem]:
         )
     if model.trust_remote_code:
         yield Problem(key, f"{value} with model.trust_remote_code=true is not implemented; set one of them")
+
+
+def _quantization_problems(model: ModelConfig) -> Iterator[Problem]:
+    key, value = "model.quantization", f"model.quantization={model.quantization}"
+    if not model.lora.rank:
+        yield Problem(
+            key, f"{value} without LoRA: quantized weights cannot be trained; set model.lora.rank, or remove it"
+        )
+    elif find_spec("bitsandbytes") is None:
+        yield Problem(key, f"{value} needs the bitsandbytes package: pip install 'rm-gallery[qlora]'")
+    if model.strategy in ("fsdp", "fsdp2"):
+        yield Problem(
+            key,
+            f"{value} with model.strategy={model.strategy}: FSDP2 shards no quantized weights; set ddp, which "
+            "holds them on every rank",
+        )
+    if model.fsdp_config.offloads_weights:
+        yield Problem(key, f"{value} with model.fsdp_config.cpu_offload=true is not implemented; set one of them")
 
 
 def _model_folder_problems(model: ModelConfig) -> Iterator[Problem]:

@@ -63,18 +63,35 @@ scorer.score_messages([[{"role": "user", "content": "Why is the sky blue?"},
 
 With transformers{% if lora %} and peft{% endif %} alone:
 {%- if code_file %} it has no sequence classification class for this type, so
-`trust_remote_code=True` allows it to run the one in `{{ code_file }}`.
+{% if lora %}this runs{% else %}`trust_remote_code=True` allows it to run{% endif %} the one in `{{ code_file }}`.
 {%- endif %}
 
 ```python
 import torch
 {% if lora -%}
 from peft import PeftModel
+{% if code_file -%}
+from transformers import AutoConfig, AutoTokenizer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+{%- else -%}
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+{%- endif %}
+{%- if quantized %}
+from transformers import BitsAndBytesConfig
+{%- endif %}
 
 tokenizer = AutoTokenizer.from_pretrained("PATH_OR_NAME")
 config = AutoConfig.from_pretrained("PATH_OR_NAME")
+{% if quantized -%}
+quantization = BitsAndBytesConfig(**config.rm_gallery_quantization)
+{% endif -%}
+{% if code_file -%}
+name = config.auto_map["AutoModelForSequenceClassification"]
+kind = get_class_from_dynamic_module(name, "PATH_OR_NAME")
+base = kind.from_pretrained("BASE_MODEL", config=config{{ mapping }})
+{%- else -%}
 base = AutoModelForSequenceClassification.from_pretrained("BASE_MODEL", config=config{{ mapping }})
+{%- endif %}
 model = PeftModel.from_pretrained(base, "PATH_OR_NAME").eval()
 {%- else -%}
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -171,12 +188,19 @@ def model_card(
         chat=input_style == "chat",
         lora=lora.rank > 0,
         code_file=code_file,
-        mapping=f", key_mapping={json.dumps(dict(renames))}" if renames else "",
+        mapping=_base_options(renames or {}, config.model.quantization),
+        quantized=config.model.quantization is not None,
         trust=", trust_remote_code=True" if code_file else "",
         special=adds_special_tokens,
         separator=json.dumps(separator)[1:-1],
     )
     return redact(card)
+
+
+def _base_options(renames: Mapping[str, str], quantization: str | None) -> str:
+    """More arguments of `from_pretrained` for the base model of an adapter."""
+    found = f", key_mapping={json.dumps(dict(renames))}" if renames else ""
+    return found + (", quantization_config=quantization" if quantization else "")
 
 
 def _sources(files: Any) -> list[str]:

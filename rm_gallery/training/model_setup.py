@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from rm_gallery.distributed.collectives import all_gather
 from rm_gallery.distributed.process_group import World
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.adapter_folder import BASE_HINT, AdapterFolder, open_adapter
@@ -23,8 +24,9 @@ from rm_gallery.modeling.freezing import count_trained, freeze
 from rm_gallery.modeling.generic_class import CODE_FILE, is_generic
 from rm_gallery.modeling.head_init import init_head
 from rm_gallery.modeling.meta_init import MetaInitError, WeightFiles, init_on_meta
-from rm_gallery.modeling.parallel.apply import resolve_strategy
+from rm_gallery.modeling.parallel.apply import DTYPES, resolve_strategy
 from rm_gallery.modeling.parallel.strategy import Strategy
+from rm_gallery.modeling.quantization import QuantizeOptions, num_parameters, quantized_share
 from rm_gallery.modeling.reward_model import LoadedModel, RewardModel, load_reward_model
 from rm_gallery.training.config import TrainConfig
 
@@ -68,13 +70,17 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
         except MetaInitError as error:
             reason = str(error)
     if files is None:
-        loaded, adapter = _load(config, tokenizer, folder)
+        loaded, adapter = _load(config, tokenizer, world, folder)
     freeze(loaded.model.network, config.model.freeze)
-    count = sum(parameter.numel() for parameter in loaded.model.parameters())
+    count = num_parameters(loaded.model)
     trained = count_trained(loaded.model.parameters())
-    strategy = resolve_strategy(config.model, world, count, trained)
+    # Quantized layers are replicated: FSDP2 shards no integers (`model_problems` refuses fsdp2).
+    model = config.model if config.model.quantization is None else replace(config.model, strategy="ddp")
+    strategy = resolve_strategy(model, world, count, trained)
+    if adapter is not None and config.model.quantization is not None:
+        _check_equal_bases(adapter, loaded, config)
     if strategy != "fsdp2" and files is not None:  # not sharded: this process needs all weights
-        (loaded, _), files = _load(config, tokenizer), None
+        (loaded, _), files = _load(config, tokenizer, world), None
         freeze(loaded.model.network, config.model.freeze)
     elif strategy == "fsdp2" and files is None:
         log.warning("every rank reads the whole model before sharding, since %s", reason)
@@ -94,6 +100,16 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
         )  # fmt: skip
     _log_head(config, loaded)
     return StartModel(loaded.model, strategy, files, count, trained, loaded.renames, adapter)
+
+
+def _check_equal_bases(adapter: Adapter, loaded: LoadedModel, config: TrainConfig) -> None:
+    """Log the quantized share; raises UserError if ranks have other base models: rank 0 sends no quantized weights."""
+    if len(set(all_gather(adapter.base_fingerprint))) > 1:
+        raise UserError(f"{_what(config)}: the weights differ between machines; copy the same folder to all of them")
+    log.info(
+        "model.quantization=%s: %.1f%% of the parameters are quantized; embeddings, norms and head are not",
+        config.model.quantization, 100 * quantized_share(loaded.model.network),
+    )  # fmt: skip
 
 
 def _log_head(config: TrainConfig, loaded: LoadedModel) -> None:
@@ -127,12 +143,17 @@ def find_adapter(config: TrainConfig) -> AdapterFolder | None:
 
 
 def _load(
-    config: TrainConfig, tokenizer: Any, folder: AdapterFolder | None = None
+    config: TrainConfig, tokenizer: Any, world: World, folder: AdapterFolder | None = None
 ) -> tuple[LoadedModel, Adapter | None]:
     """The model with a pad token, and with LoRA if it is configured; folder: the adapter to continue."""
-    model, adapter = config.model, None
+    model, adapter, quantization = config.model, None, None
+    if model.quantization is not None:
+        dtype, what = DTYPES[model.fsdp_config.model_dtype], f"model.quantization={model.quantization}"
+        quantization = QuantizeOptions(model.quantization, dtype, world.device, what)
     if folder is not None:
-        loaded, adapter = folder.load_for_training(model.lora, dropout=model.dropout, packing=model.packing)
+        loaded, adapter = folder.load_for_training(
+            model.lora, dropout=model.dropout, packing=model.packing, quantization=quantization
+        )
     else:
         loaded = load_reward_model(
             model.partial_pretrain,
@@ -150,7 +171,7 @@ def _load(
     init_head(loaded, model.head_init, model.head_init_words, tokenizer, path=path)
     set_pad_token(loaded.model, tokenizer, what=_what(config), resize=model.resize_embeddings)
     if model.lora.rank and adapter is None:
-        adapter = add_lora(loaded.model, model.lora, model.partial_pretrain)
+        adapter = add_lora(loaded.model, model.lora, model.partial_pretrain, quantization=quantization)
     return loaded, adapter
 
 

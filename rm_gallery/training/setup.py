@@ -354,6 +354,7 @@ def run_identity(config: TrainConfig, data: TokenData, plan: Plan, shape: str, t
             "training data": f"fingerprint {data.fingerprint()}",
             "trainer.seed": config.trainer.seed,
             "model": shape,
+            **({"model.quantization": config.model.quantization} if config.model.quantization else {}),
             PLAN: f"fingerprint {plan.fingerprint()}",
         },
         config=config.to_compare(),
@@ -376,7 +377,7 @@ def build_checkpoints(
         train.input_record(config.data, tokenizer),
         DTYPES[written],
         weights.device,
-        exact=computes == written == "fp32",
+        exact=computes == written == "fp32" and config.model.quantization != "int8",  # it rounds activations
         probes=[train.data[int(index)] for index in shortest],
         adapter=start.adapter,
         normalize=config.trainer.reward_statistics == "normalize",

@@ -116,7 +116,8 @@ class MasterWeights(TrainedWeights):
         self._copies: list[tuple[nn.Parameter, nn.Parameter]] = []  # (master weight, compute-dtype parameter)
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:  # frozen (LoRA): no master weight
-                parameter.data = parameter.data.to(dtype)
+                if parameter.is_floating_point():  # not quantized
+                    parameter.data = parameter.data.to(dtype)
                 continue
             master = parameter
             if dtype != torch.float32 and parameter not in head and not has_masters:

@@ -168,15 +168,15 @@ class SavedWeights:
 def _saved_module(model: RewardModel, weights: TrainedWeights, *, has_frozen: bool) -> nn.Module:
     """A module with the weights to save, whose parameters are those the optimizer updates, or the model itself.
 
-    Frozen weights are its buffers with `has_frozen`, in the dtype that the model has them in; otherwise they are
-    omitted.
+    Frozen weights are its buffers with `has_frozen`, in the dtype that the model has them in; otherwise they and the
+    model's own buffers are omitted.
     """
     masters, parameters = dict(weights.named_parameters()), dict(model.named_parameters())
     if set(masters.values()) == set(parameters.values()):
         return model
     module = nn.Module()
     for name, value in [*masters.items(), *model.state_dict(keep_vars=True).items()]:
-        if name not in masters and name in parameters and not has_frozen:
+        if name not in masters and not has_frozen:
             continue
         *path, last = name.split(".")
         place = module
