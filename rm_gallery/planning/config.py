@@ -12,7 +12,7 @@ from rm_gallery.config import load
 from rm_gallery.data.config import data_problems
 from rm_gallery.errors import Problem
 from rm_gallery.modeling.config import DTYPE_BYTES, with_dtype
-from rm_gallery.modeling.parallel.strategy import choose_strategy
+from rm_gallery.modeling.parallel.strategy import choose_strategy, training_state_bytes
 from rm_gallery.planning.devices import GIB, USABLE, Device, device, has_bf16
 from rm_gallery.planning.memory import Layout
 from rm_gallery.planning.model_shape import ModelShape
@@ -113,14 +113,19 @@ def layout_of(config: EstimateConfig, shape: ModelShape, device: Device, *, one_
     fsdp = config.model.fsdp_config
     on_gpu = config.gpu != "cpu"
     offload = on_gpu and fsdp.offloads_weights
-    dtype_bytes = DTYPE_BYTES[fsdp.model_dtype]
+    dtype_bytes, has_masters = DTYPE_BYTES[fsdp.model_dtype], fsdp.master_weights == "fp32"
     strategy = choose_strategy(
         config.model.strategy,
         world_size=config.n_gpus,
         memory=device.memory / USABLE,
-        num_parameters=shape.parameters,
-        num_trained=shape.trained_parameters,
-        dtype_bytes=dtype_bytes,
+        state_bytes=training_state_bytes(
+            shape.parameters,
+            dtype_bytes,
+            shape.trained_parameters,
+            optimizer=config.optim.name,
+            num_matrix=shape.matrix_parameters,
+            has_masters=has_masters,
+        ),
         offload=fsdp.offloads_weights,
         fsdp_size=fsdp.fsdp_size,
         on_gpu=on_gpu,
@@ -137,6 +142,7 @@ def layout_of(config: EstimateConfig, shape: ModelShape, device: Device, *, one_
         offload_optimizer=on_gpu and fsdp.optimizer_offload and not offload,
         one_micro_batch=one_micro_batch,
         optimizer=config.optim.name,
+        has_masters=has_masters,
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from rm_gallery.modeling.architectures import architecture
+from rm_gallery.modeling.parallel.strategy import optimizer_state_bytes
 from rm_gallery.planning.model_shape import ModelShape
 
 # w bytes per number in the compute dtype (2 or 4), D hidden, I intermediate, Q query heads x head dim, K key heads x it
@@ -55,6 +56,8 @@ class Layout:
 
     optimizer: str = "adamw"
     """`optim.name`."""
+    has_masters: bool = True
+    """Trained weights are float32 beside a copy in the compute dtype; else only that, with stochastic rounding."""
 
     @property
     def sharded(self) -> bool:
@@ -67,13 +70,13 @@ class MemoryUse:
 
     moment: str
     weights: float
-    """float32 master weights."""
+    """Master weights, float32; without them the weights in the compute dtype."""
     compute_copy: float
     """bfloat16 copy of the weights, or the layers that FSDP has all-gathered."""
     gradients: float
     """float32."""
     optimizer: float
-    """State of the optimizer, float32: two moments with AdamW."""
+    """State of the optimizer: two moments in float32 with AdamW."""
     activations: float
     temporary: float
     """The largest of: gradients of activations and of one matrix, a recomputed layer, the embeddings' gradient."""
@@ -164,11 +167,13 @@ def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: floa
     w, sharded = layout.width, layout.sharded
     trained = 4 * shape.trained_parameters / layout.shards
     frozen = shape.parameters - shape.trained_parameters  # in the compute dtype, but float32 if sharded
-    weights = trained + (4 * frozen / layout.shards if sharded else w * frozen)
+    # Without master weights those of the backbone are in the compute dtype alone.
+    narrow = 0 if layout.has_masters else (4 - w) * (shape.trained_parameters - shape.head_parameters)
+    weights = trained - narrow / layout.shards + (4 * frozen / layout.shards if sharded else w * frozen)
     gathered, copy = 0.0, 0.0
     if sharded:  # the current layer, the prefetched one, and what is outside the layers
         gathered = w * (2 * shape.layer_parameters + shape.outer_parameters)
-    elif w < 4:
+    elif w < 4 and layout.has_masters:
         copy = w * (shape.trained_parameters - shape.head_parameters)
     resident = 0 if layout.offload else 1
     optimizer_state = _optimizer_state(shape, layout) / layout.shards
@@ -185,17 +190,27 @@ def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: floa
     return max(
         at("start of the backward pass", gathered + copy, early, between_steps, kept, begin),
         at("end of the backward pass", gathered + copy, gradients, between_steps, 0, end),
-        at("optimizer step", copy, gradients, optimizer, 0, 0),
+        at("optimizer step", copy, gradients, optimizer, 0, _optimizer_temporaries(shape, layout)),
         key=lambda use: use.total,
     )
 
 
 def _optimizer_state(shape: ModelShape, layout: Layout) -> float:
-    """Bytes: two moments with AdamW; one buffer for matrices of layers with Muon; a row and a column with Adafactor."""
+    """Bytes; of Adafactor a row and a column of each matrix."""
     if layout.optimizer == "adafactor":
         return 4 * 2 * shape.trained_parameters / min(shape.hidden, shape.num_kv_heads * shape.head_dim)
-    saved = 4 * min(shape.matrix_parameters, shape.trained_parameters) if layout.optimizer == "muon" else 0
-    return 8 * shape.trained_parameters - saved
+    matrices = min(shape.matrix_parameters, shape.trained_parameters)
+    return optimizer_state_bytes(layout.optimizer, shape.trained_parameters, matrices)
+
+
+def _optimizer_temporaries(shape: ModelShape, layout: Layout) -> float:
+    """Of the largest parameter: its float32 copy if it is rounded stochastically, and what its update is made of."""
+    largest = min(max(shape.largest_matrix, shape.largest_embedding), shape.trained_parameters) / layout.shards
+    part = min(largest, 2**22)  # moments of 8 bits, and the rounding, are computed in parts
+    update = {"adafactor": 4 * largest, "adamw_8bit": 17 * part}.get(layout.optimizer, 0)
+    if layout.optimizer == "muon":  # the momentum in float32, and three times in bfloat16; if sharded, the whole update
+        update = (10 + (4 if layout.sharded else 0)) * min(shape.largest_matrix, shape.trained_parameters)
+    return update if layout.has_masters else 4 * largest + max(update, 11 * part)
 
 
 def _temporaries(shape: ModelShape, layout: Layout, pack: Pack) -> tuple[float, float]:

@@ -29,6 +29,7 @@ from rm_gallery.modeling.parallel.strategy import Strategy
 from rm_gallery.modeling.quantization import QuantizeOptions, num_parameters, quantized_share
 from rm_gallery.modeling.reward_model import LoadedModel, RewardModel, load_reward_model
 from rm_gallery.training.config import TrainConfig
+from rm_gallery.training.optimizers import is_layer_matrix
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,9 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
     trained = count_trained(loaded.model.parameters())
     # Quantized layers are replicated: FSDP2 shards no integers (`model_problems` refuses fsdp2).
     model = config.model if config.model.quantization is None else replace(config.model, strategy="ddp")
-    strategy = resolve_strategy(model, world, count, trained)
+    named = [(name, each) for name, each in loaded.model.named_parameters() if each.requires_grad]
+    matrices = [each.numel() for name, each in named if is_layer_matrix(name, each)]
+    strategy = resolve_strategy(model, world, count, trained, optimizer=config.optim.name, num_matrix=sum(matrices))
     if adapter is not None and config.model.quantization is not None:
         _check_equal_bases(adapter, loaded, config)
     if strategy != "fsdp2" and files is not None:  # not sharded: this process needs all weights

@@ -56,8 +56,9 @@ def _peak_of_a_step(folder: Path, kind: str, layout: Layout, groups: int, vocab_
     batch, pack = batch_and_pack(shape, groups)
     if layout.checkpointing:
         model.network.gradient_checkpointing_enable({"use_reentrant": False})
-    weights = MasterWeights(model, torch.bfloat16 if layout.width == 2 else torch.float32)
-    optimizer = build_optimizer(weights.named_parameters(), OptimConfig())
+    dtype = torch.bfloat16 if layout.width == 2 else torch.float32
+    weights = MasterWeights(model, dtype, has_masters=layout.has_masters)
+    optimizer = build_optimizer(weights.named_parameters(), OptimConfig(name=layout.optimizer))  # type: ignore[arg-type]
     model.train()
 
     def step() -> None:
@@ -94,6 +95,9 @@ def _peak_of_a_step(folder: Path, kind: str, layout: Layout, groups: int, vocab_
         ("qwen2", replace(ONE, one_micro_batch=True), 1, 50000, "end of the backward pass"),
         ("bert", ONE, 60, 264, "start of the backward pass"),
         ("gemma3_text", replace(ONE, width=4), 60, 264, "start of the backward pass"),
+        ("qwen2", replace(ONE, has_masters=False, optimizer="muon"), 60, 264, "start of the backward pass"),
+        ("qwen2", replace(ONE, optimizer="adamw_8bit"), 1, 50000, "optimizer step"),
+        ("qwen2", replace(ONE, has_masters=False, optimizer="adafactor"), 1, 50000, "optimizer step"),
     ],
 )
 def test_the_peak_is_that_of_a_training_step(
@@ -115,6 +119,22 @@ def test_static_memory_is_16_bytes_a_parameter_and_a_copy(shape: ModelShape) -> 
     assert use.compute_copy == 2 * (shape.parameters - shape.head_parameters)
     assert use.overhead == 5
     assert step_memory(shape, replace(ONE, width=4), PACK, overhead=0).compute_copy == 0
+
+
+def test_static_memory_of_each_optimizer(shape: ModelShape) -> None:
+    count, small = shape.parameters, Pack(1, 1, 1)
+    state = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "adafactor": 8 / 512}
+    for name, per_parameter in state.items():
+        use = step_memory(shape, replace(ONE, optimizer=name), small, overhead=0)
+        assert use.optimizer == pytest.approx(per_parameter * count)
+        assert use.weights == use.gradients == 4 * count
+    muon = step_memory(shape, replace(ONE, optimizer="muon"), small, overhead=0)
+    assert muon.optimizer == 8 * count - 4 * shape.matrix_parameters
+    use = step_memory(shape, replace(ONE, has_masters=False, offload_optimizer=True), small, overhead=0)
+    assert (use.weights, use.compute_copy) == (2 * count + 2 * shape.head_parameters, 0)
+    assert (use.gradients, use.optimizer) == (4 * count, 8 * count)
+    assert use.moment == "optimizer step"
+    assert use.temporary == 4 * shape.largest_embedding + 11 * 2**22, "a float32 copy of one parameter at a time"
 
 
 @pytest.mark.slow

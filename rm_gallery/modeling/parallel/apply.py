@@ -22,7 +22,7 @@ from rm_gallery.modeling.config import DTYPE_BYTES, CheckpointingMode, FsdpConfi
 from rm_gallery.modeling.meta_init import WeightFiles
 from rm_gallery.modeling.parallel.fsdp import ShardingSpec, shard, transformer_layers
 from rm_gallery.modeling.parallel.master_weights import MasterWeights, TrainedWeights, broadcast_from_rank_0
-from rm_gallery.modeling.parallel.strategy import Strategy, choose_strategy
+from rm_gallery.modeling.parallel.strategy import Strategy, choose_strategy, training_state_bytes
 from rm_gallery.modeling.reward_model import RewardModel
 
 log = logging.getLogger(__name__)
@@ -33,21 +33,28 @@ _NO_OFFLOAD_ON_CPU = "offloading has no effect on a CPU: everything is in host m
 
 
 def resolve_strategy(
-    config: ModelConfig, world: World, num_parameters: int, num_trained: int | None = None
-) -> Strategy:
+    config: ModelConfig, world: World, num_parameters: int, num_trained: int | None = None, *,
+    optimizer: str = "adamw", num_matrix: int = 0,
+) -> Strategy:  # fmt: skip
     """Call `choose_strategy` with the settings and the hardware of this run, and log the choice.
 
-    num_parameters: of the whole model; num_trained: of its trained parameters, all by default. A collective, since
-    rank 0 measures the memory. Raises UserError as `choose_strategy` does.
+    num_parameters: of the whole model; num_trained: of its trained parameters, all by default; optimizer, num_matrix:
+    see `optimizer_state_bytes`. A collective, since rank 0 measures the memory. Raises UserError as `choose_strategy`
+    does.
     """
     fsdp = config.fsdp_config
     strategy = choose_strategy(
         config.strategy,
         world_size=world.world_size,
         memory=broadcast(_memory_per_process(world)),
-        num_parameters=num_parameters,
-        num_trained=num_trained,
-        dtype_bytes=DTYPE_BYTES[fsdp.model_dtype],
+        state_bytes=training_state_bytes(
+            num_parameters,
+            DTYPE_BYTES[fsdp.model_dtype],
+            num_trained,
+            optimizer=optimizer,
+            num_matrix=num_matrix,
+            has_masters=fsdp.master_weights == "fp32",
+        ),
         offload=fsdp.offloads_weights,
         fsdp_size=fsdp.fsdp_size,
         on_gpu=world.device.type == "cuda",

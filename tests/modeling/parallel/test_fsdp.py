@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,11 +116,27 @@ def test_offloading_without_effect_on_a_cpu_is_logged_once(monkeypatch: pytest.M
     assert logged == ["model.fsdp_config: offloading has no effect on a CPU: everything is in host memory already"]
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "master_weights", "per_parameter"),
+    [
+        ("adamw", "fp32", 18), ("adamw_8bit", "fp32", 12.03125), ("muon", "fp32", 15.6), ("adafactor", "fp32", 10),
+        ("adamw", "bf16_stochastic", 14), ("adamw_8bit", "bf16_stochastic", 8.03125),
+    ],
+)  # fmt: skip
+def test_auto_counts_the_state_of_the_optimizer(
+    optimizer: str, master_weights: Any, per_parameter: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig(fsdp_config=replace(BF16, master_weights=master_weights))
+    for share, expected in ((1.01, "ddp"), (0.99, "fsdp2")):
+        memory = 4 * 1000 * per_parameter * share
+        monkeypatch.setattr("rm_gallery.modeling.parallel.apply._memory_per_process", lambda _, memory=memory: memory)
+        assert resolve_strategy(config, World(0, 2, CPU), 1000, optimizer=optimizer, num_matrix=600) == expected
+
+
 def test_ddp_on_gpus_cannot_offload_weights() -> None:
     def choose(world_size: int) -> str:
         return choose_strategy(
-            "ddp", world_size=world_size, memory=1e9, num_parameters=1, dtype_bytes=2, offload=True, fsdp_size=-1,
-            on_gpu=True,
+            "ddp", world_size=world_size, memory=1e9, state_bytes=18, offload=True, fsdp_size=-1, on_gpu=True,
         )  # fmt: skip
 
     with pytest.raises(UserError, match=r"model.strategy=ddp cannot offload weights"):
