@@ -24,7 +24,7 @@ from rm_gallery.distributed.process_group import World
 from rm_gallery.modeling.export import InputRecord
 from rm_gallery.modeling.parallel.apply import DTYPES
 from rm_gallery.training.checkpoint import Checkpoints, RunIdentity, Start, WeightsFolder, find_start
-from rm_gallery.training.config import TrainerConfig
+from rm_gallery.training.trainer_config import TrainerConfig
 
 RESULT, _CURVE = "result.json", "curve.jsonl"
 

@@ -43,10 +43,11 @@ from rm_gallery.objectives.metrics import Sums
 from rm_gallery.training.checkpoint.save import Checkpoints, WeightsFolder
 from rm_gallery.training.checkpoint.state import Progress, RunTensors, SavedWeights
 from rm_gallery.training.checkpoint.tensor_files import ShardWriter
-from rm_gallery.training.config import CheckpointConfig, OptimConfig, TrainConfig
+from rm_gallery.training.config import OptimConfig, TrainConfig
 from rm_gallery.training.optim import build_optimizer, build_schedule
 from rm_gallery.training.setup import agree_on_run
 from rm_gallery.training.trainer import Intervals, Trainer
+from rm_gallery.training.trainer_config import CheckpointConfig
 from rm_gallery.training.validation import validate
 from tests.small import make_tokenizer, random_groups
 

@@ -47,8 +47,8 @@ from rm_gallery.training.checkpoint.state import (
     random_state,
 )
 from rm_gallery.training.checkpoint.tensor_files import SUFFIX, ShardWriter
-from rm_gallery.training.config import CheckpointConfig
 from rm_gallery.training.model_card import CARD_NAME, NOT_UPLOADED
+from rm_gallery.training.trainer_config import CheckpointConfig
 
 log = logging.getLogger(__name__)
 
