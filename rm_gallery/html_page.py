@@ -54,5 +54,8 @@ def render(template: str, marker: str, *, script: str = "", **values: Any) -> st
 
 
 def is_foreign(path: Path, marker: str) -> bool:
-    """Whether a file exists that is not a report with this marker, and must not be overwritten."""
-    return path.exists() and marker.encode() not in path.read_bytes()[:1000]
+    """Whether something exists that is not a report with this marker, and must not be overwritten."""
+    if not path.is_file():
+        return path.exists()
+    with path.open("rb") as file:
+        return marker.encode() not in file.read(1000)

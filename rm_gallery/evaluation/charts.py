@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _WIDTH, _HEIGHT = 360, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 352, 26, 186
+FEW_PAIRS = 20
+"""A bin of the reliability diagram with fewer says little."""
 _CLIPPED = 1.0
 """Percent of the points of a scatter plot at each side that may lie beyond its axes, and are drawn at the edge."""
 
@@ -73,12 +75,12 @@ class _Chart:
         lines.append(f'<line class="axis" x1="{_LEFT}" y1="{_BOTTOM}" x2="{_RIGHT}" y2="{_BOTTOM}"/>')
         lines.append(f'<text x="2" y="12">{escape(self.y_label)}</text>')
         lines.append(f'<text class="end" x="{_RIGHT}" y="{_BOTTOM + 36}">{escape(self.x_label)}</text>')
-        place = _RIGHT
+        place = float(_RIGHT)
         for kind, label in reversed(legend):
-            lines.append(f'<text class="end" x="{place}" y="12">{escape(label)}</text>')
-            place -= 7 * len(label) + 8
-            lines.append(f'<rect class="{kind}" x="{place - 8}" y="3" width="10" height="9"/>')
-            place -= 22
+            place -= 7 * len(label)
+            lines.append(f'<text x="{place}" y="12">{escape(label)}</text>')
+            lines.append(f'<rect class="{kind}" x="{place - 15}" y="3" width="10" height="9"/>')
+            place -= 30
         return Markup("\n".join([*lines, "</svg>"]))
 
 
@@ -143,10 +145,15 @@ def _median(edges: Sequence[float], counts: Sequence[int]) -> float:
 
 
 def reliability(key: str, bins: Sequence[Mapping[str, Any]]) -> Markup:
-    """Share of right verdicts by the model's confidence, each with its 95% interval; on the diagonal both are equal."""
+    """Share of right verdicts by the model's confidence, each with its 95% interval; on the diagonal both are equal.
+
+    Bins of few pairs are rings that no line joins, and the axis need not hold them.
+    """
     known = [row for row in bins if row["n"]]
+    full = [row for row in known if row["n"] >= FEW_PAIRS]
     bounds = [wilson(row["accuracy"] * row["n"], row["n"]) for row in known]
-    start = min(0.5, math.floor(10 * min(low for low, _ in bounds)) / 10)
+    lowest = min((low for row, (low, _) in zip(known, bounds, strict=True) if row in full or not full), default=0.5)
+    start = min(0.5, math.floor(10 * lowest) / 10)
     about = "; ".join(
         f"confidence {row['confidence']:.2f}: right in {row['accuracy']:.2f} of {row['n']:,}" for row in known
     )
@@ -155,14 +162,16 @@ def reliability(key: str, bins: Sequence[Mapping[str, Any]]) -> Markup:
         "share of right verdicts",
     )  # fmt: skip
     chart.line("mark", (0.5, 1.0), (0.5, 1.0))
-    points = [chart.at(row["confidence"], row["accuracy"]) for row in known]
-    chart.body.append(f'<polyline class="curve" points="{" ".join(f"{x},{y}" for x, y in points)}"/>')
+    curve = [chart.at(row["confidence"], row["accuracy"]) for row in full]
+    chart.body.append(f'<polyline class="curve" points="{" ".join(f"{x},{y}" for x, y in curve)}"/>')
     most = max(row["n"] for row in known)
-    for row, (low, high), (x, y) in zip(known, bounds, points, strict=True):
-        chart.line("whisker", (row["confidence"],) * 2, (low, high))
-        radius = 2.5 + 4.5 * math.sqrt(row["n"] / most)
+    for row, (low, high) in zip(known, bounds, strict=True):
+        x, y = chart.at(row["confidence"], row["accuracy"])
+        is_full = row in full
+        chart.line("whisker" if is_full else "faint whisker", (row["confidence"],) * 2, (low, high))
+        radius = 2.5 + 4.5 * math.sqrt(row["n"] / most) if is_full else 3.0
         chart.body.append(
-            f'<circle class="right" cx="{x}" cy="{y}" r="{radius:.1f}"><title>confidence '
+            f'<circle class="{"right" if is_full else "ring"}" cx="{x}" cy="{y}" r="{radius:.1f}"><title>confidence '
             f"{row['low']:.2f} to {row['high']:.2f}: right in {row['accuracy']:.1%} of {row['n']:,}</title></circle>"
         )
     return chart.markup()
@@ -172,14 +181,15 @@ def lengths(key: str, sample: Sequence[Sequence[float]]) -> Markup:
     """Margin by the difference of length; a verdict by length alone has all points in two opposite quarters."""
     points = np.array(sample, float)
     (x_low, y_low), (x_high, y_high) = np.percentile(points, [_CLIPPED, 100 - _CLIPPED], axis=0)
-    x_limit, y_limit = max(-x_low, x_high, 1.0), max(-y_low, y_high) or 1.0
+    x_limit, y_room = max(-x_low, x_high, 1.0), 0.05 * (max(y_high, 0) - min(y_low, 0)) or 1.0
+    y_low, y_high = min(y_low, 0) - y_room, max(y_high, 0) + y_room
     by_length = float((points[:, 0] * points[:, 1] > 0).mean())
     about = f"{len(points):,} pairs; in {by_length:.0%} of them the longer response has the higher reward"
     chart = _Chart(
-        key, "Margin by difference of length", about, (-x_limit, x_limit), (-y_limit, y_limit),
+        key, "Margin by difference of length", about, (-x_limit, x_limit), (y_low, y_high),
         "characters: better minus worse", "margin",
     )  # fmt: skip
-    chart.line("mark", (0, 0), (-y_limit, y_limit))
+    chart.line("mark", (0, 0), (y_low, y_high))
     chart.line("mark", (-x_limit, x_limit), (0, 0))
     for difference, margin in points.tolist():
         x, y = chart.at(difference, margin)

@@ -177,7 +177,16 @@ def _limit(comparisons: Sequence[Mapping[str, Any]]) -> float:
 
 def _comparison_head(comparisons: Sequence[Mapping[str, Any]]) -> Sequence[str]:
     points = f"{100 * _limit(comparisons):.1f}"
-    return ("set", "n", "first", "second", "difference", "95% interval", "McNemar p", f"-{points} to +{points} points")
+    return (
+        "set: model against reference",
+        "n",
+        "reference",
+        "model",
+        "difference",
+        "95% interval",
+        "McNemar p",
+        f"-{points} to +{points} points",
+    )
 
 
 def _comparison_rows(comparisons: Sequence[Mapping[str, Any]]) -> list[tuple[Sequence[str], Any]]:

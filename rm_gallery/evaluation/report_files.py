@@ -24,8 +24,14 @@ def text_of(evaluation: Mapping[str, Any], kind: str, target: Path, *, command: 
         return json.dumps(shown, indent=1, allow_nan=False) + "\n"
     if kind == "html":
         return html_of(shown, command=redact(command))
-    card = target.read_text(encoding="utf-8") if target.is_file() else ""
-    return _in_card(card, as_markdown(shown)) if card.startswith("---\n") else as_markdown(shown)
+    card = _model_card(target)
+    return _in_card(card, as_markdown(shown)) if card else as_markdown(shown)
+
+
+def _model_card(target: Path) -> str:
+    """The text of a file that begins with the metadata of a model card; empty for any other."""
+    text = target.read_text(encoding="utf-8") if target.is_file() else ""
+    return text if text.startswith("---\n") else ""
 
 
 def _in_card(card: str, report: str) -> str:
@@ -41,13 +47,23 @@ def _in_card(card: str, report: str) -> str:
 def check_target(path: str, option: str, kind: str) -> Path:
     """The file of an option, checked before anything is scored.
 
-    Raises UserError for a folder, a missing folder, and for another file in the place of an HTML report.
+    Raises UserError for a folder, a missing folder, a device, a file that cannot be read, and for another file in the
+    place of an HTML report.
     """
     target = Path(path).expanduser()
     if target.is_dir() or not target.parent.is_dir():
         what = "is a folder" if target.is_dir() else "is in a folder that does not exist"
         raise UserError(f"{option} {path}: {what}; name a file")
-    if kind == "html" and is_foreign(target, MARKER):
+    if target.exists() and not target.is_file():
+        raise UserError(f"{option} {path}: is no regular file; name another one")
+    try:
+        is_taken = kind == "html" and is_foreign(target, MARKER)
+        if kind == "markdown":
+            _model_card(target)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"{option} {path}: the file exists and cannot be read ({reason}); name another one") from error
+    if is_taken:
         raise UserError(f"{option} {path}: the file exists and is not a report of this command; name another one")
     return target
 

@@ -137,5 +137,7 @@ def test_a_result_is_saved_in_the_form_that_its_name_says(in_tmp: Path) -> None:
         found.save(name)
         assert Path(name).read_text().lstrip().startswith(start)
     Path("b.html").write_text("mine")
-    with pytest.raises(UserError, match=r"path b\.html: the file exists and is not a report"):
-        found.save("b.html")
+    Path("c.md").write_bytes(b"---\n\xff")
+    for name, message in (("b.html", "is not a report"), ("c.md", "it is not UTF-8"), ("/dev/null", "no regular file")):
+        with pytest.raises(UserError, match=f"path {name}: .*{message}"):
+            found.save(name)
