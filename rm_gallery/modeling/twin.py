@@ -7,6 +7,7 @@ have an effect, weights are random. A check needs neither the model's weights no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -164,7 +165,8 @@ def _shrink_layer_settings(values: dict[str, Any], before: dict[str, Any]) -> No
 def _kept_layers(values: dict[str, Any], depth: int) -> list[int]:
     """Layers of the twin: the first and second of each kind, then the first others, in order.
 
-    Where kinds follow from a period instead of a list, one period is kept.
+    Where kinds follow from a period instead of a list, one period is kept; where they may follow from another setting,
+    `_MAX_LAYERS`. Each layer costs the check a few milliseconds.
     """
     columns = [each for each in values.values() if isinstance(each, list) and len(each) == depth]
     shared, special = values.get("num_kv_shared_layers") or 0, values.get("per_layer_config")
@@ -185,7 +187,13 @@ def _kept_layers(values: dict[str, Any], depth: int) -> list[int]:
     if len(wanted) <= _MAX_LAYERS:
         wanted += [each[1] for each in kinds.values() if len(each) > 1][: 2 * _MAX_LAYERS - len(wanted)]
     most = max([_MAX_LAYERS // 2, *(each for each in periods if each <= 2 * _MAX_LAYERS), len(wanted)])
-    most = max(most, min(_MAX_LAYERS, depth))
+    if any(
+        re.search(r"layer|dense|sparse|block", name)
+        and name not in _LAYERS
+        and ((type(each) is int and each > 1) or (isinstance(each, list | dict) and each and each not in columns))
+        for name, each in values.items()
+    ):  # layers may differ in what no list says
+        most = max(most, min(_MAX_LAYERS, depth))
     others = [index for index in range(depth) if index not in wanted]
     return sorted([*wanted, *others[: most - len(wanted)]])
 

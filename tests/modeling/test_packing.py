@@ -158,8 +158,9 @@ def test_types_that_cannot_be_run_are_refused_in_words() -> None:
         choose_way(config_of("perceiver"), "auto", what="model")
 
 
-def test_the_check_fails_for_a_mask_that_is_ignored_and_for_siblings_that_are_seen() -> None:
-    probe = Probe(VOCABULARY)
+@pytest.mark.parametrize("sizes", [packing.PACKED_TEXTS, packing.PADDED_TEXTS])
+def test_the_check_fails_for_a_mask_that_is_ignored_and_for_siblings_that_are_seen(sizes: Any) -> None:
+    probe = Probe(VOCABULARY, None, sizes)
     encoder = build_twin(config_of("electra"))
     probe.measure(encoder)
     assert probe.effect > packing._MIN_EFFECT
@@ -168,10 +169,21 @@ def test_the_check_fails_for_a_mask_that_is_ignored_and_for_siblings_that_are_se
     assert probe.compare(lambda _: packing.text_rewards(encoder, ids)) > 0.01
     decoder = build_twin(config_of("olmo2"))
     probe.measure(decoder)
+    torch.testing.assert_close(
+        probe.wanted, torch.cat([packing.text_rewards(decoder, torch.tensor([text])) for text in probe.texts])
+    )
     one_text = [token for text in probe.texts for token in text]
     ends = torch.tensor([len(text) for text in probe.texts]).cumsum(0) - 1
     hidden = decoder.model(input_ids=torch.tensor([one_text])).last_hidden_state[0, ends]
     assert probe.compare(lambda _: decoder.score(hidden)[:, 0]) > 0.01
+
+
+def test_a_check_that_cannot_tell_packed_texts_from_one_causal_text_accepts_no_packing(monkeypatch: Any) -> None:
+    monkeypatch.setattr(packing, "_as_one_text", lambda batch: batch)
+    way = choose_way(config_of("olmo2", rms_norm_eps=3e-6), "auto", what="model")
+    assert str(way).startswith(
+        "padded: rewards of a small olmo2 do not show whether packed texts see each other; padded"
+    )
 
 
 def test_the_twin_keeps_scalars_and_every_kind_of_layer_and_draws_no_random_numbers() -> None:
@@ -180,6 +192,8 @@ def test_the_twin_keeps_scalars_and_every_kind_of_layer_and_draws_no_random_numb
     build_twin(config)
     assert torch.equal(before, torch.get_rng_state())
     small = shrink(config)
+    assert shrink(config_of("olmo2", num_hidden_layers=12)).num_hidden_layers == 2
+    assert shrink(config_of("deepseek_v3", first_k_dense_replace=3)).num_hidden_layers == 4
     assert set(small.layer_types) == set(config.layer_types) and len(small.layer_types) == small.num_hidden_layers == 6
     assert small.sliding_window < 12 and small.rms_norm_eps == config.rms_norm_eps
     assert config.num_hidden_layers == 12
