@@ -72,9 +72,6 @@ def main() -> None:
         folder = Path(name)
         data = write_rows(arguments.data, folder / "rows.parquet", arguments.rows)
         scorer = RewardScorer.from_folder(arguments.model, device="cpu")
-        load = statistics.median(
-            cpu_seconds(lambda: RewardScorer.from_folder(arguments.model, device="cpu")) for _ in range(3)
-        )
 
         def score(number: int) -> None:
             output = str(folder / f"scored-{number}.parquet")
@@ -82,10 +79,12 @@ def main() -> None:
 
         times: list[tuple[float, float]] = []
         for number in range(arguments.rounds):
+            load = cpu_seconds(lambda: RewardScorer.from_folder(arguments.model, device="cpu"))
             scoring = cpu_seconds(lambda number=number: score(number)) - load  # type: ignore[misc]
             evaluating = cpu_seconds(lambda: evaluate(scorer, data, probes=False, baselines=False))
             times.append((scoring, evaluating))
-            print(f"score {scoring:.2f} s, evaluate {evaluating:.2f} s, ratio {evaluating / scoring:.3f}")
+            figures = f"load {load:.2f} s, score {scoring:.2f} s, evaluate {evaluating:.2f} s"
+            print(f"{figures}, ratio {evaluating / scoring:.3f}")
         ratio = statistics.median(evaluating / scoring for scoring, evaluating in times)
         print(f"evaluating {arguments.rows:,} pairs costs {ratio:.3f} times scoring them (median of {len(times)})")
         plain = statistics.median(evaluating for _, evaluating in times)
