@@ -48,6 +48,7 @@ class Row:
 _BIG_VOCABULARY = {"vocab_size": 64000, "num_hidden_layers": 4}
 _FP32 = "model.fsdp_config.model_dtype=fp32"
 _CHECKPOINTED = "model.enable_gradient_checkpointing=true"
+_LORA = "model.lora.rank=16"
 ROWS = (
     Row("qwen2"),
     Row("qwen2 fp32", settings=(_FP32,)),
@@ -57,6 +58,10 @@ ROWS = (
     Row("qwen2 long texts", prompt=500, response=750, groups=1),
     Row("qwen2 large vocabulary", sizes=_BIG_VOCABULARY, groups=2),
     Row("qwen2 large vocabulary fp32", sizes=_BIG_VOCABULARY, groups=2, settings=(_FP32,)),
+    Row("qwen2 lora", settings=(_LORA,)),
+    Row("qwen2 lora fp32 checkpointed", settings=(_LORA, _FP32, _CHECKPOINTED)),
+    Row("qwen2 qlora nf4", settings=(_LORA, "model.quantization=nf4")),
+    Row("bert lora", kind="bert", settings=(_LORA,)),
     Row("qwen3", kind="qwen3"),
     Row("gemma3", kind="gemma3_text"),
     Row("bert", kind="bert"),
@@ -95,7 +100,7 @@ def make_model(row: Row, folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-    from rm_gallery.modeling.reward_model import quiet_transformers
+    from rm_gallery.modeling.model_folder import quiet_transformers
 
     torch.manual_seed(0)
     vocabulary = {

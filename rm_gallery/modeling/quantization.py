@@ -49,7 +49,9 @@ class QuantizeOptions:
         layer that it quantizes.
         """
         bnb = check_package(self.what)
-        names = [name for name in _names(network) if not any(f"{name}.".startswith(f"{each}.") for each in but)]
+        names = [
+            name for name in names_to_quantize(network) if not any(f"{name}.".startswith(f"{each}.") for each in but)
+        ]
         if not names:
             raise UserError(f"{self.what}: {network.config.model_type} has no linear layers that can be quantized")
         for name in names:
@@ -96,7 +98,8 @@ def settings_of(kind: Quantization, skipped: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _names(network: Any) -> list[str]:
+def names_to_quantize(network: Any) -> list[str]:
+    """Names of the linear layers that are quantized."""
     in_float32 = getattr(network, "_keep_in_fp32_modules", None) or ()
     return [
         name

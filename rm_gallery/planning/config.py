@@ -115,7 +115,7 @@ def layout_of(config: EstimateConfig, shape: ModelShape, device: Device, *, one_
     offload = on_gpu and fsdp.offloads_weights
     dtype_bytes, has_masters = DTYPE_BYTES[fsdp.model_dtype], fsdp.master_weights == "fp32"
     strategy = choose_strategy(
-        config.model.strategy,
+        config.model.strategy if config.model.quantization is None else "ddp",
         world_size=config.n_gpus,
         memory=device.memory / USABLE,
         state_bytes=training_state_bytes(
@@ -163,12 +163,12 @@ def check_positions(config: EstimateConfig, shape: ModelShape) -> str | None:
 
 
 def check_lora(config: EstimateConfig) -> str | None:
-    """A note if the run trains an adapter, else None."""
-    if not config.model.lora.rank:
+    """A note if LoRA is added to some of the linear layers only, else None."""
+    if not config.model.lora.rank or not isinstance(config.model.lora.target_modules, list):
         return None
     return (
-        f"model.lora.rank={config.model.lora.rank}: memory and time are those of full training, an upper bound; LoRA "
-        "has gradients and optimizer state for the trained parameters only"
+        "model.lora.target_modules: activations are counted as if all linear layers had LoRA, an upper bound; layers "
+        "without it do not save their input"
     )
 
 

@@ -83,6 +83,8 @@ def estimate(config: EstimateConfig) -> Estimate:
         trust_remote_code=model.trust_remote_code,
         packing=model.packing,
         freeze=model.freeze,
+        lora=model.lora,
+        quantization=model.quantization,
     )
     sample, device, budget = _sample(config), device_of(config), config.data.budget
     packer = Packer(budget, config.n_gpus, padded=shape.padded, attention_length=attention_length(shape.hidden))
@@ -278,7 +280,8 @@ def flops_per_token(shape: ModelShape, sizes: GroupSizes, *, checkpointing: bool
         skipped += 4 * query_width * min(seen, shape.windows[-1] or seen)
         forward -= skipped * (1 - float(sizes.num_responses.sum() / sizes.tokens.sum()))
     trained = 1 - shape.frozen_layers / shape.num_layers  # the rest has no backward pass
-    return forward * (1 + (3 if checkpointing else 2) * trained)
+    backward = 1 if shape.adapter_rank else 2  # with LoRA no gradients of the matrices, and its own are small
+    return forward * (1 + (backward + (1 if checkpointing else 0)) * trained)
 
 
 def bytes_per_step(shape: ModelShape, layout: Layout, micro_batches: float) -> tuple[float, float]:
@@ -289,6 +292,7 @@ def bytes_per_step(shape: ModelShape, layout: Layout, micro_batches: float) -> t
     """
     shards = layout.shards
     replicas = layout.num_processes // shards
-    inside = micro_batches * (2 * layout.width + 4) * shape.parameters * (shards - 1) / shards
-    across = 2 * 4 * shape.parameters / shards * (replicas - 1) / replicas
+    sent = 2 * layout.width * shape.parameters + 4 * shape.trained_parameters
+    inside = micro_batches * sent * (shards - 1) / shards
+    across = 2 * 4 * shape.trained_parameters / shards * (replicas - 1) / replicas
     return inside, across

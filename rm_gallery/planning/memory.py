@@ -125,8 +125,9 @@ def _norm(shape: ModelShape, w: int) -> float:
 def last_layer_bytes(shape: ModelShape, pack: Pack, w: int) -> float:
     """Bytes that a decoder's last layer saves: keys and values of all tokens, everything else at reward tokens only."""
     width, heads = shape.num_kv_heads * shape.head_dim, shape.num_kv_heads
+    adapters = w * shape.adapter_rank * min(2, shape.adapted_per_layer)
     key_norm = {"qwen3": w * width + 4 * heads, "gemma3_text": 8 * width + 4 * heads}.get(shape.model_type, 0)
-    return pack.tokens * (_norm(shape, w) + key_norm) + pack.rows * 2 * w * shape.num_heads * shape.head_dim
+    return pack.tokens * (_norm(shape, w) + key_norm + adapters) + pack.rows * 2 * w * shape.num_heads * shape.head_dim
 
 
 def activations(shape: ModelShape, pack: Pack, w: int, *, checkpointing: bool) -> float:
@@ -141,17 +142,20 @@ def activations(shape: ModelShape, pack: Pack, w: int, *, checkpointing: bool) -
     """
     trained_layers = shape.num_layers - shape.frozen_layers
     kept = trained_layers * (w * shape.hidden * pack.tokens if checkpointing else layer_bytes(shape, pack, w))
+    # With LoRA no gradient reaches the norm of the embeddings, or the first norm of a decoder.
+    first = 0 if shape.adapter_rank and not shape.largest_embedding else 1
     if shape.padded:
-        return kept + pack.tokens * (2 * w * shape.hidden + 24) + w * pack.cells
+        return kept + pack.tokens * (first * 2 * w * shape.hidden + 24) + w * pack.cells
     if not checkpointing and trained_layers:
         kept += last_layer_bytes(shape, pack, w) - layer_bytes(shape, pack, w)
-    outer = 2 * w * shape.head_dim + 64
+    outer = 2 * w * shape.head_dim + 64 - (0 if first or checkpointing else w * shape.hidden)
     return kept + pack.tokens * outer + len(set(shape.windows)) * pack.cells
 
 
 def layer_bytes(shape: ModelShape, pack: Pack, w: int) -> float:
     """Bytes that one layer saves for a micro-batch."""
     per_token, per_row, per_cell = layer_activations(shape, w)
+    per_token += w * shape.adapter_rank * shape.adapted_per_layer  # between the two matrices of LoRA
     bytes_kept = pack.tokens * per_token + pack.rows * per_row + pack.cells * per_cell
     if shape.relative_span:  # keys and queries of all relative positions, per text
         bytes_kept += pack.tokens**2 / pack.cells * 4 * w * shape.relative_span * shape.hidden
@@ -166,10 +170,12 @@ def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: floa
     """
     w, sharded = layout.width, layout.sharded
     trained = 4 * shape.trained_parameters / layout.shards
-    frozen = shape.parameters - shape.trained_parameters  # in the compute dtype, but float32 if sharded
+    # Frozen weights are in the compute dtype or quantized, but float32 if sharded.
+    frozen = shape.parameters - shape.trained_parameters - shape.quantized_parameters
     # Without master weights those of the backbone are in the compute dtype alone.
     narrow = 0 if layout.has_masters else (4 - w) * (shape.trained_parameters - shape.head_parameters)
     weights = trained - narrow / layout.shards + (4 * frozen / layout.shards if sharded else w * frozen)
+    weights += shape.quantized_bytes
     gathered, copy = 0.0, 0.0
     if sharded:  # the current layer, the prefetched one, and what is outside the layers
         gathered = w * (2 * shape.layer_parameters + shape.outer_parameters)
@@ -223,13 +229,14 @@ def _temporaries(shape: ModelShape, layout: Layout, pack: Pack) -> tuple[float, 
     # Gradients are computed in the compute dtype and accumulated in float32; FSDP does both for a whole layer.
     summed = w + (4 if w < 4 or sharded else 0)
     begin += summed * (shape.layer_parameters if sharded else shape.largest_matrix)
+    begin += w * shape.largest_quantized  # in the compute dtype again, to multiply with it
     if not sharded and layout.one_micro_batch:
         summed = w if w < 4 else 0  # the first gradient needs no accumulation
     end: float = summed * (shape.outer_parameters if sharded else shape.largest_embedding)
     if sharded and not layout.one_micro_batch:  # the new shard, before it is added to the accumulated one
         end += 4 * shape.outer_parameters / layout.shards
     if layout.strategy == "ddp":  # gradients are all-reduced in buckets; a large one has its own
-        end = max(end, 4 * max(shape.largest_embedding, min(_BUCKET, shape.parameters)))
+        end = max(end, 4 * max(shape.largest_embedding, min(_BUCKET, shape.trained_parameters)))
     return begin, end
 
 

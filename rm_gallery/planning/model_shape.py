@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rm_gallery.errors import UserError, nearest, one_line
 from rm_gallery.modeling.architectures import ENCODERS
-from rm_gallery.modeling.config import FreezeSetting, PackingSetting
+from rm_gallery.modeling.config import FreezeSetting, LoraConfig, PackingSetting, Quantization
 from rm_gallery.modeling.weight_files import check_not_adapter, read_weight_folder
 
 _MAX_LAYERS = 1000  # a configuration with more is a typo; building it would take minutes
@@ -54,6 +54,16 @@ class ModelShape:
     largest_matrix: int
     """Parameters of the largest of these."""
     largest_embedding: int
+    """With LoRA: of the trained ones."""
+    adapter_rank: int = 0
+    """Rank of LoRA; 0 trains the matrices themselves."""
+    adapted_per_layer: int = 0
+    """Linear layers with LoRA in a layer."""
+    quantized_parameters: int = 0
+    quantized_bytes: float = 0.0
+    """Of these parameters, with the scales of their blocks or rows."""
+    largest_quantized: int = 0
+    """Parameters of the largest quantized matrix."""
 
     @property
     def outer_parameters(self) -> int:
@@ -68,6 +78,8 @@ def load_shape(
     trust_remote_code: bool = False,
     packing: PackingSetting = "auto",
     freeze: FreezeSetting = None,
+    lora: LoraConfig | None = None,
+    quantization: Quantization = None,
 ) -> ModelShape:
     """The shape of a folder with config.json, a configuration file, a known shape, or a model of the hub.
 
@@ -83,7 +95,10 @@ def load_shape(
     check_model_config(config, model, key=key, files=files)
     _check_layers(getattr(config, "num_hidden_layers", None), model, key)
     try:
-        return measure(config, name=model, source=source, packing=packing, what=f"{key}={model}", frozen=freeze)
+        return measure(
+            config, name=model, source=source, packing=packing, what=f"{key}={model}", frozen=freeze, lora=lora,
+            quantization=quantization,
+        )  # fmt: skip
     except UserError:
         raise
     except Exception as error:  # inconsistent sizes raise various errors in torch and transformers
@@ -145,7 +160,7 @@ def _unknown(model: str, key: str) -> str:
 
 def measure(
     config: Any, *, name: str, source: str, packing: PackingSetting = "auto", what: str = "model",
-    frozen: FreezeSetting = None,
+    frozen: FreezeSetting = None, lora: LoraConfig | None = None, quantization: Quantization = None,
 ) -> ModelShape:  # fmt: skip
     """Build the reward model of a configuration on the meta device and count."""
     import torch
@@ -186,7 +201,7 @@ def measure(
     embeddings = [part.weight.numel() for part in model.modules() if isinstance(part, nn.Embedding)]
     relative = config.model_type == "deberta-v2" and config.relative_attention
     span = config.position_buckets if relative and config.position_buckets > 0 else 0
-    return ModelShape(
+    shape = ModelShape(
         name=name,
         source=source,
         model_type=config.model_type,
@@ -209,6 +224,53 @@ def measure(
         largest_matrix=max(matrices, default=0),
         largest_embedding=max(embeddings),
     )
+    return shape if lora is None or not lora.rank else _with_lora(shape, network, lora, quantization)
+
+
+def _with_lora(shape: ModelShape, network: Any, lora: LoraConfig, quantization: Quantization) -> ModelShape:
+    """The shape with the parameters of LoRA, and without gradients of all others but heads and `modules_to_save`."""
+    from rm_gallery.modeling.freezing import modules_to_save
+    from rm_gallery.modeling.lora_layers import linear_layers
+    from rm_gallery.modeling.quantization import names_to_quantize
+
+    saved = [
+        *modules_to_save(network),
+        *(
+            name
+            for name, _ in network.named_modules()
+            if any(f".{name}".endswith(f".{end}") for end in lora.modules_to_save)
+        ),
+    ]
+    all_names = [
+        name for name in linear_layers(network)[0] if not any(f"{name}.".startswith(f"{each}.") for each in saved)
+    ]
+    chosen = all_names
+    if isinstance(lora.target_modules, list):
+        chosen = [name for name in all_names if any(f".{name}".endswith(f".{end}") for end in lora.target_modules)]
+    sizes = [tuple(network.get_submodule(name).weight.shape) for name in chosen]
+    added = sum(lora.rank * sum(size) + (size[0] if lora.use_dora else 0) for size in sizes)
+    in_full = {each for name in saved for each in network.get_submodule(name).parameters()}
+    tables = [each.numel() for each in in_full if each.ndim == 2 and each.numel() >= shape.largest_embedding]
+    quantized = [network.get_submodule(name).weight for name in names_to_quantize(network)] if quantization else []
+    return replace(
+        shape,
+        parameters=shape.parameters + added,
+        trained_parameters=added + sum(each.numel() for each in in_full),
+        layer_parameters=shape.layer_parameters + added // shape.num_layers,
+        largest_matrix=max((lora.rank * max(size) for size in sizes), default=0),
+        largest_embedding=max(tables, default=0),
+        adapter_rank=lora.rank,
+        adapted_per_layer=round(len(chosen) / shape.num_layers),
+        quantized_parameters=sum(each.numel() for each in quantized),
+        quantized_bytes=sum(_quantized_bytes(each.shape[0], each.shape[1], quantization) for each in quantized),
+        largest_quantized=max((each.numel() for each in quantized), default=0),
+    )
+
+
+def _quantized_bytes(rows: int, columns: int, kind: Quantization) -> float:
+    """nf4: half a byte, a scale of one byte per 64 numbers, and a float32 per 256 of these; int8: a float32 per row."""
+    count = rows * columns
+    return count / 2 + count / 64 + 4 * count / (64 * 256) if kind == "nf4" else count + 4 * rows
 
 
 def _count(module: Any) -> int:

@@ -212,7 +212,10 @@ def _what(found: Estimate) -> list[str]:
     outside = _count(shape.outer_parameters)
     layers = f"{shape.num_layers} layers of {_count(shape.layer_parameters)}"
     is_whole = shape.trained_parameters == shape.parameters
-    trained = "" if is_whole else f"; {_count(shape.trained_parameters)} trained (model.freeze={config.model.freeze})"
+    lora, quantization = config.model.lora.rank, config.model.quantization
+    how = f"model.lora.rank={lora}" if lora else f"model.freeze={config.model.freeze}"
+    how += f", {_count(shape.quantized_parameters)} in {quantization}" if quantization else ""
+    trained = "" if is_whole else f"; {_count(shape.trained_parameters)} trained ({how})"
     emulated = ", emulated" if dtype == "bf16" and not device.has_bf16 else ""
     rate = f"{device.flops(dtype) / 1e12:.3g} TFLOP/s in {dtype}{emulated} ({device.source})"
     checkpointing = "on" if found.layout.checkpointing else "off"
@@ -234,6 +237,9 @@ def _memory(found: Estimate) -> list[str]:
     use = found.memory
     lines = [f"peak memory per {_owner(found)} with {found.micro_batch:,} tokens in a micro-batch, GiB"]
     lines += [f"  {text:<26}{_gib(getattr(use, name)):>8}" for name, text in _KINDS.items()]
+    if found.shape.adapter_rank and not found.layout.sharded:
+        frozen = found.config.model.quantization or found.config.model.fsdp_config.model_dtype
+        lines[1] = f"  {f'weights, frozen in {frozen}':<26}{_gib(use.weights):>8}"
     if found.layout.sharded:
         lines[2] = f"  {'weights, gathered layers':<26}{_gib(use.compute_copy):>8}"
     room = found.device.memory - use.total

@@ -227,6 +227,12 @@ def _familiar_names(values: Mapping[str, Any], known: Mapping[str, Any], prefix:
 
 def problems_of_training(config: TrainConfig) -> Iterator[Problem]:
     """Problems that prevent training with this configuration."""
+    if config.model.quantization is not None and config.model.lora.rank and find_spec("bitsandbytes") is None:
+        key, text = (
+            "model.quantization",
+            f"model.quantization={config.model.quantization} needs the bitsandbytes package",
+        )
+        yield Problem(key, f"{text}: pip install 'rm-gallery[qlora]'")
     yield from model_problems(config.model)
     yield from data_problems(config.data)
     yield from optim_problems(config.optim)
@@ -303,8 +309,6 @@ def _quantization_problems(model: ModelConfig) -> Iterator[Problem]:
         yield Problem(
             key, f"{value} without LoRA: quantized weights cannot be trained; set model.lora.rank, or remove it"
         )
-    elif find_spec("bitsandbytes") is None:
-        yield Problem(key, f"{value} needs the bitsandbytes package: pip install 'rm-gallery[qlora]'")
     if model.strategy in ("fsdp", "fsdp2"):
         yield Problem(
             key,

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from rm_gallery.modeling.adapters import add_lora
 from rm_gallery.modeling.attention import dispatch
+from rm_gallery.modeling.config import LoraConfig
 from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.planning.memory import Layout, MemoryUse, Pack, activations, step_memory
@@ -38,6 +40,40 @@ def test_activations_are_what_the_model_keeps(kind: str, dtype: torch.dtype, tmp
     batch, pack = batch_and_pack(shape, groups=6)
     expected = activations(shape, pack, dtype.itemsize, checkpointing=False)
     assert expected == pytest.approx(bytes_kept(model, batch), rel=0.03)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("qwen2", torch.bfloat16), ("bert", torch.float32)])
+def test_with_lora_a_layer_also_keeps_what_is_between_its_matrices(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    lora = LoraConfig(rank=16)
+    model, full = model_and_shape(kind, tmp_path / "model", layers=4)
+    base = sum(each.numel() for each in model.parameters())
+    add_lora(model, lora, "base")
+    MasterWeights(model, dtype)
+    shape = load_shape(str(tmp_path / "model"), lora=lora)
+    batch, pack = batch_and_pack(shape, groups=6)
+    expected = activations(shape, pack, dtype.itemsize, checkpointing=False)
+    assert expected == pytest.approx(bytes_kept(model, batch), rel=0.02)
+    assert expected > activations(full, pack, dtype.itemsize, checkpointing=False)
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    assert shape.trained_parameters == trained
+    assert shape.parameters - base == sum(each.numel() for name, each in model.named_parameters() if ".lora_" in name)
+    use = step_memory(shape, replace(ONE, width=dtype.itemsize), pack, overhead=0)
+    assert use.weights == 4 * trained + dtype.itemsize * (shape.parameters - trained)
+    assert use.gradients <= 4 * trained and use.optimizer == 8 * trained
+
+
+def test_a_quantized_base_model_takes_half_a_byte_for_each_weight() -> None:
+    """bitsandbytes: a scale of one byte per 64 weights, and a float32 per 256 scales."""
+    full, half = (
+        load_shape("qwen2.5-7b", lora=LoraConfig(rank=16), quantization=each)  # type: ignore[arg-type]
+        for each in (None, "nf4")
+    )
+    assert half.quantized_parameters == half.matrix_parameters
+    assert half.quantized_bytes / half.quantized_parameters == pytest.approx(0.516, abs=1e-3)
+    saved = step_memory(full, ONE, PACK, overhead=0).weights - step_memory(half, ONE, PACK, overhead=0).weights
+    assert saved == pytest.approx(half.matrix_parameters * (2 - 0.516), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "bert"])

@@ -141,7 +141,7 @@ def test_checkpointing_computes_the_forward_pass_again() -> None:
 
 
 def test_bytes_of_each_strategy() -> None:
-    shape = replace(load_shape("qwen2.5-0.5b"), parameters=1000)
+    shape = replace(load_shape("qwen2.5-0.5b"), parameters=1000, trained_parameters=1000)
     whole = Layout("ddp", 8, 1, 2, False, False, False, False)
     assert bytes_per_step(shape, whole, 4) == (0, 8 * 1000 * 7 / 8)
     assert bytes_per_step(shape, replace(whole, strategy="fsdp2", shards=8), 4) == (4 * 8 * 1000 * 7 / 8, 0)

@@ -58,8 +58,11 @@ def modules_to_shard(model: RewardModel, min_num_params: int) -> list[nn.Module]
         """Number of parameters in `module` that no module in `found` owns."""
         if module in head:
             return 0
-        left = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-        left += sum(visit(child) for child in module.children())
+        if hasattr(module, "lora_A"):  # one unit: DoRA reads the weights of its parts without a call
+            left = sum(parameter.numel() for parameter in module.parameters())
+        else:
+            left = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+            left += sum(visit(child) for child in module.children())
         is_called = not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Embedding) or module is embeddings
         if left < min_num_params or not is_called or module in never:
             return left
