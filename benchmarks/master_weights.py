@@ -1,11 +1,12 @@
 """Why the optimizer's weights are float32: the share of parameters that an update changes.
 
-    python benchmarks/master_weights.py [--lr 5e-7] [--steps 20] [--output FILE.json]
+    python benchmarks/master_weights.py [--lr 5e-7] [--steps 20] [--batches 20] [--output FILE.json]
 
-Trains the same small Qwen2 reward model twice on made-up pairs: with bfloat16 weights that the optimizer updates
-itself, and with float32 master weights beside bfloat16 compute weights, as the trainer has them. A step changes
-a parameter when its stored value differs after the step. bfloat16 keeps 8 bits of a number, so an update below about
-1/256 of the weight's size is rounded away; AdamW's updates are about as large as the learning rate.
+Trains the same small Qwen2 reward model three times on made-up pairs: with bfloat16 weights that the optimizer updates
+itself, with bfloat16 weights that are rounded stochastically (`master_weights=bf16_stochastic`), and with float32
+master weights beside bfloat16 compute weights, as the trainer has them. A step changes a parameter when its stored
+value differs after the step. The loss is the mean of the last `batches` steps. bfloat16 keeps 8 bits of a number, so an
+update below about 1/256 of the weight's size is rounded away; AdamW's updates are about as large as the learning rate.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.schema import Comparison
 from rm_gallery.training.config import OptimConfig
 from rm_gallery.training.optim import build_optimizer
+from rm_gallery.training.optimizers import groups_of
 
 
 def build(seed: int = 0) -> RewardModel:
@@ -44,30 +46,39 @@ def build(seed: int = 0) -> RewardModel:
     return RewardModel(network, choose_way(config, "auto", what="model"))
 
 
-def make_batch(seed: int, pairs: int = 16) -> PackedBatch:
+def make_batch(seed: int, pairs: int = 16, vocab_size: int = 4000) -> PackedBatch:
     """Random pairs with a shared prompt."""
     draw = np.random.default_rng(seed)
     groups = []
     for _ in range(pairs):
-        parts = [draw.integers(1, 4000, size).astype(np.int32) for size in draw.integers(10, 60, 3)]
+        parts = [draw.integers(1, vocab_size, size).astype(np.int32) for size in draw.integers(10, 60, 3)]
         groups.append(TokenGroup(parts[0], parts[1:], [Comparison(0, 1)]))
     return collate(groups)
 
 
-def run(lr: float, steps: int, *, master: bool) -> tuple[float, float]:
-    """Mean share of parameters that a step changes, and of those it changed at all over the run."""
+KINDS = ("bfloat16", "bfloat16, stochastic", "float32")
+
+
+def run(lr: float, steps: int, batches: int, kind: str) -> tuple[float, float, float]:
+    """Mean share of parameters that a step changes, of those it changed at all over the run, and the last losses."""
     model = build()
-    weights = MasterWeights(model, torch.bfloat16) if master else None
+    weights = MasterWeights(model, torch.bfloat16, has_masters=kind == "float32") if kind != "bfloat16" else None
     if weights is None:
         model.to(torch.bfloat16)
     named = list(weights.named_parameters() if weights else model.named_parameters())
-    optimizer = build_optimizer(named, OptimConfig(lr=lr, weight_decay=0.1))
+    config = OptimConfig(lr=lr, weight_decay=0.1)
     parameters: list[nn.Parameter] = [parameter for _, parameter in named]
+    optimizer: torch.optim.Optimizer
+    if weights:
+        optimizer = build_optimizer(named, config)
+    else:  # rounds to the nearest
+        optimizer = torch.optim.AdamW(groups_of(parameters, config.weight_decay), lr=lr, betas=config.betas, fused=True)
     start = [parameter.detach().clone() for parameter in parameters]
-    shares = []
+    shares, losses = [], []
     for step in range(steps):
-        batch = make_batch(step)
+        batch = make_batch(step % batches)
         loss, _ = OBJECTIVES["bradley_terry"](model(batch), batch)
+        losses.append(loss.item() / len(batch.better))
         (loss / len(batch.better)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 2.0)
         before = [parameter.detach().clone() for parameter in parameters]
@@ -76,7 +87,7 @@ def run(lr: float, steps: int, *, master: bool) -> tuple[float, float]:
         if weights:
             weights.copy_to_model()
         shares.append(share_changed(before, parameters))
-    return float(np.mean(shares)), share_changed(start, parameters)
+    return float(np.mean(shares)), share_changed(start, parameters), float(np.mean(losses[-batches:]))
 
 
 def share_changed(before: list[torch.Tensor], after: list[nn.Parameter]) -> float:
@@ -89,13 +100,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lr", type=float, default=5e-7)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batches", type=int, help="different ones, repeated in turn; by default one for each step")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    rows = {name: run(arguments.lr, arguments.steps, master=name == "float32") for name in ("bfloat16", "float32")}
-    print(f"learning rate {arguments.lr:g}, {arguments.steps} steps of AdamW")
-    print(f"{'optimizer weights':<18} {'changed in a step':>18} {'changed after all':>18}")
-    for name, (per_step, overall) in rows.items():
-        print(f"{name:<18} {per_step:>18.2%} {overall:>18.2%}")
+    batches = arguments.batches or arguments.steps
+    rows = {kind: run(arguments.lr, arguments.steps, batches, kind) for kind in KINDS}
+    print(f"learning rate {arguments.lr:g}, {arguments.steps} steps of AdamW, {batches} batches")
+    print(f"{'optimizer weights':<22} {'changed in a step':>18} {'changed after all':>18} {'loss':>8}")
+    for name, (per_step, overall, loss) in rows.items():
+        print(f"{name:<22} {per_step:>18.2%} {overall:>18.2%} {loss:>8.4f}")
     if arguments.output:
         arguments.output.write_text(json.dumps({"lr": arguments.lr, "steps": arguments.steps, **rows}, indent=2))
 
