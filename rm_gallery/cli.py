@@ -205,11 +205,22 @@ def _add_score(commands: Any) -> None:
         "--best", action="store_true", help="for lists: add best_index and best_response, of the highest reward"
     )
     command.add_argument(
+        "--weights",
+        type=_weights,
+        metavar="NAME=W,...",
+        help="of a model's attributes in the reward, which is their sum",
+    )
+    command.add_argument(
         "--normalize", action="store_true", help="subtract the mean of the validation rewards, divide by their std"
     )
     _add_loading_options(command)
     command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
     command.set_defaults(run=_score, words="inputs", when_stopped="rerun the command to resume")
+
+
+def _weights(text: str) -> dict[str, float]:
+    """`helpfulness=0.65,verbosity=-0.1` as a mapping."""
+    return {name.strip(): float(value) for name, _, value in (part.rpartition("=") for part in text.split(","))}
 
 
 def _add_loading_options(command: argparse.ArgumentParser) -> None:
@@ -370,6 +381,7 @@ def _score(arguments: argparse.Namespace) -> None:
         template_date=arguments.template_date,
         best=arguments.best,
         normalize=arguments.normalize,
+        weights=arguments.weights,
         data=load_data_config(settings),
     )
     scored = score_files(options)

@@ -28,6 +28,23 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
+class Rating:
+    """What the data say about response `response` of a group (0-based index) by itself."""
+
+    response: int
+    score: float | None = None
+    """Higher is better, in the unit of the data; None if unknown."""
+    rank: float | None = None
+    """Lower is better; None if unknown."""
+    attributes: tuple[float, ...] = ()
+    """One number per name of `model.attributes`; NaN where unknown."""
+    weight: float = 1.0
+    """Factor of this response's loss."""
+    group: int = 0
+    """Which of several merged groups it belongs to."""
+
+
+@dataclass(frozen=True, slots=True)
 class PreferenceGroup:
     """One prompt, K responses, and the comparisons between them: the unit of the whole pipeline.
 
@@ -45,3 +62,5 @@ class PreferenceGroup:
     source: str = ""
     """Name of the row's dataset, for metrics by source."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    ratings: Sequence[Rating] = ()
+    """At most one per response."""

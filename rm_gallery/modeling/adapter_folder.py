@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,8 @@ class AdapterFolder:
     """config.json of the folder, or {}."""
     quantization: Mapping[str, Any] | None
     """See `AdapterFiles.quantization`."""
+    attributes: Sequence[str] = ()
+    """Names of the outputs of the head; () for one reward."""
 
     @property
     def what(self) -> str:
@@ -169,7 +171,7 @@ class AdapterFolder:
             config = text_part(AutoConfig.from_pretrained(folder if (folder / "config.json").is_file() else base))
             forget_code(config)
             register(config)
-            config.num_labels = 1
+            config.num_labels = 1 if self.head is None else self.head.weight.shape[0]
             if config.pad_token_id is None:  # of another trainer, whose folder has no config.json
                 config.pad_token_id = 0
             network = AutoModelForSequenceClassification.from_pretrained(
@@ -189,7 +191,7 @@ class AdapterFolder:
             return adapted.eval()
 
     def _load_base(self, **options: Any) -> LoadedModel:
-        loaded = load_reward_model(self.base, key="base", new_head=True, **options)
+        loaded = load_reward_model(self.base, key="base", new_head=True, attributes=self.attributes, **options)
         self._check_base(loaded.model)
         return loaded
 
@@ -263,13 +265,15 @@ def _read(tensor: StoredTensor) -> Tensor:
 
 
 def open_adapter(
-    path: str, *, key: str, base: str | None = None, new_head: bool = False, hint: str = _HINT
-) -> AdapterFolder | None:
+    path: str, *, key: str, base: str | None = None, new_head: bool = False, hint: str = _HINT,
+    attributes: Sequence[str] = (),
+) -> AdapterFolder | None:  # fmt: skip
     """The adapter of a folder; None for a folder without one.
 
-    base: the base model, instead of that of adapter_config.json. new_head: a head is trained, and one in the folder is
-    ignored. hint: what to do about a base model that is not found. Raises UserError for an adapter that is no LoRA,
-    has no reward head or several labels, is a pickle, or whose base model is not known.
+    base: the base model, instead of that of adapter_config.json. new_head: a head is trained, with one output per name
+    of `attributes`, and one in the folder is ignored. hint: what to do about a base model that is not found. Raises
+    UserError for an adapter that is no LoRA, has no reward head or other labels, is a pickle, or whose base model is
+    not known.
     """
     files = read_adapter_files(path, key=key)
     if files is None:
@@ -280,18 +284,32 @@ def open_adapter(
     kind = str(files.config.get("peft_type") or "unknown")
     if kind != "LORA":
         raise UserError(f"{what} of type {kind}, which is not read; merge it into its base model first")
-    tensors, head = _sort(files, what, new_head=new_head)
+    if not new_head:
+        attributes = tuple((files.model_config.get("rm_gallery") or {}).get("attributes") or ())
+    tensors, head = _sort(files, what, new_head=new_head, num_outputs=max(1, len(attributes)))
     found = base or files.base
     is_local = found.startswith((".", "/", "~")) or found.count("/") > 1
     if not found or (is_local and not Path(found).expanduser().is_dir()):
         why = f"its base model {found} does not exist here" if found else "adapter_config.json names no base model"
         raise UserError(f"{what}, and {why}; {hint}")
     return AdapterFolder(
-        path, key, found, bool(base), files.config, tensors, head, hint, files.model_config, files.quantization
+        path,
+        key,
+        found,
+        bool(base),
+        files.config,
+        tensors,
+        head,
+        hint,
+        files.model_config,
+        files.quantization,
+        attributes,
     )
 
 
-def _sort(files: AdapterFiles, what: str, *, new_head: bool) -> tuple[dict[str, StoredTensor], RewardHead | None]:
+def _sort(
+    files: AdapterFiles, what: str, *, new_head: bool, num_outputs: int
+) -> tuple[dict[str, StoredTensor], RewardHead | None]:
     """The tensors by their names in the network, and the reward head among them, under the library's name."""
     tensors = {name: each for stored, each in files.tensors.items() if (name := short_name(stored)) is not None}
     if with_lora := [name for name in tensors if name.startswith(HEADS) and ".lora_" in name]:
@@ -320,6 +338,6 @@ def _sort(files: AdapterFiles, what: str, *, new_head: bool) -> tuple[dict[str, 
             "the head is missing: save it with the adapter (peft: task_type SEQ_CLS, modules_to_save), or merge it "
             "into a reward model"
         )
-    if weights[-1].shape[0] != 1:
+    if weights[-1].shape[0] != num_outputs:
         raise UserError(f"{what} of a classifier with {weights[-1].shape[0]} labels, but a reward model has one")
     return tensors, RewardHead(weights[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, TypeAlias
 
@@ -106,6 +107,12 @@ class ModelConfig:
     language model's logit of the first of `head_init_words` minus that of the second."""
     head_init_words: tuple[str, str] = ("Yes", "No")
     """Words of `lm_head_difference`; each must be one token."""
+    attributes: list[str] = field(default_factory=list)
+    """With `objective.name=attributes`: names of the outputs of the reward head, each trained on the numbers of its
+    column, e.g. `[helpfulness, correctness, coherence]`. Empty: one reward."""
+    attribute_weights: dict[str, float] = field(default_factory=dict)
+    """The reward of a response is the sum of its attributes times these weights, 0 for names without one; by default it
+    is the first attribute. `score --weights` sets others."""
     freeze: FreezeSetting = None
     """Parameters that are not trained: `backbone` trains the reward head (and pooler) alone, `embeddings` everything
     else, and a number freezes the embeddings and this many of the lowest layers. Null trains all."""
@@ -144,6 +151,12 @@ class ModelConfig:
     """QLoRA, with `lora.rank` (extra `qlora`): the frozen linear layers in 4 bits (`nf4`, Dettmers et al. 2023) or 8
     bits (`int8`). Head, norms and embeddings are not quantized."""
     fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
+
+
+def weights_of(attributes: Sequence[str], weights: Mapping[str, float]) -> tuple[float, ...]:
+    """The weight of each attribute in the reward; 1 for the first and 0 for others if there are no weights."""
+    chosen = weights or dict.fromkeys(attributes[:1], 1.0)
+    return tuple(float(chosen.get(name, 0.0)) for name in attributes)
 
 
 def with_dtype(config: ModelConfig, *, has_bf16: bool) -> ModelConfig:

@@ -17,7 +17,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +65,10 @@ class InputRecord:
     """Of the distinct responses of the validation set, with these weights; None if they were not measured."""
     reward_std: float | None = None
     """The same: their standard deviation."""
+    attributes: Sequence[str] = ()
+    """Names of the outputs of the reward head, if they are attributes of a response; () for one reward."""
+    attribute_weights: Sequence[float] = ()
+    """Of each attribute in the reward of a response, which is their weighted sum."""
     own_rendering: bool = False
     """A custom dataset class rendered the conversations, not the folder's chat template: texts that it rendered get the
     rewards of training, message lists do not."""
@@ -176,8 +180,8 @@ def _finish_config(
     config.update(
         architectures=[type(model.network).__name__],
         dtype=str(dtype).removeprefix("torch."),
-        id2label={"0": "reward"},
-        label2id={"reward": 0},
+        id2label={str(place): name for place, name in enumerate(record.attributes or ("reward",))},
+        label2id={name: place for place, name in enumerate(record.attributes or ("reward",))},
         problem_type="regression",
         pad_token_id=model.network.config.pad_token_id,
     )
@@ -253,7 +257,10 @@ def read_record(folder: str | Path) -> InputRecord | None:
     if not path.is_file():
         return None
     values = json.loads(path.read_text(encoding="utf-8")).get(RECORD_KEY)
-    return InputRecord(**values) if values else None
+    if not values:
+        return None
+    record = InputRecord(**values)
+    return replace(record, attributes=tuple(record.attributes), attribute_weights=tuple(record.attribute_weights))
 
 
 def names_statistics(folder: str | Path) -> bool:
@@ -292,6 +299,8 @@ def rescore(
 ) -> list[float]:
     """Rewards of token sequences by transformers (and peft) alone, in float32 and one padded batch.
 
+    With several outputs, all of them, text by text.
+
     base: see `open_adapter`. quantized: see `AdapterFolder.load_plain`.
     """
     from transformers import AutoModelForSequenceClassification
@@ -305,7 +314,7 @@ def rescore(
     rows = [torch.tensor(ids) for ids in texts]
     input_ids = pad_sequence(rows, batch_first=True, padding_value=network.config.pad_token_id)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return network(input_ids=input_ids, attention_mask=mask).logits[:, 0].tolist()
+    return network(input_ids=input_ids, attention_mask=mask).logits.flatten().tolist()
 
 
 def check_rewards(folder: Path, texts: Sequence[Sequence[int]], expected: Sequence[float], *, exact: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,8 @@ def head_of(network: Any) -> nn.Module | None:
 
 
 def packed_rewards(network: Any, batch: PackedBatch, kernel: str, *, reads_only_rewards: bool = False) -> Tensor:
-    """Rewards [R] float32 of a network whose attention is `dispatch.NAME`; an empty batch gives [0].
+    """Rewards [R] float32 of a network whose attention is `dispatch.NAME`, or [R, A] with A labels; an empty batch
+    gives [0].
 
     reads_only_rewards: the backbone's last hidden state has the R reward tokens only.
     """
@@ -48,18 +50,18 @@ def packed_rewards(network: Any, batch: PackedBatch, kernel: str, *, reads_only_
 
 
 def padded_rewards(network: Any, batch: PackedBatch) -> Tensor:
-    """Rewards [R] float32, one per response; an empty batch gives [0]. Decoders read the last token without padding."""
+    """Rewards [R] float32, or [R, A]; an empty batch gives [0]. Decoders read the last token without padding."""
     input_ids, mask = pad_texts(batch, network.config.pad_token_id)
     return text_rewards(network, input_ids, mask)[: len(batch.reward_index)].clone()
 
 
 def text_rewards(network: Any, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Rewards [R] float32 of whole texts, padded on the right. input_ids, mask: [R, L]"""
+    """Rewards [R] float32, or [R, A], of whole texts, padded on the right. input_ids, mask: [R, L]"""
     options = {} if mask is None else {"attention_mask": mask}
     if "use_cache" in inspect.signature(network.forward).parameters:
         options["use_cache"] = False  # type: ignore[assignment]  # no generation, so no KV cache
-    logits: Tensor = network(input_ids=input_ids, **options).logits  # [R, 1]
-    return logits[:, 0].float()
+    logits: Tensor = network(input_ids=input_ids, **options).logits  # [R, A]
+    return logits.squeeze(-1).float()
 
 
 def _one_token(batch: PackedBatch) -> PackedBatch:
@@ -95,3 +97,11 @@ def pad_texts(batch: PackedBatch, pad_token_id: int) -> tuple[Tensor, Tensor]:
     texts = texts or [batch.input_ids.new_zeros(1)]
     mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
     return pad_sequence(texts, batch_first=True, padding_value=pad_token_id), mask
+
+
+def weighted_sum(rewards: Tensor, weights: Sequence[float]) -> Tensor:
+    """[R]: the rewards of responses; of outputs [R, A] their sum times `weights`, which is empty for one reward."""
+    if not weights:
+        return rewards
+    outputs = rewards if rewards.ndim == 2 else rewards.unsqueeze(1)
+    return outputs @ torch.tensor(weights, dtype=outputs.dtype, device=outputs.device)

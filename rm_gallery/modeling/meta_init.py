@@ -6,7 +6,7 @@ not contain, have their values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def _copy_rows(tensor: Tensor, source: Any) -> None:
 
 def init_on_meta(
     path: str, *, seed: int, key: str = "model.partial_pretrain", trust_remote_code: bool = False,
-    dropout: float = 0.0, new_head: bool = False, packing: PackingSetting = "auto",
+    dropout: float = 0.0, new_head: bool = False, packing: PackingSetting = "auto", attributes: Sequence[str] = (),
 ) -> tuple[LoadedModel, WeightFiles]:  # fmt: skip
     """As `load_reward_model`, with parameters on the meta device and the files that contain them.
 
@@ -120,8 +120,9 @@ def init_on_meta(
     from transformers import AutoModelForSequenceClassification
 
     source = open_model(
-        path, key=key, trust_remote_code=trust_remote_code, dropout=dropout, new_head=new_head, packing=packing
-    )
+        path, key=key, trust_remote_code=trust_remote_code, dropout=dropout, new_head=new_head, packing=packing,
+        attributes=attributes,
+    )  # fmt: skip
     if not source.way.is_checked:
         raise MetaInitError("its rewards are checked before training")
     if getattr(source.config, "quantization_config", None):

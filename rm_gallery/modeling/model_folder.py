@@ -250,9 +250,11 @@ def _warn_of_unread(what: str, names: Sequence[str], files: Sequence[str]) -> No
 
 def open_model(
     path: str, *, key: str, trust_remote_code: bool, dropout: float, new_head: bool | None = False,
-    packing: PackingSetting = "auto",
+    packing: PackingSetting = "auto", attributes: Sequence[str] = (),
 ) -> ModelSource:  # fmt: skip
-    """The folder's configuration with one label and these dropout rates, and its weight files; see `load_reward_model`.
+    """The folder's configuration with one label, or one per attribute, and these dropout rates, and its weight files.
+
+    See `load_reward_model`.
 
     Raises UserError as `load_model_config` does, and for quantized weights.
     """
@@ -263,9 +265,9 @@ def open_model(
         config = text_part(whole)
     if config is not whole:
         files, renames = text_files(config, files, what=f"{key}={path}")
-    check_model_config(config, path, key=key, files=files, new_head=new_head)
+    check_model_config(config, path, key=key, files=files, new_head=new_head, attributes=attributes)
     check_not_quantized(files, config, path, key=key)
-    config.num_labels = 1
+    config.num_labels = max(1, len(attributes))
     config.problem_type = "regression"
     for name, value in vars(config).items():
         is_rate = isinstance(value, float | int) and not isinstance(value, bool)
@@ -330,8 +332,9 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_model_config(
-    path: str, *, key: str = "model.partial_pretrain", trust_remote_code: bool = False, new_head: bool | None = False
-) -> Any:
+    path: str, *, key: str = "model.partial_pretrain", trust_remote_code: bool = False, new_head: bool | None = False,
+    attributes: Sequence[str] = (),
+) -> Any:  # fmt: skip
     """The transformers configuration of a model folder that can be trained.
 
     Raises UserError for a folder without configuration or weights, an adapter, an architecture that is not
@@ -343,13 +346,14 @@ def load_model_config(
         config = text_part(whole)
     if config is not whole and files is not None:
         files, _ = text_files(config, files, what=f"{key}={path}")
-    check_model_config(config, path, key=key, files=files, new_head=new_head)
+    check_model_config(config, path, key=key, files=files, new_head=new_head, attributes=attributes)
     return config
 
 
 def check_model_config(
-    config: Any, path: str, *, key: str, files: WeightFolder | None = None, new_head: bool | None = False
-) -> None:
+    config: Any, path: str, *, key: str, files: WeightFolder | None = None, new_head: bool | None = False,
+    attributes: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Raise UserError for a configuration that cannot be trained: see `load_model_config`."""
     check_class(config, what=f"{key}={path}")
     if new_head is not None and config.model_type in NOT_TRAINED:
@@ -357,7 +361,8 @@ def check_model_config(
         raise UserError(f"{key}={path}: {config.model_type} cannot be trained: {reason}; choose another model")
     if not new_head:
         hint = "start from its base model, or set model.new_head=true"
-        check_one_label(config, files, path, key=key, hint="choose another folder" if new_head is None else hint)
+        hint = "choose another folder" if new_head is None else hint
+        check_one_label(config, files, path, key=key, hint=hint, attributes=attributes)
 
 
 def check_class(config: Any, *, what: str) -> None:
@@ -381,8 +386,10 @@ def check_class(config: Any, *, what: str) -> None:
         )
 
 
-def check_one_label(config: Any, files: WeightFolder | None, path: str, *, key: str, hint: str) -> None:
-    """Raise UserError, ending in `hint`, for a classifier with more than one label.
+def check_one_label(
+    config: Any, files: WeightFolder | None, path: str, *, key: str, hint: str, attributes: Sequence[str] = ()
+) -> None:
+    """Raise UserError, ending in `hint`, for a classifier with more than one label, or other ones than `attributes`.
 
     The head in the weight files decides, if there is one; otherwise the configuration of a classifier, whose
     `num_labels` is 2 if it is not set.
@@ -391,7 +398,14 @@ def check_one_label(config: Any, files: WeightFolder | None, path: str, *, key: 
     outputs = num_outputs(files) if files is not None else None
     if outputs is None and is_classifier and (files is None or not files.tensors):
         outputs = config.num_labels
-    if outputs not in (None, 1):
+    if attributes and outputs is not None:
+        names = [str(name) for _, name in sorted((config.id2label or {}).items())]
+        if outputs != len(attributes) or names != list(attributes):
+            raise UserError(
+                f"{key}={path}: a reward head of {outputs} outputs ({', '.join(names)}), but model.attributes are "
+                f"{', '.join(attributes)}; name those of the folder, or set model.new_head=true"
+            )
+    elif outputs not in (None, 1):
         raise UserError(f"{key}={path}: a classifier with {outputs} labels, but a reward model has one; {hint}")
 
 

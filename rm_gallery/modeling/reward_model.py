@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +52,7 @@ class RewardModel(nn.Module):
         return found
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Rewards [R] float32, one per response; an empty batch gives [0]."""
+        """Rewards [R] float32, one per response, or [R, A] with A attributes; an empty batch gives [0]."""
         if self.padded:
             return padded_rewards(self.network, batch)
         return packed_rewards(self.network, batch, self.attention, reads_only_rewards=self._reads_only_rewards)
@@ -98,9 +98,9 @@ class LoadedModel:
 
 def load_reward_model(
     path: str, *, key: str = "model.partial_pretrain", trust_remote_code: bool = False, dropout: float = 0.0,
-    new_head: bool | None = False, packing: PackingSetting = "auto",
+    new_head: bool | None = False, packing: PackingSetting = "auto", attributes: Sequence[str] = (),
 ) -> LoadedModel:  # fmt: skip
-    """Load a backbone or a reward model as a sequence classification model with one label.
+    """Load a backbone or a reward model as a sequence classification model with one label, or one per attribute.
 
     key: configuration key that `path` comes from, for messages. new_head: initialize a new head even if the folder has
     one; None never initializes a weight. packing: see `choose_way`. Raises UserError for a folder without configuration
@@ -110,8 +110,9 @@ def load_reward_model(
     from transformers import AutoModelForSequenceClassification
 
     source = open_model(
-        path, key=key, trust_remote_code=trust_remote_code, dropout=dropout, new_head=new_head, packing=packing
-    )
+        path, key=key, trust_remote_code=trust_remote_code, dropout=dropout, new_head=new_head, packing=packing,
+        attributes=attributes,
+    )  # fmt: skip
     network, head = source.load(AutoModelForSequenceClassification, torch.float32, trust_remote_code=trust_remote_code)
     return LoadedModel(
         RewardModel(network, source.way), head.name, head.bias, head.new_parts, source.wrapper, source.renames

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +22,9 @@ from rm_gallery.data.tokenization.encoder import Encoder
 from rm_gallery.data.tokenization.token_group import TokenGroup, split_prefix
 from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
 from rm_gallery.errors import BadRow, UserError
+from rm_gallery.modeling.config import weights_of
+from rm_gallery.modeling.export import InputRecord
+from rm_gallery.modeling.forward import weighted_sum
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring import forks
 from rm_gallery.scoring.inputs import check_group
@@ -61,13 +64,31 @@ def check_weights(model: torch.nn.Module) -> None:
         )
 
 
+def find_weights(record: InputRecord, weights: Mapping[str, float] | None) -> tuple[float, ...]:
+    """The weight of each attribute of a model in its reward; () for a model without attributes.
+
+    weights: by name, instead of those of the record. Raises UserError for names that the model does not have.
+    """
+    if weights is None:
+        return tuple(record.attribute_weights)
+    names = list(record.attributes)
+    if not names:
+        raise UserError("weights are for models with attributes, and this model has one reward; remove them")
+    if unknown := [name for name in weights if name not in names]:
+        raise UserError(f"weights: the model has no attribute {unknown[0]!r}; it has {', '.join(names)}")
+    if not any(weights.values()) or not all(map(math.isfinite, weights.values())):
+        raise UserError(f"weights={dict(weights)}: must be finite, and not all 0")
+    return weights_of(names, weights)
+
+
 class NonFiniteReward(BadRow):
     """A row with a reward that is not a finite number."""
 
 
-def find_bad_reward(rewards: Sequence[float]) -> BadRow | None:
+def find_bad_reward(rewards: Sequence[Any]) -> BadRow | None:
     """Why these rewards of one row cannot be used; None if all are finite."""
-    return None if all(map(math.isfinite, rewards)) else NonFiniteReward("reward that is not finite")
+    values = [value for each in rewards for value in (each if isinstance(each, list) else [each])]
+    return None if all(map(math.isfinite, values)) else NonFiniteReward("reward that is not finite")
 
 
 def _statistics(source: ScoringModel) -> tuple[float, float]:
@@ -79,13 +100,19 @@ def _statistics(source: ScoringModel) -> tuple[float, float]:
 class Engine(forks.SurvivesFork):
     """Tokenizes groups and computes rewards of packs. Thread-safe; model calls run one at a time."""
 
-    def __init__(self, source: ScoringModel, *, token_budget: int | None = None, normalize: bool = False) -> None:
+    def __init__(
+        self, source: ScoringModel, *, token_budget: int | None = None, normalize: bool = False,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
         """token_budget: maximum tokens of a pack, except for a single longer text; None depends on the device.
 
-        normalize: subtract the mean of the validation rewards and divide by their standard deviation. Raises UserError
-        for a model without them.
+        normalize: subtract the mean of the validation rewards and divide by their standard deviation. weights: of the
+        model's attributes in the reward, instead of those of its folder. Raises UserError for a model without them.
         """
         self.source = source
+        self._weights = find_weights(source.record, weights)
+        if normalize and self._weights != tuple(source.record.attribute_weights):
+            raise UserError("weights with normalize: mean and standard deviation are those of the folder's own weights")
         self._mean, self._std = _statistics(source) if normalize else (0.0, 1.0)
         self.model, self.tokenizer, self.record = source.model, source.tokenizer, source.record
         check_weights(self.model)
@@ -169,21 +196,22 @@ class Engine(forks.SurvivesFork):
         """Packs as indices of parts, within the token budget; parts of similar length share a pack."""
         return self.packer.pack_by_length(GroupSizes.from_rows(part.sizes() for part in parts))
 
-    def run(self, pack: Sequence[TokenGroup]) -> list[list[float]]:
+    def run(self, pack: Sequence[TokenGroup], *, attributes: bool = False) -> list[list[Any]]:
         """Rewards of the responses of each part, from one model call.
 
-        When the device is out of memory, each part is run in its own call.
+        attributes: in place of each reward a list of it and the attributes of the model. When the device is out of
+        memory, each part is run in its own call.
         """
         try:
-            return self._run(pack)
+            return self._run(pack, attributes)
         except torch.OutOfMemoryError:
             if len(pack) == 1:
                 raise
         torch.cuda.empty_cache()
         log.warning("out of memory with a pack of %d groups; running them one at a time; lower token_budget", len(pack))
-        return [rewards for part in pack for rewards in self._run([part])]
+        return [rewards for part in pack for rewards in self._run([part], attributes)]
 
-    def _run(self, pack: Sequence[TokenGroup]) -> list[list[float]]:
+    def _run(self, pack: Sequence[TokenGroup], attributes: bool) -> list[list[Any]]:
         if self.device.type == "cuda" and os.getpid() != self._process:
             raise UserError(
                 "the model is on a GPU, which a forked process cannot use: load it in this process, with "
@@ -192,6 +220,9 @@ class Engine(forks.SurvivesFork):
         with self._lock, torch.inference_mode():
             forks.compute_in_fork()
             self.num_packs += 1
-            rewards = self.model(collate(pack).to(self.device)).tolist()
-            flat = ((reward - self._mean) / self._std for reward in rewards)
+            outputs = self.model(collate(pack).to(self.device))
+            rewards = weighted_sum(outputs, self._weights).tolist()
+            found = [(reward - self._mean) / self._std for reward in rewards]
+            rows = outputs.reshape(len(rewards), -1).tolist() if attributes else []
+            flat = iter([[reward, *row] for reward, row in zip(found, rows, strict=True)] if attributes else found)
         return [[next(flat) for _ in part.tails] for part in pack]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -50,6 +50,8 @@ class ScoreOptions:
     """Date (YYYY-MM-DD) for chat templates that write today's."""
     normalize: bool = False
     """Subtract the mean of the validation rewards and divide by their standard deviation (`--normalize`)."""
+    weights: Mapping[str, float] | None = None
+    """Of the models' attributes in their reward (`--weights`)."""
     best: bool = False
     """Name the best response of each list (`--best`)."""
     data: ScoreDataConfig = field(default_factory=ScoreDataConfig)
@@ -108,7 +110,9 @@ class ScoringJob:
     def parts(self, model: int, settings: ComputeSettings) -> Parts:
         """The parts of a model."""
         fingerprint = _fingerprint([self.models[model], asdict(settings)])
-        return Parts(self.parts_folder / fingerprint, fingerprint, self.table.reward_columns)
+        return Parts(
+            self.parts_folder / fingerprint, fingerprint, self.table.reward_columns, len(self.table.attributes)
+        )
 
     @property
     def marker(self) -> Path:
@@ -218,7 +222,7 @@ def plan_jobs(
         if existing:
             raise UserError(f"{table.file.name}: already has a column {existing[0]!r}; rename it")
         facts = [table.file.identity, table.format_name, asdict(table.config), options.dtype, options.device]
-        facts += ["normalize"] * options.normalize
+        facts += ["normalize"] * options.normalize + ([dict(options.weights)] if options.weights is not None else [])
         prints = [_fingerprint([*facts, model.fingerprint]) for model in models]
         jobs.append(ScoringJob(table, path, prints, columns))
     return jobs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -130,7 +131,7 @@ def load_folder(
         if has_own_code:
             raise OtherHeadError("the folder has code of its own")
         if adapter is None:
-            loaded = load_reward_model(path, key=KEY, new_head=None)
+            loaded = load_reward_model(path, key=KEY, new_head=None, attributes=attributes_of(path))
         else:
             loaded = adapter.load_quantized(kind, where) if is_quantized else adapter.load_merged()
         model, how = (
@@ -175,6 +176,13 @@ def load_folder(
     return ScoringModel(model, tokenizer, record, positions, closing, date, read_statistics(at))
 
 
+def attributes_of(path: str) -> Sequence[str]:
+    """Names of the outputs of a model whose record names attributes; () for one reward."""
+    file = file_of(path, "config.json")
+    record = None if file is None else read_record(file.parent)
+    return () if record is None else record.attributes
+
+
 def no_statistics(path: str) -> UserError:
     """The error for rewards to normalize by a folder that has no mean and standard deviation."""
     return UserError(
@@ -200,7 +208,9 @@ def check_folder(
     _check_remote_code(path, trust_remote_code)
     config = read_model_config(path, key=KEY, trust_remote_code=trust_remote_code)
     files = read_weight_folder(path, key=KEY)
-    check_one_label(config, files, path, key=KEY, hint="choose the folder of a reward model")
+    check_one_label(
+        config, files, path, key=KEY, hint="choose the folder of a reward model", attributes=attributes_of(path)
+    )
     names = list(config.architectures or [])
     has_head = is_reward_model(names) or num_outputs(files) is not None or has_foreign_head(files)
     if not _has_own_code(config, trust_remote_code) and files.tensors and not has_head:

@@ -15,7 +15,7 @@ import os
 from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,8 +30,10 @@ REASON = "reason"
 _HASH, _DIGEST = "row", b"digest"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
-Result: TypeAlias = tuple[list[float] | None, str | None]
-"""Rewards of a row and None, or the reason why it has none, with None or for a row without responses []."""
+Result: TypeAlias = tuple[list[Any] | None, str | None]
+"""Rewards of a row and None, or the reason why it has none, with None or for a row without responses [].
+
+Of a model with attributes, each reward is a list of it and these."""
 
 
 class Block(NamedTuple):
@@ -73,18 +75,22 @@ def blocks(rows: Iterable[Row], *, max_rows: int, max_chars: int) -> Iterator[Bl
 class Parts:
     """The parts of one input and one model."""
 
-    def __init__(self, folder: Path, fingerprint: str, columns: Sequence[str]) -> None:
+    def __init__(self, folder: Path, fingerprint: str, columns: Sequence[str], num_attributes: int = 0) -> None:
         """fingerprint: of the input, the weights and the settings. columns: of rewards, see `InputTable`."""
         self.folder, self.columns, self._fingerprint = folder, tuple(columns), fingerprint
+        self._num_outputs = 1 + num_attributes
 
     def write(self, block: Block, results: Sequence[Result]) -> None:
         """Save a part. Raises UserError when it cannot be written."""
         columns: dict[str, pa.Array] = {}
+        per_output = len(self.columns) // self._num_outputs  # columns of the reward come first, then of each attribute
         for place, column in enumerate(self.columns):
-            if column == "rewards":
-                columns[column] = pa.array([rewards for rewards, _ in results], pa.list_(pa.float32()))
+            output, index = divmod(place, per_output)
+            values = [rewards and [_output(reward, output) for reward in rewards] for rewards, _ in results]
+            if column.startswith("rewards"):
+                columns[column] = pa.array(values, pa.list_(pa.float32()))
             else:
-                columns[column] = pa.array([rewards and rewards[place] for rewards, _ in results], pa.float32())
+                columns[column] = pa.array([each and each[index] for each in values], pa.float32())
         columns[REASON] = pa.array([reason for _, reason in results], pa.string())
         columns[_HASH] = pa.array(block.hashes, pa.int64())
         table = pa.table(columns)
@@ -151,6 +157,11 @@ class Parts:
     def _digest(self, start: int, table: pa.Table) -> bytes:
         content = repr((self._fingerprint, start, table.to_pydict()))
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest().encode()
+
+
+def _output(reward: Any, place: int) -> float:
+    """The reward (0) or an attribute of a response."""
+    return float(reward[place] if isinstance(reward, list) else reward)
 
 
 def check_rows(taken: Sequence[pa.Table], rows: Iterable[Row], name: str, first: int) -> None:

@@ -104,9 +104,9 @@ def _rows(table: InputTable) -> Iterator[tuple[Row, int]]:
 def _rewards(table: InputTable, parts: Parts) -> Iterator[list[float] | None]:
     """The rewards of each row, in the order of its responses."""
     for part in parts.read():
-        columns = [part[column].to_pylist() for column in table.reward_columns]
+        columns = [part[column].to_pylist() for column in table.base_columns]
         for values in zip(*columns, strict=True):
-            if table.reward_columns == ("rewards",):
+            if table.base_columns == ("rewards",):
                 yield values[0]
             else:
                 yield None if values[0] is None else list(values)

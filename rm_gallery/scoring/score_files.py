@@ -163,7 +163,9 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
     """
     options = replace(options, models=tuple(choose_checkpoint(model, key="model") for model in options.models))
     said: set[str] = set()
+    attributes = _attributes(options)
     tables = [open_table(file, options.data, said, best=options.best) for file in _find_inputs(options)]
+    tables = [replace(table, attributes=attributes) for table in tables]
     names = name_models(options.models)
     models = [ModelFolder(model, options.base, quantized=options.quantized) for model in options.models]
     jobs = plan_jobs(options, tables, names, models)
@@ -187,6 +189,25 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
                         _finish(job, names, [job.parts(each, settings) for each in range(len(names))])
                 scorer.close()
         return [_describe(job, names, finished[job.output]) for job in jobs]
+
+
+def _attributes(options: ScoreOptions) -> tuple[str, ...]:
+    """The names of the models' outputs, which must be the same. Raises UserError for `--weights` of others."""
+    from rm_gallery.modeling.export import InputRecord, read_record
+    from rm_gallery.scoring.engine import find_weights
+
+    found = []
+    for model in options.models:
+        config = file_of(model, "config.json")
+        record = (None if config is None else read_record(config.parent)) or InputRecord("text")
+        try:
+            find_weights(record, options.weights)
+        except UserError as error:
+            raise UserError(f"--weights: model={model}: {error}") from error
+        found.append(tuple(record.attributes))
+    if len(set(found)) > 1:
+        raise UserError("--model: the models have different attributes, so their columns differ; score them one by one")
+    return found[0]
 
 
 def _check_models(options: ScoreOptions) -> None:
@@ -235,6 +256,7 @@ class _LazyScorer:
                 base=self._options.base,
                 normalize=self._options.normalize,
                 quantized=self._options.quantized,
+                weights=self._options.weights,
             )
             self._model.check_unchanged()
         return self._scorer
@@ -303,7 +325,7 @@ def _score_rows(chunk: Sequence[Row], job: ScoringJob, reader: RowReader, scorer
             results.append(([], None))
         except BadRow as error:
             results.append((None, str(error)))
-    scored = iter(scorer.score_each(groups))
+    scored = iter(scorer.score_each(groups, attributes=True))
     for index, (_, reason) in enumerate(results):
         if reason is not None:
             continue

@@ -28,15 +28,18 @@ class RewardScorer:
     parent on a CPU; a pickle of a scorer from a folder loads it again.
     """
 
-    def __init__(self, source: ScoringModel, *, token_budget: int | None = None, normalize: bool = False) -> None:
+    def __init__(
+        self, source: ScoringModel, *, token_budget: int | None = None, normalize: bool = False,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
         """source: from `load_folder`. token_budget: maximum tokens of a model call; None depends on the device.
 
-        normalize: see `from_folder`.
+        normalize, weights: see `from_folder`.
         """
         self.folder = ""
         """Folder of the model; identifies the scorer when grading resumes."""
         self._origin: tuple[dict[str, Any], Stats] | None = None
-        self.engine = Engine(source, token_budget=token_budget, normalize=normalize)
+        self.engine = Engine(source, token_budget=token_budget, normalize=normalize, weights=weights)
         reads_tools = "tools" in str(source.tokenizer.chat_template)
         self.inputs = InputBuilder(source.record.input_style, source.record.separator, reads_tools=reads_tools)
         self._batcher = Batcher(self.engine)
@@ -56,6 +59,7 @@ class RewardScorer:
         base: str | None = None,
         normalize: bool = False,
         quantized: bool = True,
+        weights: Mapping[str, float] | None = None,
     ) -> RewardScorer:
         """Load a checkpoint folder of RM-Gallery, or any sequence classification model or adapter with one label.
 
@@ -66,19 +70,23 @@ class RewardScorer:
         base: folder or hub name of an adapter's base model, if it is not the one that adapter_config.json names.
         quantized: quantize the base model of an adapter as in training, if it was (QLoRA); see `load_folder`.
         normalize: return (reward - mean) / standard deviation, with those of the validation responses that the folder
-        has. Raises UserError for a folder without such a model or without these figures, and for weights that are not
-        finite.
+        has. weights: by name, of a model with attributes (`model.attributes`), whose reward is their weighted sum; by
+        default those of its folder. Raises UserError for a folder without such a model or without these figures, and
+        for weights that are not finite.
         """
         folder = choose_checkpoint(str(folder), key="model")
         settings: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         settings |= {"base": base, "quantized": quantized}
         is_here = Path(folder).expanduser().is_dir()
         where = str(Path(folder).expanduser().resolve()) if is_here else str(folder)
-        origin = {"folder": where, "token_budget": token_budget, "normalize": normalize, **settings}, stats_of(folder)
+        origin = (
+            {"folder": where, "token_budget": token_budget, "normalize": normalize, "weights": weights, **settings},
+            stats_of(folder),
+        )
         forks.compute_in_fork()
         source = load_folder(folder, **settings, template_date=template_date)
         origin[0]["template_date"] = source.template_date
-        scorer = cls(source, token_budget=token_budget, normalize=normalize)
+        scorer = cls(source, token_budget=token_budget, normalize=normalize, weights=weights)
         scorer.folder, scorer._origin = str(folder), origin
         return scorer
 
@@ -114,18 +122,37 @@ class RewardScorer:
         _raise_first(encoded, groups)
         return _raise_first(self._run(encoded), groups)
 
-    def score_each(self, groups: Sequence[PreferenceGroup]) -> list[list[float] | Exception]:
-        """Like `score`, with an exception in place of the rewards of a group that cannot be scored."""
-        return self._run(self.engine.encode(self._fitted(groups)))
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Names of the model's outputs (`model.attributes`); () for a model of one reward."""
+        return tuple(self.record.attributes)
 
-    def _run(self, encoded: Sequence[Encoded]) -> list[list[float] | Exception]:
+    def score_attributes(self, groups: Sequence[PreferenceGroup]) -> list[list[dict[str, float]]]:
+        """Like `score`, with `reward` and every attribute of the model by its name, for each response."""
+        groups = self._fitted(groups)
+        found = _raise_first(self.score_each(groups, attributes=True), groups)
+        names = ("reward", *self.attributes)
+        return [
+            [dict(zip(names, each if self.attributes else [each], strict=True)) for each in group] for group in found
+        ]
+
+    def score_each(self, groups: Sequence[PreferenceGroup], *, attributes: bool = False) -> list[list[Any] | Exception]:
+        """Like `score`, with an exception in place of the rewards of a group that cannot be scored.
+
+        attributes: in place of each reward a list of it and the model's attributes.
+        """
+        return self._run(self.engine.encode(self._fitted(groups)), attributes and bool(self.attributes))
+
+    def _run(self, encoded: Sequence[Encoded], attributes: bool = False) -> list[list[Any] | Exception]:
         parts = [part for each in encoded if not isinstance(each, Exception) for part in each]
-        found: list[list[float]] = [[]] * len(parts)
+        found: list[list[Any]] = [[]] * len(parts)
         for pack in self.engine.plan(parts):
-            for index, rewards in zip(pack, self.engine.run([parts[index] for index in pack]), strict=True):
+            for index, rewards in zip(
+                pack, self.engine.run([parts[index] for index in pack], attributes=attributes), strict=True
+            ):
                 found[index] = rewards
         ordered = iter(found)
-        results: list[list[float] | Exception] = []
+        results: list[list[Any] | Exception] = []
         for each in encoded:
             if isinstance(each, Exception):
                 results.append(each)

@@ -69,6 +69,8 @@ class InputTable:
     """Columns of the first rows."""
     label_format: str = ""
     """Format of training that says which response is better; '' for none."""
+    attributes: tuple[str, ...] = ()
+    """Names of the models' outputs; () for models of one reward."""
     best: bool = False
     """Whether the output names the best response of each row (`--best`)."""
 
@@ -84,6 +86,11 @@ class InputTable:
 
     @property
     def reward_columns(self) -> tuple[str, ...]:
+        """Columns of rewards, then of each attribute, as `reward_helpfulness`."""
+        return (*self.base_columns, *(f"{base}_{name}" for name in self.attributes for base in self.base_columns))
+
+    @property
+    def base_columns(self) -> tuple[str, ...]:
         """Columns of rewards; `rewards` holds a list per row, the others one number."""
         if self.format_name in _PAIRS:
             return "reward_chosen", "reward_rejected"
@@ -136,7 +143,7 @@ def open_table(
     choice = choose_format(head, replace(config, format=name), logged=said)  # type: ignore[arg-type]  # a known name
     columns = dict.fromkeys(name for row in head for name in row.values)
     table = InputTable(file, config, choice.name, 0, tuple(columns), best=best)
-    if best and table.reward_columns != ("rewards",):
+    if best and table.base_columns != ("rewards",):
         what = "pairs" if choice.name in _PAIRS else "one response per row"
         raise UserError(
             f"{file.name}: --best chooses from a list of responses, but this file has {what}; remove --best"
@@ -230,7 +237,11 @@ def _write_parquet(table: InputTable, output: Path, parts: Sequence[Parts], colu
     schema = given
     for names in columns:
         for name, column in zip(names, table.added_columns, strict=True):
-            schema = schema.append(pa.field(name, _TYPES.get(column, pa.float32())))
+            schema = schema.append(
+                pa.field(
+                    name, _TYPES.get(column.split("_")[0] if column.startswith("rewards_") else column, pa.float32())
+                )
+            )
     with pq.ParquetWriter(output, schema) as writer:
         waiting: list[pa.Table] = []
         for chunk, rewards in _with_rewards(table, parts):

@@ -20,6 +20,7 @@ from rm_gallery.data.tokenization.template_date import freeze_date
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer, read_at
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.architectures import ENCODERS, closing_token
+from rm_gallery.modeling.config import ModelConfig, weights_of
 from rm_gallery.modeling.export import InputRecord
 from rm_gallery.modeling.model_folder import load_model_config
 from rm_gallery.modeling.packing import choose_way
@@ -48,7 +49,7 @@ class Loaded:
     def data(self) -> TokenData:
         return self.store.data
 
-    def input_record(self, config: DataConfig, tokenizer: Any) -> InputRecord:
+    def input_record(self, config: DataConfig, tokenizer: Any, model: ModelConfig) -> InputRecord:
         """How these texts are rendered and tokenized, to be saved with the model."""
         record = InputRecord(
             self.data.style,
@@ -56,6 +57,8 @@ class Loaded:
             config.max_length,
             separator="" if self.data.has_text_prompts else "\n\n",
             text_special_tokens=config.text_special_tokens,
+            attributes=tuple(model.attributes),
+            attribute_weights=weights_of(model.attributes, model.attribute_weights),
         )
         if config.custom_cls.path is None or self.data.style == "text":
             return record
@@ -104,8 +107,9 @@ def check_inputs(config: TrainConfig) -> None:
     if adapter is not None:
         path, key = adapter.base, "base"
     source = load_model_config(
-        path, key=key, trust_remote_code=model.trust_remote_code, new_head=model.new_head or adapter is not None
-    )
+        path, key=key, trust_remote_code=model.trust_remote_code, new_head=model.new_head or adapter is not None,
+        attributes=model.attributes,
+    )  # fmt: skip
     what = f"{key}={path}"
     choose_way(source, model.packing, what=what)
     if model.router_aux_loss_coef:
@@ -117,7 +121,7 @@ def check_inputs(config: TrainConfig) -> None:
             log.warning("%s: %s", side.key, warning)
 
 
-def load_sides(config: DataConfig, tokenizer: Any) -> tuple[Loaded, Loaded | None]:
+def load_sides(config: DataConfig, tokenizer: Any, objective: str = "bradley_terry") -> tuple[Loaded, Loaded | None]:
     """Training data and validation data (if there are any) as tokens; logs dropped rows and train/validation leakage.
 
     Raises UserError for a side without a usable row.
@@ -130,7 +134,7 @@ def load_sides(config: DataConfig, tokenizer: Any) -> tuple[Loaded, Loaded | Non
         log.warning("no validation data: set data.val_files, or hold out prompts with data.val_fraction=0.05")
     unused = train.data.unused_labels()
     if unused:
-        log.info("the data carry %s, which the Bradley-Terry loss does not use", " and ".join(unused))
+        log.info("the data carry %s, which objective.name=%s does not use", " and ".join(unused), objective)
     return train, val
 
 
@@ -149,8 +153,9 @@ def load_side(side: Side, config: DataConfig, tokenizer: Any) -> Loaded:
             "data.max_length where texts are too long"
         )
     log.info(
-        "%s: %d groups, %d comparisons as %s, %d tokens (each prompt once per group)",
-        key, len(store.data), store.data.num_comparisons, store.data.style, store.data.num_tokens,
+        "%s: %d groups, %d %s as %s, %d tokens (each prompt once per group)",
+        key, len(store.data), store.data.num_comparisons,
+        "rated responses" if store.data.is_rated else "comparisons", store.data.style, store.data.num_tokens,
     )  # fmt: skip
     for warning in store.custom.warnings():
         log.warning("%s: %s", key, warning)

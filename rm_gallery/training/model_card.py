@@ -34,8 +34,14 @@ _TEMPLATE = """\
 
 # {{ name }}
 
+{% if attributes -%}
+A reward model with {{ attributes | length }} outputs: it gives each response to a prompt these numbers:
+{{ attributes | join(", ") }}.
+Trained with the squared error on graded responses, by RM-Gallery.
+{%- else -%}
 A reward model: it gives each response to a prompt one number, higher for the response that people prefer. Trained with
 the Bradley-Terry loss on pairs of a chosen and a rejected response, by RM-Gallery.
+{%- endif %}
 
 | | |
 |---|---|
@@ -108,7 +114,11 @@ inputs = tokenizer(text, return_tensors="pt", add_special_tokens={{ special }})
 inputs = tokenizer("Why is the sky blue?{{ separator }}Air scatters short waves of light more.", return_tensors="pt")
 {%- endif %}
 with torch.no_grad():
+    {% if attributes -%}
+    outputs = model(**inputs).logits[0].tolist()  # in the order of model.config.id2label
+    {%- else -%}
     reward = model(**inputs).logits[0, 0].item()
+    {%- endif %}
 ```
 
 Rewards are comparable between responses to the same prompt. They have no unit and no zero point; no sigmoid is applied.
@@ -138,35 +148,34 @@ def model_card(
     code_file: Python file of the checkpoint that transformers needs, if any.
     adds_special_tokens: whether a rendered chat still needs those of the tokenizer, as for encoders.
     """
-    value = partial(_value, config.to_save())
+    value, attributes = partial(_value, config.to_save()), config.model.attributes
     train, val = _sources(value("data.train_files")), _sources(value("data.val_files"))
     base = value("model.partial_pretrain")
     is_hub = _is_hub_name(base)
     lora = config.model.lora
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
-    frozen = config.model.freeze
+    frozen, items = config.model.freeze, "rated responses" if attributes else "pairs"
     how = "LoRA" if lora.rank else "" if frozen is None else f"model.freeze={frozen}"
     metadata: dict[str, Any] = {
         "library_name": "peft" if lora.rank else "transformers",
         "pipeline_tag": "text-classification",
         "license": config.trainer.license and value("trainer.license"),
-        "tags": ["reward-model", "bradley-terry", "rm-gallery"],
+        "tags": ["reward-model", "regression" if attributes else "bradley-terry", "rm-gallery"],
     }
     if is_hub:
         metadata["base_model"] = base
-    datasets = [name for name in dict.fromkeys((*train, *val)) if "/" in name]
-    if datasets:
+    if datasets := [name for name in dict.fromkeys((*train, *val)) if "/" in name]:
         metadata["datasets"] = datasets
     rows = [
         ("base model", base if is_hub else _last_part(base)),
         ("parameters", f"{num_parameters:,}" + (f", {num_trained:,} of them trained ({how})" if how else "")),
         ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, {targets}" if lora.rank else ""),
-        ("training data", f"{', '.join(train)} ({comparisons:,} pairs)"),
+        ("training data", f"{', '.join(train)} ({comparisons:,} {items})"),
         (
             "validation data",
             ", ".join(val) or (f"{value('data.val_fraction')} of the prompts" if config.data.val_fraction else "none"),
         ),
-        ("steps", f"{step:,} of {value('data.train_batch_size')} pairs"),
+        ("steps", f"{step:,} of {value('data.train_batch_size')} {items}"),
         ("optimizer", value("optim.name")),
         (
             "learning rate",
@@ -187,6 +196,7 @@ def model_card(
         step=step if metrics_step is None else metrics_step,
         chat=input_style == "chat",
         lora=lora.rank > 0,
+        attributes=attributes,
         code_file=code_file,
         mapping=_base_options(renames or {}, config.model.quantization),
         quantized=config.model.quantization is not None,

@@ -139,10 +139,16 @@ def _log_head(config: TrainConfig, loaded: LoadedModel) -> None:
 def find_adapter(config: TrainConfig) -> AdapterFolder | None:
     """The adapter that the run continues; None for other models. Raises UserError as `open_adapter` does."""
     model = config.model
-    return open_adapter(
+    folder = open_adapter(
         model.partial_pretrain, key="model.partial_pretrain", base=model.lora.base, new_head=model.new_head,
-        hint=BASE_HINT,
+        hint=BASE_HINT, attributes=model.attributes,
     )  # fmt: skip
+    if folder is not None and list(folder.attributes) != model.attributes:
+        raise UserError(
+            f"{_what(config)}: an adapter with the outputs {', '.join(folder.attributes) or 'reward'}, but "
+            f"model.attributes={model.attributes}; name those of the folder, or set model.new_head=true"
+        )
+    return folder
 
 
 def _load(
@@ -164,6 +170,7 @@ def _load(
             dropout=model.dropout,
             new_head=model.new_head,
             packing=model.packing,
+            attributes=model.attributes,
         )
     if model.lora.rank and missing_embedding_rows(loaded.model, tokenizer, what=_what(config)):
         raise UserError(
@@ -189,6 +196,7 @@ def _load_on_meta(config: TrainConfig, tokenizer: Any) -> tuple[LoadedModel, Wei
             dropout=model.dropout,
             new_head=model.new_head,
             packing=model.packing,
+            attributes=model.attributes,
         )
     if missing_embedding_rows(loaded.model, tokenizer, what=_what(config), resize=model.resize_embeddings):
         raise MetaInitError("its embeddings are resized for the tokenizer")

@@ -29,14 +29,14 @@ from rm_gallery.distributed.cpu import bf16_slowdown, has_bf16_units, keep_freed
 from rm_gallery.distributed.process_group import World, processes, seed_everything, seed_per_rank
 from rm_gallery.errors import StoppedBySignal, UserError
 from rm_gallery.log import log_copy
-from rm_gallery.modeling.config import with_dtype
+from rm_gallery.modeling.config import weights_of, with_dtype
 from rm_gallery.modeling.generic_class import CODE_FILE, is_generic
 from rm_gallery.modeling.parallel.apply import DTYPES, apply, offload_optimizer
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.modeling.router_loss import RouterLoss
 from rm_gallery.modeling.weight_files import tokenizer_folder
-from rm_gallery.objectives import OBJECTIVES
+from rm_gallery.objectives import build_objective
 from rm_gallery.training.callbacks import AnnouncedSaver, Callbacks, Sinks
 from rm_gallery.training.checkpoint import (
     PLAN,
@@ -122,7 +122,7 @@ def _run(
     shape = model_shape(start.model)
     coefficient = config.model.router_aux_loss_coef
     router_loss = RouterLoss(start.model, coefficient) if coefficient else None
-    train, val = load_sides(config.data, tokenizer)
+    train, val = load_sides(config.data, tokenizer, config.objective.name)
     check_data(config, start.model, train, val)
     model = start.model
     weights = apply(model, config.model, world, strategy=start.strategy, files=start.files)
@@ -282,19 +282,19 @@ def _log_overview(
 ) -> None:
     """What trains on what, and where, in a line each."""
     count, epoch = start.num_parameters, len(plan.epoch_steps(0))
-    dtype, ranks = (
-        config.model.fsdp_config.model_dtype,
-        f", {world.world_size} processes" if world.world_size > 1 else "",
-    )
+    dtype = config.model.fsdp_config.model_dtype
+    ranks = f", {world.world_size} processes" if world.world_size > 1 else ""
     held_out = f"; {val.data.num_comparisons:,} for validation" if val else "; no validation"
     padded = " padded" if start.model.padded else ""
     trained = f"{start.num_trained:,} of {count:,} parameters trained"
     trained = trained if start.num_trained < count else f"{count:,} parameters, all trained"
     log.info("model   %s, %s", start.model.network.config.model_type, trained)
     log.info("device  %s%s, %s, strategy %s", world.device, ranks, dtype, start.strategy)
-    log.info("data    %s pairs, %s tokens%s", f"{train.data.num_comparisons:,}", f"{train.data.num_tokens:,}", held_out)
-    log.info("steps   %s (%s epochs of %d), %d pairs each",
-             f"{total_steps:,}", f"{total_steps / epoch:.3g}", epoch, config.data.train_batch_size)  # fmt: skip
+    items = "rated responses" if train.data.is_rated else "pairs"
+    count_and_tokens = f"{train.data.num_comparisons:,} {items}, {train.data.num_tokens:,} tokens"
+    log.info("data    %s%s", count_and_tokens, held_out)
+    log.info("steps   %s (%s epochs of %d), %d %s each",
+             f"{total_steps:,}", f"{total_steps / epoch:.3g}", epoch, config.data.train_batch_size, items)  # fmt: skip
     log.info("budget  micro-batches of at most %s%s tokens", f"{config.data.budget:,}", padded)
     log.info("run     %s", config.trainer.run_dir)
 
@@ -302,14 +302,15 @@ def _log_overview(
 def _build_trainer(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Saver, sink: MetricSink,
     tick: Callable[[str], None],
 ) -> Trainer:  # fmt: skip
-    objective = OBJECTIVES[config.objective.name]
+    objective = build_objective(config.objective.name, config.model.attributes)
+    weights = weights_of(config.model.attributes, config.model.attribute_weights)
     model, val = loop.model, loop.val
 
     def run_validation(before_pack: Callable[[], None]) -> dict[str, float]:
         assert val is not None
         return validate(
             model, val.data, objective, token_budget=config.data.budget, share_prompts=config.data.share_prompts,
-            device=loop.world.device, before_pack=before_pack,
+            device=loop.world.device, before_pack=before_pack, attribute_weights=weights,
         )  # fmt: skip
 
     return Trainer(
@@ -374,7 +375,7 @@ def build_checkpoints(
     weights_folder = WeightsFolder(
         start.model,
         tokenizer,
-        train.input_record(config.data, tokenizer),
+        train.input_record(config.data, tokenizer, config.model),
         DTYPES[written],
         weights.device,
         exact=computes == written == "fp32" and config.model.quantization != "int8",  # it rounds activations

@@ -336,7 +336,7 @@ class _Window:
 
     def add(self, batches: StepBatches) -> None:
         self._steps += 1
-        self._comparisons += batches.num_comparisons
+        self._comparisons += batches.num_comparisons if batches.num_pairs is None else batches.num_pairs
         self._tokens += batches.num_tokens
 
     def close(self) -> dict[str, float]:

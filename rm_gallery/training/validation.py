@@ -15,6 +15,7 @@ from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.distributed.collectives import all_gather
 from rm_gallery.distributed.process_group import rank, world_size
+from rm_gallery.modeling.forward import weighted_sum
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
 from rm_gallery.objectives.metrics import Sums
@@ -26,6 +27,7 @@ _GROUPS_AT_ONCE = 4096  # groups packed at a time, so that memory does not grow 
 def validate(
     model: RewardModel, data: TokenData, objective: Objective, *, token_budget: int, share_prompts: bool = True,
     device: torch.device | None = None, before_pack: Callable[[], None] = lambda: None,
+    attribute_weights: Sequence[float] = (),
 ) -> dict[str, float]:  # fmt: skip
     """val/loss, val/accuracy and mean rewards over all comparisons; with several sources, loss and accuracy of each.
 
@@ -34,7 +36,7 @@ def validate(
     token_budget: tokens of a micro-batch; share_prompts: compute pairs of the same prompt together. The metrics depend
     on neither (float64 sums of float32 rewards).
     device: where the model computes, if its weights are offloaded. before_pack: called before each micro-batch; an
-    exception from it aborts the validation.
+    exception from it aborts the validation. attribute_weights: of several outputs in the reward of a response.
     """
     device = device or next(model.parameters()).device
     packer = packer_for(model, token_budget=token_budget, world_size=world_size())
@@ -47,7 +49,7 @@ def validate(
             rewards = model(batch)
             by_source[source].add(objective(rewards, batch)[1])
             texts += _hash_texts(groups)
-            scored.append(rewards)
+            scored.append(weighted_sum(rewards, attribute_weights))
     total = Sums()
     for sums in by_source.values():
         total.merge(sums)

@@ -83,7 +83,9 @@ def open_folder(
         named = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
         # The weights decide; a head under another name is checked when it is loaded.
         labels = num_outputs(files) or (1 if has_foreign_head(files) else named)
-        if labels != 1:
+        record = config.get("rm_gallery")
+        attributes = record.get("attributes") if isinstance(record, dict) else None
+        if labels != (len(attributes) if attributes else 1):
             raise UserError(
                 f"model={model}: a classifier with {labels} labels, but a reward model has one; choose another folder"
             )

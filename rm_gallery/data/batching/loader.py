@@ -19,11 +19,13 @@ class StepBatches:
 
     batches: list[PackedBatch]
     num_comparisons: int
-    """Over all ranks; the divisor of the loss sum."""
+    """See `StepPlan.num_comparisons`."""
     num_tokens: int
     """Tokens that this rank computes: shared prompts and shared responses counted once."""
     epoch: float
     """Epochs of data seen after this step."""
+    num_pairs: int | None = None
+    """Comparisons, or rated responses, over all ranks; None if they are `num_comparisons`."""
 
 
 def load_steps(data: TokenData, plan: Plan, *, rank: int = 0, start_step: int = 0) -> Iterator[StepBatches]:
@@ -53,4 +55,5 @@ def _steps(plan: Plan, start_step: int) -> Iterator[tuple[np.ndarray, float]]:
 def _load_step(data: TokenData, plan: Plan, groups: np.ndarray, rank: int, epoch: float) -> StepBatches:
     step = plan.step(data, groups)
     batches = [collate(step.load(data, pack)) for pack in step.packs[rank]]
-    return StepBatches(batches, step.num_comparisons, sum(batch.num_tokens for batch in batches), epoch)
+    tokens, pairs = sum(batch.num_tokens for batch in batches), int(data.sizes.num_comparisons[groups].sum())
+    return StepBatches(batches, step.num_comparisons, tokens, epoch, pairs)

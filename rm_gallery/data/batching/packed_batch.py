@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rm_gallery.data.tokenization.token_group import TokenGroup
 
-# T tokens, G groups, R responses, C comparisons
+# T tokens, G groups, R responses, C comparisons, S ratings, A attributes
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,14 @@ class PackedBatch:
     """[C] float32; NaN where the data have none."""
     p_better: Tensor
     """[C] float32: share of annotators who prefer `better`; NaN where the data have none."""
+    rated: Tensor
+    """[S] int64: the response of each rating, as an index into this batch; a response may have several, or none."""
+    rated_group: Tensor
+    """[S] int64: equal for the ratings of one group of the data."""
+    attributes: Tensor
+    """[S, A] float32: the attributes of each rating; NaN where the data have none. [0, 0] without ratings."""
+    rating_weight: Tensor
+    """[S] float32."""
     group_lengths: tuple[int, ...]
     """[G] tokens of each group; on the host, so that no kernel has to be waited for."""
     tail_lengths: tuple[tuple[int, ...], ...]
@@ -85,6 +93,9 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
     weight: list[float] = []
     margin: list[float] = []
     p_better: list[float] = []
+    rated: list[tuple[int, int, float]] = []
+    attributes: list[tuple[float, ...]] = []
+    groups_before = 0
     group_lengths: list[int] = []
     end = 0
     for group in groups:
@@ -106,6 +117,9 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
             weight.append(comparison.weight)
             margin.append(math.nan if comparison.margin is None else comparison.margin)
             p_better.append(math.nan if comparison.p_better is None else comparison.p_better)
+        rated += [(first + each.response, groups_before + each.group, each.weight) for each in group.ratings]
+        attributes += [each.attributes for each in group.ratings]
+        groups_before += 1 + max((each.group for each in group.ratings), default=0)
         group_lengths.append(end - start)
     return PackedBatch(
         input_ids=_int64(ids),
@@ -118,6 +132,10 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
         weight=torch.tensor(weight, dtype=torch.float32),
         margin=torch.tensor(margin, dtype=torch.float32),
         p_better=torch.tensor(p_better, dtype=torch.float32),
+        rated=torch.tensor([each[0] for each in rated], dtype=torch.int64),
+        rated_group=torch.tensor([each[1] for each in rated], dtype=torch.int64),
+        attributes=torch.tensor(attributes, dtype=torch.float32).reshape(len(rated), -1 if rated else 0),
+        rating_weight=torch.tensor([each[2] for each in rated], dtype=torch.float32),
         group_lengths=tuple(group_lengths),
         tail_lengths=tuple(tuple(len(tail) for tail in group.tails) for group in groups),
     )

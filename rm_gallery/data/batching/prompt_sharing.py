@@ -18,7 +18,7 @@ import numpy as np
 from rm_gallery.data.batching.bin_packing import Packer, Packs
 from rm_gallery.data.token_cache.arrays import GroupSizes, TokenData
 from rm_gallery.data.tokenization.token_group import TokenGroup, split_prefix
-from rm_gallery.schema import Comparison
+from rm_gallery.schema import Comparison, Rating
 
 # N groups of one step, U units, K responses of a group
 
@@ -40,7 +40,7 @@ class Part:
 
     group: int
     comparisons: tuple[int, ...] | None = None
-    """Indices of comparisons; None for all."""
+    """Indices of comparisons; None for all. Ratings are never separated."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class StepPlan:
     packs: Packs
     """Indices of units."""
     num_comparisons: int
-    """Over all ranks; the divisor of the loss sum."""
+    """Comparisons over all ranks, or known attributes of ratings; the divisor of the loss sum."""
 
     def load(self, data: TokenData, pack: Sequence[int]) -> list[TokenGroup]:
         """The tokens of a micro-batch."""
@@ -93,7 +93,7 @@ def plan_step(data: TokenData, groups: np.ndarray, packer: Packer, *, share_prom
             cost = packer.step_cost(packs, sizes_of(units))
             if cost < least * (1 if guided else 1 - _MIN_GAIN):
                 best, least = (units, packs), cost
-    return StepPlan(*best, int(data.sizes.num_comparisons[groups].sum()))
+    return StepPlan(*best, int(data.loss_counts[groups].sum()))
 
 
 def sizes_of(units: Sequence[PlannedGroup]) -> GroupSizes:
@@ -111,21 +111,26 @@ def load_unit(data: TokenData, unit: PlannedGroup) -> TokenGroup:
 
 
 def _join(parts: Iterable[tuple[TokenGroup, Sequence[int] | None]]) -> TokenGroup:
-    """One group of the responses in these comparisons, each distinct text once, with their common prefix."""
+    """One group of the responses in these comparisons, or rated, each distinct text once, with their common prefix."""
     numbers: dict[bytes, int] = {}  # a whole text -> its index in the joined group
     texts: list[np.ndarray] = []
     comparisons: list[Comparison] = []
-    for group, kept in parts:
+    ratings: list[Rating] = []
+    for part, (group, kept) in enumerate(parts):
         own: dict[int, int] = {}  # index of a response in its group -> in the joined group
+
+        def place(response: int, group: TokenGroup = group, own: dict[int, int] = own) -> int:
+            if response not in own:
+                text = np.concatenate([group.prefix, group.tails[response]])
+                own[response] = numbers.setdefault(text.tobytes(), len(numbers))
+                if len(numbers) > len(texts):
+                    texts.append(text)
+            return own[response]
+
         for each in group.comparisons if kept is None else [group.comparisons[number] for number in kept]:
-            for response in (each.better, each.worse):
-                if response not in own:
-                    text = np.concatenate([group.prefix, group.tails[response]])
-                    own[response] = numbers.setdefault(text.tobytes(), len(numbers))
-                    if len(numbers) > len(texts):
-                        texts.append(text)
-            comparisons.append(replace(each, better=own[each.better], worse=own[each.worse]))
-    return split_prefix(texts, comparisons)
+            comparisons.append(replace(each, better=place(each.better), worse=place(each.worse)))
+        ratings += [replace(each, response=place(each.response), group=part) for each in group.ratings]
+    return split_prefix(texts, comparisons, ratings)
 
 
 def _tokens(unit: PlannedGroup, packer: Packer) -> int:
@@ -145,7 +150,7 @@ def _unshared(data: TokenData, group: int, packer: Packer) -> list[PlannedGroup]
         int(sizes.num_responses[group]),
         int(sizes.num_comparisons[group]),
     )
-    if _tokens(whole, packer) <= packer.token_budget or whole.num_comparisons < 2:
+    if _tokens(whole, packer) <= packer.token_budget or whole.num_comparisons < 2 or data.is_rated:
         return [whole]
     tokens = data[group]
     pieces = [Part(group, piece) for piece in cut_comparisons(tokens, packer)]
@@ -241,7 +246,8 @@ class _Texts:
         group = _join([(data[number], None)])
         head = group.prefix.tobytes()
         texts = {head + tail.tobytes(): len(group.prefix) + len(tail) for tail in group.tails}
-        return cls((number,), texts, group.prefix, len(group.comparisons))
+        prefix = group.prefix if len(group.tails) > 1 else group.tails[0][:-1]  # which a single text may share
+        return cls((number,), texts, prefix, group.sizes()[3])
 
     def order(self) -> bytes:
         """Sort key that puts groups with a common prefix next to each other."""

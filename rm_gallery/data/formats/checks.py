@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +27,7 @@ _HOLDS = {
 
 def check_renamed(file: str, found: Mapping[str, None], config: FormatConfig, names: Iterable[str]) -> None:
     """Raise UserError for a missing column that the configuration names in place of the usual one."""
-    usual = type(config)()
+    usual = replace(type(config)(), attributes=config.attributes)
     defaults = {column.key: column.name for name in formats_for(usual) for column in columns_of(name, usual)}
     for column in (column for name in names for column in columns_of(name, config)):
         if column.name is not None and column.name != defaults[column.key] and column.name not in found:
@@ -127,7 +128,7 @@ def _index_of(row: Row, name: str, column: Column, config: FormatConfig) -> tupl
 
 def check_joined(rows: Sequence[Row], name: str, config: FormatConfig) -> None:
     """Raise UserError if no two consecutive rows have the same prompt, in a format that joins such rows."""
-    if not find_format(name, config).joins_rows or len(rows) < 2:
+    if not find_format(name, config).joins_rows or len(rows) < 2 or config.attributes:
         return
     prompts = [row.values.get(config.prompt_key or "") for row in rows]
     if not any(prompt and prompt == following for prompt, following in pairwise(prompts)):
@@ -136,6 +137,19 @@ def check_joined(rows: Sequence[Row], name: str, config: FormatConfig) -> None:
             f"consecutive rows have the same {shown(config.prompt_key)}; sort the rows by prompt, or compare them "
             f"with rm-gallery export-data (docs/exporting.md, {_DOCS})"
         )
+
+
+def check_attributes(rows: Sequence[Row], config: FormatConfig) -> None:
+    """Raise UserError for a name of `model.attributes` that no row has, as a column or in the object of attributes."""
+    columns = dict.fromkeys(name for row in rows for name in row.values)
+    records = [as_record(row.values.get(config.attributes_key or "")) or {} for row in rows]
+    for name in config.attributes:
+        if name not in columns and not any(name in record for record in records):
+            raise UserError(
+                f"{rows[0].file}: no column {shown(name)!r} of model.attributes (columns: {listed(columns)}) and no "
+                f"such field in {shown(config.attributes_key)!r}; rename the column, or remove the name."
+                + nearest(name, columns)
+            )
 
 
 def warnings_of(rows: Sequence[Row], name: str, columns: Sequence[Column], config: FormatConfig) -> Iterator[str]:
@@ -165,7 +179,7 @@ def no_format(rows: Sequence[Row], found: Mapping[str, None], config: FormatConf
     """Names the missing column of the format that fits best; all formats if no column is known."""
     file = rows[0].file
     pair = (config.chosen_key, config.rejected_key)
-    labels = find_labels(rows, pair) if config.has_preferences else []
+    labels = find_labels(rows, pair) if config.has_preferences and not config.attributes else []
     if labels:
         return UserError(
             f"{file}: no known format in the columns {listed(found)}; which response is better seems to be in "

@@ -113,6 +113,8 @@ class ColumnNames:
     """Column of the share of annotators who prefer the chosen response, 0 to 1."""
     source_key: str | None = "source"
     """Column that names the dataset of a row, for metrics by source."""
+    attributes_key: str | None = "attributes"
+    """With `model.attributes`: column of an object with a number for each name, for names without their own column."""
     tools_key: str | None = "tools"
     """Column of tool definitions, as a list or its JSON, for the chat template."""
 
@@ -132,6 +134,9 @@ class FormatConfig(ColumnNames):
     input_style: Literal["auto", "text", "chat"] = "auto"
     """`chat` renders messages with the chat template, `text` uses strings as they are. `auto`: chat for messages, and
     for a string prompt with string responses if the tokenizer has a chat template; text otherwise."""
+    attributes: list[str] = field(default_factory=list)
+    """Set from `model.attributes`: rows of one response each, with a number for each name, are read, and no
+    preferences."""
     bad_rows: Literal["drop", "error"] = "drop"
     """What to do with a bad row: `drop` drops and counts it, `error` stops at it."""
     columns: PublishedColumns = field(default_factory=PublishedColumns)

@@ -11,6 +11,7 @@ from typing import Any
 from rm_gallery.data.formats.cells import kind_of, read_cell
 from rm_gallery.data.formats.checks import (
     PAIRS,
+    check_attributes,
     check_indices,
     check_joined,
     check_labels,
@@ -78,6 +79,8 @@ def choose_format(
         check_needed(file, found, columns_of(name, named))
         choice = Choice(name, f"data.format={name}")
     columns = columns_of(choice.name, named)
+    if config.has_preferences and config.attributes:
+        check_attributes(readable, named)
     for column in columns:
         check_values(readable, column)
     if config.has_preferences:

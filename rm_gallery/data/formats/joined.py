@@ -43,7 +43,10 @@ def join_rows(rows: Iterable[Row], config: FormatConfig) -> Iterator[Row]:
 
     A row that cannot be decoded, or has no prompt, stays alone.
     """
-    names = [name for name in (config.columns.response, config.columns.helpfulness) if name is not None]
+    keys: list[str | None] = [config.columns.response, config.columns.helpfulness]
+    if config.attributes:
+        keys += [*config.attributes, config.attributes_key, config.weight_key]
+    names = [name for name in keys if name is not None]
     for _, run in groupby(rows, key=lambda row: _prompt_of(row, config)):
         while some := list(islice(run, MAX_RESPONSES + 1)):  # bounds memory; a group above the limit is dropped
             lists = {name: [row.values.get(name) for row in some] for name in names}

@@ -7,15 +7,16 @@ conversation with a rejected response).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rm_gallery.data.formats.cells import Cell, as_record, read_cell, read_list, read_number
+from rm_gallery.data.formats.cells import Cell, as_record, is_nothing, read_cell, read_list, read_number
 from rm_gallery.data.formats.config import FormatConfig
-from rm_gallery.data.formats.pairs import MAX_RESPONSES, Draft, prompted, read_response, read_two
+from rm_gallery.data.formats.pairs import MAX_RESPONSES, Draft, prompted, read_response, read_two, read_weight
 from rm_gallery.data.formats.rankings import compare
 from rm_gallery.errors import BadRow
-from rm_gallery.schema import Comparison
+from rm_gallery.schema import Comparison, Rating
 
 
 def read_saferlhf(values: Mapping[str, Any], config: FormatConfig) -> Draft:
@@ -131,6 +132,48 @@ def compare_helpsteer2(values: Mapping[str, Any], config: FormatConfig, count: i
         raise BadRow(f"more than {MAX_RESPONSES} responses")
     scores = [read_number(value, name) for value in _joined(values, name)]
     return compare(scores, f"all {name} of a prompt equal", with_margins=True)
+
+
+def rate_helpsteer2(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Rating]:
+    """Format `helpsteer2`: its helpfulness is the score of a response."""
+    name = config.columns.helpfulness or ""
+    return [Rating(place, score=read_number(value, name)) for place, value in enumerate(_joined(values, name))]
+
+
+def read_rated_conversation(values: Mapping[str, Any], config: FormatConfig) -> Draft:
+    """With `model.attributes`: a conversation that ends with the rated response."""
+    name = config.columns.messages or ""
+    turns = read_response(values.get(name), name, config)
+    if isinstance(turns, str) or turns[-1]["role"] != "assistant":
+        raise BadRow(f"{name} that do not end with an assistant turn")
+    return Draft(turns[:-1], [turns[-1:]], [name])
+
+
+def rate_attributes(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Rating]:
+    """With `model.attributes`: a number for each name, from the column of that name, else from `attributes`.
+
+    A response may lack some of them. Raises BadRow if all responses lack all.
+    """
+    if count > MAX_RESPONSES:
+        raise BadRow(f"more than {MAX_RESPONSES} responses")
+    columns = {name: _each(values, name, count) for name in config.attributes}
+    records = [as_record(value) or {} for value in _each(values, config.attributes_key, count)]
+    weights = _each(values, config.weight_key, count)
+    ratings = []
+    for place, record in enumerate(records):
+        found = [columns[name][place] for name in config.attributes]
+        cells = [record.get(name) if is_nothing(cell) else cell for name, cell in zip(columns, found, strict=True)]
+        numbers = [math.nan if is_nothing(c) else read_number(c, n) for n, c in zip(columns, cells, strict=True)]
+        weight = read_weight({config.weight_key or "": weights[place]}, config.weight_key)
+        ratings.append(Rating(place, attributes=tuple(numbers), weight=weight))
+    if all(math.isnan(value) for each in ratings for value in each.attributes):
+        raise BadRow(f"no value of {', '.join(config.attributes)}")
+    return ratings
+
+
+def _each(values: Mapping[str, Any], name: str | None, count: int) -> Sequence[Any]:
+    """The cell of each joined row; None where there is no such column."""
+    return _joined(values, name) if name is not None and name in values else [None] * count
 
 
 def _joined(values: Mapping[str, Any], name: str) -> Sequence[Any]:

@@ -15,7 +15,7 @@ from rm_gallery.data.formats.cells import Cell, optional_number, read_cell
 from rm_gallery.data.formats.config import FormatConfig
 from rm_gallery.data.formats.prompts import read_column, read_prompt
 from rm_gallery.errors import BadRow
-from rm_gallery.schema import Comparison
+from rm_gallery.schema import Comparison, Rating
 
 MAX_RESPONSES = 256
 """Per row: every two are compared, and 256 responses make 32,640 comparisons."""
@@ -72,6 +72,8 @@ class Format:
     """Comparisons between the given number of responses; None for a layout without preferences. Raises BadRow."""
     columns: tuple[Column, ...]
     """The columns of the layout, without `COMMON_COLUMNS`."""
+    rate: Callable[[Mapping[str, Any], FormatConfig, int], list[Rating]] | None = None
+    """What rows say about the given number of responses by themselves; None for nothing. Raises BadRow."""
     joins_rows: bool = False
     """Whether consecutive rows with the same prompt are one group; see joined.py."""
 

@@ -22,7 +22,7 @@ from rm_gallery.data.formats.config import FormatConfig, ResponsesConfig
 from rm_gallery.data.formats.pairs import MAX_RESPONSES, Draft, prompted, read_response
 from rm_gallery.data.formats.prompts import read_column
 from rm_gallery.errors import BadRow
-from rm_gallery.schema import Comparison, Message
+from rm_gallery.schema import Comparison, Message, Rating
 
 
 def read_responses(values: Mapping[str, Any], config: FormatConfig) -> Draft:
@@ -44,6 +44,18 @@ def compare_ranks(values: Mapping[str, Any], config: FormatConfig, count: int) -
     _check_count(count, config.responses_key)
     ranks = _numbers(values, config.ranks_key or "", count)
     return compare([-rank for rank in ranks], f"all {config.ranks_key} equal")
+
+
+def rate_scores(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Rating]:
+    """Format `scored`: the score of each response."""
+    scores = _numbers(values, config.scores_key or "", count)
+    return [Rating(response, score=score) for response, score in enumerate(scores)]
+
+
+def rate_ranks(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Rating]:
+    """Format `ranked`: the rank of each response."""
+    ranks = _numbers(values, config.ranks_key or "", count)
+    return [Rating(response, rank=rank) for response, rank in enumerate(ranks)]
 
 
 def _check_count(count: int, name: str | None) -> None:

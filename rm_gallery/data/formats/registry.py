@@ -11,8 +11,11 @@ from rm_gallery.data.formats.labelled import (
     compare_saferlhf,
     compare_shp,
     compare_summaries,
+    rate_attributes,
+    rate_helpsteer2,
     read_arena,
     read_helpsteer2,
+    read_rated_conversation,
     read_saferlhf,
     read_shp,
     read_summaries,
@@ -35,6 +38,8 @@ from rm_gallery.data.formats.rankings import (
     compare_nested,
     compare_ranks,
     compare_scores,
+    rate_ranks,
+    rate_scores,
     read_completions,
     read_conversation,
     read_helpsteer3,
@@ -156,12 +161,14 @@ READERS: dict[str, Format] = {
         read_responses,
         compare_scores,
         (*_RESPONSES, Column("scores_key", "list", needed=True, is_label=True)),
+        rate=rate_scores,
     ),
     "ranked": Format(
         "responses with ranks",
         read_responses,
         compare_ranks,
         (*_RESPONSES, Column("ranks_key", "list", needed=True, is_label=True)),
+        rate=rate_ranks,
     ),
     **_PUBLISHED_READERS,
     "swift": _SWIFT,
@@ -175,10 +182,36 @@ READERS: dict[str, Format] = {
             Column("columns.helpfulness", "number", needed=True, is_label=True),
             Column("prompt_key", "cell", needed=True),
         ),
+        rate=rate_helpsteer2,
         joins_rows=True,
     ),
 }
 """`auto` takes the first in this order whose columns a file has; the first three differ by what these hold."""
+RATED_READERS: dict[str, Format] = {
+    "helpsteer2": Format(
+        "rows of one response with its attributes",
+        read_helpsteer2,
+        None,
+        (
+            Column("columns.response", "cell", needed=True),
+            Column("prompt_key", "cell", needed=True),
+            Column("attributes_key", "record", is_label=True),
+        ),
+        rate=rate_attributes,
+        joins_rows=True,
+    ),
+    "conversation": Format(
+        "messages that end with a response, with its attributes",
+        read_rated_conversation,
+        None,
+        (
+            Column("columns.messages", "cell", needed=True),
+            Column("attributes_key", "record", is_label=True),
+        ),
+        rate=rate_attributes,
+    ),
+}
+"""The same with `model.attributes`."""
 UNLABELED_READERS: dict[str, Format] = {
     **_PAIR_READERS,
     "swift": _SWIFT,
@@ -203,7 +236,9 @@ def find_format(name: str, config: FormatConfig) -> Format:
 
 def formats_for(config: FormatConfig) -> dict[str, Format]:
     """The formats that `auto` tries, in order."""
-    return READERS if config.has_preferences else UNLABELED_READERS
+    if not config.has_preferences:
+        return UNLABELED_READERS
+    return RATED_READERS if config.attributes else READERS
 
 
 def columns_of(name: str, config: FormatConfig, *, common: bool = True) -> list[Column]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from rm_gallery.data.tokenization.token_group import Origin, TokenGroup
 from rm_gallery.errors import UserError
-from rm_gallery.schema import Comparison, InputStyle
+from rm_gallery.schema import Comparison, InputStyle, Rating
 
 # N groups, R responses, C comparisons, T tokens; each count is over the whole data set or chunk
 
@@ -30,17 +30,24 @@ from rm_gallery.schema import Comparison, InputStyle
 PER_GROUP = {
     "prefix": np.int32, "num_responses": np.int32, "num_comparisons": np.int32, "group_tokens": np.int32,
     "longest_text": np.int32, "file": np.int32, "row": np.int64, "source": np.int32, "prompt_hash": np.uint64,
-    "metadata_bytes": np.int32, "checksum": np.uint32,
+    "metadata_bytes": np.int32, "checksum": np.uint32, "num_attributes": np.int32,
 }  # fmt: skip
-PER_RESPONSE = {"tail": np.int32}
+PER_RESPONSE = {"tail": np.int32, "score": np.float32, "rank": np.float32, "rating_weight": np.float32}
 PER_COMPARISON = {
     "better": np.int32, "worse": np.int32, "weight": np.float32, "margin": np.float32, "p_better": np.float32,
 }  # fmt: skip
-ARRAYS = {**PER_GROUP, **PER_RESPONSE, **PER_COMPARISON, "tokens": np.int32, "metadata": np.uint8}
+ARRAYS = {
+    **PER_GROUP,
+    **PER_RESPONSE,
+    **PER_COMPARISON,
+    "attributes": np.float32,
+    "tokens": np.int32,
+    "metadata": np.uint8,
+}
 # [N + 1] int64: the first item of each group in other arrays -> the array of item counts per group.
 STARTS = {
     "token_start": "group_tokens", "response_start": "num_responses", "comparison_start": "num_comparisons",
-    "metadata_start": "metadata_bytes",
+    "metadata_start": "metadata_bytes", "attribute_start": "num_attributes",
 }  # fmt: skip
 
 
@@ -62,20 +69,26 @@ def make_chunk(groups: Iterable[tuple[TokenGroup, Origin]]) -> TokenChunk:
     sources: dict[str, int] = {}
     per_group: list[tuple[int, ...]] = []
     tails: list[int] = []
+    ratings: list[tuple[float, ...]] = []
+    attributes: list[float] = []
     comparisons: list[tuple[float, ...]] = []
     tokens: list[np.ndarray] = []
     metadata: list[bytes] = []
     for group, origin in groups:
         lengths = [len(tail) for tail in group.tails]
+        rated = ratings_of(group)
+        values = [value for each in rated for value in each.attributes]
         note = json.dumps(dict(origin.metadata), default=str).encode() if origin.metadata else b""
         per_group.append(
             (
                 len(group.prefix), len(lengths), len(group.comparisons), len(group.prefix) + sum(lengths),
                 len(group.prefix) + max(lengths), files.setdefault(origin.file, len(files)), origin.row,
-                sources.setdefault(origin.source, len(sources)), origin.prompt_hash, len(note),
+                sources.setdefault(origin.source, len(sources)), origin.prompt_hash, len(note), len(values),
             )
         )  # fmt: skip
         tails += lengths
+        ratings += [(_or_nan(each.score), _or_nan(each.rank), each.weight) for each in rated]
+        attributes += values
         comparisons += [
             (each.better, each.worse, each.weight, _or_nan(each.margin), _or_nan(each.p_better))
             for each in group.comparisons
@@ -86,6 +99,8 @@ def make_chunk(groups: Iterable[tuple[TokenGroup, Origin]]) -> TokenChunk:
         **_columns({name: kind for name, kind in PER_GROUP.items() if name != "checksum"}, per_group),
         **_columns(PER_COMPARISON, comparisons),
         "tail": np.array(tails, np.int32),
+        **_columns({name: kind for name, kind in PER_RESPONSE.items() if name != "tail"}, ratings),
+        "attributes": np.array(attributes, np.float32),
         "tokens": np.concatenate(tokens).astype(np.int32, copy=False) if tokens else np.zeros(0, np.int32),
         "metadata": np.frombuffer(b"".join(metadata), np.uint8),
     }
@@ -96,6 +111,16 @@ def make_chunk(groups: Iterable[tuple[TokenGroup, Origin]]) -> TokenChunk:
     return TokenChunk(arrays, list(files), list(sources))
 
 
+def ratings_of(group: TokenGroup) -> list[Rating]:
+    """One rating per response, without values where the group has none."""
+    by_response = {each.response: each for each in group.ratings}
+    count = max((len(each.attributes) for each in group.ratings), default=0)
+    return [
+        by_response.get(response) or Rating(response, attributes=(float("nan"),) * count)
+        for response in range(len(group.tails))
+    ]
+
+
 def _checksum(arrays: Mapping[str, np.ndarray], index: int) -> int:
     """CRC-32 of what the model sees of a group."""
 
@@ -104,7 +129,9 @@ def _checksum(arrays: Mapping[str, np.ndarray], index: int) -> int:
 
     found = zlib.crc32(arrays["prefix"][index : index + 1].data)
     found = zlib.crc32(arrays["tokens"][span("token_start")].data, found)
-    found = zlib.crc32(arrays["tail"][span("response_start")].data, found)
+    for name in PER_RESPONSE:
+        found = zlib.crc32(arrays[name][span("response_start")].data, found)
+    found = zlib.crc32(arrays["attributes"][span("attribute_start")].data, found)
     for name in PER_COMPARISON:
         found = zlib.crc32(arrays[name][span("comparison_start")].data, found)
     return found
@@ -131,17 +158,24 @@ class Fingerprint:
     """Hash of what the model sees of token data, updated chunk by chunk; independent of chunk boundaries."""
 
     _SEEN = ("tokens", "prefix", "num_responses", "tail", "num_comparisons", *PER_COMPARISON)
+    _NONE = {"score": np.nan, "rank": np.nan, "rating_weight": 1.0, "attributes": np.nan}
+    """What data without ratings have: they keep the hash that they had before ratings were stored."""
 
     def __init__(self) -> None:
-        self._digests = {name: hashlib.blake2b(digest_size=16) for name in self._SEEN}
+        self._digests = {name: hashlib.blake2b(digest_size=16) for name in (*self._SEEN, *self._NONE)}
+        self._found = set(self._SEEN)
 
     def add(self, arrays: Mapping[str, np.ndarray]) -> Fingerprint:
         for name, digest in self._digests.items():
-            digest.update(np.ascontiguousarray(arrays[name]).data)
+            array = np.ascontiguousarray(arrays[name])
+            digest.update(array.data)
+            if name in self._NONE and not np.array_equal(array, np.full_like(array, self._NONE[name]), equal_nan=True):
+                self._found.add(name)
         return self
 
     def hexdigest(self) -> str:
-        return hashlib.blake2b(b"".join(each.digest() for each in self._digests.values())).hexdigest()[:16]
+        seen = b"".join(each.digest() for name, each in self._digests.items() if name in self._found)
+        return hashlib.blake2b(seen).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +188,7 @@ class GroupSizes:
     """Tokens of its longest whole text (prefix and response)."""
     num_responses: np.ndarray
     num_comparisons: np.ndarray
+    """Comparisons of each group; its rated responses in data that are ratings (`TokenData.is_rated`)."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -185,12 +220,20 @@ class TokenData:
         self.has_text_prompts = has_text_prompts
         """Style `text`: whether responses were preceded directly by a prompt."""
         self._fingerprint = fingerprint
+        self.is_rated = not len(arrays["better"]) and bool(len(arrays["attributes"]))
+        """Whether the groups are ratings of responses by attributes, instead of comparisons between responses."""
         self.sizes = GroupSizes(
             tokens=arrays["group_tokens"],
             longest_text=arrays["longest_text"],
             num_responses=arrays["num_responses"],
-            num_comparisons=arrays["num_comparisons"],
+            num_comparisons=arrays["num_responses" if self.is_rated else "num_comparisons"],
         )
+        self.loss_counts = self._count_values() if self.is_rated else self.sizes.num_comparisons
+        """[N] int: what each group adds to the divisor of the loss sum: its comparisons, or its known attributes."""
+
+    def _count_values(self) -> np.ndarray:
+        known = np.concatenate([[0], np.cumsum(~np.isnan(self._arrays["attributes"]), dtype=np.int64)])
+        return np.asarray(np.diff(known[self._arrays["attribute_start"]]))
 
     @classmethod
     def from_groups(
@@ -222,7 +265,19 @@ class TokenData:
         tokens = np.asarray(arrays["tokens"][start : int(arrays["token_start"][index + 1])])
         bounds = prefix + np.cumsum(np.concatenate([[0], tails]))
         parts = [tokens[first:last] for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
-        return TokenGroup(tokens[:prefix], parts, self._comparisons(index))
+        return TokenGroup(tokens[:prefix], parts, self._comparisons(index), self._ratings(index))
+
+    def _ratings(self, index: int) -> list[Rating]:
+        if not self.is_rated:
+            return []
+        first, last = (int(self._arrays["response_start"][place]) for place in (index, index + 1))
+        start, end = (int(self._arrays["attribute_start"][place]) for place in (index, index + 1))
+        values = self._arrays["attributes"][start:end].reshape(last - first, -1).tolist()
+        weights = self._arrays["rating_weight"][first:last].tolist()
+        pairs = zip(values, weights, strict=True)
+        return [
+            Rating(response, attributes=tuple(each), weight=weight) for response, (each, weight) in enumerate(pairs)
+        ]
 
     def _comparisons(self, index: int) -> list[Comparison]:
         first, last = (int(self._arrays["comparison_start"][place]) for place in (index, index + 1))
@@ -244,7 +299,7 @@ class TokenData:
 
     @property
     def num_comparisons(self) -> int:
-        return len(self._arrays["better"])
+        return len(self._arrays["tail" if self.is_rated else "better"])
 
     @property
     def tail_lengths(self) -> np.ndarray:
@@ -264,9 +319,15 @@ class TokenData:
     def pair_lengths(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(group, prefix tokens, tail tokens of better, tail tokens of worse) of each comparison of these groups.
 
-        Each is [C] int64.
+        Each is [C] int64. Of ratings, the response is the better one, and the other has no tokens.
         """
         arrays = self._arrays
+        if self.is_rated:
+            counts = self.sizes.num_responses[groups].astype(np.int64)
+            owner = np.repeat(groups, counts)
+            place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+            tails = arrays["tail"][arrays["response_start"][owner] + place].astype(np.int64)
+            return owner, arrays["prefix"][owner].astype(np.int64), tails, np.zeros_like(tails)
         counts = self.sizes.num_comparisons[groups].astype(np.int64)
         owner = np.repeat(groups, counts)
         ends = np.cumsum(counts)
@@ -295,8 +356,10 @@ class TokenData:
         return json.loads(self._arrays["metadata"][first:last].tobytes()) if last > first else {}
 
     def unused_labels(self) -> list[str]:
-        """Which of margins and soft labels occur in any comparison."""
-        names = {"margin": "margins", "p_better": "soft labels"}
+        """Which labels that the objective does not use occur anywhere."""
+        names = {"score": "scores", "rank": "ranks"}
+        if not self.is_rated:
+            names = {"margin": "margins", "p_better": "soft labels", **names}
         return [label for name, label in names.items() if not np.isnan(self._arrays[name]).all()]
 
     def fingerprint(self) -> str:

@@ -102,7 +102,7 @@ class RowProcessor:
                 try:
                     if isinstance(texts, BadRow):
                         raise texts
-                    tokens = split_prefix(*self.encoder.fit(texts, group))
+                    tokens = split_prefix(*self.encoder.fit(texts, group), group.ratings)
                 except BadRow as error:
                     result.drop(error, row.where, self.config.bad_rows)
                     continue

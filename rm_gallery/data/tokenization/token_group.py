@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rm_gallery.errors import BadRow
-from rm_gallery.schema import Comparison
+from rm_gallery.schema import Comparison, Rating
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +21,20 @@ class TokenGroup:
     tails: list[np.ndarray]
     """K int32 arrays, each with at least one token."""
     comparisons: Sequence[Comparison]
+    ratings: Sequence[Rating] = ()
 
     def sizes(self) -> tuple[int, int, int, int]:
-        """(tokens with the prefix counted once, tokens of the longest text, responses, comparisons).
+        """(tokens with the prefix counted once, tokens of the longest text, responses, comparisons or ratings).
 
         Example: a prefix of 4 tokens, tails of 2 and 3 and one comparison give (9, 7, 2, 1).
         """
         tails = [len(tail) for tail in self.tails]
-        return len(self.prefix) + sum(tails), len(self.prefix) + max(tails), len(tails), len(self.comparisons)
+        return (
+            len(self.prefix) + sum(tails),
+            len(self.prefix) + max(tails),
+            len(tails),
+            len(self.comparisons or self.ratings),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,9 @@ class Origin:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-def split_prefix(texts: Sequence[Sequence[int] | np.ndarray], comparisons: Sequence[Comparison]) -> TokenGroup:
+def split_prefix(
+    texts: Sequence[Sequence[int] | np.ndarray], comparisons: Sequence[Comparison], ratings: Sequence[Rating] = ()
+) -> TokenGroup:
     """The group with the longest common prefix of its texts split off; every tail keeps at least one token.
 
     [1 2 3 4] and [1 2 5] give the prefix [1 2] with tails [3 4] and [5]. [1 2 3 4] and [1 2 3] give the prefix [1 2]
@@ -61,4 +69,4 @@ def split_prefix(texts: Sequence[Sequence[int] | np.ndarray], comparisons: Seque
         size = int(differs[0]) if len(differs) else size
     if len(arrays) == 1:
         size = 0  # nothing to share
-    return TokenGroup(arrays[0][:size], [array[size:] for array in arrays], comparisons)
+    return TokenGroup(arrays[0][:size], [array[size:] for array in arrays], comparisons, ratings)

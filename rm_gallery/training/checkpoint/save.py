@@ -300,7 +300,7 @@ class WeightsFolder:
     def expected(self) -> list[float]:
         """Return the rewards of the probes now. A collective: every rank calls it."""
         with self.model.inference():
-            rewards: list[float] = self.model(collate(self.probes).to(self.device)).tolist()
+            rewards: list[float] = self.model(collate(self.probes).to(self.device)).flatten().tolist()
         return rewards
 
     def check(self, folder: Path, expected: Sequence[float]) -> None:

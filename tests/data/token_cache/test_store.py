@@ -14,7 +14,7 @@ from rm_gallery.data.token_cache.arrays import ARRAYS, STARTS, TokenData, make_c
 from rm_gallery.data.token_cache.store import DamagedStore, Facts, Store, StoreWriter, open_store
 from rm_gallery.data.tokenization.token_group import Origin, TokenGroup
 from rm_gallery.errors import Dropped, UserError
-from rm_gallery.schema import Comparison
+from rm_gallery.schema import Comparison, Rating
 from tests.small import random_groups
 
 FACTS = Facts(style="chat", has_text_prompts=False, formats=["read as pairs: columns"], num_rows=30, held_out=2)
@@ -32,7 +32,8 @@ def groups_with_origins() -> list[tuple[TokenGroup, Origin]]:
         ]
         metadata = {"ground_truth": f"\u00e9{number}"} if number % 3 else {}
         origin = Origin(f"{number % 3}.parquet", number, "ab"[number % 2], 2**64 - 1 - number, metadata)
-        found.append((TokenGroup(group.prefix, group.tails, comparisons), origin))
+        ratings = [Rating(0, score=number, attributes=(0.5, number))]
+        found.append((TokenGroup(group.prefix, group.tails, comparisons, ratings), origin))
     return found
 
 
@@ -67,7 +68,7 @@ def test_what_was_written_comes_back(tmp_path: Path, chunk_size: int) -> None:
     for name in ("tokens", "longest_text", "num_responses", "num_comparisons"):
         assert getattr(store.data.sizes, name).tolist() == getattr(in_memory.sizes, name).tolist()
     assert store.data.fingerprint() == in_memory.fingerprint()
-    assert store.data.unused_labels() == ["margins", "soft labels"]
+    assert store.data.unused_labels() == ["margins", "soft labels", "scores"]
 
 
 def test_an_empty_store_can_be_opened(tmp_path: Path) -> None:
