@@ -127,10 +127,11 @@ def _trained_in_full(network: Any, ends: Iterable[str]) -> list[str]:
         names = [name for name in every if f".{name}".endswith(f".{end}")]
         parameters = [each for name in names for each in network.get_submodule(name).parameters()]
         if not parameters:
-            last = (name.rpartition(".")[2] for name in every if any(network.get_submodule(name).parameters()))
-            raise UserError(
-                f"{key} is no module of the backbone; it has {', '.join(sorted({*last} - set('0123456789')))}"
-            )
+            ends_here = {
+                name.rpartition(".")[2] for name in every if any(True for _ in network.get_submodule(name).parameters())
+            }
+            known = ", ".join(sorted(name for name in ends_here if not name.isdigit()))
+            raise UserError(f"{key} is no module of the backbone; it has {known}")
         if shared := [each for each in parameters if len(owners[each]) > 1]:
             raise UserError(
                 f"{key} shares its weight with other modules ({', '.join(sorted(owners[shared[0]]))}), and peft would "

@@ -328,3 +328,20 @@ def test_two_processes_train_as_one_does(options: tuple[str, ...], in_tmp: Path,
         assert other.keys() == one.keys()
         difference = max(float((other[key] - one[key]).abs().max()) for key in one)
         assert difference < (1e-4 if "bf16" not in str(options) else 5e-3), (name, difference)
+
+
+@pytest.mark.slow
+def test_embeddings_and_norms_are_trained_saved_and_merged(qwen2_folder: Path, in_tmp: Path, capsys: Any) -> None:
+    more = "model.lora.modules_to_save=[embed_tokens, input_layernorm, norm]"
+    run = train(qwen2_folder, "run", *LORA, more)
+    expected = peft_rewards(run / LAST, qwen2_folder)
+    found, base = weights(run / LAST), load_file(qwen2_folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight"):
+        assert not torch.equal(found[f"base_model.model.{name}"], base[name])
+    assert "base_model.model.model.layers.1.post_attention_layernorm.weight" not in found
+    assert scores(run) == pytest.approx(expected, abs=1e-4)
+    assert main(["merge", str(run), "--output", "merged"]) == 0
+    assert scores("merged") == pytest.approx(expected, abs=1e-4)
+    train(run / LAST, "more", "trainer.total_training_steps=1")
+    train(qwen2_folder, "wrong", *LORA, "model.lora.modules_to_save=[emb]", status=2)
+    assert "model.lora.modules_to_save: emb is no module of the backbone; it has " in capsys.readouterr().err
