@@ -53,7 +53,8 @@ def train(
     on_step: called with the step and its metrics every `trainer.log_freq` steps; on_validation: with those of each
     validation; on_save: with the step and the folder of each checkpoint, once it is complete. Only the main process
     (rank 0) calls them. An exception that one raises ends the run.
-    settings: every other key of the configuration, e.g. `**{"optim.lr": 1e-5, "trainer.total_epochs": 2}`.
+    settings: every other key of the configuration, e.g. `**{"optim.lr": 1e-5, "trainer.total_epochs": 2}`; the sets of
+    `trainer.eval_sets` may be rows in memory too.
 
     As on the command line, a call with the directory of an unfinished run resumes it. Raises `rm_gallery.UserError` for
     errors in configuration, data or environment.
@@ -76,6 +77,11 @@ def train(
     for key, value in given.items():
         if value is not None:
             settings[key] = str(value) if key.startswith("model.") else _as_files(value, key, cache_dir)
+    if isinstance(sets := settings.get("trainer.eval_sets"), Mapping):
+        settings["trainer.eval_sets"] = {
+            name: rows if isinstance(rows, Mapping) else _as_files(rows, f"eval-{name}", cache_dir)
+            for name, rows in sets.items()
+        }
     loaded: TrainConfig = load_config(None if config is None else os.fspath(config), [], settings=settings)
     run = run_training(loaded, callbacks=Callbacks(on_step, on_validation, on_save))
     return TrainResult(run.run_dir, run.checkpoint, {**last_metrics(run.run_dir), **run.val_metrics})

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from copy import deepcopy
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from rm_gallery.errors import Problem, UserError, nearest
 from rm_gallery.safe_text import HIDDEN, redact, register_variable
@@ -159,6 +159,12 @@ def known_keys(kind: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def text_keys_of(kind: type) -> set[str]:
+    """Keys whose values are text, also in a list. Those of names with values are not: `{name: value}` is no text."""
+    keys = known_keys(kind).items()
+    return {key for key, hint in keys if str in (hint, *get_args(hint)) and get_origin(hint) is not Mapping}
+
+
 def to_yaml(values: Mapping[str, Any]) -> str:
     """Nested plain values as YAML text, which `load` reads back."""
     from omegaconf import OmegaConf
@@ -183,7 +189,7 @@ def compose(kind: type, file: str | None, overrides: Sequence[str]) -> dict[str,
         raise UserError(f"{file}: no such configuration file (working directory {Path.cwd()})")
     if path is not None and path.suffix != ".yaml":
         raise UserError(f"{file}: the name of a configuration file must end with .yaml; rename it")
-    text_keys = {key for key, hint in known_keys(kind).items() if str in (hint, *get_args(hint))}
+    text_keys = text_keys_of(kind)
     folder = None if path is None else path.parent
     list_keys = {key for key, hint in known_keys(kind).items() if hint == tuple[str, ...]}
     arguments = [_for_hydra(override, folder, text_keys, list_keys) for override in overrides]

@@ -19,12 +19,15 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from rm_gallery.config import known_keys, load, to_save, to_yaml
+from rm_gallery.config import known_keys, load, problem_of, to_save, to_yaml
 from rm_gallery.data.config import DataConfig, data_problems, has_validation, normalize_data
-from rm_gallery.errors import Problem, UserError
+from rm_gallery.data.sources import entry_problems, find_files
+from rm_gallery.data.sources.config import EVAL_SETS
+from rm_gallery.errors import Problem, UserError, nearest
 from rm_gallery.modeling.config import ModelConfig
 from rm_gallery.modeling.weight_files import kind_of_quantization, read_adapter_files
 from rm_gallery.training.familiar_names import key_for
+from rm_gallery.training.metric_names import DEFAULT_METRIC, is_set_name, parse_metric
 from rm_gallery.training.trainer_config import TrainerConfig, trainer_problems
 
 log = logging.getLogger(__name__)
@@ -163,10 +166,27 @@ def normalize(values: dict[str, Any]) -> Iterator[Problem]:
     trainer = values.get("trainer")
     if isinstance(trainer, dict) and isinstance(trainer.get("logger"), str):
         trainer["logger"] = [trainer["logger"]]
+    yield from _normalize_eval_sets(trainer)
     yield from _familiar_names(values, known_keys(TrainConfig))
     if isinstance(model := values.get("model"), dict):
         yield from _continue_adapter(model)
     yield from normalize_data(values.get("data"))
+
+
+def _normalize_eval_sets(trainer: Any) -> Iterator[Problem]:
+    """`eval_sets: null` is none; what is neither a path nor an entry is a problem, as for `data.val_files`."""
+    sets = trainer.get("eval_sets") if isinstance(trainer, Mapping) else None
+    if isinstance(trainer, dict) and "eval_sets" in trainer and sets is None:
+        trainer["eval_sets"] = {}
+    if sets is not None and not isinstance(sets, Mapping):
+        text = f"{EVAL_SETS}={sets!r}: must be names with files, e.g. trainer.eval_sets.math=math.parquet"
+        yield Problem(EVAL_SETS, text)
+        return
+    for name, files in (sets or {}).items():
+        key = f"{EVAL_SETS}.{name}"
+        found = entry_problems(files, key) or ([f"{key} names no file; set it, or remove the set"] if not files else [])
+        if found:
+            yield Problem(EVAL_SETS, "\n".join(found))
 
 
 _LORA_KEYS = {
@@ -241,7 +261,7 @@ def problems_of_training(config: TrainConfig) -> Iterator[Problem]:
     yield from data_problems(config.data)
     yield from optim_problems(config.optim)
     yield from trainer_problems(config.trainer)
-    yield from _early_stopping_problems(config)
+    yield from _validation_problems(config)
     if config.trainer.reward_statistics == "normalize" and not has_validation(config.data):
         key = "trainer.reward_statistics"
         yield Problem(key, f"{key}=normalize: there is no validation; set data.val_files or data.val_fraction")
@@ -274,14 +294,41 @@ def objective_problems(config: TrainConfig) -> Iterator[Problem]:
         )
 
 
-def _early_stopping_problems(config: TrainConfig) -> Iterator[Problem]:
-    key, trainer, data = "trainer.early_stopping_patience", config.trainer, config.data
-    if trainer.early_stopping_patience is None:
+def _validation_problems(config: TrainConfig) -> Iterator[Problem]:
+    """Of the sets to validate on, and of the metric that chooses the best checkpoint and stops early."""
+    trainer = config.trainer
+    for name, files in trainer.eval_sets.items():
+        key = f"{EVAL_SETS}.{name}"
+        if not is_set_name(name):
+            yield Problem(
+                key, f"{key}: a set is named by letters, digits, '_', '-' and '.', and not as a metric; rename it"
+            )
+        yield from problem_of(key, lambda files=files, key=key: find_files(files, key=key))  # type: ignore[misc]
+    is_used = trainer.save_best or trainer.early_stopping_patience is not None
+    key = "trainer.early_stopping_patience" if trainer.early_stopping_patience else "trainer.save_best"
+    if not (has_validation(config.data) or trainer.eval_sets):
+        if is_used:
+            yield Problem(key, f"{key}: there is no validation; set data.val_files or data.val_fraction")
         return
-    if not has_validation(data):
-        yield Problem(key, f"{key}: there is no validation; set data.val_files or data.val_fraction")
-    elif trainer.test_freq <= 0:
+    if trainer.early_stopping_patience is not None and trainer.test_freq <= 0:
         yield Problem(key, f"{key}: validation runs after the last step only; set trainer.test_freq")
+    if is_used or trainer.save_best_metric != DEFAULT_METRIC:
+        yield from _metric_problems(config)
+
+
+def _metric_problems(config: TrainConfig) -> Iterator[Problem]:
+    key, name = "trainer.save_best_metric", config.trainer.save_best_metric
+    attributes = config.model.attributes
+    kinds = ["accuracy", "loss"]
+    kinds += [f"{kind}_{each}" for each in attributes for kind in ("accuracy", "mse", "pearson")] or ["margin"]
+    sets = [*([""] if has_validation(config.data) else []), *config.trainer.eval_sets]
+    known = [f"val/{each}/{kind}" if each else f"val/{kind}" for each in sets for kind in kinds]
+    parsed = parse_metric(name)
+    if parsed is not None and not parsed.direction:
+        yield Problem(key, f"{key}={name}: neither higher nor lower is better; set one of {', '.join(known)}")
+    elif parsed is None or parsed.set not in sets or parsed.kind not in kinds:
+        hint = nearest(name, known)
+        yield Problem(key, f"{key}={name}: validation has no such metric.{hint} It has {', '.join(known)}")
 
 
 def problems_of_reading(config: TrainConfig) -> Iterator[Problem]:

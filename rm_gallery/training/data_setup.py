@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from rm_gallery.data.batching.plan import long_pairs
 from rm_gallery.data.config import DataConfig, Side, sides_of
 from rm_gallery.data.custom import CustomReader
 from rm_gallery.data.sources import DataFile, entries_of, resolve_files
+from rm_gallery.data.sources.config import EVAL_SETS
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.token_cache.prepare import peek, prepare
 from rm_gallery.data.token_cache.store import Store
@@ -33,7 +35,9 @@ from rm_gallery.modeling.reward_model import (
 from rm_gallery.modeling.router_loss import check_config
 from rm_gallery.modeling.weight_files import tokenizer_folder
 from rm_gallery.training.config import TrainConfig
+from rm_gallery.training.metric_names import parse_metric
 from rm_gallery.training.model_setup import find_adapter
+from rm_gallery.training.validation import BY_SOURCE, by_source_names
 
 log = logging.getLogger(__name__)
 
@@ -115,10 +119,12 @@ def check_inputs(config: TrainConfig) -> None:
     if model.router_aux_loss_coef:
         check_config(source)
     read_at(tokenizer, closing_token(source), what=what)
-    for side in sides_of(config.data):
-        files, entries = resolve_files(config.data, key=side.key), entries_of(config.data, side.key)
-        for warning in peek(files, entries, config.data, tokenizer, key=side.key).warnings():
-            log.warning("%s: %s", side.key, warning)
+    sides = [(side.key, config.data) for side in sides_of(config.data)]
+    sets = [(key, data) for _, key, data in _sets_of(config)]
+    for side_key, data in (*sides, *sets):
+        files, entries = resolve_files(data, key=side_key), entries_of(data, side_key)
+        for warning in peek(files, entries, data, tokenizer, key=side_key).warnings():
+            log.warning("%s: %s", side_key, warning)
 
 
 def load_sides(config: DataConfig, tokenizer: Any, objective: str = "bradley_terry") -> tuple[Loaded, Loaded | None]:
@@ -136,6 +142,39 @@ def load_sides(config: DataConfig, tokenizer: Any, objective: str = "bradley_ter
     if unused:
         log.info("the data carry %s, which objective.name=%s does not use", " and ".join(unused), objective)
     return train, val
+
+
+def _sets_of(config: TrainConfig) -> list[tuple[str, str, DataConfig]]:
+    """(name, key, configuration with its files as `val_files`) of each set of `trainer.eval_sets`."""
+    return [
+        (name, f"{EVAL_SETS}.{name}", replace(config.data, val_files=files, val_fraction=0.0, val_split=None))
+        for name, files in config.trainer.eval_sets.items()
+    ]
+
+
+def load_eval_sets(config: TrainConfig, tokenizer: Any, train: TokenData) -> dict[str, Loaded]:
+    """The sets of `trainer.eval_sets` by name, read as validation data are; logs what `load_sides` logs."""
+    found = {}
+    for name, key, data in _sets_of(config):
+        found[name] = load_side(Side(key), data, tokenizer)
+        _warn_of_overlap(train, found[name].data, f" of {key}")
+    return found
+
+
+def check_best_metric(name: str, val: Loaded | None, eval_sets: Mapping[str, Loaded]) -> None:
+    """Raise UserError for a metric of a source that the validation data do not have."""
+    parsed = parse_metric(name)
+    if parsed is None or not parsed.source:
+        return
+    loaded = eval_sets.get(parsed.set, val if not parsed.set else None)
+    sources = by_source_names(loaded.data) if loaded is not None else []
+    if parsed.kind not in BY_SOURCE or parsed.source not in sources:
+        start = name.removesuffix(f"{parsed.kind}/{parsed.source}")
+        known = ", ".join(f"{start}{kind}/{each}" for each in sources for kind in BY_SOURCE)
+        raise UserError(
+            f"trainer.save_best_metric={name}: validation has no such metric. "
+            + (f"By source it has {known}" if known else "These data have a single source")
+        )
 
 
 def load_side(side: Side, config: DataConfig, tokenizer: Any) -> Loaded:
@@ -162,27 +201,29 @@ def load_side(side: Side, config: DataConfig, tokenizer: Any) -> Loaded:
     return Loaded(store, files)
 
 
-def _warn_of_overlap(train: TokenData, val: TokenData) -> None:
+def _warn_of_overlap(train: TokenData, val: TokenData, of: str = "") -> None:
     shared = np.isin(val.prompt_hashes, train.prompt_hashes)
     if shared.any():
         log.warning(
-            "train/validation leakage: %d of %d validation groups have a prompt that is also in the training data "
+            "train/validation leakage: %d of %d validation groups%s have a prompt that is also in the training data "
             "(first: %s); rm-gallery show-data reports details",
-            int(shared.sum()), len(val), val.where(int(shared.argmax())),
+            int(shared.sum()), len(val), of, val.where(int(shared.argmax())),
         )  # fmt: skip
 
 
-def check_data(config: TrainConfig, model: RewardModel, train: Loaded, val: Loaded | None) -> None:
+def check_data(
+    config: TrainConfig, model: RewardModel, train: Loaded, val: Loaded | None, eval_sets: Mapping[str, Loaded] = {}
+) -> None:
     """Raise UserError for data that do not fit the model or each other; warn about pairs above the token budget."""
-    if val is not None and val.data.style != train.data.style:
-        raise UserError(
-            f"data.val_files hold {val.data.style} but data.train_files hold {train.data.style}; "
-            "set data.input_style to read both the same way"
-        )
+    validated = {**({"data.val_files": val} if val else {}), **{f"{EVAL_SETS}.{n}": s for n, s in eval_sets.items()}}
+    for key, side in validated.items():
+        if side.data.style != train.data.style:
+            raise UserError(
+                f"{key} hold {side.data.style} but data.train_files hold {train.data.style}; "
+                "set data.input_style to read both the same way"
+            )
     limit, rotary = max_positions(model), max_rotary_positions(model.network.config)
-    for key, side in (("data.train_files", train), ("data.val_files", val)):
-        if side is None:
-            continue
+    for key, side in {"data.train_files": train, **validated}.items():
         longest = int(side.data.sizes.longest_text.max())
         if rotary is not None and longest > rotary:
             raise UserError(

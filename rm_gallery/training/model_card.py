@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from rm_gallery.data.sources.config import as_entries
 from rm_gallery.safe_text import redact
 from rm_gallery.training.config import TrainConfig
+from rm_gallery.training.metric_names import parse_metric
 
 CARD_NAME = "README.md"
 NOT_UPLOADED = ("training_state/*", "manifest.json", ".gitignore")
@@ -192,7 +193,7 @@ def model_card(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         name=value("trainer.experiment_name"),
         rows=[(label, _cell(value)) for label, value in rows if value],
-        metrics=[(name, f"{metrics[name]:.4f}") for name in _SHOWN if name in metrics],
+        metrics=[(name, f"{metrics[name]:.4f}") for name in (*_SHOWN, *_of_sets(metrics)) if name in metrics],
         step=step if metrics_step is None else metrics_step,
         chat=input_style == "chat",
         lora=lora.rank > 0,
@@ -211,6 +212,12 @@ def _base_options(renames: Mapping[str, str], quantization: str | None) -> str:
     """More arguments of `from_pretrained` for the base model of an adapter."""
     found = f", key_mapping={json.dumps(dict(renames))}" if renames else ""
     return found + (", quantization_config=quantization" if quantization else "")
+
+
+def _of_sets(metrics: Mapping[str, float]) -> list[str]:
+    """Accuracies of the sets of `trainer.eval_sets`."""
+    parts = {name: parse_metric(name) for name in metrics}
+    return [name for name, each in parts.items() if each and each.set and each.kind == "accuracy" and not each.source]
 
 
 def _sources(files: Any) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +23,7 @@ from rm_gallery.data.config import mixture_of
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.template_date import freeze_date
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
-from rm_gallery.distributed.collectives import HostGroup, all_gather, broadcast
+from rm_gallery.distributed.collectives import HostGroup, broadcast
 from rm_gallery.distributed.cpu import bf16_slowdown, has_bf16_units, keep_freed_memory
 from rm_gallery.distributed.process_group import World, processes, seed_everything, seed_per_rank
 from rm_gallery.errors import StoppedBySignal, UserError
@@ -37,6 +36,7 @@ from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.modeling.router_loss import RouterLoss
 from rm_gallery.modeling.weight_files import tokenizer_folder
 from rm_gallery.objectives import build_objective
+from rm_gallery.training.agreement import agree_on_plan, agree_on_run
 from rm_gallery.training.callbacks import AnnouncedSaver, Callbacks, Sinks
 from rm_gallery.training.checkpoint import (
     PLAN,
@@ -50,7 +50,7 @@ from rm_gallery.training.checkpoint import (
 )
 from rm_gallery.training.checkpoint.folders import name_best
 from rm_gallery.training.config import TrainConfig
-from rm_gallery.training.data_setup import Loaded, check_data, load_sides
+from rm_gallery.training.data_setup import Loaded, check_best_metric, check_data, load_eval_sets, load_sides
 from rm_gallery.training.model_card import model_card
 from rm_gallery.training.model_setup import StartModel, find_adapter, start_model
 from rm_gallery.training.optim import build_optimizer, build_schedule
@@ -65,7 +65,7 @@ from rm_gallery.training.run_dir import (
 from rm_gallery.training.signals import StopSignal
 from rm_gallery.training.trackers import NoTrackers, RunInfo, Trackers
 from rm_gallery.training.trainer import Intervals, MetricSink, Saver, Trainer, stops_early
-from rm_gallery.training.validation import packer_for, validate
+from rm_gallery.training.validation import packer_for, validate, validate_sets
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,9 @@ def _run(
     coefficient = config.model.router_aux_loss_coef
     router_loss = RouterLoss(start.model, coefficient) if coefficient else None
     train, val = load_sides(config.data, tokenizer, config.objective.name)
-    check_data(config, start.model, train, val)
+    eval_sets = load_eval_sets(config, tokenizer, train.data)
+    check_data(config, start.model, train, val, eval_sets)
+    check_best_metric(config.trainer.save_best_metric, val, eval_sets)
     model = start.model
     weights = apply(model, config.model, world, strategy=start.strategy, files=start.files)
     seed_per_rank(config.trainer.seed, world)
@@ -148,6 +150,9 @@ def _run(
         begin = find_start(
             run_dir, config.trainer.resume_mode, identity, tensors, ranks, mirror_url=config.trainer.mirror_url
         )
+        if begin.progress.use_metric(config.trainer.save_best_metric):
+            log.warning("trainer.save_best_metric=%s is new: earlier values of another are not compared with it",
+                        config.trainer.save_best_metric)  # fmt: skip
         if world.is_main and config.trainer.save_best:
             name_best(run_dir, begin.progress)  # a kill may have come between the last checkpoint and best.json
         stopped_early = stops_early(begin.progress, config.trainer.early_stopping_patience)
@@ -160,9 +165,11 @@ def _run(
             )  # fmt: skip
             return RunResult(run_dir, begin.folder, begin.progress.last_val, world.is_main)
         if world.is_main:
-            _write_facts(config, world, start, plan, train, val, total_steps, begin.progress.step)
+            _write_facts(config, world, start, plan, train, val, eval_sets, total_steps, begin.progress.step)
         checkpoints = build_checkpoints(config, start, weights, tensors, tokenizer, train, ranks, identity, begin)
-        loop = _Loop(world, ranks, stop, model, weights, optimizer, plan, train, val, total_steps, router_loss)
+        loop = _Loop(
+            world, ranks, stop, model, weights, optimizer, plan, train, val, eval_sets, total_steps, router_loss
+        )
         val_metrics = _train(config, loop, begin, checkpoints, callbacks)
         if world.is_main:
             draw_curves(run_dir)
@@ -202,6 +209,7 @@ class _Loop:
     plan: Plan
     train: Loaded
     val: Loaded | None
+    eval_sets: Mapping[str, Loaded]
     total_steps: int
     router_loss: RouterLoss | None
 
@@ -218,6 +226,7 @@ def _train(
         loop.total_steps,
         start_step=begin.progress.step,
         repeats_validation=begin.progress.validation_pending,
+        best_metric=config.trainer.save_best_metric,
     )
     trackers = Trackers(config.trainer.logger, run) if loop.world.is_main else NoTrackers()
     failed, stopped = True, False
@@ -252,6 +261,7 @@ def _write_facts(
     plan: Plan,
     train: Loaded,
     val: Loaded | None,
+    eval_sets: Mapping[str, Loaded],
     total_steps: int,
     start_step: int,
 ) -> None:
@@ -265,7 +275,12 @@ def _write_facts(
             "parameters": start.num_parameters,
             "trained_parameters": start.num_trained,
         },
-        "data": {"train": train.facts(), "val": val and val.facts(), "plan_fingerprint": plan.fingerprint()},
+        "data": {
+            "train": train.facts(),
+            "val": val and val.facts(),
+            "plan_fingerprint": plan.fingerprint(),
+            "eval_sets": {name: each.facts() for name, each in eval_sets.items()},
+        },
     }
     write_run_facts(config.trainer.run_dir, config.to_yaml(), facts, start_step=start_step)
     _log_overview(config, world, start, plan, train, val, total_steps)
@@ -304,17 +319,16 @@ def _build_trainer(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: 
 ) -> Trainer:  # fmt: skip
     objective = build_objective(config.objective.name, config.model.attributes)
     weights = weights_of(config.model.attributes, config.model.attribute_weights)
-    model, val = loop.model, loop.val
+    val, sets = loop.val.data if loop.val else None, {name: each.data for name, each in loop.eval_sets.items()}
 
     def run_validation(before_pack: Callable[[], None]) -> dict[str, float]:
-        assert val is not None
-        return validate(
-            model, val.data, objective, token_budget=config.data.budget, share_prompts=config.data.share_prompts,
+        return validate_sets(val, sets, lambda data: validate(
+            loop.model, data, objective, token_budget=config.data.budget, share_prompts=config.data.share_prompts,
             device=loop.world.device, before_pack=before_pack, attribute_weights=weights,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     return Trainer(
-        model=model,
+        model=loop.model,
         weights=loop.weights,
         objective=objective,
         optimizer=loop.optimizer,
@@ -324,7 +338,7 @@ def _build_trainer(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: 
         total_steps=loop.total_steps,
         intervals=Intervals(config.trainer.log_freq, config.trainer.test_freq, config.trainer.save_freq),
         max_bad_steps=config.trainer.max_bad_steps,
-        validate=run_validation if val is not None else None,
+        validate=run_validation if val is not None or sets else None,
         checkpoints=checkpoints,
         sink=sink,
         ranks=loop.ranks,
@@ -397,53 +411,3 @@ def build_checkpoints(
             step=progress.step, metrics=progress.last_val, metrics_step=progress.last_val_step
         ),
     )  # fmt: skip
-
-
-# Machines may have the same files at different paths; the fingerprint of the plan covers their contents.
-_MAY_DIFFER = (
-    "model.partial_pretrain", "data.train_files", "data.val_files", "data.custom_cls.path", "data.cache_dir",
-)  # fmt: skip
-
-
-def agree_on_run(config: TrainConfig, world: World) -> TrainConfig:
-    """The configuration with rank 0's run directory, whose name may hold a time stamp that differs between machines.
-
-    Raises UserError on every rank if a setting differs between ranks.
-    """
-    if world.world_size == 1:
-        return config
-    trainer = config.trainer
-    folder, name, main_cwd = broadcast((trainer.default_local_dir, trainer.experiment_name, os.getcwd()))
-    if main_cwd != os.getcwd():
-        folder = os.path.join(main_cwd, os.path.expanduser(folder))
-    config = replace(config, trainer=replace(trainer, default_local_dir=folder, experiment_name=name))
-    settings = all_gather(_flat(config.as_dict()))
-    for rank, found in enumerate(settings):
-        for key, value in settings[0].items():
-            if found.get(key) != value and key not in (*_MAY_DIFFER, "trainer.default_local_dir"):
-                raise UserError(
-                    f"{key}={found.get(key)} on rank {rank}, but {value} on rank 0; start all ranks with the same "
-                    "settings"
-                )
-    return config
-
-
-def agree_on_plan(plan: Plan) -> None:
-    """Raise UserError on every rank if the ranks read different data."""
-    fingerprints = all_gather(plan.fingerprint())
-    for rank, found in enumerate(fingerprints):
-        if found != fingerprints[0]:
-            raise UserError(
-                f"data.train_files: rank {rank} read different data than rank 0; give every machine the same files"
-            )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections flattened to dotted keys, e.g. `model.fsdp_config.model_dtype`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -23,6 +23,7 @@ from rm_gallery.modeling.router_loss import RouterLoss
 from rm_gallery.objectives import Objective
 from rm_gallery.objectives.metrics import Sums
 from rm_gallery.training.checkpoint import Progress, Start, random_state, set_random_state
+from rm_gallery.training.metric_names import parse_metric
 from rm_gallery.training.optim import Schedule
 from rm_gallery.training.signals import StopSignal
 
@@ -144,9 +145,12 @@ class Trainer:
         if self.validate and (is_last or _is_due(progress.step, self.intervals.validate)):
             is_best = self._validate()
         if stops_early(progress, self.patience):
+            metric = parse_metric(progress.best_metric)
+            best = math.nan if progress.highest_accuracy is None else progress.highest_accuracy
             log.info(
-                "early stopping at step %d: no val/accuracy above %.4f in the last %d validations", progress.step,
-                progress.highest_accuracy or math.nan, progress.validations_since_highest,
+                "early stopping at step %d: no %s %s %.4f in the last %d validations", progress.step,
+                progress.best_metric, "below" if metric and metric.direction < 0 else "above", best,
+                progress.validations_since_highest,
             )  # fmt: skip
             is_last = True
         if is_last or is_best or _is_due(progress.step, self.intervals.save):
@@ -219,13 +223,13 @@ class Trainer:
                 self._save_and_stop()
         progress.validation_pending = False
         progress.last_val, progress.last_val_step = metrics, progress.step
-        if not math.isfinite(metrics.get("val/loss", 0.0)):
-            log.warning(
-                "step %d: val/loss is %s: some validation text has no finite reward", progress.step, metrics["val/loss"]
-            )
+        for name, value in metrics.items():
+            parsed = parse_metric(name)
+            if parsed is not None and name == parsed.loss and not math.isfinite(value):
+                log.warning("step %d: %s is %s: some validation text has no finite reward", progress.step, name, value)
         self.sink.log(metrics, progress.step)
         progress.count_validation(metrics)
-        return bool(self.save_best and progress.step and progress.note_accuracy(metrics))
+        return bool(self.save_best and progress.step and progress.note_best(metrics))
 
     def _log(self, result: StepResult, learning_rate: float, epoch: float) -> None:
         self.sink.log(
@@ -292,7 +296,7 @@ class Trainer:
 
 
 def stops_early(progress: Progress, patience: int | None) -> bool:
-    """Whether `patience` validations in a row had no higher accuracy than one before them."""
+    """Whether `patience` validations in a row had no better `trainer.save_best_metric` than one before them."""
     return patience is not None and progress.validations_since_highest >= patience
 
 

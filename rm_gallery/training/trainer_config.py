@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +12,9 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt
 
 from rm_gallery.config import problem_of
+from rm_gallery.data.sources.config import Files
 from rm_gallery.errors import Problem, nearest
+from rm_gallery.training.metric_names import DEFAULT_METRIC
 from rm_gallery.training.trackers import TRACKERS, TrackerConfig
 
 
@@ -30,8 +32,14 @@ class LoopConfig:
     """Steps between validations; the last step is always validated. 0 or less: only after the last one."""
     val_before_train: bool = False
     """Validate before the first step as well."""
+    eval_sets: Mapping[str, Files] = field(default_factory=dict)
+    """Further sets to validate on, by name: `{math: math.parquet}`, each what `data.val_files` takes. Their metrics are
+    `val/NAME/accuracy` and so on, apart from those of the validation data. They do not change what is trained."""
+    save_best_metric: str = DEFAULT_METRIC
+    """Metric for `save_best` and `early_stopping_patience`: any accuracy, margin (higher is better) or loss (lower is)
+    of a validation, e.g. `val/loss`, `val/NAME/accuracy` of a set or `val/accuracy/SOURCE`."""
     early_stopping_patience: Annotated[int, Ge(1)] | None = None
-    """Stop after this many consecutive validations without a higher `val/accuracy`; null never stops early."""
+    """Stop after this many consecutive validations without a better `save_best_metric`; null never stops early."""
     max_bad_steps: Annotated[int, Ge(1)] = 10
     """Stop after this many consecutive steps with a non-finite loss or gradient."""
     seed: Annotated[int, Ge(0)] = 0
@@ -60,7 +68,7 @@ class CheckpointConfig:
     max_ckpt_to_keep: Annotated[int, Ge(1)] | None = None
     """Number of newest checkpoints to keep; null keeps all."""
     save_best: bool = False
-    """Save after each validation with the highest `val/accuracy` so far, and never delete that checkpoint. best.json
+    """Save after each validation with the best `save_best_metric` so far, and never delete that checkpoint. best.json
     names it."""
     async_save: bool = False
     """Save asynchronously: training waits only for the copy to host memory, which takes the size of this rank's shard

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rm_gallery.data.batching.bin_packing import Packer, attention_length
-from rm_gallery.data.batching.packed_batch import collate
+from rm_gallery.data.batching.packed_batch import PackedBatch, collate
 from rm_gallery.data.batching.prompt_sharing import plan_step
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.token_group import TokenGroup
@@ -20,7 +22,8 @@ from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
 from rm_gallery.objectives.metrics import Sums
 
-_BY_SOURCE = ("val/loss", "val/accuracy")
+BY_SOURCE = ("loss", "accuracy")
+"""Metrics that each source of several has too."""
 _GROUPS_AT_ONCE = 4096  # groups packed at a time, so that memory does not grow with the data
 
 
@@ -31,7 +34,7 @@ def validate(
 ) -> dict[str, float]:  # fmt: skip
     """val/loss, val/accuracy and mean rewards over all comparisons; with several sources, loss and accuracy of each.
 
-    val/reward_mean and val/reward_std are over the distinct responses.
+    val/reward_mean and val/reward_std are over the distinct responses; see `_length_correlation` for another.
     Collective: each rank computes its share and gets all metrics.
     token_budget: tokens of a micro-batch; share_prompts: compute pairs of the same prompt together. The metrics depend
     on neither (float64 sums of float32 rewards).
@@ -41,6 +44,7 @@ def validate(
     device = device or next(model.parameters()).device
     packer = packer_for(model, token_budget=token_budget, world_size=world_size())
     by_source = {number: Sums() for number in range(len(data.sources))}
+    lengths = Sums()
     texts, scored = [], []
     with model.inference():
         for source, groups in load_packs(data, packer, share_prompts=share_prompts):
@@ -50,6 +54,7 @@ def validate(
             by_source[source].add(objective(rewards, batch)[1])
             texts += _hash_texts(groups)
             scored.append(weighted_sum(rewards, attribute_weights))
+            lengths.add(_length_sums(scored[-1], batch))
     total = Sums()
     for sums in by_source.values():
         total.merge(sums)
@@ -57,10 +62,47 @@ def validate(
     if len(by_source) > 1:
         for number, sums in by_source.items():
             found = objective.means(sums.read(), "val")
-            name = data.sources[number] or "other"
-            metrics.update({f"{metric}/{name}": found[metric] for metric in _BY_SOURCE if metric in found})
+            name = by_source_names(data)[number]
+            metrics.update({f"val/{kind}/{name}": found[f"val/{kind}"] for kind in BY_SOURCE if f"val/{kind}" in found})
     rewards_of_rank = torch.cat(scored).cpu().numpy() if scored else np.zeros(0, np.float32)
-    return {**metrics, **_reward_statistics(np.array(texts, np.uint64), rewards_of_rank)}
+    metrics |= _reward_statistics(np.array(texts, np.uint64), rewards_of_rank)
+    return {**metrics, **_length_correlation(lengths.read())}
+
+
+def by_source_names(data: TokenData) -> list[str]:
+    """Name of each source in the metrics, in the order of their numbers; none for a single source."""
+    return [name or "other" for name in data.sources] if len(data.sources) > 1 else []
+
+
+def validate_sets(val: TokenData | None, sets: Mapping[str, TokenData], run: Callable[[TokenData], dict[str, float]]
+) -> dict[str, float]:  # fmt: skip
+    """Metrics of the validation data as `val/accuracy`, and of each set as `val/NAME/accuracy`, with `val/NAME/n`.
+
+    run: validates on one of them. Collective, as `validate`.
+    """
+    metrics = run(val) if val is not None else {}
+    for name, data in sets.items():
+        found = {**run(data), "val/n": float(data.num_comparisons)}
+        metrics |= {f"val/{name}/{metric.removeprefix('val/')}": value for metric, value in found.items()}
+    return metrics
+
+
+def _length_sums(rewards: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
+    """Second moments of the differences of reward and of length over the comparisons. rewards: [R]."""
+    lengths = torch.tensor(
+        [n for tails in batch.tail_lengths for n in tails], dtype=torch.float64, device=rewards.device
+    )
+    reward, length = (each[batch.better] - each[batch.worse] for each in (rewards.double(), lengths))
+    return {"rr": reward.square().sum(), "ll": length.square().sum(), "rl": (reward * length).sum()}
+
+
+def _length_correlation(sums: Mapping[str, float]) -> dict[str, float]:
+    """Correlation of the difference of the rewards of a pair with that of their lengths in tokens, in either order.
+
+    With both orders of each pair the means are 0. {} where all are equally long, or have the same reward.
+    """
+    variance = sums.get("rr", 0.0) * sums.get("ll", 0.0)
+    return {"val/length_correlation": sums["rl"] / math.sqrt(variance)} if variance else {}
 
 
 def _hash_texts(groups: Sequence[TokenGroup]) -> list[int]:

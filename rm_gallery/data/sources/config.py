@@ -65,9 +65,13 @@ class SourceConfig:
     CSV, of its values in parquet and Arrow."""
 
 
+EVAL_SETS = "trainer.eval_sets"
+"""Key of further sets to validate on; `trainer.eval_sets.NAME` is read as `data.val_files`."""
+
+
 def role_of(key: str) -> Role:
     """Whether a key such as `data.val_files` names data for training or for validation."""
-    return "val" if key.endswith("val_files") else "train"
+    return "val" if key.endswith("val_files") or key.startswith(EVAL_SETS) else "train"
 
 
 def entries_of(config: SourceConfig, key: str) -> tuple[FileEntry, ...]:

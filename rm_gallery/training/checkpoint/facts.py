@@ -20,6 +20,7 @@ from rm_gallery.training.checkpoint.state import (
     preserve_random_state,
     set_random_state,
 )
+from rm_gallery.training.metric_names import parse_metric
 
 STATE_NAME = "training_state"
 FACTS_NAME = "state.json"
@@ -81,6 +82,9 @@ def _fault(saved: SavedRun, names: Collection[str]) -> str | None:
         return "only one of progress.best_step and progress.best_accuracy is set"
     if progress.best_step is not None and not 1 <= progress.best_step <= progress.step:
         return f"progress.best_step={progress.best_step} is no step of the run"
+    metric = parse_metric(progress.best_metric)
+    if metric is None or not metric.direction:
+        return f"progress.best_metric={_short(progress.best_metric)} is no metric to compare checkpoints by"
     if progress.last_val_step is not None and not 0 <= progress.last_val_step <= progress.step:
         return f"progress.last_val_step={progress.last_val_step} is no step of the run"
     if not 0 <= progress.validations_since_highest <= progress.step + 1:

@@ -20,7 +20,7 @@ from pathlib import Path
 from rm_gallery.errors import UserError
 from rm_gallery.files import MANIFEST, check_manifest, manifest_names, remove, replace, write_manifest, write_text
 from rm_gallery.training.checkpoint.facts import STATE_NAME, read_unchecked
-from rm_gallery.training.checkpoint.state import BEST_METRIC, LOSS_METRIC, Progress
+from rm_gallery.training.checkpoint.state import LOSS_METRIC, Progress
 
 log = logging.getLogger(__name__)
 
@@ -162,13 +162,13 @@ def _losses(folder: Path) -> list[float]:
 
 
 def name_best(run_dir: Path, progress: Progress) -> None:
-    """Write best.json: the checkpoint with the highest `val/accuracy` of the run."""
+    """Write best.json: the checkpoint with the best value of `trainer.save_best_metric` of the run."""
     path = run_dir / BEST_NAME
     step = progress.best_step
     if step is None:
         path.unlink(missing_ok=True)
         return
-    best = {"checkpoint": f"global_step_{step}", "step": step, BEST_METRIC: progress.best_accuracy}
+    best = {"checkpoint": f"global_step_{step}", "step": step, progress.best_metric: progress.best_accuracy}
     write_text(path, json.dumps(best) + "\n")
 
 

@@ -37,6 +37,7 @@ from rm_gallery.errors import UserError, one_line
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.training.checkpoint.tensor_files import ShardReader, check_names, open_reader
+from rm_gallery.training.metric_names import DEFAULT_METRIC, value_to_compare
 
 _MODEL = "model.network."  # prefix of the names of the transformers model
 
@@ -245,7 +246,6 @@ def _bytes(text: str) -> Tensor:
 
 MAX_WEIGHT = 65_504
 """The largest finite float16: a larger weight is infinite for readers that compute in it."""
-BEST_METRIC = "val/accuracy"
 LOSS_METRIC = "val/loss"
 
 
@@ -265,15 +265,18 @@ class Progress:
     last_val: dict[str, float] = field(default_factory=dict)
     """Metrics of the last validation."""
     best_step: int | None = None
-    """Step of the highest `val/accuracy` so far; the first one if several are equal."""
+    """Step of the best value of `best_metric` so far; the first one if several are equal."""
     best_accuracy: float | None = None
+    """That value."""
     last_loss: float | None = None
     """Training loss of the last step that was not skipped."""
     highest_accuracy: float | None = None
-    """The highest `val/accuracy` so far, for early stopping."""
+    """The best value of `best_metric` so far, for early stopping."""
     validations_since_highest: int = 0
     last_val_step: int | None = None
     """Step of `last_val`; None before the first validation, and in checkpoints of earlier versions."""
+    best_metric: str = DEFAULT_METRIC
+    """`trainer.save_best_metric`, for which checkpoints are saved and early stopping waits."""
 
     @property
     def reward_statistics(self) -> tuple[float, float] | None:
@@ -286,25 +289,32 @@ class Progress:
         mean, std = (self.last_val.get(f"val/reward_{name}", math.nan) for name in ("mean", "std"))
         return (mean, std) if math.isfinite(mean) and math.isfinite(std) and std > 0 else None
 
-    def note_accuracy(self, metrics: Mapping[str, float]) -> bool:
-        """Record the accuracy of this step if it is the best so far; return whether it is."""
-        accuracy = _accuracy(metrics)
-        if not accuracy > (-math.inf if self.best_accuracy is None else self.best_accuracy):
+    def use_metric(self, name: str) -> bool:
+        """Compare by this metric from now on; returns whether values of another one are forgotten for it."""
+        if name == self.best_metric:
             return False
-        self.best_step, self.best_accuracy = self.step, accuracy
+        had_values = self.highest_accuracy is not None
+        self.best_metric, self.validations_since_highest = name, 0
+        self.best_step = self.best_accuracy = self.highest_accuracy = None
+        return had_values
+
+    def note_best(self, metrics: Mapping[str, float]) -> bool:
+        """Record the metric of this step if it is the best so far; return whether it is."""
+        if not self._is_better(metrics, self.best_accuracy):
+            return False
+        self.best_step, self.best_accuracy = self.step, metrics[self.best_metric]
         return True
 
     def count_validation(self, metrics: Mapping[str, float]) -> None:
         """Update `highest_accuracy` and `validations_since_highest`."""
-        accuracy = _accuracy(metrics)
         self.validations_since_highest += 1
-        if accuracy > (-math.inf if self.highest_accuracy is None else self.highest_accuracy):
-            self.highest_accuracy, self.validations_since_highest = accuracy, 0
+        if self._is_better(metrics, self.highest_accuracy):
+            self.highest_accuracy, self.validations_since_highest = metrics[self.best_metric], 0
+
+    def _is_better(self, metrics: Mapping[str, float], best: float | None) -> bool:
+        """Whether the metric is better than `best`; NaN never is."""
+        value = value_to_compare(metrics, self.best_metric)
+        return value > (-math.inf if best is None else value_to_compare({self.best_metric: best}, self.best_metric))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def _accuracy(metrics: Mapping[str, float]) -> float:
-    """`val/accuracy`; NaN if the loss is not finite, since NaN rewards count as wrong and leave it finite."""
-    return metrics.get(BEST_METRIC, math.nan) if math.isfinite(metrics.get(LOSS_METRIC, 0.0)) else math.nan

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rm_gallery.files import write_text
+from rm_gallery.training.metric_names import DEFAULT_METRIC
 
 IDS_NAME = "tracker_ids.json"
 METRICS_NAME = "metrics.jsonl"
@@ -51,6 +52,8 @@ class RunInfo:
     """The last completed step: 0 for a new run, the step of the checkpoint on resume."""
     repeats_validation: bool = False
     """The validation of `start_step` runs again, so its logged metrics are dropped."""
+    best_metric: str = DEFAULT_METRIC
+    """`trainer.save_best_metric`."""
 
 
 class Tracker(Protocol):

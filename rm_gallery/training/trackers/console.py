@@ -14,6 +14,7 @@ from typing import TextIO
 
 from rm_gallery.progress_bar import ProgressBar, is_terminal
 from rm_gallery.safe_text import visible
+from rm_gallery.training.metric_names import value_to_compare
 from rm_gallery.training.trackers.base import METRICS_NAME, RunInfo
 
 # Metric -> its text in a line, in this order. val/ metrics follow under their full names.
@@ -48,7 +49,7 @@ class ConsoleTracker:
     ) -> None:
         self._stream = stream or sys.stderr
         self._clock = clock
-        self._total = run.total_steps
+        self._total, self._metric = run.total_steps, run.best_metric
         self._start_time = clock()
         self._step = run.start_step
         self._times: deque[tuple[float, int]] = deque([(self._start_time, run.start_step)], maxlen=RATE_WINDOW)
@@ -104,9 +105,9 @@ class ConsoleTracker:
             self._bar.close()
         if rows:
             self._print(aligned([header, *rows]))
-        best = max(self._val_points, key=val_accuracy, default=None)
-        if best is not None and math.isfinite(val_accuracy(best)):
-            self._print(f"best val/accuracy {best['val/accuracy']:.4f} at step {best['step']:.0f}")
+        best = max(self._val_points, key=self._compared, default=None)
+        if best is not None and math.isfinite(self._compared(best)):
+            self._print(f"best {self._metric} {best[self._metric]:.4f} at step {best['step']:.0f}")
         word = "stopped" if failed else "finished"
         self._print(f"{word} at step {self._step}/{self._total} after {duration(self._clock() - self._start_time)}")
 
@@ -166,9 +167,14 @@ class ConsoleTracker:
 
     def _note_val(self, metrics: Mapping[str, float], step: int) -> None:
         """Keep a row for the table: this validation, and the training metrics since the one before."""
-        row = {name: metrics[name] for name in TABLE_COLUMNS if name in metrics}
+        row = {name: metrics[name] for name in (*TABLE_COLUMNS, self._metric) if name in metrics}
         self._val_points.append({"step": step, **self._means(), **row})
         self._since_val = {}
+
+    def _compared(self, point: Mapping[str, float]) -> float:
+        """The metric of the best checkpoint, higher for a better one; minus infinity if it is missing or NaN."""
+        value = value_to_compare({self._metric: point.get(self._metric, math.nan)}, self._metric)
+        return -math.inf if math.isnan(value) else value
 
     def _last_point(self) -> list[dict[str, float]]:
         """Without validation: a single row of the training metrics, if any."""
@@ -185,12 +191,6 @@ def wrapped(parts: Sequence[str]) -> str:
         else:
             lines[-1] += f"  {part}"
     return "\n".join(lines)
-
-
-def val_accuracy(point: Mapping[str, float]) -> float:
-    """val/accuracy, or minus infinity if it is missing or NaN, so that it is never the best."""
-    value = point.get("val/accuracy", math.nan)
-    return -math.inf if math.isnan(value) else value
 
 
 def closing_table(points: Sequence[Mapping[str, float]]) -> list[list[str]]:

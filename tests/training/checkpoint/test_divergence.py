@@ -160,7 +160,7 @@ def test_a_validation_that_is_not_finite_is_never_the_best_and_is_reported(
 ) -> None:
     progress = Progress(step=1)
     metrics = {"val/loss": math.nan, "val/accuracy": 0.9}
-    assert not progress.note_accuracy(metrics)
+    assert not progress.note_best(metrics)
     monkeypatch.setattr(setup, "validate", lambda *_, **__: dict(metrics))
     with caplog.at_level(logging.WARNING):
         run = train(qwen2_folder, "run", "trainer.save_best=true", "trainer.test_freq=2")

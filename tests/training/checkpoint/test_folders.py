@@ -137,7 +137,7 @@ def test_the_first_of_equal_accuracies_is_the_best_and_nan_never() -> None:
     found = []
     for step, accuracy in enumerate([float("nan"), 0.5, 0.5, 0.4, 0.6], start=1):
         progress.step = step
-        found.append(progress.note_accuracy({"val/accuracy": accuracy}))
+        found.append(progress.note_best({"val/accuracy": accuracy}))
     assert found == [False, True, False, False, True]
     assert (progress.best_step, progress.best_accuracy) == (5, 0.6)
 

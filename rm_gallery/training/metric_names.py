@@ -1,0 +1,75 @@
+"""Names of validation metrics, and which of two values is better.
+
+val/accuracy        of the validation data
+val/accuracy/web    of those of one source
+val/math/accuracy   of the set `math` of `trainer.eval_sets`; val/math/accuracy/web of one of its sources
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+DEFAULT_METRIC = "val/accuracy"
+
+_LOWER, _HIGHER = r"loss|mse_.+", r"accuracy(_.+)?|margin|pearson_.+"
+_METRIC = re.compile(rf"{_LOWER}|{_HIGHER}|reward_.+|length_correlation|router_aux_loss|n")
+_SET = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class MetricName:
+    """The parts of a name."""
+
+    set: str
+    """"" for the validation data."""
+    kind: str
+    """E.g. `accuracy`."""
+    source: str = ""
+
+    @property
+    def loss(self) -> str:
+        """Name of the loss of the same data."""
+        return f"val/{self.set}/loss" if self.set else "val/loss"
+
+    @property
+    def direction(self) -> int:
+        """1 if higher is better, -1 if lower is, 0 if neither is, as for a mean reward."""
+        if re.fullmatch(_LOWER, self.kind):
+            return -1
+        return 1 if re.fullmatch(_HIGHER, self.kind) else 0
+
+
+def parse_metric(name: str) -> MetricName | None:
+    """The parts of a `val/` metric's name; None for another name."""
+    prefix, _, rest = name.partition("/")
+    if prefix != "val" or not rest:
+        return None
+    first, _, others = rest.partition("/")
+    if is_metric(first):
+        return MetricName("", first, others)
+    kind, _, source = others.partition("/")
+    return MetricName(first, kind, source) if is_metric(kind) else None
+
+
+def is_metric(word: str) -> bool:
+    """Whether a word is the kind of a metric, and so no name of a set."""
+    return _METRIC.fullmatch(word) is not None
+
+
+def is_set_name(name: str) -> bool:
+    """Whether a set may have this name: letters, digits, `_`, `-` and `.`, and no kind of metric."""
+    return _SET.fullmatch(name) is not None and not is_metric(name)
+
+
+def value_to_compare(metrics: Mapping[str, float], name: str) -> float:
+    """The metric, negated where lower is better, so that the highest is the best; NaN where it is missing.
+
+    NaN too where the loss of the same data is not finite: NaN rewards count as wrong and leave an accuracy finite.
+    """
+    parsed = parse_metric(name)
+    if parsed is None or not math.isfinite(metrics.get(parsed.loss, 0.0)):
+        return math.nan
+    return parsed.direction * metrics.get(name, math.nan)
