@@ -345,3 +345,21 @@ def test_embeddings_and_norms_are_trained_saved_and_merged(qwen2_folder: Path, i
     train(run / LAST, "more", "trainer.total_training_steps=1")
     train(qwen2_folder, "wrong", *LORA, "model.lora.modules_to_save=[emb]", status=2)
     assert "model.lora.modules_to_save: emb is no module of the backbone; it has " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [
+    ("model.lora.use_dora=true", "model.lora.use_rslora=true", "model.fsdp_config.wrap_policy.min_num_params=500"),
+    ("model.lora.use_rslora=true", "model.lora.modules_to_save=[embed_tokens, input_layernorm, norm]"),
+])  # fmt: skip
+def test_two_sharded_processes_train_as_one_does(options: tuple[str, ...], in_tmp: Path, qwen2_folder: Path) -> None:
+    """A small wrap policy would wrap the parts of a layer with DoRA, which reads their weights without a call."""
+    runs = [
+        Run(settings(qwen2_folder, "one", *LORA, *options), ranks=1),
+        Run(settings(qwen2_folder, "fsdp2", *LORA, *options, "model.strategy=fsdp2")),
+    ]
+    done = run_all(runs, in_tmp)
+    assert [set(each.status) for each in done] == [{0}, {0}], "\n".join(each.log for each in done)
+    one, two = (weights(Path("runs") / name / LAST) for name in ("one", "fsdp2"))
+    assert one.keys() == two.keys()
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
