@@ -64,6 +64,8 @@ ROWS = (
     Row("bert lora", kind="bert", settings=(_LORA,)),
     Row("qwen3", kind="qwen3"),
     Row("gemma3", kind="gemma3_text"),
+    Row("qwen3_moe", kind="qwen3_moe"),
+    Row("mixtral", kind="mixtral"),
     Row("bert", kind="bert"),
     Row("modernbert", kind="modernbert"),
     Row("deberta-v2 checkpointed", kind="deberta-v2", settings=(_CHECKPOINTED,)),
@@ -115,6 +117,9 @@ def make_model(row: Row, folder: Path) -> None:
     }  # fmt: skip
     if row.kind in ("qwen2", "qwen3", "gemma3_text"):
         sizes |= {"num_key_value_heads": 2, "head_dim": 64, "bos_token_id": None, "eos_token_id": 1}
+    if row.kind in ("qwen3_moe", "mixtral"):
+        sizes |= {"num_key_value_heads": 2, "head_dim": 64, "num_experts_per_tok": 2, "num_experts": 8}
+        sizes |= {"num_local_experts": 8, "moe_intermediate_size": 256, "intermediate_size": 256}
     if row.kind == "deberta-v2":
         sizes |= {"relative_attention": True, "position_buckets": 64, "pos_att_type": ["p2c", "c2p"]}
         sizes |= {"pooler_hidden_size": 512}

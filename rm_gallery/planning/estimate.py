@@ -264,17 +264,17 @@ def flops_per_token(shape: ModelShape, sizes: GroupSizes, *, checkpointing: bool
 
     6 per weight of a matrix (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1), and 12 per
     layer, query width and key that a token attends to (Chowdhery et al. 2022, "PaLM", appendix B): half of its text on
-    average, or its window. There is no output matrix over the vocabulary, and a decoder's last layer computes keys and
-    values of all tokens but everything else at reward tokens only. Activation checkpointing recomputes the forward
-    pass: 8 and 16.
+    average, or its window. Of a mixture of experts those of one token count. There is no output matrix over the
+    vocabulary, and the last of a decoder's own layers computes keys and values of all tokens but everything else at
+    reward tokens only. Activation checkpointing recomputes the forward pass: 8 and 16.
 
     Example: 7 billion weights in matrices and 1,000 tokens take 6 * 7e9 * 1000 = 42 TFLOPs, 56 with checkpointing.
     """
     text = float((sizes.longest_text * sizes.tokens).sum() / sizes.tokens.sum())
     seen = text if shape.padded else text / 2
     keys = sum(min(seen, window or seen) for window in shape.windows)
-    forward: float = 2 * shape.matrix_parameters + 4 * shape.num_heads * shape.head_dim * keys
-    if not shape.padded:  # the last layer has queries at reward tokens only
+    forward: float = 2 * shape.active_parameters + 4 * shape.num_heads * shape.head_dim * keys
+    if shape.own_layers:  # the last layer has queries at reward tokens only
         query_width = shape.num_heads * shape.head_dim
         skipped: float = 2 * shape.hidden * (2 * query_width + 3 * shape.intermediate)
         skipped += 4 * query_width * min(seen, shape.windows[-1] or seen)

@@ -105,6 +105,7 @@ def layer_activations(shape: ModelShape, w: int) -> PerToken:
                 *attention[1:])  # fmt: skip
     if not shape.padded:
         norms = 2 * _norm(shape, w)
+        gated_mlp += 2 * w * shape.experts_per_token * D  # each expert's copy of its input, and its output
         return (norms + gated_mlp + (head_norms if kind.head_norms else 0) + attention[0], *attention[1:])
     if shape.model_type == "modernbert":  # query, key, the matrix of all three, output; the mask is the library's own
         return (layer_norms + 6 * w * D + 4 * H + gated_mlp, 0, 0)
@@ -146,7 +147,7 @@ def activations(shape: ModelShape, pack: Pack, w: int, *, checkpointing: bool) -
     first = 0 if shape.adapter_rank and not shape.largest_embedding else 1
     if shape.padded:
         return kept + pack.tokens * (first * 2 * w * shape.hidden + 24) + w * pack.cells
-    if not checkpointing and trained_layers:
+    if shape.own_layers and not checkpointing and trained_layers:
         kept += last_layer_bytes(shape, pack, w) - layer_bytes(shape, pack, w)
     outer = 2 * w * shape.head_dim + 64 - (0 if first or checkpointing else w * shape.hidden)
     return kept + pack.tokens * outer + len(set(shape.windows)) * pack.cells
@@ -224,7 +225,7 @@ def _temporaries(shape: ModelShape, layout: Layout, pack: Pack) -> tuple[float, 
     w, sharded = layout.width, layout.sharded
     recomputed = layer_bytes(shape, pack, w) if layout.checkpointing else 0
     begin = recomputed + _mlp_gradients(shape, pack, w)
-    if not shape.padded and not layout.checkpointing:
+    if shape.own_layers and not layout.checkpointing:
         begin = _after_the_rewards(shape, pack, w)
     # Gradients are computed in the compute dtype and accumulated in float32; FSDP does both for a whole layer.
     summed = w + (4 if w < 4 or sharded else 0)

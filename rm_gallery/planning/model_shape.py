@@ -29,9 +29,14 @@ class ModelShape:
     model_type: str
     padded: bool
     """Encoders are padded; decoders are packed with shared prompts."""
+    own_layers: bool
+    """Packed through own layers, whose last one computes keys and values only where there is no reward."""
     num_layers: int
     hidden: int
     intermediate: int
+    """Width of the MLP. Of a mixture of experts: that of the experts of one token together, shared ones included."""
+    experts_per_token: int
+    """0 for models without a mixture of experts."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -50,9 +55,11 @@ class ModelShape:
     layer_parameters: int
     """Parameters of the largest layer, which FSDP all-gathers as a unit."""
     matrix_parameters: int
-    """Parameters in matrix products: all linear layers, no embeddings."""
+    """Parameters of all linear layers: no embeddings, and no experts, which are joined in one tensor."""
+    active_parameters: int
+    """Parameters in the matrix products of one token: linear layers, and of the experts those of one token."""
     largest_matrix: int
-    """Parameters of the largest of these."""
+    """Parameters of the largest tensor in matrix products; the experts of a layer are one or two."""
     largest_embedding: int
     """With LoRA: of the trained ones."""
     adapter_rank: int = 0
@@ -199,6 +206,15 @@ def measure(
     linear = (nn.Linear, Conv1D)  # GPT-2 has the latter
     matrices = [part.weight.numel() for part in layers.modules() if isinstance(part, linear)]
     embeddings = [part.weight.numel() for part in model.modules() if isinstance(part, nn.Embedding)]
+    num_experts, chosen, experts = _experts(config, layers)
+    all_experts = sum(sum(each.values()) for each in experts)
+    if chosen:
+        shared = common_setting(config, "shared_expert_intermediate_size") or (
+            (common_setting(config, "n_shared_experts") or 0) * (common_setting(config, "moe_intermediate_size") or 0)
+        )
+        # Three matrices of an expert, or two if they are not gated: the first of the tensors joins gate and up.
+        width = max(sum(each.values()) for each in experts) // (3 * num_experts * config.hidden_size)
+        intermediate = chosen * width + shared
     relative = config.model_type == "deberta-v2" and config.relative_attention
     span = config.position_buckets if relative and config.position_buckets > 0 else 0
     shape = ModelShape(
@@ -206,9 +222,11 @@ def measure(
         source=source,
         model_type=config.model_type,
         padded=model.padded,
+        own_layers=way.own_layers,
         num_layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         intermediate=intermediate,
+        experts_per_token=chosen,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=common_setting(config, "head_dim") or config.hidden_size // heads,
@@ -221,7 +239,8 @@ def measure(
         head_parameters=_count(model.head),
         layer_parameters=max(_count(layer) for layer in layers),
         matrix_parameters=sum(matrices),
-        largest_matrix=max(matrices, default=0),
+        active_parameters=sum(matrices) + (all_experts * chosen // num_experts if chosen else 0),
+        largest_matrix=max([*matrices, *(size for each in experts for size in each.values())], default=0),
         largest_embedding=max(embeddings),
     )
     return shape if lora is None or not lora.rank else _with_lora(shape, network, lora, quantization)
@@ -276,6 +295,21 @@ def _quantized_bytes(rows: int, columns: int, kind: Quantization) -> float:
 def _count(module: Any) -> int:
     count: int = sum(parameter.numel() for parameter in module.parameters())
     return count
+
+
+def _experts(config: Any, layers: Any) -> tuple[int, int, list[dict[str, int]]]:
+    """Number of experts, those of one token, and for each layer with experts the parameters of their joined tensors."""
+    from rm_gallery.modeling.architectures import common_setting
+
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    count = next((found for name in names if (found := common_setting(config, name))), 0)
+    chosen = common_setting(config, "num_experts_per_tok") or 0
+    joined = [
+        {name: each.numel() for name, each in layer.named_parameters() if each.ndim == 3 and len(each) == count}
+        for layer in layers
+    ]
+    joined = [each for each in joined if each]
+    return (count, chosen, joined) if count and chosen and joined else (0, 0, [])
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -277,3 +278,19 @@ def test_no_type_of_the_library_is_wrong(tmp_path: Path) -> None:
         assert not row.is_wrong, row
         exact += row.exported <= packing.TOLERANCE
     assert exact >= 150
+
+
+@pytest.mark.slow
+def test_the_documented_lines_are_those_of_the_program() -> None:
+    from benchmarks.models import ROOT, log_lines
+
+    def without_numbers(line: str) -> str:
+        return re.sub(r"\d\S*e-\d+|\d+\.\d+|by \d+", "#", line)
+
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    table = page.partition("## What the log says")[2].partition("## All types")[0]
+    documented = [line for line in table.splitlines() if line.startswith("| ") and not line.startswith("| type")]
+    with quiet_transformers():
+        found = log_lines()
+    assert [without_numbers(line) for line in documented] == [without_numbers(line) for line in found]
+    assert len(found) >= 10

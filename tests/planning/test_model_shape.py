@@ -124,3 +124,28 @@ def test_a_broken_configuration_is_refused_in_one_sentence(text: str, problem: s
         load_shape("config.json")
     assert str(refused.value).startswith("model.partial_pretrain=config.json: ")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", *(pytest.param(kind, marks=pytest.mark.slow) for kind in
+                                                 ("mixtral", "gpt_oss", "olmoe", "qwen2_moe", "phimoe"))])  # fmt: skip
+def test_all_experts_are_in_memory_and_those_of_one_token_in_the_computation(kind: str, tmp_path: Path) -> None:
+    import torch
+
+    from benchmarks.small_models import config_of
+    from rm_gallery.modeling.twin import build_twin, shrink
+
+    config = config_of(kind)
+    network = build_twin(config)
+    shrink(config).save_pretrained(tmp_path)
+    shape = load_shape(str(tmp_path / "config.json"))
+    layers = network.model.layers
+    joined = [each for each in layers.parameters() if each.ndim == 3]
+    linear = [each.weight for each in layers.modules() if isinstance(each, torch.nn.Linear)]
+    assert len(joined) == 2 * len(layers) and all(len(each) == 4 for each in joined)
+    assert shape.parameters == sum(each.numel() for each in network.parameters())
+    assert shape.layer_parameters == sum(each.numel() for each in layers[0].parameters())
+    active = sum(each.numel() for each in linear) + sum(each[:2].numel() for each in joined)
+    assert (shape.experts_per_token, shape.active_parameters) == (2, active)
+    assert shape.largest_matrix == max(each.numel() for each in (*joined, *linear))
+    own = 32 if kind in ("qwen3_moe", "qwen2_moe") else 96
+    assert shape.intermediate == 2 * own + (32 if kind == "qwen2_moe" else 0)
