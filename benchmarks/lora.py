@@ -1,6 +1,7 @@
 """LoRA against full training: accuracy of several seeds, peak memory, trained share, and size of a checkpoint.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.lora quickstart|ukp --data FOLDER [--seeds 0,1,2] [--steps N] [--output FILE]
+    OMP_NUM_THREADS=1 python -m benchmarks.lora quickstart|ukp --data FOLDER [--seeds 0,1,2] [--steps N] [--kind KIND]
+        [--output FILE]
 
 ukp: the 22M encoder of the extra `bench` on `ukp_convarg_strict.parquet` of FOLDER: 640 pairs of 20 topics for training
 (20 steps of 32), 480 of the other 12 for validation. quickstart: the model without training and the data that
@@ -24,10 +25,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks.estimate_check import _kib
 
 LORA_RATE = 5
 LORA = ("model.lora.rank=8", "model.lora.alpha=16")
+WITH_EMBEDDINGS = (
+    "model.lora.rank=32", "model.lora.alpha=64",
+    "model.lora.modules_to_save=[embed_tokens,input_layernorm,post_attention_layernorm,norm]",
+)  # fmt: skip
+"""For the quick start, whose model is random: adapters of frozen random embeddings learn nothing."""
 TRAIN_TOPICS, TRAIN_PAIRS, VAL_PAIRS = 20, 640, 480
 COMMON = ("trainer.device=cpu", "trainer.logger=[]", "model.fsdp_config.model_dtype=fp32")
 
@@ -62,10 +70,17 @@ def write_ukp(source: Path, folder: Path) -> list[str]:
 
 
 def quickstart(source: Path) -> list[str]:
+    """The settings of the quick start's own recipe, as overrides, with the files of `source`."""
+    recipe = yaml.safe_load(Path("tutorials/cookbooks/training_reward_model/quickstart/quickstart.yaml").read_text())
+    kept = [
+        f"{section}.{key}={value}"
+        for section in ("data", "optim")
+        for key, value in recipe[section].items()
+        if key != "lr"
+    ]
     return [
-        f"model.partial_pretrain={source / 'model'}", f"data.train_files={source / 'data/train.parquet'}",
-        f"data.val_files={source / 'data/val.parquet'}", "data.max_length=512", "data.train_batch_size=16",
-        "data.max_tokens_per_micro_batch=4096",
+        *kept, f"model.partial_pretrain={source / 'model'}", f"data.train_files={source / 'data/train.parquet'}",
+        f"data.val_files={source / 'data/val.parquet'}",
     ]  # fmt: skip
 
 
@@ -103,7 +118,8 @@ def main() -> None:
     parser.add_argument("task", choices=("quickstart", "ukp"))
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
-    parser.add_argument("--steps", type=int, help="optimizer steps of each run (ukp: 20, quickstart: 250)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each run (ukp: 20, quickstart: 625)")
+    parser.add_argument("--kind", help="only this training, as the table names it")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     parser.add_argument("--train", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -114,11 +130,16 @@ def main() -> None:
         top = Path(name)
         is_ukp = arguments.task == "ukp"
         settings = write_ukp(arguments.data, top) if is_ukp else quickstart(arguments.data.resolve())
-        steps, rate = arguments.steps or (20 if is_ukp else 250), 2e-4 if is_ukp else 1e-3
+        steps, rate = arguments.steps or (20 if is_ukp else 625), 2e-4 if is_ukp else 1e-3
         results: dict[str, list[dict[str, Any]]] = {}
-        for kind, extra in (("full", (f"optim.lr={rate}",)), ("LoRA", (*LORA, f"optim.lr={LORA_RATE * rate}"))):
+        kinds = {"full": (f"optim.lr={rate}",), "LoRA": (*LORA, f"optim.lr={LORA_RATE * rate}")}
+        if not is_ukp:
+            kinds["LoRA, embeddings and norms"] = (*WITH_EMBEDDINGS, f"optim.lr={rate}")
+        for kind, extra in kinds.items():
+            if arguments.kind not in (None, kind):
+                continue
             for seed in map(int, arguments.seeds.split(",")):
-                folder = top / f"{kind}{seed}"
+                folder = top / f"{kind}{seed}".replace(", ", "_").replace(" ", "_")
                 folder.mkdir()
                 run = [f"trainer.default_local_dir={folder}", "trainer.experiment_name=run", f"trainer.seed={seed}"]
                 command = [sys.executable, "-m", "benchmarks.lora", arguments.task, "--data", str(folder), "--train"]

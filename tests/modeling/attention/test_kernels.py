@@ -72,9 +72,16 @@ def plain_flash(
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize(("shape", "heads"), SHAPES_AND_HEADS)
-@pytest.mark.parametrize("kernel", ["plain", "sdpa"])
+@pytest.mark.parametrize(
+    ("kernel", "window"),
+    [
+        ("plain", 6),
+        ("sdpa", None),
+        pytest.param("plain", None, marks=pytest.mark.slow),
+        pytest.param("sdpa", 6, marks=pytest.mark.slow),
+    ],
+)
 def test_cpu_kernels(kernel: str, shape: str, heads: tuple[int, int, int], window: int | None) -> None:
     layout = layout_of(SHAPES[shape], CPU, kernel)
     for dtype, tolerance in ((torch.float32, EXACT), (torch.bfloat16, ROUNDED)):
