@@ -7,6 +7,7 @@ is_foreign(path, marker)        whether a file exists that is no report of this 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,21 @@ def render(template: str, marker: str, *, script: str = "", **values: Any) -> st
     so that `is_foreign` knows the file. script: the only code that may run in the page; its content security policy
     names its hash.
     """
+    from markupsafe import Markup
+
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            marker=marker, script=Markup(script), script_source=f"'sha256-{digest}'" if script else "'none'", **values
+        )
+    )
+
+
+@functools.cache
+def _environment() -> Any:
+    """Compiles each template once: a run writes its report after every validation."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup, escape
 
@@ -47,10 +63,7 @@ def render(template: str, marker: str, *, script: str = "", **values: Any) -> st
         lstrip_blocks=True,
     )
     environment.filters.update(lines=lines, marked_lines=marked_lines)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template(template).render(
-        marker=marker, script=Markup(script), script_source=f"'sha256-{digest}'" if script else "'none'", **values
-    )
+    return environment
 
 
 def is_foreign(path: Path, marker: str) -> bool:

@@ -54,6 +54,7 @@ from rm_gallery.training.data_setup import Loaded, check_best_metric, check_data
 from rm_gallery.training.model_card import model_card
 from rm_gallery.training.model_setup import StartModel, find_adapter, start_model
 from rm_gallery.training.optim import build_optimizer, build_schedule
+from rm_gallery.training.report.writer import ReportWriter
 from rm_gallery.training.run_dir import (
     LOG_NAME,
     draw_curves,
@@ -229,10 +230,11 @@ def _train(
         best_metric=config.trainer.save_best_metric,
     )
     trackers = Trackers(config.trainer.logger, run) if loop.world.is_main else NoTrackers()
+    report = ReportWriter(config.trainer.run_dir) if loop.world.is_main else None
     failed, stopped = True, False
     try:
         on_save = callbacks.on_save if loop.world.is_main else None
-        sink = Sinks(trackers, callbacks) if loop.world.is_main else trackers
+        sink = Sinks(trackers, report, callbacks) if report else trackers
         trainer = _build_trainer(config, loop, begin, AnnouncedSaver(checkpoints, on_save), sink, trackers.tick)
         val_metrics = trainer.train(val_before_train=config.trainer.val_before_train)
         failed = False
@@ -242,6 +244,8 @@ def _train(
         raise
     finally:
         checkpoints.close(wait_for_uploads=not stopped)
+        if report:
+            report.write()
         trackers.close(failed=failed)
 
 

@@ -16,6 +16,7 @@ from rm_gallery import UserError, evaluate
 from rm_gallery.cli import main
 from rm_gallery.evaluation import charts
 from rm_gallery.evaluation.html import MAX_SUBSETS, html_of
+from rm_gallery.html_chart import ticks
 from tests.evaluation.conftest import honest, honest_rows, write_rows
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\u202e</details>"
@@ -80,11 +81,11 @@ def test_a_constant_reward_of_any_size_has_a_report(reward: float) -> None:
 
 
 def test_ticks_are_few_and_round() -> None:
-    assert charts.ticks(0, 137) == [0, 50, 100]
-    assert charts.ticks(-2.2, 5.9) == [-2, 0, 2, 4]
-    assert [f"{each:g}" for each in charts.ticks(0.5, 1)] == ["0.5", "0.6", "0.7", "0.8", "0.9", "1"]
+    assert ticks(0, 137) == [0, 50, 100]
+    assert ticks(-2.2, 5.9) == [-2, 0, 2, 4]
+    assert [f"{each:g}" for each in ticks(0.5, 1)] == ["0.5", "0.6", "0.7", "0.8", "0.9", "1"]
     for high in (1e-9, 0.3, 1, 7, 1e12):
-        assert 3 <= len(charts.ticks(0, high)) <= 6
+        assert 3 <= len(ticks(0, high)) <= 6
 
 
 def test_a_margin_bin_that_holds_zero_has_both_colors() -> None:

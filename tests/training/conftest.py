@@ -1,4 +1,4 @@
-"""Small training runs without what takes longest in them: curves are not drawn, and Hydra does not read overrides.
+"""Small training runs without what takes longest in them: curves and reports are not drawn, and Hydra is not used.
 
 A run of six steps takes 0.2 s. The marker `curves` is for a run that draws them; test_config.py reads with Hydra.
 """
@@ -20,6 +20,7 @@ from tests.training.short_runs import compose_plainly, train, write_data
 def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "curves" not in request.keywords:
         monkeypatch.setattr(setup, "draw_curves", lambda run_dir: None)
+        monkeypatch.setattr(setup.ReportWriter, "write", lambda self: None)
 
 
 @pytest.fixture(autouse=True)
