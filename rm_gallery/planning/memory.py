@@ -171,11 +171,11 @@ def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: floa
     """
     w, sharded = layout.width, layout.sharded
     trained = 4 * shape.trained_parameters / layout.shards
-    # Frozen weights are in the compute dtype or quantized, but float32 if sharded.
+    # Frozen weights are in the compute dtype or quantized.
     frozen = shape.parameters - shape.trained_parameters - shape.quantized_parameters
     # Without master weights those of the backbone are in the compute dtype alone.
     narrow = 0 if layout.has_masters else (4 - w) * (shape.trained_parameters - shape.head_parameters)
-    weights = trained - narrow / layout.shards + (4 * frozen / layout.shards if sharded else w * frozen)
+    weights = trained + (w * frozen - narrow) / layout.shards
     weights += shape.quantized_bytes
     gathered, copy = 0.0, 0.0
     if sharded:  # the current layer, the prefetched one, and what is outside the layers

@@ -237,7 +237,7 @@ def _memory(found: Estimate) -> list[str]:
     use = found.memory
     lines = [f"peak memory per {_owner(found)} with {found.micro_batch:,} tokens in a micro-batch, GiB"]
     lines += [f"  {text:<26}{_gib(getattr(use, name)):>8}" for name, text in _KINDS.items()]
-    if found.shape.adapter_rank and not found.layout.sharded:
+    if found.shape.trained_parameters < found.shape.parameters:
         frozen = found.config.model.quantization or found.config.model.fsdp_config.model_dtype
         lines[1] = f"  {f'weights, frozen in {frozen}':<26}{_gib(use.weights):>8}"
     if found.layout.sharded:

@@ -15,6 +15,7 @@ from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.distributed.process_group import World
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.config import FsdpConfig, ModelConfig
+from rm_gallery.modeling.freezing import freeze
 from rm_gallery.modeling.meta_init import init_on_meta
 from rm_gallery.modeling.parallel.apply import resolve_strategy
 from rm_gallery.modeling.parallel.fsdp import ShardingSpec, modules_to_shard, shard
@@ -22,6 +23,8 @@ from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.modeling.parallel.strategy import choose_strategy
 from rm_gallery.modeling.reward_model import load_reward_model
 from rm_gallery.objectives import bradley_terry
+from rm_gallery.planning.memory import Layout, Pack, step_memory
+from rm_gallery.planning.model_shape import load_shape
 from tests.small import DECODERS, ENCODERS, make_model, random_groups
 
 CPU = torch.device("cpu")
@@ -73,6 +76,18 @@ def test_fsdp2_on_one_rank_takes_the_same_step(dtype: torch.dtype, qwen2_folder:
     sharded = dict(weights.named_parameters())
     for name, value in alone.named_parameters():
         assert torch.equal(sharded[name].full_tensor(), value), name  # type: ignore[attr-defined]
+
+
+def test_frozen_shards_are_in_the_compute_dtype(qwen2_folder: Path, group_of_one: None) -> None:
+    """As `rm-gallery estimate` counts them: only trained parameters are float32."""
+    meta, files = init_on_meta(str(qwen2_folder), seed=0)
+    freeze(meta.model.network, 1)
+    shard(meta.model, files, ShardingSpec(torch.bfloat16, 1), World(0, 1, CPU))
+    parameters: list[Any] = list(meta.model.parameters())
+    assert {(each.requires_grad, each.dtype) for each in parameters} == {(True, torch.float32), (False, torch.bfloat16)}
+    layout = Layout("fsdp2", 1, 1, 2, False, False, False, False)
+    counted = step_memory(load_shape(str(qwen2_folder), freeze=1), layout, Pack(1, 1, 1), overhead=0).weights
+    assert sum(each.to_local().nbytes for each in parameters) == counted
 
 
 BF16 = FsdpConfig(model_dtype="bf16")
