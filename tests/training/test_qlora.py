@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rm_gallery.cli import main
+from rm_gallery.core.models import OpenAIChatModel
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.adapters import add_lora
@@ -105,6 +106,11 @@ def test_trainer_scorer_and_plain_peft_give_one_reward(
     unquantized = scores(run, quantized=False)
     moved = max(abs(ours - theirs) for ours, theirs in zip(unquantized, expected, strict=True))
     assert moved > 1e-4
+    for quantized, wanted in ((True, expected), (False, unquantized)):
+        chat = OpenAIChatModel(str(run / LAST), is_local=True, device="cpu", dtype="fp32", quantized=quantized)
+        scorer = chat.reward_scorer
+        [[reward]] = scorer.score([scorer.build_group(None, [TEXTS[0]])])
+        assert reward == pytest.approx(wanted[0], abs=1e-4 if kind == "nf4" else 1e-2)
     caplog.clear()
     assert main(["merge", str(run), "--output", "merged"]) == 0
     assert f"trained on a quantized base model ({kind}), and merged into the one that is not quantized" in caplog.text

@@ -54,11 +54,12 @@ def open_folder(
     trust_remote_code: bool = False,
     base: str | None = None,
     normalize: bool = False,
+    quantized: bool = True,
 ) -> LocalRewardModel | LocalGenerator:
     """The model of a checkpoint folder. Reads its configuration without torch and loads no weights.
 
     base: of an adapter (LoRA), which is a reward model if it holds a head; that is known when it is loaded.
-    normalize: see `RewardScorer.from_folder`.
+    normalize, quantized: see `RewardScorer.from_folder`.
     Raises UserError for a missing folder, a missing configuration or weights, a classifier with several labels, and
     another kind of model or adapter.
     """
@@ -67,7 +68,7 @@ def open_folder(
         raise UserError(f"model={model}: no such folder (working directory {Path.cwd()}); is_local=True needs a folder")
     adapter = read_adapter_files(model, key="model")
     if adapter is not None and adapter.config.get("peft_type") == "LORA":
-        return LocalRewardModel(folder, device, dtype, trust_remote_code, base, normalize)
+        return LocalRewardModel(folder, device, dtype, trust_remote_code, base, normalize, quantized)
     check_not_adapter(model, key="model")
     if base is not None:
         raise UserError(f"model={model}: base={base} is for adapters, and this folder holds none; remove it")
@@ -91,10 +92,9 @@ def open_folder(
             )
         return LocalRewardModel(folder, device, dtype, trust_remote_code, normalize=normalize)
     if any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in names):
-        if normalize:
-            raise UserError(
-                f"model={model}: normalize=True is for reward models, and this is a language model; remove it"
-            )
+        if normalize or not quantized:
+            option = "normalize=True" if normalize else "quantized=False"
+            raise UserError(f"model={model}: {option} is for reward models, and this is a language model; remove it")
         return LocalGenerator(folder, device, dtype, trust_remote_code)
     raise UserError(
         f"model={model}: {', '.join(names) or 'no architecture'} in config.json; "
@@ -131,9 +131,9 @@ class _LocalModel(ABC):
 
     def __init__(
         self, folder: Path, device: str, dtype: str, trust_remote_code: bool, base: str | None = None,
-        normalize: bool = False,
+        normalize: bool = False, quantized: bool = True,
     ) -> None:  # fmt: skip
-        self.base, self.normalize = base, normalize
+        self.base, self.normalize, self.quantized = base, normalize, quantized
         self.folder, self.device, self.dtype = folder.resolve(), device, dtype
         self.trust_remote_code = trust_remote_code
         self._engine: Any = None
@@ -158,9 +158,11 @@ class _LocalModel(ABC):
             # With the modification time: a folder that is overwritten is another model.
             names = (name for name in ("config.json", ADAPTER_CONFIG) if (self.folder / name).is_file())
             written = [(self.folder / name).stat().st_mtime_ns for name in names]
-            settings = (self.device, self.dtype, str(self.trust_remote_code), str(self.base), str(self.normalize))
+            settings = (self.device, self.dtype, self.trust_remote_code, self.base, self.normalize, self.quantized)
             try:
-                self._engine = _shared((type(self).__name__, str(self.folder), str(written), *settings), self._load)
+                self._engine = _shared(
+                    (type(self).__name__, str(self.folder), str(written), *map(str, settings)), self._load
+                )
             except UserError as error:
                 self._error = error
                 raise
@@ -180,7 +182,7 @@ class LocalRewardModel(_LocalModel):
         dtype: Any = self.dtype
         return RewardScorer.from_folder(
             self.folder, device=self.device, dtype=dtype, trust_remote_code=self.trust_remote_code, base=self.base,
-            normalize=self.normalize,
+            normalize=self.normalize, quantized=self.quantized,
         )  # fmt: skip
 
     def scorer(self) -> Any:

@@ -54,6 +54,7 @@ class OpenAIChatModel(BaseChatModel):
         trust_remote_code: bool = False,
         base: str | None = None,
         normalize: bool = False,
+        quantized: bool = True,
         **options: Any,
     ) -> None:
         """model: name at the endpoint, or with `is_local` the checkpoint folder.
@@ -67,6 +68,8 @@ class OpenAIChatModel(BaseChatModel):
         trust_remote_code: run model code from the folder, for architectures that transformers does not have.
         base: for the folder of an adapter (LoRA), its base model, if it is not the one that adapter_config.json names.
         normalize: for the folder of a reward model, return (reward - mean) / std of its validation rewards.
+        quantized: for the folder of an adapter whose base model was quantized in training (QLoRA), quantize it the same
+        way; False uses the base model that is not quantized.
         options: sent with every request (temperature, max_tokens, extra_body, ...).
         Raises UserError for a folder without a model, and for a missing package or API key.
         """
@@ -77,8 +80,9 @@ class OpenAIChatModel(BaseChatModel):
         self._takes_format = True
         if is_local:
             self._local = open_folder(
-                model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, base=base, normalize=normalize
-            )
+                model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, base=base, normalize=normalize,
+                quantized=quantized,
+            )  # fmt: skip
         else:
             self._endpoint = _Endpoint(model, api_key, base_url, timeout, max_retries)
 
