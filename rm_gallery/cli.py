@@ -19,7 +19,7 @@ from typing import Any
 from rm_gallery import __version__
 from rm_gallery.errors import StoppedBySignal, UserError
 from rm_gallery.evaluation.command import add_evaluate
-from rm_gallery.folder_commands import add_export_legacy, add_merge, add_push
+from rm_gallery.folder_commands import add_export_legacy, add_merge, add_push, add_report, add_watch
 from rm_gallery.log import safe_traceback, setup_excepthook, setup_logging, wait_for_local_main
 from rm_gallery.safe_text import safe, visible
 
@@ -123,6 +123,8 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
     _add_score(commands)
     add_evaluate(commands, _add_loading_options)
     _add_export_data(commands)
+    add_report(commands)
+    add_watch(commands)
     add_push(commands)
     add_merge(commands)
     add_export_legacy(commands)

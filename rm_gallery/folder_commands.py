@@ -1,4 +1,4 @@
-"""Commands on the folder of a checkpoint: `push`, `merge` and `export-legacy`."""
+"""Commands on the folder of a checkpoint (`push`, `merge`, `export-legacy`) or of a run (`report`, `watch`)."""
 
 from __future__ import annotations
 
@@ -90,3 +90,62 @@ def _export_legacy(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.folder).expanduser()
     changed = repair_folder(folder)
     print(safe(f"{folder}: " + (f"changed {', '.join(changed)}" if changed else "nothing to change")))
+
+
+def add_report(commands: Any) -> None:
+    command = commands.add_parser(
+        "report",
+        help="write a report of runs, side by side, as an HTML page",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Write a report of one run or several as a self-contained HTML page: curves,\n"
+            "last metrics, warnings, and for several runs the settings that differ.\n"
+            "  rm-gallery report checkpoints/bt/a checkpoints/bt/b --output compared.html"
+        ),
+    )
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
+    command.add_argument(
+        "--output", metavar="FILE", help="page to write (default: report.html of a single run, else compared.html)"
+    )
+    command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
+    command.set_defaults(run=_report, words="runs", when_stopped="nothing was written")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from rm_gallery.errors import UserError
+    from rm_gallery.files import write_text
+    from rm_gallery.html_page import is_foreign
+    from rm_gallery.training.report.history import read_run
+    from rm_gallery.training.report.page import MARKER, page_of
+
+    folders = [Path(each).expanduser() for each in arguments.runs]
+    runs = [read_run(folder) for folder in folders]
+    default = folders[0] / "report.html" if len(folders) == 1 else Path("compared.html")
+    target = default if arguments.output is None else Path(arguments.output).expanduser()
+    if is_foreign(target, MARKER):
+        raise UserError(f"{target}: exists and is no report of a run; give another --output")
+    try:
+        write_text(target, page_of(runs))
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error}); give another --output") from error
+    print(safe(str(target)))
+
+
+def add_watch(commands: Any) -> None:
+    command = commands.add_parser(
+        "watch",
+        help="serve the report of a run live on 127.0.0.1",
+        description="Serve the report of a run as a live page on this machine (127.0.0.1), until Ctrl-C.",
+    )
+    command.add_argument("folder", metavar="RUN", help="run directory")
+    command.add_argument("--port", type=int, default=8484, metavar="N", help="port (default: 8484; 0: a free one)")
+    command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
+    command.set_defaults(run=_watch, words="", when_stopped="the page is no longer served")
+
+
+def _watch(arguments: argparse.Namespace) -> None:
+    from rm_gallery.training.report.live import HOST, serve
+
+    with serve(Path(arguments.folder).expanduser(), arguments.port) as server:
+        print(safe(f"http://{HOST}:{server.server_address[1]}/  (Ctrl-C to stop)"), flush=True)
+        server.serve_forever()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
+import threading
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
+from rm_gallery.cli import main
 from rm_gallery.training.report import findings
 from rm_gallery.training.report.history import History, Run, smooth, thin
+from rm_gallery.training.report.live import serve
 from rm_gallery.training.report.page import page_of
 from rm_gallery.training.report.writer import ReportWriter
 from tests.training.short_runs import train, write_data
@@ -136,3 +141,53 @@ def test_a_run_writes_its_report_and_one_that_cannot_be_written_does_not_end_it(
     report.log({"val/loss": 0.5}, 7)
     report.log({"val/loss": 0.5}, 8)
     assert caplog.text.count("report.html cannot be written and is omitted") == 1
+
+
+def test_runs_are_compared_side_by_side(in_tmp: Path, capsys: Any) -> None:
+    for name, rate in (("a", 0.001), ("b", 0.002)):
+        Path(name).mkdir()
+        lines = [{"step": 2, "time": 1.0, "val/loss": rate, "val/accuracy": None}, {"step": 4, "val/loss": 2 * rate}]
+        Path(name, "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 5, "val/lo')
+        Path(name, "config.yaml").write_text(f"optim: {{lr: {rate}, eps: 1}}\ntrainer: {{experiment_name: {name}}}\n")
+    assert main(["report", "a", "b"]) == 0
+    page = Path("compared.html").read_text()
+    assert "optim.lr" in page and "optim.eps" not in page and "trainer.experiment_name" not in page
+    assert "0.0020 (best 0.0010 at step 2)" in page and "0.0040 (best 0.0020 at step 2)" in page
+    assert main(["report", "a"]) == 0 and Path("a/report.html").is_file()
+    Path("mine.html").write_text("mine")
+    for arguments, message in (
+        (["a", "--output", "mine.html"], "mine.html: exists and is no report of a run"),
+        (["c"], "c: no run (metrics.jsonl cannot be read: No such file or directory); give a run directory"),
+        (["a", "--output", "no/such/a.html"], "no/such/a.html: cannot be written"),
+    ):
+        assert main(["report", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert Path("mine.html").read_text() == "mine"
+
+
+def test_the_live_page_is_served_to_this_machine_only(in_tmp: Path, capsys: Any) -> None:
+    Path("metrics.jsonl").write_text('{"step": 1, "val/loss": 0.5}\n')
+    with serve(in_tmp, 0) as server:
+        port = server.server_address[1]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+        def ask(path: str, host: str, method: str = "GET") -> Any:
+            connection = HTTPConnection("127.0.0.1", port, timeout=10)
+            connection.request(method, path, headers={"Host": host})
+            answer = connection.getresponse()
+            text = answer.read().decode()
+            connection.close()
+            return answer.status, answer.headers, text
+
+        status, headers, page = ask("/", f"127.0.0.1:{port}")
+        assert status == 200 and headers["Refresh"] == "10" and "0.5000" in page
+        Path("metrics.jsonl").write_text('{"step": 1, "val/loss": 0.25}\n')
+        assert "0.2500" in ask("/", f"localhost:{port}")[2], "made anew"
+        assert ask("/", "evil.example")[0] == 403 and ask("/", "127.0.0.1")[0] == 403
+        for path in ("/metrics.jsonl", "/../metrics.jsonl", "/?x"):
+            assert ask(path, f"127.0.0.1:{port}")[0] == 404
+        assert ask("/", f"127.0.0.1:{port}", "POST")[0] == 501
+        assert main(["watch", ".", "--port", str(port)]) == 2
+        assert f"--port {port}: cannot be used (another program uses it)" in capsys.readouterr().err
+        server.shutdown()
+    assert main(["watch", "nothing"]) == 2
