@@ -211,7 +211,8 @@ def run(row: Row) -> dict[str, Any]:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={row.processes}"]
             command = [sys.executable, *launcher, *command[1:]]
         environment = {
-            "OMP_NUM_THREADS": "1", **os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.getcwd()
+            "OMP_NUM_THREADS": "1", **os.environ, "MALLOC_MMAP_THRESHOLD_": "65536",
+            "PYTHONPATH": os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH")))),
         }  # fmt: skip
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
         peaks = [json.loads(file.read_text()) for file in folder.glob(_RECORD.format("*"))]

@@ -24,7 +24,9 @@ from tests.small import make_tokenizer
 from tests.training.short_runs import Lost, assert_same_run, lose, train, weights, when_logged, write_data
 from tests.training.test_lora import LAST, LORA, TEXTS, scores
 
-ENCODERS = ("electra", "xlm-roberta", "t5", "bart")
+ENCODERS = ("electra", "t5")
+RESUMED = ("qwen3_moe", "jamba")
+"""Types with tensors that have other names or shapes in a checkpoint than in the model."""
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +38,7 @@ def save_base(kind: str, folder: Path) -> Path:
     """A small model of this type with a tokenizer, without a reward head."""
     if kind in ENCODERS:
         return save_backbone(kind, folder)
-    if kind in ("gemma3", "mistral3"):
+    if kind == "gemma3":
         make_wrapper(kind).save_pretrained(folder)
     else:
         save_language_model(kind, folder)
@@ -55,8 +57,7 @@ def card_rewards(folder: Path, base: Path) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [
-    "gemma2", "phi3", "granite", "olmo2", "deepseek_v3", "qwen3_moe", "gpt2", "qwen3_next", "jamba", "gemma3",
-    *ENCODERS,
+    "gemma2", "granite", "deepseek_v3", "qwen3_moe", "gpt2", "jamba", "gemma3", *ENCODERS,
 ])  # fmt: skip
 def test_adapter_peft_scorer_and_merged_folder_give_one_reward(kind: str, in_tmp: Path, monkeypatch: Any) -> None:
     base = save_base(kind, in_tmp / "base")
@@ -70,6 +71,8 @@ def test_adapter_peft_scorer_and_merged_folder_give_one_reward(kind: str, in_tmp
     found = weights(whole)
     assert all(each.any() for name, each in found.items() if ".lora_B" in name), "every layer is trained"
     assert (kind == "granite") == (whole / CODE_FILE).is_file()
+    if kind not in RESUMED:
+        return
     when_logged(monkeypatch, 5, lose)
     with pytest.raises(Lost):
         train(base, "parts", "trainer.save_freq=3", *options)
