@@ -80,6 +80,16 @@ def write_run_facts(run_dir: Path, config_yaml: str, facts: Mapping[str, Any], *
         raise _cannot_write(run_dir, error) from error
 
 
+def tracked_facts(run_dir: Path) -> dict[str, Any]:
+    """What trackers record of run.json: versions, commit, and the fingerprints of the data."""
+    facts = json.loads((run_dir / FACTS_NAME).read_text(encoding="utf-8"))
+    data = facts["data"]
+    sides = {"train": data["train"], "val": data["val"], **data["eval_sets"]}
+    fingerprints = {name: side["fingerprint"] for name, side in sides.items() if side is not None}
+    kept = {name: facts[name] for name in ("python", "versions", "commit")}
+    return {**kept, "data_fingerprints": {**fingerprints, "plan": data["plan_fingerprint"]}}
+
+
 def earlier_template_date(run_dir: Path, resume_mode: str) -> str | None:
     """`data.template_date` of the run that is resumed, or None."""
     folders = [run_dir, Path(resume_mode).expanduser().parent] if "://" not in resume_mode else [run_dir]

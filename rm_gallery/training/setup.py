@@ -61,6 +61,7 @@ from rm_gallery.training.run_dir import (
     earlier_template_date,
     lock_run_dir,
     package_versions,
+    tracked_facts,
     write_run_facts,
 )
 from rm_gallery.training.signals import StopSignal
@@ -228,6 +229,7 @@ def _train(
         start_step=begin.progress.step,
         repeats_validation=begin.progress.validation_pending,
         best_metric=config.trainer.save_best_metric,
+        facts=tracked_facts(config.trainer.run_dir) if loop.world.is_main else {},
     )
     trackers = Trackers(config.trainer.logger, run) if loop.world.is_main else NoTrackers()
     report = ReportWriter(config.trainer.run_dir) if loop.world.is_main else None

@@ -20,6 +20,7 @@ from rm_gallery.training.report.history import History, Run, smooth, thin
 from rm_gallery.training.report.live import serve
 from rm_gallery.training.report.page import page_of
 from rm_gallery.training.report.writer import ReportWriter
+from rm_gallery.training.run_dir import tracked_facts
 from tests.training.short_runs import train, write_data
 
 STEPS = range(1, 201)
@@ -133,6 +134,9 @@ def test_a_run_writes_its_report_and_one_that_cannot_be_written_does_not_end_it(
     run = train(qwen2_folder, "run", "trainer.test_freq=2", "trainer.eval_sets={other: train.parquet}")
     page = (run / "report.html").read_text()
     assert "step 6 of 6" in page and "val/other/accuracy" in page and "train.parquet" in page
+    facts, recorded = json.loads((run / "run.json").read_text()), tracked_facts(run)
+    assert recorded["versions"] == facts["versions"], "trackers get them, and the data fingerprints"
+    assert recorded["data_fingerprints"]["other"] == facts["data"]["eval_sets"]["other"]["fingerprint"]
     assert os.listdir(run).count("report.html") == 1 and not list(run.glob(".report*")), "atomic"
     (run / "report.html").unlink()
     (run / "report.html").mkdir()

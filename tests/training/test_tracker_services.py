@@ -9,6 +9,7 @@ import signal
 import struct
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +215,16 @@ def test_swanlab_leaves_our_interrupt_handler_alone(
         assert signal.getsignal(signal.SIGINT) is later
     finally:
         signal.signal(signal.SIGINT, original)
+
+
+def test_services_get_versions_and_data_fingerprints_with_the_configuration(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    facts = {"versions": {"torch": "2"}, "data_fingerprints": {"train": "abc"}}
+    trackers = Trackers(["tensorboard"], replace(make_run(tmp_path), facts=facts))
+    trackers.close()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert json.loads(text.removeprefix("```json\n").removesuffix("```")) == {**PLAIN_CONFIG, "run": facts}

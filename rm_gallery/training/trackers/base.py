@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,6 +54,8 @@ class RunInfo:
     """The validation of `start_step` runs again, so its logged metrics are dropped."""
     best_metric: str = DEFAULT_METRIC
     """`trainer.save_best_metric`."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Versions, commit and data fingerprints, which services get as `run` of the configuration."""
 
 
 class Tracker(Protocol):

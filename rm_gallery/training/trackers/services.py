@@ -174,8 +174,9 @@ def preserve_hooks() -> Iterator[None]:
 
 
 def plain_config(run: RunInfo) -> dict[str, Any]:
-    """The configuration as JSON values without secrets; other types (paths) become strings."""
-    plain: dict[str, Any] = redact(json.loads(json.dumps(dict(run.config), default=str)))
+    """The configuration and the facts of the run as JSON values without secrets; other types (paths) become strings."""
+    values = {**run.config, **({"run": run.facts} if run.facts else {})}
+    plain: dict[str, Any] = redact(json.loads(json.dumps(values, default=str)))
     return plain
 
 
