@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from rm_gallery.api import TrainResult, train
     from rm_gallery.errors import UserError
     from rm_gallery.evaluation import evaluate
-    from rm_gallery.scoring import RewardScorer
+    from rm_gallery.scoring import RemoteScorer, RewardScorer
 
 __version__ = "0.1.0"
-__all__ = ["RewardScorer", "TrainResult", "UserError", "evaluate", "train"]
+__all__ = ["RemoteScorer", "RewardScorer", "TrainResult", "UserError", "evaluate", "train"]
 
 _MODULES = {
+    "RemoteScorer": "rm_gallery.scoring",
     "RewardScorer": "rm_gallery.scoring",
     "TrainResult": "rm_gallery.api",
     "UserError": "rm_gallery.errors",

@@ -23,7 +23,8 @@ def add_evaluate(commands: Any, add_loading_options: Callable[[argparse.Argument
             "    rmb, ppe-correctness, helpsteer3, llmbar (of the hub), or\n"
             "  NAME=PATH: a local copy of a benchmark, or a set under another name.\n"
             "A MODEL is a checkpoint, a run, an adapter, a classifier with one label, an\n"
-            "ensemble A+B, or grader:NAME:MODEL, a chat model behind an API.\n"
+            "ensemble A+B, [PROTOCOL:]URL[,URL...][#NAME], a reward server, or\n"
+            "grader:NAME:MODEL, a chat model behind an API.\n"
             "  rm-gallery evaluate --model runs/a --model runs/b test.parquet rewardbench-2\n"
             "Set columns with data.KEY=VALUE, e.g. data.chosen_key=better. What the figures\n"
             "mean: docs/evaluate.md."
@@ -55,6 +56,11 @@ def add_evaluate(commands: Any, add_loading_options: Callable[[argparse.Argument
     )
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of samples and bootstraps (0)")
     add_loading_options(command)
+    command.add_argument(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="folder or hub name of a server's model: texts are tokenized as in training",
+    )
     command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
     command.set_defaults(run=_evaluate, words="sets", when_stopped="nothing was written")
 
@@ -89,6 +95,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         base=arguments.base,
         quantized=not arguments.unquantized,
         template_date=arguments.template_date,
+        tokenizer=arguments.tokenizer,
     )
     with contextlib.ExitStack() as stack:
         sink = None

@@ -1,8 +1,7 @@
 """Scorers: everything that gives responses rewards, behind one protocol.
 
 `open_scorer` makes one of a model folder or hub name (our checkpoint, an adapter, another classifier with one label),
-an ensemble `a+b`, a grader, or a Python function. A new kind, such as a server, implements `Scorer` and gets an entry
-there.
+an ensemble `a+b`, a server, a grader, or a Python function. A new kind implements `Scorer` and gets an entry there.
 """
 
 from __future__ import annotations
@@ -23,9 +22,10 @@ from rm_gallery.core.run_sync import run_sync
 from rm_gallery.data.tokenization.template_date import read_date
 from rm_gallery.errors import BadRow, UserError, nearest
 from rm_gallery.schema import InputStyle, Message, PreferenceGroup
+from rm_gallery.scoring.remote import names_servers, open_servers, short_name
 
 if TYPE_CHECKING:
-    from rm_gallery.scoring import RewardScorer
+    from rm_gallery.scoring import RemoteScorer, RewardScorer
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Scorer(Protocol):
     source: str
     """What it was opened from: a folder, a name, or the name of a function."""
     kind: str
-    """`model`, `ensemble`, `grader` or `function`."""
+    """`model`, `server`, `ensemble`, `grader` or `function`."""
 
     @property
     def style(self) -> InputStyle:
@@ -75,13 +75,15 @@ class ScorerOptions:
     base: str | None = None
     quantized: bool = True
     template_date: str | None = None
+    tokenizer: str | None = None
+    """Of servers; see `RemoteScorer`."""
 
 
 @dataclass
 class ModelScorer:
-    """A reward model in this process."""
+    """A reward model in this process, or behind a server."""
 
-    scorer: RewardScorer
+    scorer: RewardScorer | RemoteScorer
     name: str
     source: str
     kind: str = "model"
@@ -93,7 +95,7 @@ class ModelScorer:
         return self.scorer.inputs.style
 
     def score(self, groups: Sequence[PreferenceGroup]) -> Rewards:
-        from rm_gallery.scoring.engine import NonFiniteReward
+        from rm_gallery.scoring.base import NonFiniteReward
 
         fitted: list[PreferenceGroup] = []
         results: Rewards = []
@@ -312,12 +314,15 @@ def open_scorer(model: Any, name: str, options: ScorerOptions) -> Scorer:
     if callable(getattr(model, "score_each", None)) and hasattr(
         model, "inputs"
     ):  # a RewardScorer; torch stays unloaded
-        return ModelScorer(model, name, model.folder, owns=False)
+        kind = "server" if isinstance(getattr(model, "protocol", None), str) else "model"
+        return ModelScorer(model, name, model.folder, kind, owns=False)
     if isinstance(model, BaseGrader):
         return GraderScorer(model, name, repr(model))
     if isinstance(model, tuple):
         members = [open_scorer(part, each, options) for part, each in zip(model, name_scorers(model), strict=True)]
         return EnsembleScorer(members, name, "+".join(model))
+    if isinstance(model, str) and names_servers(model):
+        return ModelScorer(_connect(model, options), name, model, "server")
     if isinstance(model, str):
         return ModelScorer(_load(model, options), name, model)
     if callable(model):
@@ -340,11 +345,19 @@ def check_models(models: Sequence[Any], options: ScorerOptions) -> list[Any]:
             continue
         folders = [_check_folder(part, options) for part in _members(str(model))]
         found.append(folders[0] if len(folders) == 1 else tuple(folders))
+    parts = [part for each in found for part in (each if isinstance(each, tuple) else [each])]
+    if options.tokenizer is not None and not any(isinstance(part, str) and names_servers(part) for part in parts):
+        raise UserError(
+            f"--tokenizer={options.tokenizer}: it is for models behind servers, and none is named; remove it"
+        )
     return found
 
 
 def _check_folder(model: str, options: ScorerOptions) -> str:
-    """The checkpoint of a folder."""
+    """The checkpoint of a folder; a server as it is."""
+    if names_servers(model):
+        _connect(model, options).close()
+        return model
     from rm_gallery.scoring.loading import check_folder, find_device, find_dtype
     from rm_gallery.scoring.model_folder import choose_checkpoint
 
@@ -371,8 +384,12 @@ def _load(folder: str, options: ScorerOptions) -> RewardScorer:
     )
 
 
+def _connect(model: str, options: ScorerOptions) -> RemoteScorer:
+    return open_servers(model, tokenizer=options.tokenizer, template_date=options.template_date)
+
+
 def _members(model: str) -> list[str]:
-    """The folders of an ensemble `a+b`; a path that exists, or has no `+`, stands alone."""
+    """The folders or servers of an ensemble `a+b`; a path that exists, or has no `+`, stands alone."""
     if "+" not in model or Path(model).expanduser().exists():
         return [model]
     parts = [part.strip() for part in model.split("+")]
@@ -410,8 +427,10 @@ def name_scorers(models: Sequence[Any]) -> list[str]:
         for each in models
         if isinstance(each, str | Path) and not str(each).startswith(_GRADER)
     }
-    folders = list(dict.fromkeys(part for parts in members.values() for part in parts))
+    parts = list(dict.fromkeys(part for parts in members.values() for part in parts))
+    folders = [part for part in parts if not names_servers(part)]
     short = dict(zip(folders, name_models(folders), strict=True)) if folders else {}
+    short |= {part: short_name(part) for part in parts if part not in short}
     names: list[str] = []
     for model in models:
         if isinstance(model, str | Path):

@@ -1,19 +1,22 @@
-"""Rewards from a trained model: `RewardScorer` in Python, `rm-gallery score` for files."""
+"""Rewards from a trained model: `RewardScorer` and `RemoteScorer` in Python, `rm-gallery score` for files."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rm_gallery.scoring.remote import RemoteScorer
     from rm_gallery.scoring.scorer import RewardScorer
 
-__all__ = ["RewardScorer"]
+__all__ = ["RemoteScorer", "RewardScorer"]
+
+_MODULES = {"RemoteScorer": "rm_gallery.scoring.remote", "RewardScorer": "rm_gallery.scoring.scorer"}
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that other modules of this folder can be imported without torch.
-    if name == "RewardScorer":
-        from rm_gallery.scoring.scorer import RewardScorer
+    if name in _MODULES:
+        from importlib import import_module
 
-        return RewardScorer
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,15 +12,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 from rm_gallery.data.tokenization.token_group import TokenGroup
-from rm_gallery.errors import UserError
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring import forks
-from rm_gallery.scoring.engine import Engine, find_bad_reward
-
-Rewards: TypeAlias = list[list[float]]
+from rm_gallery.scoring.base import Rewards, describe, find_bad_reward
+from rm_gallery.scoring.engine import Engine
 
 _QUIET_S = 0.002  # calls of one burst arrive within this interval of each other
 _MAX_WAIT_S = 0.02
@@ -232,13 +230,3 @@ class Batcher(forks.SurvivesFork):
             call.num_missing -= len(found)
             if not call.num_missing:
                 call.finish()
-
-
-def describe(error: Exception, index: int, group: PreferenceGroup) -> Exception:
-    """The error of one group of a call with the group's place; errors other than ValueError are returned unchanged."""
-    if not isinstance(error, ValueError):
-        return error
-    place = group.where or f"group {index}"
-    described = UserError(f"{place}: the text cannot be scored: {error}")
-    described.__cause__ = error
-    return described

@@ -81,16 +81,6 @@ def find_weights(record: InputRecord, weights: Mapping[str, float] | None) -> tu
     return weights_of(names, weights)
 
 
-class NonFiniteReward(BadRow):
-    """A row with a reward that is not a finite number."""
-
-
-def find_bad_reward(rewards: Sequence[Any]) -> BadRow | None:
-    """Why these rewards of one row cannot be used; None if all are finite."""
-    values = [value for each in rewards for value in (each if isinstance(each, list) else [each])]
-    return None if all(map(math.isfinite, values)) else NonFiniteReward("reward that is not finite")
-
-
 def _statistics(source: ScoringModel) -> tuple[float, float]:
     if source.statistics is None:
         raise no_statistics(getattr(source.model.network.config, "_name_or_path", ""))

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.export import InputRecord
-from rm_gallery.schema import Message, PreferenceGroup
+from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring import forks
-from rm_gallery.scoring.batcher import Batcher, Rewards, describe
-from rm_gallery.scoring.engine import Encoded, Engine, find_bad_reward
-from rm_gallery.scoring.inputs import InputBuilder, Pair, Text, Tools, spread_tools
+from rm_gallery.scoring.base import BaseScorer, Rewards, find_bad_reward, raise_first
+from rm_gallery.scoring.batcher import Batcher
+from rm_gallery.scoring.engine import Encoded, Engine
+from rm_gallery.scoring.inputs import InputBuilder
 from rm_gallery.scoring.loading import ScoringModel, load_folder
 from rm_gallery.scoring.model_folder import Stats, choose_checkpoint, stats_of
 
 
-class RewardScorer:
+class RewardScorer(BaseScorer):
     """Scores responses with a trained model; the prompt of several responses is computed once.
 
     A reward depends only on its own text, not on the other texts of the call or their order. Thread-safe. The async
@@ -103,24 +103,16 @@ class RewardScorer:
         """The input format of training."""
         return self.engine.record
 
-    def build_group(self, query: Text | None, responses: Sequence[Text], tools: Tools | None = None) -> PreferenceGroup:
-        """A query with responses, each text or messages, in the style that the model was trained on.
-
-        tools: tool definitions for the chat template, or their JSON text. For a text model, query and response are
-        joined by the separator of training (by default a blank line), which is logged once.
-        """
-        return self.inputs.group(query, responses, tools)
-
     def score(self, groups: Sequence[PreferenceGroup]) -> Rewards:
         """One list of K rewards per group, in the order of its responses.
 
         Raises UserError for a text without tokens, with more tokens than the model has positions, for a conversation
         that the chat template rejects, and for a reward that is not finite.
         """
-        groups = self._fitted(groups)
+        groups = self.fitted(groups)
         encoded = self.engine.encode(groups)
-        _raise_first(encoded, groups)
-        return _raise_first(self._run(encoded), groups)
+        raise_first(encoded, groups)
+        return raise_first(self._run(encoded), groups)
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -129,8 +121,8 @@ class RewardScorer:
 
     def score_attributes(self, groups: Sequence[PreferenceGroup]) -> list[list[dict[str, float]]]:
         """Like `score`, with `reward` and every attribute of the model by its name, for each response."""
-        groups = self._fitted(groups)
-        found = _raise_first(self.score_each(groups, attributes=True), groups)
+        groups = self.fitted(groups)
+        found = raise_first(self.score_each(groups, attributes=True), groups)
         names = ("reward", *self.attributes)
         return [
             [dict(zip(names, each if self.attributes else [each], strict=True)) for each in group] for group in found
@@ -141,7 +133,7 @@ class RewardScorer:
 
         attributes: in place of each reward a list of it and the model's attributes.
         """
-        return self._run(self.engine.encode(self._fitted(groups)), attributes and bool(self.attributes))
+        return self._run(self.engine.encode(self.fitted(groups)), attributes and bool(self.attributes))
 
     def _run(self, encoded: Sequence[Encoded], attributes: bool = False) -> list[list[Any] | Exception]:
         parts = [part for each in encoded if not isinstance(each, Exception) for part in each]
@@ -161,102 +153,16 @@ class RewardScorer:
                 results.append(find_bad_reward(rewards) or rewards)
         return results
 
-    def score_pairs(
-        self, pairs: Sequence[Pair], tools: Tools | Sequence[Tools | None] | None = None
-    ) -> list[tuple[float, float]]:
-        """(chosen reward, rejected reward) of each pair.
-
-        A pair is (chosen, rejected), or a mapping with these keys and optionally `prompt` and `tools`: a row of
-        training data. tools: one list of tool definitions for all pairs, or one per pair, for pairs without their own.
-        """
-        return _as_pairs(self.score(self._pairs(pairs, tools)))
-
-    def score_messages(
-        self, conversations: Sequence[Sequence[Message]], tools: Tools | Sequence[Tools | None] | None = None
-    ) -> list[float]:
-        """The reward of the last turn of each conversation.
-
-        tools: one list of tool definitions for all conversations, or one per conversation (None for none).
-        """
-        return _firsts(self.score(self._conversations(conversations, tools)))
-
-    def _pairs(self, pairs: Any, tools: Any) -> list[PreferenceGroup]:
-        if isinstance(pairs, str | Mapping) or (isinstance(pairs, tuple) and pairs and isinstance(pairs[0], str)):
-            raise UserError("score_pairs takes a list of pairs; for one pair, score_pairs([pair])")
-        pairs = list(pairs)
-        spread = spread_tools(tools, len(pairs), "pair")
-        return [self.inputs.pair(pair, own) for pair, own in zip(pairs, spread, strict=True)]
-
-    def _conversations(self, conversations: Any, tools: Any) -> list[PreferenceGroup]:
-        conversations = [conversations] if isinstance(conversations, str | Mapping) else list(conversations)
-        wrong = next((each for each in conversations if isinstance(each, str | Mapping | PreferenceGroup)), None)
-        if wrong is not None:
-            what = "text" if isinstance(wrong, str) else "one message" if isinstance(wrong, Mapping) else "a group"
-            raise UserError(
-                f"score_messages takes a list of conversations, each a list of messages, not {what}; for one "
-                'conversation, score_messages([[{"role": "user", "content": ...}, ...]])'
-            )
-        spread = spread_tools(tools, len(conversations), "conversation")
-        return [self.inputs.conversation(each, own) for each, own in zip(conversations, spread, strict=True)]
-
-    def _fitted(self, groups: Any) -> list[PreferenceGroup]:
-        """The groups of a call in the style of this model. Raises UserError, with the right call, for other values."""
-        is_one = isinstance(groups, PreferenceGroup | str | Mapping) or not isinstance(groups, Iterable)
-        items: list[Any] = [groups] if is_one else list(groups)
-        for item in items:
-            if not isinstance(item, PreferenceGroup):
-                raise UserError(
-                    f"score takes a list of PreferenceGroup, not {type(item).__name__}: build one with "
-                    'scorer.build_group(query, responses), e.g. score([scorer.build_group("Why?", ["Because."])]), or '
-                    "call score_messages([messages]) or score_pairs([(chosen, rejected)])"
-                )
-        if items and items[0] is groups:
-            raise UserError("score takes a list of groups; for one group, score([group])")
-        return [self.inputs.fit(group) for group in items]
-
     async def ascore(self, groups: Sequence[PreferenceGroup]) -> Rewards:
         """Like `score`; concurrent calls from any tasks, event loops and threads share forward passes.
 
         Raises RuntimeError after `close`.
         """
-        return await asyncio.wrap_future(self._batcher.submit(self._fitted(groups)))
-
-    async def ascore_pairs(
-        self, pairs: Sequence[Pair], tools: Tools | Sequence[Tools | None] | None = None
-    ) -> list[tuple[float, float]]:
-        """Async `score_pairs`; see `ascore`."""
-        return _as_pairs(await self.ascore(self._pairs(pairs, tools)))
-
-    async def ascore_messages(
-        self, conversations: Sequence[Sequence[Message]], tools: Tools | Sequence[Tools | None] | None = None
-    ) -> list[float]:
-        """Async `score_messages`; see `ascore`."""
-        return _firsts(await self.ascore(self._conversations(conversations, tools)))
+        return await asyncio.wrap_future(self._batcher.submit(self.fitted(groups)))
 
     def close(self) -> None:
         """Stop the worker thread of the async methods, if it runs; other methods still work. Idempotent."""
         self._finalizer()
-
-    def __enter__(self) -> RewardScorer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-T = TypeVar("T")
-
-
-def _raise_first(results: Sequence[T | Exception], groups: Sequence[PreferenceGroup]) -> list[T]:
-    """The results. Raises the first exception among them, with the place of its group."""
-    found: list[T] = []
-    for index, each in enumerate(results):
-        if isinstance(each, Exception):
-            raise describe(each, index, groups[index])
-        found.append(each)
-    return found
 
 
 def _load_again(settings: dict[str, Any], stats: Stats, folder: str) -> RewardScorer:
@@ -269,11 +175,3 @@ def _load_again(settings: dict[str, Any], stats: Stats, folder: str) -> RewardSc
     scorer = RewardScorer.from_folder(**settings)
     scorer.folder = folder
     return scorer
-
-
-def _as_pairs(rewards: Rewards) -> list[tuple[float, float]]:
-    return [(chosen, rejected) for chosen, rejected in rewards]
-
-
-def _firsts(rewards: Rewards) -> list[float]:
-    return [first for (first,) in rewards]
