@@ -35,10 +35,10 @@ def hold_first_pack(scorer: RewardScorer, monkeypatch: pytest.MonkeyPatch) -> tu
     entered, release = threading.Event(), threading.Event()
     run = scorer.engine.run
 
-    def slow(pack: Any) -> Any:
+    def slow(pack: Any, **given: Any) -> Any:
         entered.set()
         assert release.wait(20)
-        return run(pack)
+        return run(pack, **given)
 
     monkeypatch.setattr(scorer.engine, "run", slow)
     return entered, release
