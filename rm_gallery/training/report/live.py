@@ -1,4 +1,4 @@
-"""`rm-gallery watch`: the report of a run as a live page on 127.0.0.1, made anew for every request."""
+"""`rm-gallery watch`: the report of a run as a live page on 127.0.0.1, made again for every request."""
 
 from __future__ import annotations
 
