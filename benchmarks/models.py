@@ -19,14 +19,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.small_models import ENCODER_WRAPPERS, NO_DEFAULTS, WRAPPERS, config_of, make_wrapper, text_states
+from benchmarks.model_lines import log_lines
+from benchmarks.small_models import ENCODER_WRAPPERS, WRAPPERS, config_of, make_wrapper, text_states
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.errors import UserError, one_line
@@ -34,12 +34,10 @@ from rm_gallery.modeling.architectures import ARCHITECTURES, closing_token
 from rm_gallery.modeling.export import InputRecord, rescore, write_folder
 from rm_gallery.modeling.generic_class import auto_map, is_generic, register
 from rm_gallery.modeling.model_folder import check_class, quiet_transformers
-from rm_gallery.modeling.packing import TOLERANCE, check_loaded, choose_way
+from rm_gallery.modeling.packing import TOLERANCE, choose_way
 from rm_gallery.modeling.parallel.apply import enable_checkpointing
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.modeling.twin import VOCABULARY, NoTwinError, build_twin
-from rm_gallery.training.config import TrainConfig
-from rm_gallery.training.data_setup import check_data
 
 ROOT = Path(__file__).resolve().parents[1]
 _NOT_BUILT = {"t5gemma": "encoder-decoder of two configurations", "t5gemma2": "encoder-decoder of two configurations"}
@@ -358,39 +356,6 @@ def measure_wrapper(kind: str, folder: Path) -> str:
     name = type(wrapper).__name__
     way = str(model.way).partition(":")[0]
     return f"| {kind} | {name} | {model.network.config.model_type} | {way} | {difference:.1e} |"
-
-
-LINES = (
-    "qwen2", "olmo2", "qwen3_moe", "gemma2", "gpt_oss", "qwen3_next", "bamba", "falcon", "bloom", "t5", "bert",
-    "mamba", "mobilebert", "fnet", "vit", "kimi_k25", "phi3",
-)  # fmt: skip
-
-
-def log_lines() -> list[str]:
-    """For some types the line of the log about the way they run, or the error; for Phi-3 that of texts above 4,096."""
-    return [f"| {kind} | {_log_line(kind).replace('|', '/')} |" for kind in LINES]
-
-
-def _log_line(kind: str) -> str:
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(kind, **NO_DEFAULTS.get(kind, {}))
-    try:
-        if kind == "phi3":
-            factors = [1.0] * 48
-            rope = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
-            config = config_of(kind, original_max_position_embeddings=4096, rope_scaling=rope)
-            model: Any = SimpleNamespace(network=SimpleNamespace(config=config))
-            sizes = SimpleNamespace(longest_text=np.array([5000]))
-            data: Any = SimpleNamespace(data=SimpleNamespace(sizes=sizes))
-            check_data(TrainConfig(), model, data, None)
-        check_class(config, what=kind)
-        way = choose_way(config, "auto", what=kind)
-        if not way.is_checked:
-            check_loaded(build_twin(config), what=kind)
-        return f"model.packing=auto: {way}"
-    except UserError as error:
-        return f"error: {str(error).removeprefix(f'{kind}: ')}"
 
 
 def text_types() -> dict[str, str]:

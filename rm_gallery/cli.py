@@ -415,15 +415,9 @@ def _export_data(arguments: argparse.Namespace) -> None:
     for name in ("seed", "layout", "pairs", "min_difference", "max_pairs_per_prompt", "contradictions", "source"):
         options[name] = getattr(arguments, name)
     summary = export_data(
-        cases,
-        arguments.output_dir,
-        results=arguments.results,
-        grader=grader,
-        mapper=mapper or None,
-        formats=arguments.format,
-        overwrite=arguments.overwrite,
-        **options,
-    )
+        cases, arguments.output_dir, results=arguments.results, grader=grader, mapper=mapper or None,
+        formats=arguments.format, overwrite=arguments.overwrite, **options,
+    )  # fmt: skip
     print(safe(str(summary)), flush=True)
 
 

@@ -282,7 +282,8 @@ def test_no_type_of_the_library_is_wrong(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_documented_lines_are_those_of_the_program() -> None:
-    from benchmarks.models import ROOT, log_lines
+    from benchmarks.model_lines import log_lines
+    from benchmarks.models import ROOT
 
     def without_numbers(line: str) -> str:
         return re.sub(r"\d\S*e-\d+|\d+\.\d+|by \d+", "#", line)
