@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 from rm_gallery.objectives.attributes import Attributes
 from rm_gallery.objectives.base import Objective
 from rm_gallery.objectives.bradley_terry import bradley_terry
+from rm_gallery.objectives.focal import Focal
+from rm_gallery.objectives.hinge import Hinge
+from rm_gallery.objectives.margin import Margin
+from rm_gallery.objectives.pairwise import PairObjective
+from rm_gallery.objectives.scaled import Scaled
+from rm_gallery.objectives.soft import Soft
 
-OBJECTIVES: dict[str, Objective] = {"bradley_terry": bradley_terry, "attributes": Attributes()}
-"""By `objective.name`."""
+OBJECTIVES: dict[str, Objective] = {
+    "bradley_terry": bradley_terry,
+    "margin": Margin(),
+    "scaled": Scaled(),
+    "soft": Soft(),
+    "focal": Focal(),
+    "hinge": Hinge(),
+    "attributes": Attributes(),
+}
+"""By `objective.name`, with the default options."""
 
 
-def build_objective(name: str, attributes: Sequence[str] = ()) -> Objective:
-    """The objective of this name. attributes: names of the outputs (`model.attributes`)."""
-    return Attributes(attributes) if name == "attributes" else OBJECTIVES[name]
+def build_objective(name: str, attributes: Sequence[str] = (), options: Mapping[str, Any] | None = None) -> Objective:
+    """The objective of this name.
+
+    attributes: names of the outputs (`model.attributes`). options: values of keys of `objective`; those that are fields
+    of the objective are used.
+    """
+    if name == "attributes":
+        return Attributes(attributes)
+    objective = OBJECTIVES[name]
+    if not isinstance(objective, PairObjective):
+        return objective
+    own = {each.name for each in fields(objective)}
+    return replace(objective, **{key: value for key, value in (options or {}).items() if key in own})

@@ -25,6 +25,7 @@ class Attributes(Objective):
     """
 
     count = "values"
+    uses = ("attributes",)
     needs = ("attributes",)
     divisible = False  # pairs of the responses of a prompt are counted in a micro-batch
 

@@ -24,8 +24,12 @@ class Objective(ABC):
     """Which outputs of the model it reads: the reward at the last token of each response."""
     count: ClassVar[Literal["comparisons", "values"]] = "comparisons"
     """What the loss is summed over, and divided by: comparisons, or the values of rated responses."""
-    needs: ClassVar[tuple[str, ...]] = ()
-    """Labels without which a row cannot be used: fields of `Comparison` and `Rating`."""
+    uses: ClassVar[tuple[str, ...]] = ()
+    """Labels that it reads: fields of `Comparison` and `Rating`. Others in the data are reported as unused."""
+    needs: tuple[str, ...] = ()
+    """Those of them that each item of the training data must have. Validation takes a neutral value where they lack."""
+    scales: ClassVar[bool] = False
+    """Whether these labels are factors of the loss, so that they must not be negative."""
     divisible: ClassVar[bool] = True
     """Whether the items of one group may be computed in several micro-batches."""
 

@@ -28,20 +28,10 @@ from rm_gallery.modeling.config import ModelConfig
 from rm_gallery.modeling.weight_files import kind_of_quantization, read_adapter_files
 from rm_gallery.training.familiar_names import key_for
 from rm_gallery.training.metric_names import DEFAULT_METRIC, is_set_name, parse_metric
+from rm_gallery.training.objective_config import ObjectiveConfig, option_problems
 from rm_gallery.training.trainer_config import TrainerConfig, trainer_problems
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """`objective`: what is trained."""
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    name: Literal["bradley_terry", "attributes"] = "bradley_terry"
-    """Objective: `bradley_terry` on comparisons, or `attributes` (`model.attributes`) on graded responses. See
-    docs/objectives.md."""
 
 
 @dataclass(frozen=True)
@@ -269,6 +259,7 @@ def problems_of_training(config: TrainConfig) -> Iterator[Problem]:
 
 def objective_problems(config: TrainConfig) -> Iterator[Problem]:
     """Of `objective` and `model.attributes`."""
+    yield from option_problems(config.objective)
     names, weights, data = config.model.attributes, config.model.attribute_weights, config.data
     key, is_named = "model.attributes", bool(config.model.attributes)
     if is_named != (config.objective.name == "attributes"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from rm_gallery.modeling.reward_model import (
 )
 from rm_gallery.modeling.router_loss import check_config
 from rm_gallery.modeling.weight_files import tokenizer_folder
+from rm_gallery.objectives import build_objective
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.metric_names import parse_metric
 from rm_gallery.training.model_setup import find_adapter
@@ -127,7 +128,7 @@ def check_inputs(config: TrainConfig) -> None:
             log.warning("%s: %s", side_key, warning)
 
 
-def load_sides(config: DataConfig, tokenizer: Any, objective: str = "bradley_terry") -> tuple[Loaded, Loaded | None]:
+def load_sides(config: DataConfig, tokenizer: Any) -> tuple[Loaded, Loaded | None]:
     """Training data and validation data (if there are any) as tokens; logs dropped rows and train/validation leakage.
 
     Raises UserError for a side without a usable row.
@@ -138,9 +139,6 @@ def load_sides(config: DataConfig, tokenizer: Any, objective: str = "bradley_ter
         _warn_of_overlap(train.data, val.data)
     else:
         log.warning("no validation data: set data.val_files, or hold out prompts with data.val_fraction=0.05")
-    unused = train.data.unused_labels()
-    if unused:
-        log.info("the data carry %s, which objective.name=%s does not use", " and ".join(unused), objective)
     return train, val
 
 
@@ -214,7 +212,10 @@ def _warn_of_overlap(train: TokenData, val: TokenData, of: str = "") -> None:
 def check_data(
     config: TrainConfig, model: RewardModel, train: Loaded, val: Loaded | None, eval_sets: Mapping[str, Loaded] = {}
 ) -> None:
-    """Raise UserError for data that do not fit the model or each other; warn about pairs above the token budget."""
+    """Raise UserError for data that do not fit the model, the objective or each other.
+
+    Warns about pairs above the token budget.
+    """
     validated = {**({"data.val_files": val} if val else {}), **{f"{EVAL_SETS}.{n}": s for n, s in eval_sets.items()}}
     for key, side in validated.items():
         if side.data.style != train.data.style:
@@ -222,6 +223,7 @@ def check_data(
                 f"{key} hold {side.data.style} but data.train_files hold {train.data.style}; "
                 "set data.input_style to read both the same way"
             )
+    check_labels(config, train, validated)
     limit, rotary = max_positions(model), max_rotary_positions(model.network.config)
     for key, side in {"data.train_files": train, **validated}.items():
         longest = int(side.data.sizes.longest_text.max())
@@ -239,3 +241,37 @@ def check_data(
         warning = long_pairs(side.data, packer, key="data.max_tokens_per_micro_batch")
         if warning:
             log.warning("%s: %s", key, warning)
+
+
+_LABELS = {"margin": "margins", "p_better": "soft labels", "score": "scores", "rank": "ranks"}
+_SOURCES = {
+    "margin": ("margin", "data.margin_key={margin_key}, or responses with scores"),
+    "p_better": ("share of annotators who prefer it", "data.p_chosen_key={p_chosen_key} (1 where all do)"),
+}
+
+
+def check_labels(config: TrainConfig, train: Loaded, validated: Mapping[str, Loaded]) -> None:
+    """Raise UserError for a label that the objective needs and training data lack; log those that it does not use."""
+    name, data = config.objective.name, train.data
+    objective = build_objective(name, config.model.attributes, asdict(config.objective))
+    for label in set(objective.needs) & _SOURCES.keys():
+        what, source = _SOURCES[label]
+        what = f"{what} of 0 or more" if objective.scales else what
+        count, where = data.without(label, may_be_negative=not objective.scales)
+        column = source.format(margin_key=config.data.margin_key, p_chosen_key=config.data.p_chosen_key)
+        if count:
+            raise UserError(
+                f"data.train_files: objective.name={name} needs a {what} of each comparison, and {count:,} of "
+                f"{data.num_comparisons:,} have none (first: {where}); add the column {column}, or set "
+                "objective.name=bradley_terry"
+            )
+        for key, side in validated.items():
+            count, where = side.data.without(label, may_be_negative=not objective.scales)
+            if count:
+                log.warning(
+                    "%s: %s of %s comparisons have no %s (first: %s); their loss is that of bradley_terry",
+                    key, f"{count:,}", f"{side.data.num_comparisons:,}", what, where,
+                )  # fmt: skip
+    unused = [_LABELS[label] for label in data.labels() if label not in objective.uses]
+    if unused:
+        log.info("the data carry %s, which objective.name=%s does not use", " and ".join(unused), name)

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def _run(
     shape = model_shape(start.model)
     coefficient = config.model.router_aux_loss_coef
     router_loss = RouterLoss(start.model, coefficient) if coefficient else None
-    train, val = load_sides(config.data, tokenizer, config.objective.name)
+    train, val = load_sides(config.data, tokenizer)
     eval_sets = load_eval_sets(config, tokenizer, train.data)
     check_data(config, start.model, train, val, eval_sets)
     check_best_metric(config.trainer.save_best_metric, val, eval_sets)
@@ -323,7 +323,7 @@ def _log_overview(
 def _build_trainer(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Saver, sink: MetricSink,
     tick: Callable[[str], None],
 ) -> Trainer:  # fmt: skip
-    objective = build_objective(config.objective.name, config.model.attributes)
+    objective = build_objective(config.objective.name, config.model.attributes, asdict(config.objective))
     weights = weights_of(config.model.attributes, config.model.attribute_weights)
     val, sets = loop.val.data if loop.val else None, {name: each.data for name, each in loop.eval_sets.items()}
 

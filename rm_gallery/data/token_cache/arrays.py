@@ -355,12 +355,18 @@ class TokenData:
         first, last = (int(self._arrays["metadata_start"][place]) for place in (index, index + 1))
         return json.loads(self._arrays["metadata"][first:last].tobytes()) if last > first else {}
 
-    def unused_labels(self) -> list[str]:
-        """Which labels that the objective does not use occur anywhere."""
-        names = {"score": "scores", "rank": "ranks"}
-        if not self.is_rated:
-            names = {"margin": "margins", "p_better": "soft labels", **names}
-        return [label for name, label in names.items() if not np.isnan(self._arrays[name]).all()]
+    def labels(self) -> list[str]:
+        """Labels that occur anywhere, by the names of their arrays."""
+        names = ("score", "rank") if self.is_rated else ("margin", "p_better", "score", "rank")
+        return [name for name in names if not np.isnan(self._arrays[name]).all()]
+
+    def without(self, label: str, *, may_be_negative: bool = True) -> tuple[int, str]:
+        """(how many comparisons lack this label, `file:row` of the first). label: `margin` or `p_better`."""
+        values = self._arrays[label]
+        missing = np.flatnonzero(np.isnan(values) if may_be_negative else ~(values >= 0))
+        if not len(missing):
+            return 0, ""
+        return len(missing), self.where(int(np.searchsorted(self._arrays["comparison_start"], missing[0], "right")) - 1)
 
     def fingerprint(self) -> str:
         """Hash of everything the model sees: tokens, bounds of responses, comparisons."""

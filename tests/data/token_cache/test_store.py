@@ -68,7 +68,7 @@ def test_what_was_written_comes_back(tmp_path: Path, chunk_size: int) -> None:
     for name in ("tokens", "longest_text", "num_responses", "num_comparisons"):
         assert getattr(store.data.sizes, name).tolist() == getattr(in_memory.sizes, name).tolist()
     assert store.data.fingerprint() == in_memory.fingerprint()
-    assert store.data.unused_labels() == ["margins", "soft labels", "scores"]
+    assert store.data.labels() == ["margin", "p_better", "score"]
 
 
 def test_an_empty_store_can_be_opened(tmp_path: Path) -> None:
