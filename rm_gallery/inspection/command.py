@@ -43,10 +43,11 @@ def show_data(
         raise UserError(f"--samples={samples}: must be at least 0")
     target = _check_target(html) if html is not None else None
     config = load_config(config_file, overrides, only_data=True)
-    if config.model.attributes:
+    if config.data.attributes:
+        key = "model.attributes" if config.model.attributes else "objective.name=regression"
         raise UserError(
-            "model.attributes: show-data reports on preferences, and rows with attributes are single responses; remove "
-            "model.attributes to show the comparisons by data.columns.helpfulness"
+            f"{key}: show-data reports on preferences, and rows with attributes are single responses; remove "
+            f"{key} to show the comparisons by data.columns.helpfulness"
         )
     options = ["--config", config_file] if config_file else []
     options += ["--html", html] if html is not None else []

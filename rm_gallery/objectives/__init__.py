@@ -13,6 +13,8 @@ from rm_gallery.objectives.focal import Focal
 from rm_gallery.objectives.hinge import Hinge
 from rm_gallery.objectives.margin import Margin
 from rm_gallery.objectives.pairwise import PairObjective
+from rm_gallery.objectives.plackett_luce import PlackettLuce
+from rm_gallery.objectives.regression import Regression
 from rm_gallery.objectives.scaled import Scaled
 from rm_gallery.objectives.soft import Soft
 
@@ -23,6 +25,8 @@ OBJECTIVES: dict[str, Objective] = {
     "soft": Soft(),
     "focal": Focal(),
     "hinge": Hinge(),
+    "plackett_luce": PlackettLuce(),
+    "regression": Regression(),
     "attributes": Attributes(),
 }
 """By `objective.name`, with the default options."""

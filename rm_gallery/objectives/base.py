@@ -22,8 +22,8 @@ class Objective(ABC):
 
     reads: ClassVar[Literal["last_token"]] = "last_token"
     """Which outputs of the model it reads: the reward at the last token of each response."""
-    count: ClassVar[Literal["comparisons", "values"]] = "comparisons"
-    """What the loss is summed over, and divided by: comparisons, or the values of rated responses."""
+    count: ClassVar[Literal["comparisons", "values", "rankings"]] = "comparisons"
+    """What the loss is summed over, and divided by: comparisons, values of rated responses, or whole groups."""
     uses: ClassVar[tuple[str, ...]] = ()
     """Labels that it reads: fields of `Comparison` and `Rating`. Others in the data are reported as unused."""
     needs: tuple[str, ...] = ()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from rm_gallery.modeling.config import ModelConfig
 from rm_gallery.modeling.weight_files import kind_of_quantization, read_adapter_files
 from rm_gallery.training.familiar_names import key_for
 from rm_gallery.training.metric_names import DEFAULT_METRIC, is_set_name, parse_metric
-from rm_gallery.training.objective_config import ObjectiveConfig, option_problems
+from rm_gallery.training.objective_config import ObjectiveConfig, objective_problems, rated_columns
 from rm_gallery.training.trainer_config import TrainerConfig, trainer_problems
 
 log = logging.getLogger(__name__)
@@ -120,7 +119,7 @@ def load_config(
     """
     check = problems_of_reading if only_data else problems_of_training
     config = load(TrainConfig, file, overrides, settings=settings, prepare=normalize, check=check)
-    config = replace(config, data=replace(config.data, attributes=config.model.attributes))
+    config = replace(config, data=replace(config.data, attributes=rated_columns(config.objective, config.model)))
     if config.data.filter_overlong_prompts and config.data.truncation != "error":
         log.warning(
             "data.truncation=%s has no effect: data.filter_overlong_prompts=true drops long texts; "
@@ -247,7 +246,7 @@ def problems_of_training(config: TrainConfig) -> Iterator[Problem]:
         )
         yield Problem(key, f"{text}: pip install 'rm-gallery[qlora]'")
     yield from model_problems(config.model)
-    yield from objective_problems(config)
+    yield from objective_problems(config.objective, config.model, config.data, config.trainer)
     yield from data_problems(config.data)
     yield from optim_problems(config.optim)
     yield from trainer_problems(config.trainer)
@@ -255,34 +254,6 @@ def problems_of_training(config: TrainConfig) -> Iterator[Problem]:
     if config.trainer.reward_statistics == "normalize" and not has_validation(config.data):
         key = "trainer.reward_statistics"
         yield Problem(key, f"{key}=normalize: there is no validation; set data.val_files or data.val_fraction")
-
-
-def objective_problems(config: TrainConfig) -> Iterator[Problem]:
-    """Of `objective` and `model.attributes`."""
-    yield from option_problems(config.objective)
-    names, weights, data = config.model.attributes, config.model.attribute_weights, config.data
-    key, is_named = "model.attributes", bool(config.model.attributes)
-    if is_named != (config.objective.name == "attributes"):
-        fix = "set objective.name=attributes" if is_named else "name the columns, e.g. model.attributes=[helpfulness]"
-        yield Problem(key, f"objective.name={config.objective.name} with model.attributes={names}: {fix}")
-    if len(set(names)) < len(names) or not all(name and name.isprintable() and ":" not in name for name in names):
-        yield Problem(key, f"{key}={names}: the names must differ, and be printable and without ':'")
-    unknown = [name for name in weights if name not in names]
-    if unknown or (weights and not any(weights.values())) or not all(map(math.isfinite, weights.values())):
-        what = f"{unknown[0]!r} is not in model.attributes" if unknown else "they must be finite, and not all 0"
-        yield Problem("model.attribute_weights", f"model.attribute_weights={weights}: {what}")
-    if data.attributes and data.attributes != names:
-        yield Problem("data.attributes", f"data.attributes={data.attributes}: set model.attributes instead")
-    if is_named and data.custom_cls.name:
-        yield Problem("data.custom_cls", f"data.custom_cls with {key}: a class builds preferences; remove one of them")
-    if is_named and data.format not in ("auto", "helpsteer2"):
-        yield Problem("data.format", f"data.format={data.format} with {key}: set auto or helpsteer2")
-    if len(names) > 1 and config.trainer.reward_statistics == "normalize":
-        yield Problem(
-            "trainer.reward_statistics",
-            f"trainer.reward_statistics=normalize with {len(names)} attributes: other programs have one mean per "
-            "model; set record",
-        )
 
 
 def _validation_problems(config: TrainConfig) -> Iterator[Problem]:

@@ -254,6 +254,15 @@ def check_labels(config: TrainConfig, train: Loaded, validated: Mapping[str, Loa
     """Raise UserError for a label that the objective needs and training data lack; log those that it does not use."""
     name, data = config.objective.name, train.data
     objective = build_objective(name, config.model.attributes, asdict(config.objective))
+    if objective.count == "rankings":
+        for key, side in {"data.train_files": train, **validated}.items():
+            side.data.as_rankings()
+            large = int((side.data.sizes.tokens > config.data.budget).sum())
+            if large:
+                log.warning(
+                    "%s: %d rankings have more tokens than the token budget of a micro-batch, %d; a ranking is not "
+                    "cut, so each is a micro-batch of its own", key, large, config.data.budget,
+                )  # fmt: skip
     for label in set(objective.needs) & _SOURCES.keys():
         what, source = _SOURCES[label]
         what = f"{what} of 0 or more" if objective.scales else what

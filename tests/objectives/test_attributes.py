@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,14 @@ import torch
 from rm_gallery.data.batching.bin_packing import Packer
 from rm_gallery.data.batching.packed_batch import PackedBatch, collate
 from rm_gallery.data.batching.prompt_sharing import plan_step
+from rm_gallery.data.formats.config import FormatConfig
+from rm_gallery.data.formats.detect import choose_format
+from rm_gallery.data.formats.labelled import rate_lists
+from rm_gallery.data.sources import Row
 from rm_gallery.data.token_cache.arrays import TokenData, make_chunk
 from rm_gallery.data.token_cache.store import Facts, StoreWriter, open_store
 from rm_gallery.data.tokenization.token_group import Origin, TokenGroup, split_prefix
-from rm_gallery.errors import Dropped
+from rm_gallery.errors import BadRow, Dropped
 from rm_gallery.modeling.forward import pad_texts
 from rm_gallery.objectives import build_objective
 from rm_gallery.objectives.metrics import Sums
@@ -133,3 +138,30 @@ def test_ratings_come_back_from_the_cache(tmp_path: Path) -> None:
         assert repr(store.data[index].ratings) == repr(in_memory[index].ratings) == repr(list(group.ratings))
     other = [(TokenGroup(group.prefix, group.tails, (), group.ratings[:1]), origin) for group, origin in groups]
     assert TokenData.from_groups(other).fingerprint() != in_memory.fingerprint()
+
+
+def test_regression_is_one_attribute_whose_output_is_the_reward() -> None:
+    found = [
+        replace(group, ratings=[replace(each, attributes=each.attributes[:1]) for each in group.ratings])
+        for group, _ in rated_groups()
+    ]
+    batch = collate(found)
+    rewards = outputs_of(batch)[:, 0]
+    regression, attribute = build_objective("regression"), build_objective("attributes", NAMES[:1])
+    loss, sums = regression(rewards, batch)
+    assert loss.item() == attribute(rewards.unsqueeze(1), batch)[0].item()
+    metrics = regression.means({name: float(each) for name, each in sums.items()}, "val")
+    assert set(metrics) == {"val/loss", "val/mse", "val/pearson", "val/accuracy"}
+    extreme = torch.full_like(rewards, 1e4).requires_grad_()
+    regression(extreme, batch)[0].backward()
+    assert extreme.grad is not None and torch.isfinite(extreme.grad).all()
+
+
+def test_lists_of_responses_have_lists_of_numbers() -> None:
+    config = FormatConfig(attributes=["scores"])
+    values = {"prompt": "p", "responses": ["a", "b"], "scores": [3, None], "weight": 2.0}
+    assert choose_format([Row(values, "a.jsonl", 0)], config).name == "scored"
+    first, second = rate_lists(values, config, 2)
+    assert first == Rating(0, attributes=(3.0,), weight=2.0) and math.isnan(second.attributes[0])
+    with pytest.raises(BadRow, match="scores of a different length than the responses"):
+        rate_lists({**values, "scores": [1]}, config, 2)

@@ -105,7 +105,7 @@ def test_options_are_keys_of_the_configuration() -> None:
             assert own == {option for option, names in OPTIONS_OF.items() if name in names}
 
 
-def ranked_groups(count: int = 24) -> list[tuple[TokenGroup, Origin]]:
+def ranked_groups(count: int = 12) -> list[tuple[TokenGroup, Origin]]:
     """Groups of two to four responses with labels; some have the same prompt, and some the same response."""
     draw, found = random.Random(0), []
     for number in range(count):
@@ -130,7 +130,7 @@ def rewards_of(batch: PackedBatch) -> torch.Tensor:
 def sums_for(name: str, options: dict[str, Any], data: TokenData) -> list[dict[str, float]]:
     """Loss sum, metrics and divisor of one step, for several token budgets and ranks, with and without sharing."""
     objective, found = build_objective(name, (), options), []
-    for budget, ranks, share in ((10_000, 1, False), (45, 1, False), (150, 1, True), (400, 2, True)):
+    for budget, ranks, share in ((10_000, 1, False), (30, 1, False), (150, 1, True), (400, 2, True)):
         step = plan_step(data, np.arange(len(data)), Packer(budget, ranks, attention_length=50), share_prompts=share)
         sums = Sums()
         for packs in step.packs:

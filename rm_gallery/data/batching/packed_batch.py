@@ -58,6 +58,8 @@ class PackedBatch:
     """[S] int64: equal for the ratings of one group of the data."""
     attributes: Tensor
     """[S, A] float32: the attributes of each rating; NaN where the data have none. [0, 0] without ratings."""
+    rank: Tensor
+    """[S] float32: lower is better; NaN where the data are no rankings."""
     rating_weight: Tensor
     """[S] float32."""
     group_lengths: tuple[int, ...]
@@ -93,7 +95,7 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
     weight: list[float] = []
     margin: list[float] = []
     p_better: list[float] = []
-    rated: list[tuple[int, int, float]] = []
+    rated: list[tuple[int, int, float, float]] = []
     attributes: list[tuple[float, ...]] = []
     groups_before = 0
     group_lengths: list[int] = []
@@ -117,7 +119,15 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
             weight.append(comparison.weight)
             margin.append(math.nan if comparison.margin is None else comparison.margin)
             p_better.append(math.nan if comparison.p_better is None else comparison.p_better)
-        rated += [(first + each.response, groups_before + each.group, each.weight) for each in group.ratings]
+        rated += [
+            (
+                first + each.response,
+                groups_before + each.group,
+                each.weight,
+                math.nan if each.rank is None else each.rank,
+            )
+            for each in group.ratings
+        ]
         attributes += [each.attributes for each in group.ratings]
         groups_before += 1 + max((each.group for each in group.ratings), default=0)
         group_lengths.append(end - start)
@@ -134,7 +144,10 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
         p_better=torch.tensor(p_better, dtype=torch.float32),
         rated=torch.tensor([each[0] for each in rated], dtype=torch.int64),
         rated_group=torch.tensor([each[1] for each in rated], dtype=torch.int64),
-        attributes=torch.tensor(attributes, dtype=torch.float32).reshape(len(rated), -1 if rated else 0),
+        attributes=torch.tensor(attributes, dtype=torch.float32).reshape(
+            len(rated), len(attributes[0]) if rated else 0
+        ),
+        rank=torch.tensor([each[3] for each in rated], dtype=torch.float32),
         rating_weight=torch.tensor([each[2] for each in rated], dtype=torch.float32),
         group_lengths=tuple(group_lengths),
         tail_lengths=tuple(tuple(len(tail) for tail in group.tails) for group in groups),

@@ -40,7 +40,7 @@ class Part:
 
     group: int
     comparisons: tuple[int, ...] | None = None
-    """Indices of comparisons; None for all. Ratings are never separated."""
+    """Indices of comparisons; None for all. Ratings and rankings are never separated."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class StepPlan:
     packs: Packs
     """Indices of units."""
     num_comparisons: int
-    """Comparisons over all ranks, or known attributes of ratings; the divisor of the loss sum."""
+    """Comparisons over all ranks, known attributes of ratings, or rankings; the divisor of the loss sum."""
 
     def load(self, data: TokenData, pack: Sequence[int]) -> list[TokenGroup]:
         """The tokens of a micro-batch."""
@@ -150,7 +150,7 @@ def _unshared(data: TokenData, group: int, packer: Packer) -> list[PlannedGroup]
         int(sizes.num_responses[group]),
         int(sizes.num_comparisons[group]),
     )
-    if _tokens(whole, packer) <= packer.token_budget or whole.num_comparisons < 2 or data.is_rated:
+    if _tokens(whole, packer) <= packer.token_budget or whole.num_comparisons < 2 or data.is_rated or data.is_ranked:
         return [whole]
     tokens = data[group]
     pieces = [Part(group, piece) for piece in cut_comparisons(tokens, packer)]

@@ -146,7 +146,8 @@ def check_attributes(rows: Sequence[Row], config: FormatConfig) -> None:
     for name in config.attributes:
         if name not in columns and not any(name in record for record in records):
             raise UserError(
-                f"{rows[0].file}: no column {shown(name)!r} of model.attributes (columns: {listed(columns)}) and no "
+                f"{rows[0].file}: no column {shown(name)!r} of model.attributes or objective.score_column "
+                f"(columns: {listed(columns)}) and no "
                 f"such field in {shown(config.attributes_key)!r}; rename the column, or remove the name."
                 + nearest(name, columns)
             )

@@ -171,6 +171,16 @@ def rate_attributes(values: Mapping[str, Any], config: FormatConfig, count: int)
     return ratings
 
 
+def rate_lists(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Rating]:
+    """The same for a list of responses, with a list of numbers in the column of each name and one weight."""
+    lists = {name: read_list(values[name], name) for name in config.attributes if not is_nothing(values.get(name))}
+    for name, cells in lists.items():
+        if len(cells) != count:
+            raise BadRow(f"{name} of a different length than the responses")
+    weights = {config.weight_key or "": [values.get(config.weight_key or "")] * count}
+    return rate_attributes({**lists, **weights}, config, count)
+
+
 def _each(values: Mapping[str, Any], name: str | None, count: int) -> Sequence[Any]:
     """The cell of each joined row; None where there is no such column."""
     return _joined(values, name) if name is not None and name in values else [None] * count

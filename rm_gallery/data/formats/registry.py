@@ -13,6 +13,7 @@ from rm_gallery.data.formats.labelled import (
     compare_summaries,
     rate_attributes,
     rate_helpsteer2,
+    rate_lists,
     read_arena,
     read_helpsteer2,
     read_rated_conversation,
@@ -209,6 +210,9 @@ RATED_READERS: dict[str, Format] = {
             Column("attributes_key", "record", is_label=True),
         ),
         rate=rate_attributes,
+    ),
+    "scored": Format(
+        "a list of responses with a list of numbers per attribute", read_responses, None, _RESPONSES, rate=rate_lists
     ),
 }
 """The same with `model.attributes`."""

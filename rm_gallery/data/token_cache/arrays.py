@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from rm_gallery.data.tokenization.token_group import Origin, TokenGroup
+from rm_gallery.data.tokenization.token_group import Origin, TokenGroup, is_ranking, ranks_of
 from rm_gallery.errors import UserError
 from rm_gallery.schema import Comparison, InputStyle, Rating
 
@@ -230,10 +230,23 @@ class TokenData:
         )
         self.loss_counts = self._count_values() if self.is_rated else self.sizes.num_comparisons
         """[N] int: what each group adds to the divisor of the loss sum: its comparisons, or its known attributes."""
+        self.is_ranked = False
+        """Whether a group is one item, a ranking of its responses that is never cut; see `as_rankings`."""
 
     def _count_values(self) -> np.ndarray:
         known = np.concatenate([[0], np.cumsum(~np.isnan(self._arrays["attributes"]), dtype=np.int64)])
         return np.asarray(np.diff(known[self._arrays["attribute_start"]]))
+
+    def as_rankings(self) -> None:
+        """Count each group as one ranking. Raises UserError for comparisons that are not those of a ranking."""
+        for index in np.flatnonzero(self.sizes.num_comparisons > 1).tolist():
+            if not is_ranking(self[index]):
+                raise UserError(
+                    f"{self.where(index)}: not a ranking: some two responses are neither compared nor tied, are "
+                    "compared in a circle, or have different weights; set objective.name=bradley_terry"
+                )
+        self.is_ranked = True
+        self.loss_counts = (self.sizes.num_comparisons > 0).astype(np.int64)
 
     @classmethod
     def from_groups(
@@ -265,7 +278,13 @@ class TokenData:
         tokens = np.asarray(arrays["tokens"][start : int(arrays["token_start"][index + 1])])
         bounds = prefix + np.cumsum(np.concatenate([[0], tails]))
         parts = [tokens[first:last] for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
-        return TokenGroup(tokens[:prefix], parts, self._comparisons(index), self._ratings(index))
+        comparisons = self._comparisons(index)
+        if self.is_ranked:
+            weight = comparisons[0].weight if comparisons else 1.0
+            ranks = ranks_of(comparisons)
+            ratings = [Rating(response, rank=ranks[response], weight=weight) for response in sorted(ranks)]
+            return TokenGroup(tokens[:prefix], parts, comparisons, ratings)
+        return TokenGroup(tokens[:prefix], parts, comparisons, self._ratings(index))
 
     def _ratings(self, index: int) -> list[Rating]:
         if not self.is_rated:

@@ -70,3 +70,29 @@ def split_prefix(
     if len(arrays) == 1:
         size = 0  # nothing to share
     return TokenGroup(arrays[0][:size], [array[size:] for array in arrays], comparisons, ratings)
+
+
+def ranks_of(comparisons: Sequence[Comparison]) -> dict[int, int]:
+    """Rank of each response that is compared, 0 for the best: comparisons in the longest chain above it.
+
+    Tied responses have the same rank. Example: 2 > 0, 2 > 1, 0 > 3, 1 > 3 and 2 > 3 give {2: 0, 0: 1, 1: 1, 3: 2}.
+    Empty for comparisons in a circle.
+    """
+    ranks = {response: 0 for each in comparisons for response in (each.better, each.worse)}
+    for _ in range(len(ranks) + 1):
+        changed = False
+        for each in comparisons:
+            if ranks[each.worse] <= ranks[each.better]:
+                ranks[each.worse], changed = ranks[each.better] + 1, True
+        if not changed:
+            return ranks
+    return {}
+
+
+def is_ranking(group: TokenGroup) -> bool:
+    """Whether every two compared responses of different rank and text are compared, with one weight for all."""
+    ranks, compared = ranks_of(group.comparisons), {(each.better, each.worse) for each in group.comparisons}
+    return bool(ranks) and len({each.weight for each in group.comparisons}) == 1 and all(
+        (i, j) in compared or np.array_equal(group.tails[i], group.tails[j])
+        for i in ranks for j in ranks if ranks[i] < ranks[j]
+    )  # fmt: skip

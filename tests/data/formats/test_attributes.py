@@ -59,7 +59,8 @@ def test_a_missing_column_is_named() -> None:
     with pytest.raises(UserError) as caught:
         read([{"prompt": "Why?", "response": "a", "helpfulness": 4}])
     assert str(caught.value).startswith(
-        "a.jsonl: no column 'verbosity' of model.attributes (columns: prompt, response, helpfulness) and no such field "
+        "a.jsonl: no column 'verbosity' of model.attributes or objective.score_column (columns: prompt, response, "
+        "helpfulness) and no such field "
         "in 'attributes'; rename the column, or remove the name."
     )
     with pytest.raises(UserError, match=r"no column 'response' \(columns: prompt, chosen, rejected"):
