@@ -61,6 +61,8 @@ ROWS = (
     Row("qwen2 lora", settings=(_LORA,)),
     Row("qwen2 lora fp32 checkpointed", settings=(_LORA, _FP32, _CHECKPOINTED)),
     Row("qwen2 qlora nf4", settings=(_LORA, "model.quantization=nf4")),
+    Row("qwen2 lora fp32 2 pairs", groups=2, settings=(_LORA, _FP32)),
+    Row("qwen2 qlora nf4 fp32 2 pairs", groups=2, settings=(_LORA, _FP32, "model.quantization=nf4")),
     Row("bert lora", kind="bert", settings=(_LORA,)),
     Row("qwen3", kind="qwen3"),
     Row("gemma3", kind="gemma3_text"),
