@@ -81,7 +81,7 @@ combined with the type's base class. The checkpoint holds that class as a file: 
 **Mixtures of experts.** `model.router_aux_loss_coef=0.001` adds the load-balancing loss of the routers (Fedus et al. 2021, equations 4
 to 6), as transformers' `load_balancing_loss_func` defines it, for all types that have it: Mixtral, Qwen2 MoE, Qwen3 MoE, Qwen3-Next, Qwen3.5
 MoE, OLMoE, GPT-OSS, PhiMoE, Granite MoE, Jamba, MiniMax and others. It is taken over the tokens and layers of the whole optimizer step, and a text
-counts once for each comparison that it is in, so that it depends neither on micro-batches, nor on shared prompts or the number of
+counts once for each comparison that it is in (or rating, with `model.attributes`), so that it depends neither on micro-batches, nor on shared prompts or the number of
 processes. A step of more than one micro-batch also runs each of them without gradients first, to count the tokens of
 each expert. `train/router_aux_loss` is the loss without its weight; `train/loss` stays the preference loss. Under FSDP2 each rank holds and reads
 its own experts.
@@ -168,8 +168,9 @@ def sample_groups(closing: int | None = None) -> list[TokenGroup]:
     for prefix, tails in [(0, (30, 3)), (24, (20, 9, 2)), (9, (17,)), (5, (8, 8))]:
         start = draw.integers(8, VOCABULARY, prefix).astype(np.int32)
         ends = [draw.integers(8, VOCABULARY, tail).astype(np.int32) for tail in tails]
-        for each in ends if closing is not None else ():
-            each[-1] = closing
+        if closing is not None:
+            for each in ends:
+                each[-1] = closing
         groups.append(TokenGroup(start, ends, ()))
     return groups
 
@@ -241,7 +242,7 @@ def _rescore(model: RewardModel, folder: Path, texts: Sequence[Sequence[int]]) -
         ids = pad_sequence(rows, batch_first=True, padding_value=network.config.pad_token_id)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         with torch.no_grad():
-            return network(input_ids=ids, attention_mask=mask).logits[:, 0].tolist()  # type: ignore[no-any-return]
+            return network(input_ids=ids, attention_mask=mask).logits[:, 0].tolist()
     return rescore(folder, texts)
 
 
