@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.small_models import save_language_model
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.head_init import init_head
 from rm_gallery.modeling.meta_init import init_on_meta
@@ -38,6 +39,28 @@ def test_the_first_reward_is_the_difference_of_two_logits(is_tied: bool, in_tmp:
     on_meta, files = init_on_meta(str(folder), seed=0)
     init_head(on_meta, "lm_head_difference", ("Y", "N"), make_tokenizer(), path=str(folder), new=files.new)
     assert files.new["score.weight"].equal(loaded.model.network.score.weight.data)
+
+
+@pytest.mark.parametrize(("kind", "extra"), [
+    ("granite", {"logits_scaling": 8.0}), pytest.param("cohere", {"logit_scale": 0.25}, marks=pytest.mark.slow),
+    pytest.param("granitemoe", {"logits_scaling": 6.0}, marks=pytest.mark.slow),
+    pytest.param("hyperclovax", {"logits_scaling": 0.5}, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_factor_on_the_logits_is_part_of_the_head(kind: str, extra: dict[str, Any], in_tmp: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = save_language_model(kind, in_tmp / "base", **extra)
+    loaded = start(folder, "lm_head_difference", packing="padded")
+    ids, (yes, no) = torch.tensor([[20, 30, 40]]), (make_tokenizer()(word)["input_ids"][0] for word in "YN")
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits[0, -1]
+        reward = loaded.model.network(ids).logits.item()
+    assert reward == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4) and abs(reward) > 1e-2
+
+
+def test_a_soft_cap_of_the_logits_is_a_warning(in_tmp: Path, caplog: Any) -> None:
+    start(save_language_model("gemma2", in_tmp / "base"), "lm_head_difference", packing="padded")
+    assert "rewards start as differences of logits before their soft cap of 30" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "bert", "roberta"])
