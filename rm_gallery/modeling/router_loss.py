@@ -9,8 +9,9 @@ layers. A product of two means is not a sum over micro-batches. But f_e is a cou
 for the whole step, E * f_e * P_e is linear in the probabilities, so that values and gradients of micro-batches and
 ranks add up to those of the step.
 
-A text counts once for each comparison that it is in, as if every pair were computed apart. So neither a shared prompt,
-nor merged or split groups, nor the number of ranks change the loss.
+A text counts once for each comparison that it is in, as if every pair were computed apart, or in data without
+comparisons once for each rating. So neither a shared prompt, nor merged or split groups, nor the number of ranks change
+the loss.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def _routers(backbone: nn.Module) -> list[tuple[nn.Module, int]]:
 
 
 def token_weights(batch: PackedBatch, *, padded: bool) -> Tensor:
-    """In how many comparisons each token is, of a text or of several: [T] float32, 0 for padding.
+    """In how many comparisons, or ratings, each token is, of a text or of several: [T] float32, 0 for padding.
 
     Example: the pair of a prompt [a b] and responses [c] and [d e] has weights 2 2 1 1 1.
     """
@@ -175,7 +176,7 @@ def token_weights(batch: PackedBatch, *, padded: bool) -> Tensor:
     if not count:
         return torch.zeros(1, device=device)  # the dummy token of an empty batch
     texts = torch.zeros(count, device=device)  # [R]
-    for side in (batch.better, batch.worse):
+    for side in (batch.better, batch.worse) if len(batch.better) else (batch.rated,):
         texts.index_add_(0, side, torch.ones(side.shape, device=device))
     if padded:
         return (pad_texts(batch, 0)[1] * texts.unsqueeze(1)).reshape(-1)

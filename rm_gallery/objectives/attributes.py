@@ -63,6 +63,8 @@ class Attributes(Objective):
         if not count:
             return {}
         metrics, accuracies = {f"{prefix}/loss": sums["loss"] / count}, []
+        if "router_aux_loss" in sums:
+            metrics[f"{prefix}/router_aux_loss"] = sums["router_aux_loss"] / count
         for name in self.names:
             n, x, y, xx, yy, xy, pairs, correct = (
                 sums[f"{name}:{kind}"] for kind in ("n", "x", "y", "xx", "yy", "xy", "pairs", "correct")

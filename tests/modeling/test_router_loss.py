@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from rm_gallery.modeling.parallel.apply import enable_checkpointing
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.modeling.router_loss import RouterLoss, check_config, token_weights
 from rm_gallery.modeling.twin import VOCABULARY, build_twin
+from rm_gallery.schema import Rating
 from tests.small import random_groups, whole_texts
 
 CPU = torch.device("cpu")
@@ -143,6 +145,9 @@ def test_tokens_count_once_for_each_comparison_of_their_texts() -> None:
     group = TokenGroup(group.prefix[:2], [tail[:1] for tail in group.tails[:3]], group.comparisons[:2])  # 0 > 1, 0 > 2
     assert token_weights(collate([group]), padded=False).tolist() == [4, 4, 2, 1, 1]
     assert token_weights(collate([group]), padded=True).tolist() == [2, 2, 2, 1, 1, 1, 1, 1, 1]
+    rated = replace(group, comparisons=(), ratings=[Rating(each, attributes=(1.0,)) for each in (0, 2, 2)])
+    assert token_weights(collate([rated]), padded=False).tolist() == [3, 3, 1, 0, 2]
+    assert token_weights(collate([rated]), padded=True).tolist() == [1, 1, 1, 0, 0, 0, 2, 2, 2]
 
 
 @pytest.mark.parametrize(("kind", "reason"), [

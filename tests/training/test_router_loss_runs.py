@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.small_models import save_language_model
-from tests.small import make_tokenizer
+from tests.small import make_tokenizer, write_pairs
 from tests.training.rank_runs import Act, Run, run_all
 from tests.training.short_runs import (
     Lost,
@@ -56,6 +57,19 @@ def test_micro_batches_and_shared_prompts_do_not_change_the_loss(base: Path) -> 
     without = rows(train(base, "without", "model.router_aux_loss_coef=0"))
     assert "train/router_aux_loss" not in without[0]
     assert without[0]["train/loss"] == pytest.approx(rows(Path("runs/run"))[0]["train/loss"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_responses_with_attributes_have_the_loss_whatever_the_micro_batches(base: Path) -> None:
+    draw = random.Random(0)
+    data = [{"prompt": f"Question {n // 2}?", "response": "so " * draw.randint(1, 9), "good": n % 5} for n in range(24)]
+    write_pairs(Path("train.parquet"), data)
+    write_pairs(Path("val.parquet"), data[:6])
+    attributes = ("objective.name=attributes", "model.attributes=[good]", "optim.clip_grad=0")
+    found = train(base, "run", LOSS, *attributes)
+    assert len(losses(found)) == 6 and rows(found)[-1]["train/bad_steps"] == 0
+    small = train(base, "small", LOSS, *attributes, "data.max_tokens_per_micro_batch=200", "data.share_prompts=false")
+    assert losses(small)[0] == pytest.approx(losses(found)[0], abs=1e-6)
 
 
 def test_other_types_are_refused(qwen2_folder: Path, in_tmp: Path, capsys: Any) -> None:
