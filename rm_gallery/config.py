@@ -117,9 +117,11 @@ def build(
     try:
         config = adapter.validate_python(values)
     except ValidationError as error:
+        by_key: dict[str, list[Any]] = {}
         for found in error.errors(include_url=False):
-            key = _key_of(found, known)
-            problems.setdefault(key, Problem(key, _describe(key, found, values, known)))
+            by_key.setdefault(_key_of(found, known), []).append(found)
+        for key, (first_found, *others) in by_key.items():
+            problems.setdefault(key, Problem(key, _describe(key, first_found, others, values, known)))
         # Drop the keys that are wrong and check the rest, to report all problems at once.
         for key in problems:
             _remove(values, key)
@@ -162,7 +164,7 @@ def known_keys(kind: type, prefix: str = "") -> dict[str, Any]:
 def text_keys_of(kind: type) -> set[str]:
     """Keys whose values are text, also in a list. Those of names with values are not: `{name: value}` is no text."""
     keys = known_keys(kind).items()
-    return {key for key, hint in keys if str in (hint, *get_args(hint)) and get_origin(hint) is not Mapping}
+    return {key for key, hint in keys if str in (hint, *get_args(hint)) and get_origin(hint) not in (Mapping, dict)}
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
@@ -341,22 +343,34 @@ def _key_of(found: Any, known: Mapping[str, Any]) -> str:
     return ".".join(parts)
 
 
-def _describe(key: str, found: Any, values: Mapping[str, Any], known: Mapping[str, Any]) -> str:
-    """The message for an error of pydantic, with key and value as they are written on the command line."""
+def _describe(key: str, found: Any, others: Sequence[Any], values: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    """The message for an error of pydantic, with key and value as they are written on the command line.
+
+    others: further errors of the key: of the other members of a union, or of other items of a list.
+    """
     if found["type"] == "unexpected_keyword_argument":
         return f"{key}: unknown key{_nearest_key(key, list(known))}"
     value = _value_at(values, key)
     if found["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", str(found["ctx"]["expected"]))
-        return f"{key}={value}: must be one of {', '.join(choices)}.{nearest(str(value), choices)}"
-    what = found["msg"].replace("Input should be ", "must be ").replace("Tuple", "tuple").partition(", ")[0]
+        is_union = str(found["loc"][-1]).startswith("literal[")
+        more = [f"or {_requirement(each).removeprefix('must be ')}" for each in others[:1] if is_union]
+        return f"{key}={value}: must be one of {', '.join([*choices, *more])}.{nearest(str(value), choices)}"
+    what = _requirement(found)
+    return f"{key}={value!r}: {what[0].lower()}{what[1:]}"
+
+
+def _requirement(found: Any) -> str:
+    """What an error of pydantic asks for, in our words."""
+    what: str = found["msg"].replace("Input should be ", "must be ").replace("Tuple", "tuple").partition(", ")[0]
     for theirs, ours in (
         ("a valid string", "text; put quotes around it"), ("a valid number", "a number"), ("a valid tuple", "a list"),
         ("a valid integer", "an integer"), ("a valid boolean", "true or false"), ("Field required", "too short"),
+        ("a valid list", "a list"), ("a valid dictionary", "names with values, {name: value}"),
         ("tuple", "list"), (" after validation", ""), ("a dictionary or an instance of", "a section with the keys of"),
     ):  # fmt: skip
         what = what.replace(theirs, ours)
-    return f"{key}={value!r}: {what[0].lower()}{what[1:]}"
+    return what
 
 
 def _nearest_key(path: str, known: Sequence[str]) -> str:
