@@ -83,7 +83,11 @@ def test_the_command_prints_accuracy_ties_and_the_total(
     in_tmp: Path, text_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rewards = {"win": [1.5, 0.5], "tie": [0.5, 0.5], "lose": [0.0, 1.0]}
-    monkeypatch.setattr(RewardScorer, "score_each", lambda _, groups: [rewards[each.responses[0]] for each in groups])
+
+    def score_each(_: RewardScorer, groups: Any, *, attributes: bool = False) -> list[Any]:
+        return [rewards[each.responses[0]] for each in groups]
+
+    monkeypatch.setattr(RewardScorer, "score_each", score_each)
     write(in_tmp / "a.csv", [{"chosen": name, "rejected": "x"} for name in ("win", "win", "tie", "lose")])
     write(in_tmp / "b.csv", [{"chosen": "win", "rejected": "x"}, {"chosen": "win", "rejected": "win"}])
     write(in_tmp / "c.csv", [{"response": "win"}])

@@ -39,7 +39,7 @@ class FakeScorer:
 
     inputs = InputBuilder("text")
 
-    def score_each(self, groups: Sequence[PreferenceGroup]) -> list[list[float]]:
+    def score_each(self, groups: Sequence[PreferenceGroup], *, attributes: bool = False) -> list[list[float]]:
         total = sum(len(text) for group in groups for text in group.responses)
         return [[zlib.crc32(str(text).encode()) / 2**32 + total for text in group.responses] for group in groups]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ def compose_plainly(kind: type, file: str | None, overrides: Sequence[str]) -> d
         section = values
         for each in sections:
             section = section.setdefault(each, {})
-        is_text = key in text_keys and value not in ("", "null") and not value.startswith(("[", "{"))
+        is_text = key in text_keys and value not in ("", "null") and not re.match(r"\[|{[^%{]", value)
         section[name] = value if is_text else yaml.safe_load(value)
     return values
 

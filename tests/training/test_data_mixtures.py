@@ -47,7 +47,7 @@ def test_margins_and_soft_labels_are_said_to_be_unused(
     write_pairs(in_tmp / "a.parquet", [{**row, "margin": 1.5, "p_chosen": 0.75} for row in text_pairs(8)])
     train(qwen2_folder, "data.train_files=a.parquet")
     printed = capsys.readouterr().err
-    assert printed.count("the data carry margins and soft labels, which the Bradley-Terry loss does not use") == 1
+    assert printed.count("the data carry margins and soft labels, which objective.name=bradley_terry does not use") == 1
 
 
 def test_a_weight_of_a_row_multiplies_its_loss(in_tmp: Path, qwen2_folder: Path) -> None:

@@ -55,7 +55,6 @@ def test_kernels_and_recomputation_give_one_loss_curve(in_tmp: Path, qwen2_folde
     [
         (["model.attention=varlen"], "model.attention=varlen: it needs a GPU; set auto"),
         (["model.attention=flex"], "model.attention=flex: it needs a GPU; set auto"),
-        (["model.attention=plain", "model.dropout=0.1"], "attention=plain: it does not support attention dropout"),
         (["model.attention=flash"], "model.attention"),
     ],
 )
