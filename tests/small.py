@@ -19,6 +19,13 @@ DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text")
 ENCODERS = ("bert", "roberta", "deberta-v2", "modernbert")
 
 
+def fast_first(values: Sequence[Any], count: int = 1) -> list[Any]:
+    """Values of `parametrize`: `make test` runs the first ones, `make test-all` the others."""
+    import pytest  # benchmarks make small models without it
+
+    return [*values[:count], *(pytest.param(value, marks=pytest.mark.slow) for value in values[count:])]
+
+
 def make_tokenizer(*, encoder: bool = False) -> Any:
     """Byte tokenizer: ChatML for decoders; `[CLS] ... [SEP]` around texts for encoders. Pad differs from EOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors

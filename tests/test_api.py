@@ -58,6 +58,7 @@ def test_rows_in_memory_train_as_their_file_does(in_tmp: Path, qwen2_folder: Pat
     assert losses[0] == losses[1] == losses[2]
 
 
+@pytest.mark.slow
 def test_callbacks_get_the_steps_validations_and_checkpoints(in_tmp: Path, qwen2_folder: Path) -> None:
     rows, calls = text_pairs(24, seed=0), []
     result = train(

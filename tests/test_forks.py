@@ -95,6 +95,7 @@ def test_torchrun_starts_forked_workers_as_it_starts_others(in_tmp: Path) -> Non
     assert not (in_tmp / "0.2").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_fails_with_its_worker(in_tmp: Path) -> None:
     (in_tmp / "script.py").write_text("import sys\nprint('out of here')\nsys.exit(5)\n")
     process = forks.torchrun("--standalone", str(in_tmp / "script.py"), log=in_tmp / "log")

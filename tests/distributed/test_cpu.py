@@ -71,7 +71,8 @@ def test_a_run_says_which_type_is_faster(
     assert (sentence in capsys.readouterr().err) == said
 
 
-@pytest.mark.parametrize(("units", "dtype"), [pytest.param(True, "bf16", marks=pytest.mark.slow), (False, "fp32")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("units", "dtype"), [(True, "bf16"), (False, "fp32")])
 def test_the_default_dtype_is_bf16_where_the_processor_has_units_for_it(
     in_tmp: Path, qwen2_folder: Path, monkeypatch: Any, units: bool, dtype: str
 ) -> None:

@@ -28,6 +28,7 @@ def test_mistakes_are_one_sentence(arguments: list[str], sentence: str, show: Sh
     assert sentence in show.error(*files(plain_rows(3, seed=0)), *arguments)
 
 
+@pytest.mark.slow
 def test_a_report_replaces_a_report_and_nothing_else(show: Show) -> None:
     arguments = [*files(plain_rows(3, seed=0)), "--html", "report.html"]
     Path("report.html").write_text("<html>my own page</html>")
@@ -41,6 +42,7 @@ def test_a_report_replaces_a_report_and_nothing_else(show: Show) -> None:
     assert sorted(path.name for path in Path().iterdir()) == ["report.html", "train.parquet"]
 
 
+@pytest.mark.slow
 def test_lengths_are_those_of_training(show: Show, qwen2_folder: Path) -> None:
     from rm_gallery.data.config import Side
     from rm_gallery.data.tokenization.tokenizer import load_tokenizer

@@ -23,7 +23,7 @@ from rm_gallery.modeling.attention.dispatch import AttentionSpec, attend
 from rm_gallery.modeling.decoder_layers import rms_norm, rotate
 from rm_gallery.modeling.reward_model import RewardModel, load_reward_model
 from rm_gallery.objectives import OBJECTIVES
-from tests.small import DECODERS, make_model, random_groups
+from tests.small import DECODERS, fast_first, make_model, random_groups
 
 
 @pytest.fixture(scope="module", params=DECODERS)
@@ -74,7 +74,7 @@ def test_attention_has_the_specification_that_the_library_asks_for(
     assert own == library and len(own) == 2
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", fast_first([False, True]))
 @pytest.mark.parametrize(("change", "tolerance"), [(with_full_last_layer, 1e-6), (with_library_layers, 1e-5)])
 def test_rewards_and_all_gradients_equal_the_full_computation(
     folder: Path, change: Callable[[RewardModel], RewardModel], tolerance: float, checkpointing: bool

@@ -16,10 +16,10 @@ from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.modeling.parallel.master_weights import MasterWeights
 from rm_gallery.modeling.reward_model import load_reward_model
 from rm_gallery.objectives.metrics import Sums
-from tests.small import DECODERS, make_model, random_groups
+from tests.small import DECODERS, fast_first, make_model, random_groups
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", fast_first([torch.bfloat16, torch.float32]))
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_micro_batch_on_the_meta_device(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     meta = torch.device("meta")

@@ -20,7 +20,7 @@ from rm_gallery.planning.model_shape import ModelShape, load_shape
 from rm_gallery.training.config import OptimConfig
 from rm_gallery.training.optim import build_optimizer
 from tests.planning.models import batch_and_pack, bytes_kept, model_and_shape
-from tests.small import DECODERS, ENCODERS
+from tests.small import DECODERS, ENCODERS, fast_first
 
 ONE = Layout("none", 1, 1, 2, False, False, False, False)
 PACK = Pack(8192, 8192, 8192 * 1000)
@@ -32,7 +32,7 @@ def fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_MAX_PLAIN_TOKENS", {})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", fast_first([torch.bfloat16, torch.float32]))
 @pytest.mark.parametrize("kind", [*DECODERS, *ENCODERS])
 def test_activations_are_what_the_model_keeps(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, shape = model_and_shape(kind, tmp_path / "model")

@@ -183,7 +183,7 @@ def other_layout(source: Path, folder: Path, tensors: dict[str, torch.Tensor], *
     return folder
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+@pytest.mark.parametrize("kind", ["qwen2", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_a_head_under_another_name_gives_the_same_rewards(kind: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

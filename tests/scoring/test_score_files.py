@@ -72,7 +72,7 @@ def test_pairs_keep_their_rows_and_get_two_columns(options: ScoreOptions, text_s
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_where_it_stopped(options: ScoreOptions, parts: int, in_tmp: Path) -> None:
     score_files(ScoreOptions(**{**vars(options), "output": "whole.parquet"}))
     with pytest.raises(Stopped):
@@ -180,6 +180,7 @@ def test_messages_responses_and_files_in_folders(in_tmp: Path, chat_folder: Path
     assert [row["reward_rejected"] for row in read_lines(Path("out/c.jsonl"))] == pytest.approx(rejected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_several_models_have_their_names_before_their_columns(
     options: ScoreOptions, text_folder: Path, chat_folder: Path, in_tmp: Path
 ) -> None:

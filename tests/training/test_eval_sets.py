@@ -87,6 +87,7 @@ def test_an_unknown_metric_or_set_is_refused_before_training(
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_sets_have_their_own_metrics_and_the_weights_stay_those_of_a_run_without(qwen2_folder: Path) -> None:
     every = ("trainer.test_freq=2", "data.max_tokens_per_micro_batch=2000", "trainer.val_before_train=true")
     plain = train(qwen2_folder, "plain", *every, "data.val_files=other.parquet", "model.dropout=0.1")

@@ -102,6 +102,7 @@ def test_a_signal_in_the_middle_of_a_step_leaves_the_step_for_later(
     assert_same_run(parts, whole)
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_ends_at_once(qwen2_folder: Path, monkeypatch: Any, capsys: Any) -> None:
     when_logged(monkeypatch, 0, send(signal.SIGTERM), val=True)
     run = train(qwen2_folder, "run", "trainer.val_before_train=true", status=143)
@@ -180,7 +181,11 @@ def test_a_longer_run_of_a_constant_rate_is_the_one_that_was_as_long_from_the_st
     ("settings", "sentence"),
     [
         (["trainer.total_epochs=3"], "belongs to a run of 6 steps, now 9 are configured, and with this schedule the "),
-        (["trainer.total_training_steps=2"], "is at step 3, past the 2 steps that are configured; raise "),
+        pytest.param(
+            ["trainer.total_training_steps=2"],
+            "is at step 3, past the 2 steps that are configured; raise ",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_length_that_cannot_be_is_refused(
@@ -192,6 +197,7 @@ def test_a_length_that_cannot_be_is_refused(
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_run_in_the_same_folder_is_refused_by_what_differs(
     qwen2_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:

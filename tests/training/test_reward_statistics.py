@@ -37,6 +37,7 @@ def data(in_tmp: Path) -> list[str]:
     return sorted({row[side] for row in rows for side in ("chosen", "rejected")})
 
 
+@pytest.mark.slow
 def test_they_are_of_distinct_responses_and_of_the_step_of_the_weights(
     data: list[str], qwen2_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
