@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 CODE_FILE = "modeling_reward.py"
+_BACKBONES = {"Llama4ForCausalLM": "model"}
+"""Causal language models whose backbone, and so its weights in files, has another name than their base_model_prefix."""
 
 
 def register(config: Any) -> bool:
@@ -38,11 +40,12 @@ def _make_class(language_model: Any, config_class: type) -> type:
     from transformers.modeling_layers import GenericForSequenceClassification
 
     base = _base_class(language_model)
+    prefix = _BACKBONES.get(language_model.__name__, language_model.base_model_prefix)
     name = language_model.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     return type(
         f"{name}ForSequenceClassification",
         (GenericForSequenceClassification, base),
-        {"config_class": config_class, "base_model_prefix": language_model.base_model_prefix, "__module__": __name__},
+        {"config_class": config_class, "base_model_prefix": prefix, "__module__": __name__},
     )
 
 

@@ -229,7 +229,7 @@ def _what(found: Estimate) -> list[str]:
         f"layout       model.strategy={config.model.strategy}: {spread}",
         f"             activation checkpointing {checkpointing}",
         f"data         {found.sample.how}",
-        f"             {found.workload.num_pairs:,} pairs per epoch, {per_pair:,.0f} tokens a pair ({once})",
+        f"             {found.workload.num_pairs:,} {_items(found)} per epoch, {per_pair:,.0f} tokens for each ({once})",
     ]
 
 
@@ -274,10 +274,15 @@ def _micro_batch(found: Estimate) -> list[str]:
     ]
 
 
+def _items(found: Estimate) -> str:
+    """What a step has `data.train_batch_size` of."""
+    return "rated responses" if found.config.data.attributes else "pairs"
+
+
 def _time(found: Estimate) -> list[str]:
     timing, work, config = found.timing, found.workload, found.config
     rate = f"{config.mfu:.0%} MFU (assumed, mfu={config.mfu:g})"
-    steps = f"{work.steps:,.0f} steps of {config.data.train_batch_size} pairs"
+    steps = f"{work.steps:,.0f} steps of {config.data.train_batch_size} {_items(found)}"
     each = f"{work.micro_batches_per_step:.3g} micro-batches per step on each {_owner(found)}"
     lines = [
         f"epoch        {_duration(timing.seconds)}: {timing.flops:.3g} FLOPs at {rate}",

@@ -136,7 +136,7 @@ def _count_characters(
         for row, group, prompt in read_groups(each.rows, reader, counts, bad_rows=config.bad_rows):
             texts = [_split_characters(text, chars_per_token, ids) for text in _texts(group)]
             try:
-                tokens = split_prefix(_fit(texts, config), group.comparisons)
+                tokens = split_prefix(_fit(texts, config), group.comparisons, group.ratings)
             except BadRow as error:
                 counts.drop(error, row.where, "drop")  # only an estimate: training decides
                 continue

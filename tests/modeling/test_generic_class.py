@@ -33,6 +33,7 @@ def class_of_the_folder(folder: Path) -> Any:
 
 @pytest.mark.parametrize(("kind", "values"), [
     ("granite", {"residual_multiplier": 0.22}), pytest.param("olmoe", {}, marks=pytest.mark.slow),
+    pytest.param("llama4_text", {}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_type_without_a_class_is_exported_with_one(kind: str, values: Any, tmp_path: Path) -> None:
     with quiet_transformers():

@@ -63,6 +63,15 @@ def test_a_training_configuration_can_be_estimated(capsys: pytest.CaptureFixture
     assert found["layout"]["checkpointing"] is True
 
 
+def test_rated_responses_are_counted_instead_of_pairs(capsys: pytest.CaptureFixture[str], in_tmp: Path) -> None:
+    rows = [{"prompt": f"p {n}", "response": "r" * n, "good": float(n % 3)} for n in range(1, 21)]
+    write_pairs(in_tmp / "a.parquet", rows)
+    options = ["data=a.parquet", "objective.name=attributes", "model.attributes=[good]", "data.train_batch_size=5"]
+    assert main(["estimate", "model=qwen2.5-0.5b", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "20 rated responses per epoch" in printed and "4 steps of 5 rated responses" in printed
+
+
 def test_the_plan_of_the_data_bounds_the_micro_batch(capsys: pytest.CaptureFixture[str], in_tmp: Path) -> None:
     write_pairs(Path("train.parquet"), text_pairs(64))
     found = _json(capsys, SEVEN, "data=train.parquet", "n_gpus=4", "data.train_batch_size=16")
