@@ -229,7 +229,7 @@ def _what(found: Estimate) -> list[str]:
         f"layout       model.strategy={config.model.strategy}: {spread}",
         f"             activation checkpointing {checkpointing}",
         f"data         {found.sample.how}",
-        f"             {found.workload.num_pairs:,} {_items(found)} per epoch, {per_pair:,.0f} tokens for each ({once})",
+        f"             {found.workload.num_pairs:,} {_items(found)} per epoch, {per_pair:,.0f} tokens each ({once})",
     ]
 
 
