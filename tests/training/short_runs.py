@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,14 @@ def when_logged(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[],
     monkeypatch.setattr(JsonLines, "log", log)
 
 
+@dataclass(frozen=True)
 class StandIn(BradleyTerry):
     """The Bradley-Terry objective with another function from rewards and a batch to the loss and metric sums."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+    function: Callable[..., Any] = lambda *_: None
 
     def __call__(self, rewards: Any, batch: Any) -> Any:
-        return self._function(rewards, batch)
+        return self.function(rewards, batch)
 
 
 class Lost(BaseException):

@@ -92,7 +92,7 @@ def test_a_signal_in_the_middle_of_a_step_leaves_the_step_for_later(
         return bradley_terry(rewards, batch)
 
     with monkeypatch.context() as patch:
-        patch.setitem(OBJECTIVES, "bradley_terry", StandIn(objective))
+        patch.setitem(OBJECTIVES, "bradley_terry", StandIn(function=objective))
         parts = train(model, "parts", *settings, status=143)
     micro_batches = next(calls)
     done = len(rows(parts))
@@ -136,7 +136,7 @@ def test_bad_steps_are_counted_over_starts(qwen2_folder: Path, monkeypatch: Any)
         loss, sums = bradley_terry(rewards, batch)
         return loss * (math.nan if int(batch.input_ids.sum()) % 3 == 0 else 1), sums
 
-    monkeypatch.setitem(OBJECTIVES, "bradley_terry", StandIn(objective))
+    monkeypatch.setitem(OBJECTIVES, "bradley_terry", StandIn(function=objective))
     whole = train(qwen2_folder, "whole", "trainer.max_bad_steps=6")
     when_logged(monkeypatch, 3, send(signal.SIGTERM))
     parts = train(qwen2_folder, "parts", "trainer.max_bad_steps=6", status=143)
@@ -156,7 +156,7 @@ def test_a_run_in_which_every_step_was_bad_goes_on_without_optimizer_state(
         return loss * (math.nan if next(calls) < 2 else 1), sums
 
     one_batch = "data.max_tokens_per_micro_batch=2000"
-    monkeypatch.setitem(OBJECTIVES, "bradley_terry", StandIn(objective))
+    monkeypatch.setitem(OBJECTIVES, "bradley_terry", StandIn(function=objective))
     whole = train(qwen2_folder, "whole", one_batch)
     calls = iter(range(1000))
     when_logged(monkeypatch, 2, send(signal.SIGTERM))

@@ -100,7 +100,7 @@ def broken_on(steps: set[int], how: str) -> Objective:
             loss = loss * math.nan if how == "loss" else loss + torch.sqrt((rewards * 0).abs()).sum()
         return loss, sums
 
-    return StandIn(objective)
+    return StandIn(function=objective)
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
