@@ -37,7 +37,7 @@ def _log_line(kind: str) -> str:
             config = config_of(kind, original_max_position_embeddings=4096, rope_scaling=rope)
             model: Any = SimpleNamespace(network=SimpleNamespace(config=config))
             sizes = SimpleNamespace(longest_text=np.array([5000]))
-            data: Any = SimpleNamespace(data=SimpleNamespace(sizes=sizes))
+            data: Any = SimpleNamespace(data=SimpleNamespace(sizes=sizes, labels=lambda: ()))
             check_data(TrainConfig(), model, data, None)
         check_class(config, what=kind)
         way = choose_way(config, "auto", what=kind)

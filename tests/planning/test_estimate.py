@@ -290,7 +290,7 @@ def test_every_own_key_is_named_in_the_help(capsys: pytest.CaptureFixture[str]) 
         main(["estimate", "--help"])
     text = capsys.readouterr().out
     own = [key for key in known_keys(EstimateConfig) if "." not in key]
-    assert [key for key in own if key not in text and key not in ("data", "optim", "trainer")] == []
+    assert [key for key in own if key not in text and key not in ("data", "objective", "optim", "trainer")] == []
     assert [kind for kind in KINDS if kind not in text] == []
 
 

@@ -80,7 +80,7 @@ def test_other_types_are_refused(qwen2_folder: Path, in_tmp: Path, capsys: Any) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [
-    ("model.freeze=2",), ("model.enable_gradient_checkpointing=true", "model.packing=padded"),
+    ("model.freeze=1",), ("model.enable_gradient_checkpointing=true", "model.packing=padded"),
     ("model.dropout=0.1", "model.fsdp_config.model_dtype=bf16", "trainer.log_freq=2"),
 ])  # fmt: skip
 def test_a_run_that_was_lost_resumes_bit_for_bit(options: tuple[str, ...], base: Path, monkeypatch: Any) -> None:
