@@ -61,12 +61,8 @@ def groups_of(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[d
     return [group for group in groups if group["params"]]
 
 
-class _MatrixMuon(torch.optim.Muon):
-    """torch.optim.Muon, which updates sharded matrices too.
-
-    A sharded matrix has its momentum sharded likewise. Its update is all-gathered in bfloat16, in which Muon
-    orthogonalizes, so every rank orthogonalizes the whole matrix, and its result is that of one process.
-    """
+class _ShardedSteps(torch.optim.Optimizer):
+    """Updates sharded parameters with `_step_sharded`, and leaves the others to the optimizer that follows it."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -79,8 +75,21 @@ class _MatrixMuon(torch.optim.Muon):
             {**group, "params": [each for each in group["params"] if not isinstance(each, DTensor)]}
             for group in groups
         ]  # fmt: skip
-        super().step()
-        self.param_groups = groups
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+
+    def _step_sharded(self, parameter: DTensor, group: dict[str, Any]) -> None:
+        raise AssertionError("defined by each optimizer")
+
+
+class _MatrixMuon(_ShardedSteps, torch.optim.Muon):
+    """torch.optim.Muon, which updates sharded matrices too.
+
+    A sharded matrix has its momentum sharded likewise. Its update is all-gathered in bfloat16, in which Muon
+    orthogonalizes, so every rank orthogonalizes the whole matrix, and its result is that of one process.
+    """
 
     def _step_sharded(self, parameter: DTensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
@@ -101,26 +110,12 @@ class _MatrixMuon(torch.optim.Muon):
         values.add_(local(shard.redistribute(placements=parameter.placements)))
 
 
-class Adafactor(torch.optim.Adafactor):
+class Adafactor(_ShardedSteps, torch.optim.Adafactor):
     """torch.optim.Adafactor, which updates sharded parameters too.
 
     A rank has the row means of its rows, and every rank the column means; sums over rows are reduced over ranks. No
     tensor is gathered.
     """
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if isinstance(parameter, DTensor) and parameter.grad is not None:
-                    self._step_sharded(parameter, group)
-        groups = self.param_groups
-        self.param_groups = [
-            {**group, "params": [each for each in group["params"] if not isinstance(each, DTensor)]}
-            for group in groups
-        ]  # fmt: skip
-        super().step()
-        self.param_groups = groups
 
     def _step_sharded(self, parameter: DTensor, group: dict[str, Any]) -> None:
         state, gradient, values = self.state[parameter], local(parameter.grad), local(parameter)
