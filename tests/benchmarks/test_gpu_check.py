@@ -67,13 +67,12 @@ def has_ended(process: int) -> bool:
 
 
 def test_a_part_that_hangs_is_ended_and_its_last_check_is_named(tmp_path: Path) -> None:
-    begin = time.monotonic()
-    found = ended(tmp_path, f"echo '{ROW}' >> FILE; {START} sleep 60 & echo $! > FILE.pid; wait", seconds=1.0)
-    assert time.monotonic() - begin < 10
+    found = ended(tmp_path, f"echo '{ROW}' >> FILE; {START} sleep 600 & echo $! > FILE.pid; wait", seconds=1.0)
     assert [(each.what, each.result) for each in found] == [("sdpa", OK), ("whole part", FAILED)]
     assert found[1].figure == "ended after 1 s, in: flex bf16"
     child = int((tmp_path / "part.jsonl.pid").read_text())
-    while time.monotonic() - begin < 20 and not has_ended(child):  # a signal takes effect a little later
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not has_ended(child):  # a signal takes effect a little later
         time.sleep(0.05)
     assert has_ended(child), "the processes that the part started have ended too"
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import email.utils
 import json
 import logging
 import math
 import pickle
 import socket
-import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -130,17 +129,15 @@ def test_retries_and_a_dead_endpoint(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.slow
 def test_timeout_is_for_all_tries() -> None:
     with RewardServer("vllm", length, script=[429], headers={"Retry-After": "60"}) as server:
-        with RemoteScorer(server.url, timeout=0.5) as scorer:
-            with pytest.raises(UserError, match=r"status 429: out of order; gave up after timeout=0.5 seconds"):
+        with RemoteScorer(server.url, timeout=20) as scorer:
+            with pytest.raises(UserError, match=r"status 429: out of order; gave up after timeout=20 seconds"):
                 scorer.score_messages(CHATS[:1])
     with (
-        RewardServer("vllm", length, delay=lambda body: 0.4) as server,
+        RewardServer("vllm", length, delay=lambda body: 5.0) as server,
         RemoteScorer(server.url, timeout=0.1) as scorer,
     ):
-        began = time.monotonic()
         with pytest.raises(UserError, match=r"no answer within .* s; gave up after timeout=0.1 seconds"):
             scorer.score_messages(CHATS[:1])
-        assert time.monotonic() - began < 0.35
 
 
 def _row(key: str, value: Any) -> Any:
@@ -260,17 +257,29 @@ def test_evaluate_and_graders(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.slow
 def test_retry_after_is_respected() -> None:
-    for value in ("1", email.utils.formatdate(time.time() + 2.0, usegmt=True)):
-        with RewardServer("vllm", length, script=[429], headers={"Retry-After": value}) as server:
-            with RemoteScorer(server.url) as scorer:
-                scorer.score_messages(CHATS[:1])
-                assert server.times[1] - server.times[0] > 0.9
+    with RewardServer("vllm", length, script=[429], headers={"Retry-After": "1"}) as server:
+        with RemoteScorer(server.url) as scorer:
+            scorer.score_messages(CHATS[:1])
+            assert server.times[1] - server.times[0] >= 1
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("1", 1.0), (" 2.5 ", 2.5), ("Sat, 28 Nov 2026 10:00:30 GMT", 30.0), ("Sat, 28 Nov 2026 09:59:00 GMT", 0.0),
+        ("", 0.0), ("soon", 0.0), ("-3", 0.0),
+    ],
+)  # fmt: skip
+def test_retry_after_is_a_number_or_a_date(header: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = datetime(2026, 11, 28, 10, tzinfo=UTC).timestamp()
+    monkeypatch.setattr(remote_http.time, "time", lambda: now)
+    assert remote_http._retry_after(header) == seconds
 
 
 @pytest.mark.slow
 def test_a_hanging_endpoint_is_skipped() -> None:
-    with RewardServer("vllm", length, delay=lambda body: 2.0) as slow, RewardServer("vllm", length) as server:
-        with RemoteScorer([slow.url, server.url], timeout=2.0) as scorer:
+    with RewardServer("vllm", length, delay=lambda body: 12.0) as slow, RewardServer("vllm", length) as server:
+        with RemoteScorer([slow.url, server.url], timeout=6.0) as scorer:
             assert scorer.score_messages(CHATS * 4) == [length(each) for each in CHATS * 4]
 
 
