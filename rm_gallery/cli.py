@@ -18,7 +18,7 @@ from typing import Any
 
 from rm_gallery import __version__
 from rm_gallery.errors import StoppedBySignal, UserError
-from rm_gallery.evaluation.command import add_evaluate
+from rm_gallery.evaluation.command import add_ensemble_options, add_evaluate
 from rm_gallery.folder_commands import add_export_legacy, add_merge, add_push, add_report, add_watch
 from rm_gallery.log import safe_traceback, setup_excepthook, setup_logging, wait_for_local_main
 from rm_gallery.safe_text import safe, visible
@@ -212,9 +212,7 @@ def _add_score(commands: Any) -> None:
         metavar="NAME=W,...",
         help="of a model's attributes in the reward, which is their sum",
     )
-    command.add_argument(
-        "--normalize", action="store_true", help="subtract the mean of the validation rewards, divide by their std"
-    )
+    add_ensemble_options(command, "subtract the mean of the validation rewards, divide by their std")
     _add_loading_options(command)
     command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
     command.set_defaults(run=_score, words="inputs", when_stopped="rerun the command to resume")
@@ -383,6 +381,7 @@ def _score(arguments: argparse.Namespace) -> None:
         template_date=arguments.template_date,
         best=arguments.best,
         normalize=arguments.normalize,
+        ensemble=arguments.ensemble,
         weights=arguments.weights,
         data=load_data_config(settings),
     )

@@ -11,6 +11,21 @@ from pathlib import Path
 from typing import Any
 
 
+def add_ensemble_options(command: argparse.ArgumentParser, normalize: str) -> None:
+    """normalize: what `--normalize` does."""
+    command.add_argument(
+        "--ensemble",
+        metavar="HOW",
+        help="the models' rewards as one: mean, lower (mean - std; lower:K for mean - K std) or min",
+    )
+    command.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help=f"{normalize} (default: rewards of an ensemble, where all models have these figures)",
+    )
+
+
 def add_evaluate(commands: Any, add_loading_options: Callable[[argparse.ArgumentParser], None]) -> None:
     command = commands.add_parser(
         "evaluate",
@@ -55,6 +70,7 @@ def add_evaluate(commands: Any, add_loading_options: Callable[[argparse.Argument
         "--baselines", action=argparse.BooleanOptionalAction, default=True, help="length and bag of words (on)"
     )
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of samples and bootstraps (0)")
+    add_ensemble_options(command, "normalize the rewards of an ensemble's models by their validation rewards")
     add_loading_options(command)
     command.add_argument(
         "--tokenizer",
@@ -71,7 +87,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from rm_gallery.evaluation.report import as_text
     from rm_gallery.evaluation.report_files import check_target, text_of, write_report
     from rm_gallery.evaluation.run import EvaluateOptions, run
-    from rm_gallery.evaluation.scorers import ScorerOptions
+    from rm_gallery.evaluation.scorers import ScorerOptions, with_ensemble
     from rm_gallery.evaluation.sets import is_setting, load_data_config, open_sets
     from rm_gallery.safe_text import safe
 
@@ -96,13 +112,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         quantized=not arguments.unquantized,
         template_date=arguments.template_date,
         tokenizer=arguments.tokenizer,
+        ensemble=arguments.ensemble or "mean",
+        normalize=arguments.normalize,
     )
+    models = arguments.model if arguments.ensemble is None else with_ensemble(arguments.model)
     with contextlib.ExitStack() as stack:
         sink = None
         if "rewardbench" in targets:
-            rewardbench_files.check_single(len(arguments.model), len(sets))
+            rewardbench_files.check_single(len(models), len(sets))
             sink = stack.enter_context(rewardbench_files.rewardbench_rows(targets["rewardbench"])).add
-        result = run(arguments.model, sets, options, loading, sink=sink)
+        result = run(models, sets, options, loading, sink=sink)
     command = shlex.join(["rm-gallery", *sys.argv[1:]])
     kinds = [name for name in targets if name != "rewardbench"]
     texts = {name: text_of(result, name, targets[name], command=command) for name in kinds}

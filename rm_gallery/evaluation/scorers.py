@@ -10,11 +10,9 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
-
-import numpy as np
 
 from rm_gallery.core.graders import BaseGrader
 from rm_gallery.core.graders.base_grader import GraderError, GraderRank, GraderScore
@@ -22,10 +20,12 @@ from rm_gallery.core.run_sync import run_sync
 from rm_gallery.data.tokenization.template_date import read_date
 from rm_gallery.errors import BadRow, UserError, nearest
 from rm_gallery.schema import InputStyle, Message, PreferenceGroup
+from rm_gallery.scoring.ensemble import EnsembleScorer, Reduction, members_of, shared_scale
 from rm_gallery.scoring.remote import names_servers, open_servers, short_name
 
 if TYPE_CHECKING:
     from rm_gallery.scoring import RemoteScorer, RewardScorer
+    from rm_gallery.scoring.base import BaseScorer
 
 log = logging.getLogger(__name__)
 
@@ -77,13 +77,17 @@ class ScorerOptions:
     template_date: str | None = None
     tokenizer: str | None = None
     """Of servers; see `RemoteScorer`."""
+    ensemble: str = "mean"
+    """How the rewards of an ensemble `a+b` become one; see `RewardScorer.from_folders`."""
+    normalize: bool | None = None
+    """Of ensembles alone; see `RewardScorer.from_folders`."""
 
 
 @dataclass
 class ModelScorer:
-    """A reward model in this process, or behind a server."""
+    """A reward model in this process or behind a server, or an ensemble of these."""
 
-    scorer: RewardScorer | RemoteScorer
+    scorer: BaseScorer
     name: str
     source: str
     kind: str = "model"
@@ -188,58 +192,6 @@ class GraderScorer:
         pass
 
 
-@dataclass
-class EnsembleScorer:
-    """The mean of the rewards of several scorers (Coste et al. 2024, ICLR, arXiv 2310.02743: mean optimization).
-
-    Rewards are not rescaled, since a scale would depend on the other rows of the set: members should come from the same
-    recipe. A member whose rewards spread much more than another's decides alone, which is a warning.
-    """
-
-    members: list[Scorer]
-    name: str
-    source: str
-    kind: str = "ensemble"
-    style: InputStyle = "chat"
-    _spread: list[list[float]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        styles = {member.style for member in self.members}
-        if len(styles) > 1:
-            raise UserError(
-                f"model={self.source}: an ensemble of a model that was trained on raw text and one that was trained on "
-                "chats; evaluate them apart"
-            )
-        [self.style] = styles
-
-    def score(self, groups: Sequence[PreferenceGroup]) -> Rewards:
-        found = [member.score(groups) for member in self.members]
-        self._spread.append([_variance(each) for each in found])
-        combined: Rewards = []
-        for results in zip(*found, strict=True):
-            bad = next((each for each in results if isinstance(each, Exception)), None)
-            good = [each for each in results if not isinstance(each, Exception)]
-            combined.append(bad if bad is not None else np.mean(good, axis=0).tolist())
-        return combined
-
-    def close(self) -> None:
-        if self._spread:
-            spread = np.sqrt(np.mean(self._spread, axis=0))
-            if spread.max() > 3 * spread.min():
-                log.warning(
-                    "%s: the rewards of %s spread %.3g times as much as those of %s, so it decides almost alone",
-                    self.name, self.members[int(spread.argmax())].name,
-                    spread.max() / max(spread.min(), 1e-12), self.members[int(spread.argmin())].name,
-                )  # fmt: skip
-        for member in self.members:
-            member.close()
-
-
-def _variance(results: Rewards) -> float:
-    values = [reward for each in results if not isinstance(each, Exception) for reward in each]
-    return float(np.var(values)) if values else 0.0
-
-
 def _turns(part: str | Sequence[Message | str]) -> list[Message]:
     """Messages; a raw text is one assistant turn, as a row without a prompt has it."""
     if isinstance(part, str):
@@ -319,8 +271,8 @@ def open_scorer(model: Any, name: str, options: ScorerOptions) -> Scorer:
     if isinstance(model, BaseGrader):
         return GraderScorer(model, name, repr(model))
     if isinstance(model, tuple):
-        members = [open_scorer(part, each, options) for part, each in zip(model, name_scorers(model), strict=True)]
-        return EnsembleScorer(members, name, "+".join(model))
+        ensemble = _load_ensemble(model, options)
+        return ModelScorer(ensemble, name, ensemble.folder, "ensemble")
     if isinstance(model, str) and names_servers(model):
         return ModelScorer(_connect(model, options), name, model, "server")
     if isinstance(model, str):
@@ -343,14 +295,30 @@ def check_models(models: Sequence[Any], options: ScorerOptions) -> list[Any]:
         if not isinstance(model, str | Path) or str(model).startswith(_GRADER):
             found.append(_make_grader(str(model)) if isinstance(model, str) else model)
             continue
-        folders = [_check_folder(part, options) for part in _members(str(model))]
+        folders = [_check_folder(part, options) for part in members_of(str(model))]
         found.append(folders[0] if len(folders) == 1 else tuple(folders))
+    ensembles = [each for each in found if isinstance(each, tuple)]
+    if options.normalize is not None and not ensembles:
+        raise UserError("--normalize is for ensembles, and none is named (--model A+B, or --ensemble); remove it")
+    Reduction(options.ensemble, key="--ensemble")
+    if options.normalize:
+        for each in ensembles:
+            shared_scale(each, True)
     parts = [part for each in found for part in (each if isinstance(each, tuple) else [each])]
     if options.tokenizer is not None and not any(isinstance(part, str) and names_servers(part) for part in parts):
         raise UserError(
             f"--tokenizer={options.tokenizer}: it is for models behind servers, and none is named; remove it"
         )
     return found
+
+
+def with_ensemble(models: Sequence[str]) -> list[str]:
+    """The models of `--ensemble`: as named if one is an ensemble `A+B`, else followed by that of all of them."""
+    if any(len(members_of(model)) > 1 for model in models):
+        return list(models)
+    if len(models) < 2:
+        raise UserError("--ensemble needs an ensemble: give --model more than once, or --model A+B")
+    return [*models, "+".join(models)]
 
 
 def _check_folder(model: str, options: ScorerOptions) -> str:
@@ -369,7 +337,16 @@ def _check_folder(model: str, options: ScorerOptions) -> str:
     return folder
 
 
-def _load(folder: str, options: ScorerOptions) -> RewardScorer:
+def _load_ensemble(models: Sequence[str], options: ScorerOptions) -> EnsembleScorer:
+    scale = shared_scale(models, options.normalize)
+    members: list[BaseScorer] = [
+        _connect(each, options) if names_servers(each) else _load(each, options, normalize=scale is not None)
+        for each in models
+    ]
+    return EnsembleScorer(members, reduce=options.ensemble, names=name_scorers(models))
+
+
+def _load(folder: str, options: ScorerOptions, *, normalize: bool = False) -> RewardScorer:
     from rm_gallery.scoring.scorer import RewardScorer
 
     return RewardScorer.from_folder(
@@ -381,21 +358,12 @@ def _load(folder: str, options: ScorerOptions) -> RewardScorer:
         template_date=options.template_date,
         base=options.base,
         quantized=options.quantized,
+        normalize=normalize,
     )
 
 
 def _connect(model: str, options: ScorerOptions) -> RemoteScorer:
     return open_servers(model, tokenizer=options.tokenizer, template_date=options.template_date)
-
-
-def _members(model: str) -> list[str]:
-    """The folders or servers of an ensemble `a+b`; a path that exists, or has no `+`, stands alone."""
-    if "+" not in model or Path(model).expanduser().exists():
-        return [model]
-    parts = [part.strip() for part in model.split("+")]
-    if not all(parts):
-        raise UserError(f"model={model}: an ensemble is two or more models joined by +, e.g. runs/a+runs/b")
-    return parts
 
 
 def _make_grader(text: str) -> BaseGrader:
@@ -423,7 +391,7 @@ def name_scorers(models: Sequence[Any]) -> list[str]:
     if twice is not None:
         raise UserError(f"model={twice} is named twice; name it once")
     members = {
-        str(each): _members(str(each))
+        str(each): members_of(str(each))
         for each in models
         if isinstance(each, str | Path) and not str(each).startswith(_GRADER)
     }

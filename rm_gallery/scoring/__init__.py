@@ -1,16 +1,21 @@
-"""Rewards from a trained model: `RewardScorer` and `RemoteScorer` in Python, `rm-gallery score` for files."""
+"""Rewards from trained models: `RewardScorer`, `RemoteScorer`, `EnsembleScorer`, and `rm-gallery score` for files."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rm_gallery.scoring.ensemble import EnsembleScorer
     from rm_gallery.scoring.remote import RemoteScorer
     from rm_gallery.scoring.scorer import RewardScorer
 
-__all__ = ["RemoteScorer", "RewardScorer"]
+__all__ = ["EnsembleScorer", "RemoteScorer", "RewardScorer"]
 
-_MODULES = {"RemoteScorer": "rm_gallery.scoring.remote", "RewardScorer": "rm_gallery.scoring.scorer"}
+_MODULES = {
+    "EnsembleScorer": "rm_gallery.scoring.ensemble",
+    "RemoteScorer": "rm_gallery.scoring.remote",
+    "RewardScorer": "rm_gallery.scoring.scorer",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -24,14 +24,19 @@ class BaseScorer(ABC):
     inputs: InputBuilder
     folder: str
     """What was loaded; identifies the scorer when grading resumes."""
+    attributes: tuple[str, ...] = ()
+    """Names of further numbers of each response; () for a scorer of one reward."""
 
     @abstractmethod
     def score(self, groups: Sequence[PreferenceGroup]) -> Rewards:
         """One list of K rewards per group, in the order of its responses. Raises UserError for one without a reward."""
 
     @abstractmethod
-    def score_each(self, groups: Sequence[PreferenceGroup]) -> list[list[Any] | Exception]:
-        """Like `score`, with an exception in place of the rewards of a group that cannot be scored."""
+    def score_each(self, groups: Sequence[PreferenceGroup], *, attributes: bool = False) -> list[list[Any] | Exception]:
+        """Like `score`, with an exception in place of the rewards of a group that cannot be scored.
+
+        attributes: in place of each reward a list of it and the numbers that `attributes` names, if it names any.
+        """
 
     @abstractmethod
     async def ascore(self, groups: Sequence[PreferenceGroup]) -> Rewards:
@@ -40,6 +45,15 @@ class BaseScorer(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free what the scorer holds. Idempotent."""
+
+    def score_attributes(self, groups: Sequence[PreferenceGroup]) -> list[list[dict[str, float]]]:
+        """Like `score`, with `reward` and every attribute by its name, for each response."""
+        groups = self.fitted(groups)
+        found = raise_first(self.score_each(groups, attributes=True), groups)
+        names = ("reward", *self.attributes)
+        return [
+            [dict(zip(names, each if self.attributes else [each], strict=True)) for each in group] for group in found
+        ]
 
     def build_group(self, query: Text | None, responses: Sequence[Text], tools: Tools | None = None) -> PreferenceGroup:
         """A query with responses, each text or messages, in the style that the model was trained on.

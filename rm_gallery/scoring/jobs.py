@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +22,7 @@ from rm_gallery.data.sources import DataFile
 from rm_gallery.data.sources.records import without_query
 from rm_gallery.data.sources.remote import is_url
 from rm_gallery.errors import UserError
+from rm_gallery.scoring.ensemble import ENSEMBLE, STD
 from rm_gallery.scoring.model_folder import ModelFolder, file_of
 from rm_gallery.scoring.parts import Parts, cannot_write
 from rm_gallery.scoring.tables import JSON_LINES, PARQUET, InputTable, ScoreDataConfig
@@ -48,8 +49,11 @@ class ScoreOptions:
     """Quantize the base model of adapters that were trained so (without `--unquantized`)."""
     template_date: str | None = None
     """Date (YYYY-MM-DD) for chat templates that write today's."""
-    normalize: bool = False
-    """Subtract the mean of the validation rewards and divide by their standard deviation (`--normalize`)."""
+    normalize: bool | None = None
+    """Subtract the mean of the validation rewards and divide by their standard deviation (`--normalize`). None does so
+    for the rewards of an ensemble alone, if all models have these figures."""
+    ensemble: str | None = None
+    """How the rewards of the models become that of an ensemble (`--ensemble`); None for no ensemble."""
     weights: Mapping[str, float] | None = None
     """Of the models' attributes in their reward (`--weights`)."""
     best: bool = False
@@ -98,10 +102,21 @@ class ScoringJob:
     """A fingerprint per model, of the input, the settings and the content of the model folder."""
     columns: list[str]
     """Columns that the output adds."""
+    ensemble: str = ""
+    """How the rewards of the models are combined; '' for no ensemble."""
 
     @property
     def fingerprint(self) -> str:
-        return _fingerprint([*self.models, "best"] if self.table.best else self.models)
+        return _fingerprint([*self.models, *["best"] * self.table.best, *([self.ensemble] if self.ensemble else [])])
+
+    @property
+    def ensemble_table(self) -> InputTable:
+        """The table with the columns of the ensemble, whose standard deviation is stored as an attribute."""
+        return replace(self.table, attributes=(STD,))
+
+    def ensemble_parts(self) -> Parts:
+        """The parts of the ensemble."""
+        return Parts(self.parts_folder / ENSEMBLE, self.fingerprint, self.ensemble_table.reward_columns, 1)
 
     @property
     def parts_folder(self) -> Path:
@@ -197,9 +212,13 @@ def _folders_of(file: DataFile) -> list[str]:
 
 
 def plan_jobs(
-    options: ScoreOptions, tables: Sequence[InputTable], names: Sequence[str], models: Sequence[ModelFolder]
+    options: ScoreOptions,
+    tables: Sequence[InputTable],
+    names: Sequence[str],
+    models: Sequence[ModelFolder],
+    scale: Sequence[tuple[float, float]] | None = None,
 ) -> list[ScoringJob]:
-    """Where the rewards and the output of each input go.
+    """Where the rewards and the output of each input go. scale: of the models of an ensemble; see `shared_scale`.
 
     Raises UserError for an output that does not suit the inputs, and for reward columns that exist already.
     """
@@ -217,14 +236,20 @@ def plan_jobs(
     for table, path in zip(tables, outputs, strict=True):
         if path.resolve() == Path(table.file.path).resolve():
             raise UserError(f"{path}: is the input itself; choose another --output")
+        ensemble = "" if options.ensemble is None else f"{options.ensemble} {scale}"
+        job = ScoringJob(table, path, [], [], ensemble)
         columns = [column for name in names for column in output_columns(table, name, len(names))]
+        if ensemble:
+            columns += output_columns(job.ensemble_table, ENSEMBLE, len(names))
         existing = [column for column in columns if column in table.columns]
         if existing:
             raise UserError(f"{table.file.name}: already has a column {existing[0]!r}; rename it")
         facts = [table.file.identity, table.format_name, asdict(table.config), options.dtype, options.device]
-        facts += ["normalize"] * options.normalize + ([dict(options.weights)] if options.weights is not None else [])
+        facts += ["normalize"] * bool(options.normalize) + (
+            [dict(options.weights)] if options.weights is not None else []
+        )
         prints = [_fingerprint([*facts, model.fingerprint]) for model in models]
-        jobs.append(ScoringJob(table, path, prints, columns))
+        jobs.append(replace(job, models=prints, columns=columns))
     return jobs
 
 

@@ -12,7 +12,8 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Container, Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -157,6 +158,38 @@ class Parts:
     def _digest(self, start: int, table: pa.Table) -> bytes:
         content = repr((self._fingerprint, start, table.to_pydict()))
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest().encode()
+
+
+def row_rewards(part: pa.Table, columns: Sequence[str]) -> list[list[float] | None]:
+    """The rewards of each row of a part in the order of its responses; None for a row without.
+
+    columns: of rewards; see `InputTable.base_columns`.
+    """
+    values = [part[column].to_pylist() for column in columns]
+    if tuple(columns) == ("rewards",):
+        return values[0]
+    return [None if each[0] is None else list(each) for each in zip(*values, strict=True)]
+
+
+def combine_parts(
+    members: Sequence[Parts], target: Parts, columns: Sequence[str], combine: Callable[[list[Any]], list[Any]]
+) -> None:
+    """Write the parts of an ensemble from those of its members, which hold the same rows.
+
+    columns: see `row_rewards`. combine: from the rewards of a row by member to the results of its responses.
+    """
+    shutil.rmtree(target.folder, ignore_errors=True)
+    target.folder.mkdir(parents=True)
+    start = 0
+    for tables in zip(*(each.read() for each in members), strict=True):
+        results: list[Result] = []
+        rewards = [row_rewards(table, columns) for table in tables]
+        reasons = [table[REASON].to_pylist() for table in tables]
+        for found, why in zip(zip(*rewards, strict=True), zip(*reasons, strict=True), strict=True):
+            reason = next((each for each in why if each is not None), None)
+            results.append((None, reason) if reason is not None else (combine(list(found)), None))
+        target.write(Block(start, [], tables[0][_HASH].to_pylist()), results)
+        start += len(results)
 
 
 def _output(reward: Any, place: int) -> float:

@@ -16,7 +16,7 @@ from rm_gallery.data.formats.joined import join_rows
 from rm_gallery.data.formats.registry import find_format
 from rm_gallery.data.sources import Row
 from rm_gallery.errors import BadRow, Dropped
-from rm_gallery.scoring.parts import Parts
+from rm_gallery.scoring.parts import Parts, row_rewards
 from rm_gallery.scoring.tables import InputTable
 
 
@@ -104,9 +104,4 @@ def _rows(table: InputTable) -> Iterator[tuple[Row, int]]:
 def _rewards(table: InputTable, parts: Parts) -> Iterator[list[float] | None]:
     """The rewards of each row, in the order of its responses."""
     for part in parts.read():
-        columns = [part[column].to_pylist() for column in table.base_columns]
-        for values in zip(*columns, strict=True):
-            if table.base_columns == ("rewards",):
-                yield values[0]
-            else:
-                yield None if values[0] is None else list(values)
+        yield from row_rewards(part, table.base_columns)

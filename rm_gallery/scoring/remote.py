@@ -106,7 +106,7 @@ class RemoteScorer(BaseScorer):
         groups = self.fitted(groups)
         return raise_first(self._score(groups), groups)
 
-    def score_each(self, groups: Sequence[PreferenceGroup]) -> list[list[Any] | Exception]:
+    def score_each(self, groups: Sequence[PreferenceGroup], *, attributes: bool = False) -> list[list[Any] | Exception]:
         """Like `score`, with an exception in place of the rewards of a group that cannot be scored."""
         return self._score(self.fitted(groups))
 

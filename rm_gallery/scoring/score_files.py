@@ -25,6 +25,7 @@ from rm_gallery.data.sources.local import exists_here
 from rm_gallery.errors import BadRow, Dropped, Problem, UserError
 from rm_gallery.progress_bar import ProgressBar
 from rm_gallery.schema import PreferenceGroup
+from rm_gallery.scoring.ensemble import ENSEMBLE, Reduction, shared_scale
 from rm_gallery.scoring.jobs import (
     ComputeSettings,
     ScoreOptions,
@@ -36,7 +37,7 @@ from rm_gallery.scoring.jobs import (
     plan_jobs,
 )
 from rm_gallery.scoring.model_folder import ModelFolder, choose_checkpoint, file_of
-from rm_gallery.scoring.parts import REASON, Parts, Result, blocks, cannot_write
+from rm_gallery.scoring.parts import REASON, Parts, Result, blocks, cannot_write, combine_parts
 from rm_gallery.scoring.preferences import Agreement, measure
 from rm_gallery.scoring.tables import (
     KEY,
@@ -168,7 +169,9 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
     tables = [replace(table, attributes=attributes) for table in tables]
     names = name_models(options.models)
     models = [ModelFolder(model, options.base, quantized=options.quantized) for model in options.models]
-    jobs = plan_jobs(options, tables, names, models)
+    reduction, scale = _find_ensemble(options, names)
+    jobs = plan_jobs(options, tables, names, models, scale)
+    named = names if reduction is None else [*names, ENSEMBLE]
     with ExitStack() as locks:
         for job in jobs:
             if not job.is_done():  # finished outputs may be on a file system that is read-only by now
@@ -186,9 +189,44 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
                     _score_table(job, parts, scorer, name if len(names) > 1 else "", settings, on_part)
                     models[number].check_unchanged()
                     if number == len(names) - 1:
-                        _finish(job, names, [job.parts(each, settings) for each in range(len(names))])
+                        found = [job.parts(each, settings) for each in range(len(names))]
+                        if reduction is not None:
+                            found.append(_combine(job, found, reduction, scale))
+                        _finish(job, named, found)
                 scorer.close()
-        return [_describe(job, names, finished[job.output]) for job in jobs]
+        return [_describe(job, named, finished[job.output]) for job in jobs]
+
+
+def _find_ensemble(
+    options: ScoreOptions, names: Sequence[str]
+) -> tuple[Reduction | None, list[tuple[float, float]] | None]:
+    """How the models' rewards are combined, and their scales. Raises UserError for models that cannot be."""
+    if options.ensemble is None:
+        return None, None
+    reduction = Reduction(options.ensemble, key="--ensemble")
+    if len(names) < 2:
+        raise UserError("--ensemble combines the rewards of several models; give --model more than once")
+    if ENSEMBLE in names:
+        raise UserError(f"--model: {ENSEMBLE} is the name of the ensemble's columns; rename the folder")
+    if options.normalize:
+        return reduction, None  # the models' own columns are normalized
+    return reduction, shared_scale(options.models, options.normalize, options.weights)
+
+
+def _combine(
+    job: ScoringJob, parts: Sequence[Parts], reduction: Reduction, scale: list[tuple[float, float]] | None
+) -> Parts:
+    """The parts of the ensemble, from those of the models."""
+    found = job.ensemble_parts()
+
+    def combine(rewards: list[list[float]]) -> list[list[float]]:
+        return [list(each) for each in reduction.of(rewards, scale)]
+
+    try:
+        combine_parts(parts, found, job.table.base_columns, combine)
+    except OSError as error:
+        raise cannot_write(job.output, error) from error
+    return found
 
 
 def _attributes(options: ScoreOptions) -> tuple[str, ...]:
@@ -254,7 +292,7 @@ class _LazyScorer:
                 trust_remote_code=self._options.trust_remote_code,
                 template_date=self._options.template_date,
                 base=self._options.base,
-                normalize=self._options.normalize,
+                normalize=bool(self._options.normalize),
                 quantized=self._options.quantized,
                 weights=self._options.weights,
             )
@@ -347,7 +385,8 @@ def _score_rows(chunk: Sequence[Row], job: ScoringJob, reader: RowReader, scorer
 
 def _finish(job: ScoringJob, names: Sequence[str], parts: Sequence[Parts]) -> None:
     """Write the output atomically and remove the parts."""
-    columns = [output_columns(job.table, name, len(names)) for name in names]
+    tables = [job.ensemble_table if job.ensemble and name == ENSEMBLE else job.table for name in names]
+    columns = [output_columns(table, name, len(names)) for table, name in zip(tables, names, strict=True)]
     folder = job.parts_folder
     try:
         with files.atomic_write(job.output, temporary=folder / f"output.{os.getpid()}.tmp") as temporary:

@@ -15,7 +15,9 @@ from rm_gallery.scoring import forks
 from rm_gallery.scoring.base import BaseScorer, Rewards, find_bad_reward, raise_first
 from rm_gallery.scoring.batcher import Batcher
 from rm_gallery.scoring.engine import Encoded, Engine
+from rm_gallery.scoring.ensemble import EnsembleScorer, shared_scale
 from rm_gallery.scoring.inputs import InputBuilder
+from rm_gallery.scoring.jobs import name_models
 from rm_gallery.scoring.loading import ScoringModel, load_folder
 from rm_gallery.scoring.model_folder import Stats, choose_checkpoint, stats_of
 
@@ -38,8 +40,11 @@ class RewardScorer(BaseScorer):
         """
         self.folder = ""
         """Folder of the model; identifies the scorer when grading resumes."""
+        self.reward_form = f"{normalize} {weights}" if normalize or weights else ""
+        """How rewards differ from those of the folder; identifies the scorer too."""
         self._origin: tuple[dict[str, Any], Stats] | None = None
         self.engine = Engine(source, token_budget=token_budget, normalize=normalize, weights=weights)
+        self.attributes = tuple(source.record.attributes)  # names of the model's outputs (`model.attributes`)
         reads_tools = "tools" in str(source.tokenizer.chat_template)
         self.inputs = InputBuilder(source.record.input_style, source.record.separator, reads_tools=reads_tools)
         self._batcher = Batcher(self.engine)
@@ -90,6 +95,26 @@ class RewardScorer(BaseScorer):
         scorer.folder, scorer._origin = str(folder), origin
         return scorer
 
+    @classmethod
+    def from_folders(
+        cls, folders: Sequence[str | Path], *, reduce: str = "mean", normalize: bool | None = None, **loading: Any
+    ) -> EnsembleScorer:
+        """Load several models as one ensemble, a scorer with the same methods; all are in memory.
+
+        reduce: how their rewards become one: `mean`, `lower` (mean - std over the members; `lower:K` for mean - K std)
+        or `min`. normalize: rewards of different runs have different scales, so each is normalized by its validation
+        rewards (see `from_folder`) before they are combined. None does so if every folder has these figures, else it
+        warns; True requires them, and False combines rewards as they are. loading: other arguments of `from_folder`.
+
+        Raises UserError as `from_folder`, for a folder that is named twice, and for models that do not read the same
+        texts (raw text and chats).
+        """
+        models = [choose_checkpoint(str(folder), key="model") for folder in folders]
+        names = name_models(models)
+        scale = shared_scale(models, normalize, loading.get("weights"))
+        members = [cls.from_folder(model, normalize=scale is not None, **loading) for model in models]
+        return EnsembleScorer(members, reduce=reduce, names=names)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies hold the folder and the settings; the copy loads the model again."""
         if self._origin is None:
@@ -113,20 +138,6 @@ class RewardScorer(BaseScorer):
         encoded = self.engine.encode(groups)
         raise_first(encoded, groups)
         return raise_first(self._run(encoded), groups)
-
-    @property
-    def attributes(self) -> tuple[str, ...]:
-        """Names of the model's outputs (`model.attributes`); () for a model of one reward."""
-        return tuple(self.record.attributes)
-
-    def score_attributes(self, groups: Sequence[PreferenceGroup]) -> list[list[dict[str, float]]]:
-        """Like `score`, with `reward` and every attribute of the model by its name, for each response."""
-        groups = self.fitted(groups)
-        found = raise_first(self.score_each(groups, attributes=True), groups)
-        names = ("reward", *self.attributes)
-        return [
-            [dict(zip(names, each if self.attributes else [each], strict=True)) for each in group] for group in found
-        ]
 
     def score_each(self, groups: Sequence[PreferenceGroup], *, attributes: bool = False) -> list[list[Any] | Exception]:
         """Like `score`, with an exception in place of the rewards of a group that cannot be scored.

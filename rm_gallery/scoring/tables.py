@@ -82,7 +82,11 @@ class InputTable:
     @property
     def added_columns(self) -> tuple[str, ...]:
         """Columns of a model in the output."""
-        return (*self.reward_columns, *BEST_COLUMNS) if self.best else self.reward_columns
+        return self.added_columns_of(self.reward_columns)
+
+    def added_columns_of(self, reward_columns: tuple[str, ...]) -> tuple[str, ...]:
+        """Columns of a model with these columns of rewards in the output."""
+        return (*reward_columns, *BEST_COLUMNS) if self.best else reward_columns
 
     @property
     def reward_columns(self) -> tuple[str, ...]:
@@ -235,8 +239,8 @@ def _with_rewards(table: InputTable, parts: Sequence[Parts]) -> Iterator[tuple[C
 def _write_parquet(table: InputTable, output: Path, parts: Sequence[Parts], columns: Sequence[Sequence[str]]) -> None:
     given = _input_schema(table)
     schema = given
-    for names in columns:
-        for name, column in zip(names, table.added_columns, strict=True):
+    for names, each in zip(columns, parts, strict=True):
+        for name, column in zip(names, table.added_columns_of(each.columns), strict=True):
             schema = schema.append(
                 pa.field(
                     name, _TYPES.get(column.split("_")[0] if column.startswith("rewards_") else column, pa.float32())
@@ -246,8 +250,8 @@ def _write_parquet(table: InputTable, output: Path, parts: Sequence[Parts], colu
         waiting: list[pa.Table] = []
         for chunk, rewards in _with_rewards(table, parts):
             rows = _as_table(chunk, given)
-            for taken, names in zip(rewards, columns, strict=True):
-                for name, values in zip(names, _added_values(table, chunk, taken), strict=True):
+            for taken, names, each in zip(rewards, columns, parts, strict=True):
+                for name, values in zip(names, _added_values(table, chunk, taken, each.columns), strict=True):
                     rows = rows.append_column(name, values)
             waiting.append(rows.cast(schema))
             if sum(map(len, waiting)) >= _ROW_GROUP_ROWS:
@@ -257,9 +261,9 @@ def _write_parquet(table: InputTable, output: Path, parts: Sequence[Parts], colu
             writer.write_table(pa.concat_tables(waiting))
 
 
-def _added_values(table: InputTable, chunk: Chunk, taken: pa.Table) -> list[Any]:
-    """The values of `added_columns` for the rows of a chunk, from their rewards by one model."""
-    values: list[Any] = [taken[column] for column in table.reward_columns]
+def _added_values(table: InputTable, chunk: Chunk, taken: pa.Table, columns: Sequence[str]) -> list[Any]:
+    """The values of `added_columns` for the rows of a chunk, from their rewards by one model; columns: of its parts."""
+    values: list[Any] = [taken[column] for column in columns]
     if table.best:
         reader = table.reader("chat")
         best = [
@@ -317,7 +321,11 @@ def _write_lines(table: InputTable, output: Path, parts: Sequence[Parts], column
     names = [json.dumps(name) for each in columns for name in each]
     with output.open("wb") as file:
         for chunk, rewards in _with_rewards(table, parts):
-            listed = [values.to_pylist() for taken in rewards for values in _added_values(table, chunk, taken)]
+            listed = [
+                values.to_pylist()
+                for taken, each in zip(rewards, parts, strict=True)
+                for values in _added_values(table, chunk, taken, each.columns)
+            ]
             for line, *values in zip(_json_objects(chunk), *listed, strict=True):
                 added = ", ".join(f"{name}: {_json_value(value)}" for name, value in zip(names, values, strict=True))
                 opened = line[:-1].rstrip()

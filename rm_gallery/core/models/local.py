@@ -27,6 +27,7 @@ from rm_gallery.modeling.weight_files import (
     read_weight_folder,
 )
 from rm_gallery.schema import Message
+from rm_gallery.scoring.ensemble import EnsembleScorer, Reduction, members_of, shared_scale
 from rm_gallery.scoring.model_folder import newest_checkpoint
 
 _MAX_BATCH = 32  # conversations that generate together
@@ -53,16 +54,24 @@ def open_folder(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     base: str | None = None,
-    normalize: bool = False,
+    normalize: bool | None = None,
     quantized: bool = True,
+    ensemble: str = "mean",
 ) -> LocalRewardModel | LocalGenerator:
     """The model of a checkpoint folder. Reads its configuration without torch and loads no weights.
 
-    base: of an adapter (LoRA), which is a reward model if it holds a head; that is known when it is loaded.
-    normalize, quantized: see `RewardScorer.from_folder`.
+    model: a folder, or reward model folders joined by +. base: of an adapter (LoRA), which is a reward model if it
+    holds a head; that is known when it is loaded. normalize, quantized: see `RewardScorer.from_folder`. normalize,
+    ensemble (`reduce`): of an ensemble, see `RewardScorer.from_folders`.
     Raises UserError for a missing folder, a missing configuration or weights, a classifier with several labels, and
     another kind of model or adapter.
     """
+    members = members_of(model)
+    if len(members) > 1:
+        settings: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        settings |= {"base": base, "quantized": quantized}
+        return LocalEnsemble(model, members, ensemble, normalize, settings)
+    normalize = bool(normalize)
     folder = Path(model).expanduser()
     if not folder.is_dir():
         raise UserError(f"model={model}: no such folder (working directory {Path.cwd()}); is_local=True needs a folder")
@@ -199,6 +208,31 @@ class LocalRewardModel(_LocalModel):
         [[reward]] = await scorer.ascore([group])
         metadata = {"model": str(self.folder), "finish_reason": "stop", "attempts": 1}
         return ChatResponse(content=repr(float(reward)), parsed={"reward": float(reward)}, metadata=metadata)
+
+
+class LocalEnsemble(LocalRewardModel):
+    """Several checkpoints with one reward; each is shared with other chat models of its folder."""
+
+    def __init__(
+        self, model: str, folders: Sequence[str], reduce: str, normalize: bool | None, settings: dict[str, Any]
+    ) -> None:
+        """Raises UserError for a folder that holds no reward model, and for an unknown `reduce`."""
+        from rm_gallery.scoring.jobs import name_models
+
+        super().__init__(Path(model), settings["device"], settings["dtype"], settings["trust_remote_code"])
+        self._reduce = Reduction(reduce, key="ensemble").text
+        self._names, scale = name_models(folders), shared_scale(folders, normalize)
+        self._members = [open_folder(each, normalize=scale is not None, **settings) for each in folders]
+        wrong = next((each for each in self._members if not isinstance(each, LocalRewardModel)), None)
+        if wrong is not None:
+            raise UserError(f"model={model}: {wrong.folder} is a language model, and an ensemble is of reward models")
+
+    def engine(self) -> EnsembleScorer:
+        """The loaded members; see `_LocalModel.engine`."""
+        if self._engine is None:
+            members = [each.engine() for each in self._members]
+            self._engine = EnsembleScorer(members, reduce=self._reduce, names=self._names)
+        return self._engine
 
 
 class LocalGenerator(_LocalModel):

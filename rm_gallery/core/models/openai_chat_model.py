@@ -53,11 +53,12 @@ class OpenAIChatModel(BaseChatModel):
         dtype: str = "auto",
         trust_remote_code: bool = False,
         base: str | None = None,
-        normalize: bool = False,
+        normalize: bool | None = None,
         quantized: bool = True,
+        ensemble: str = "mean",
         **options: Any,
     ) -> None:
-        """model: name at the endpoint, or with `is_local` the checkpoint folder.
+        """model: name at the endpoint, or with `is_local` the checkpoint folder, or reward model folders joined by +.
 
         api_key, base_url: default to the environment variables OPENAI_API_KEY and OPENAI_BASE_URL.
         timeout: seconds without data until a request fails; all tries of a call together may take
@@ -68,6 +69,7 @@ class OpenAIChatModel(BaseChatModel):
         trust_remote_code: run model code from the folder, for architectures that transformers does not have.
         base: for the folder of an adapter (LoRA), its base model, if it is not the one that adapter_config.json names.
         normalize: for the folder of a reward model, return (reward - mean) / std of its validation rewards.
+        normalize, ensemble: for an ensemble `A+B`, see `RewardScorer.from_folders` (there `reduce`).
         quantized: for the folder of an adapter whose base model was quantized in training (QLoRA), quantize it the same
         way; False uses the base model that is not quantized.
         options: sent with every request (temperature, max_tokens, extra_body, ...).
@@ -75,13 +77,15 @@ class OpenAIChatModel(BaseChatModel):
         """
         super().__init__(model)
         self.is_local, self.options = is_local, options
+        forms = ["normalized"] * bool(normalize) + [ensemble] * (ensemble != "mean")
+        self.reward_form = " ".join(forms)  # another one is another grader when a run is resumed
         self._local: LocalRewardModel | LocalGenerator | None = None
         self._endpoint: _Endpoint | None = None
         self._takes_format = True
         if is_local:
             self._local = open_folder(
                 model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, base=base, normalize=normalize,
-                quantized=quantized,
+                quantized=quantized, ensemble=ensemble,
             )  # fmt: skip
         else:
             self._endpoint = _Endpoint(model, api_key, base_url, timeout, max_retries)

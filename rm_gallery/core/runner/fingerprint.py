@@ -85,7 +85,8 @@ def _seen(value: Any) -> Any:
     for name in ("model", "folder"):  # a chat model, a scorer
         if isinstance(getattr(value, name, None), str | Path):
             options = _seen(getattr(value, "options", None))
-            return [_class_name(value), str(getattr(value, name)), options]
+            form = getattr(value, "reward_form", "")
+            return [_class_name(value), str(getattr(value, name)), options, *([form] if form else [])]
     try:
         return [_class_name(value), json.loads(json.dumps(to_plain(value), default=_class_name))]
     except (TypeError, ValueError):
