@@ -12,6 +12,7 @@ from rm_gallery.errors import UserError
 from rm_gallery.modeling.model_folder import check_class
 from rm_gallery.modeling.packing import check_loaded, choose_way
 from rm_gallery.modeling.twin import build_twin
+from rm_gallery.objectives import OBJECTIVES
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.data_setup import check_data
 
@@ -38,7 +39,7 @@ def _log_line(kind: str) -> str:
             model: Any = SimpleNamespace(network=SimpleNamespace(config=config))
             sizes = SimpleNamespace(longest_text=np.array([5000]))
             data: Any = SimpleNamespace(data=SimpleNamespace(sizes=sizes, labels=lambda: ()))
-            check_data(TrainConfig(), model, data, None)
+            check_data(TrainConfig(), OBJECTIVES["bradley_terry"], model, data, None)
         check_class(config, what=kind)
         way = choose_way(config, "auto", what=kind)
         if not way.is_checked:

@@ -25,6 +25,8 @@ class Comparison:
     """Strength of the preference, in the unit of the data (score difference, steps of a scale); None if unknown."""
     p_better: float | None = None
     """Soft label: fraction of annotators who prefer `better`, 0 to 1; None if unknown."""
+    tied: bool = False
+    """Neither is better: a tie, which only objectives with ties read (`data.ties`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import os
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def show_data(
     command = shlex.join(["rm-gallery", "show-data", *options, "--samples", str(samples), *overrides])
     made = time.strftime("%Y-%m-%d %H:%M %Z")
     about = (("made", f"{made}, by rm-gallery {__version__}"), ("command", redact(command)))
+    config = replace(config, data=replace(config.data, ties=False))  # a tie has no chosen response
     page = page_of(inspect_data(config, num_samples=samples), about)
     if target is not None:
         try:

@@ -17,7 +17,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +69,8 @@ class InputRecord:
     """Names of the outputs of the reward head, if they are attributes of a response; () for one reward."""
     attribute_weights: Sequence[float] = ()
     """Of each attribute in the reward of a response, which is their weighted sum."""
+    objective: Mapping[str, Any] = field(default_factory=dict)
+    """The objective's name and the values of its parameters, if it has any: e.g. the threshold of ties."""
     own_rendering: bool = False
     """A custom dataset class rendered the conversations, not the folder's chat template: texts that it rendered get the
     rewards of training, message lists do not."""

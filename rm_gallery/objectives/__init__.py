@@ -9,11 +9,13 @@ from typing import Any
 from rm_gallery.objectives.attributes import Attributes
 from rm_gallery.objectives.base import Objective
 from rm_gallery.objectives.bradley_terry import bradley_terry
+from rm_gallery.objectives.davidson import Davidson
 from rm_gallery.objectives.focal import Focal
 from rm_gallery.objectives.hinge import Hinge
 from rm_gallery.objectives.margin import Margin
 from rm_gallery.objectives.pairwise import PairObjective
 from rm_gallery.objectives.plackett_luce import PlackettLuce
+from rm_gallery.objectives.rao_kupper import RaoKupper
 from rm_gallery.objectives.regression import Regression
 from rm_gallery.objectives.scaled import Scaled
 from rm_gallery.objectives.soft import Soft
@@ -25,6 +27,8 @@ OBJECTIVES: dict[str, Objective] = {
     "soft": Soft(),
     "focal": Focal(),
     "hinge": Hinge(),
+    "rao_kupper": RaoKupper(),
+    "davidson": Davidson(),
     "plackett_luce": PlackettLuce(),
     "regression": Regression(),
     "attributes": Attributes(),
@@ -43,5 +47,5 @@ def build_objective(name: str, attributes: Sequence[str] = (), options: Mapping[
     objective = OBJECTIVES[name]
     if not isinstance(objective, PairObjective):
         return objective
-    own = {each.name for each in fields(objective)}
+    own = {each.name for each in fields(objective) if each.init}
     return replace(objective, **{key: value for key, value in (options or {}).items() if key in own})

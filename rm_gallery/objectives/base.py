@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rm_gallery.data.batching.packed_batch import PackedBatch
+from rm_gallery.data.token_cache.arrays import TokenData
 
 # R responses, A outputs of the reward head
 
@@ -32,6 +33,20 @@ class Objective(ABC):
     """Whether these labels are factors of the loss, so that they must not be negative."""
     divisible: ClassVar[bool] = True
     """Whether the items of one group may be computed in several micro-batches."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters beside those of the model, by name: float32, on every rank, trained at `objective.threshold_lr`.
+
+        The loss of a micro-batch without items must depend on them too, so that they have a gradient on every rank.
+        """
+        return {}
+
+    def start(self, data: TokenData) -> None:  # noqa: B027 (most have no parameters)
+        """Set the parameters to where training starts. data: the training data."""
+
+    def record(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Plain values for config.json and model card of a checkpoint whose parameters have these values."""
+        return {}
 
     def __call__(self, rewards: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss sum of a micro-batch, and detached metric sums by name, `loss` among them.

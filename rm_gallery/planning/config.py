@@ -17,7 +17,7 @@ from rm_gallery.planning.devices import GIB, USABLE, Device, device, has_bf16
 from rm_gallery.planning.memory import Layout
 from rm_gallery.planning.model_shape import ModelShape
 from rm_gallery.training.config import TrainConfig, model_problems, normalize, optim_problems
-from rm_gallery.training.objective_config import rated_columns
+from rm_gallery.training.objective_config import data_of
 
 _ALIASES = {"model": "model.partial_pretrain", "data": "data.train_files"}
 # An estimate needs no weights and no data files, and accepts known shapes as a model.
@@ -84,7 +84,7 @@ def load_estimate_config(file: str | None, overrides: Sequence[str]) -> Estimate
     config = load(
         EstimateConfig, file, overrides, aliases=_ALIASES, prepare=_normalize, check=_problems, ignore=_IGNORED
     )
-    data = replace(config.data, attributes=rated_columns(config.objective, config.model))
+    data = data_of(config.objective, config.model, config.data)
     return replace(config, data=data, model=with_dtype(config.model, has_bf16=has_bf16(config.gpu)))
 
 

@@ -27,7 +27,7 @@ from rm_gallery.modeling.config import ModelConfig
 from rm_gallery.modeling.weight_files import kind_of_quantization, read_adapter_files
 from rm_gallery.training.familiar_names import key_for
 from rm_gallery.training.metric_names import DEFAULT_METRIC, is_set_name, parse_metric
-from rm_gallery.training.objective_config import ObjectiveConfig, objective_problems, rated_columns
+from rm_gallery.training.objective_config import ObjectiveConfig, data_of, metrics_of, objective_problems
 from rm_gallery.training.trainer_config import TrainerConfig, trainer_problems
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def load_config(
     """
     check = problems_of_reading if only_data else problems_of_training
     config = load(TrainConfig, file, overrides, settings=settings, prepare=normalize, check=check)
-    config = replace(config, data=replace(config.data, attributes=rated_columns(config.objective, config.model)))
+    config = replace(config, data=data_of(config.objective, config.model, config.data))
     if config.data.filter_overlong_prompts and config.data.truncation != "error":
         log.warning(
             "data.truncation=%s has no effect: data.filter_overlong_prompts=true drops long texts; "
@@ -280,9 +280,7 @@ def _validation_problems(config: TrainConfig) -> Iterator[Problem]:
 
 def _metric_problems(config: TrainConfig) -> Iterator[Problem]:
     key, name = "trainer.save_best_metric", config.trainer.save_best_metric
-    attributes = config.model.attributes
-    kinds = ["accuracy", "loss"]
-    kinds += [f"{kind}_{each}" for each in attributes for kind in ("accuracy", "mse", "pearson")] or ["margin"]
+    kinds = ["accuracy", "loss", *metrics_of(config.objective, config.model)]
     sets = [*([""] if has_validation(config.data) else []), *config.trainer.eval_sets]
     known = [f"val/{each}/{kind}" if each else f"val/{kind}" for each in sets for kind in kinds]
     parsed = parse_metric(name)

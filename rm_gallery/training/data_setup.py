@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from rm_gallery.modeling.reward_model import (
 )
 from rm_gallery.modeling.router_loss import check_config
 from rm_gallery.modeling.weight_files import tokenizer_folder
-from rm_gallery.objectives import build_objective
+from rm_gallery.objectives import Objective
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.metric_names import parse_metric
 from rm_gallery.training.model_setup import find_adapter
@@ -210,8 +210,9 @@ def _warn_of_overlap(train: TokenData, val: TokenData, of: str = "") -> None:
 
 
 def check_data(
-    config: TrainConfig, model: RewardModel, train: Loaded, val: Loaded | None, eval_sets: Mapping[str, Loaded] = {}
-) -> None:
+    config: TrainConfig, objective: Objective, model: RewardModel, train: Loaded, val: Loaded | None,
+    eval_sets: Mapping[str, Loaded] = {},
+) -> None:  # fmt: skip
     """Raise UserError for data that do not fit the model, the objective or each other.
 
     Warns about pairs above the token budget.
@@ -223,7 +224,7 @@ def check_data(
                 f"{key} hold {side.data.style} but data.train_files hold {train.data.style}; "
                 "set data.input_style to read both the same way"
             )
-    check_labels(config, train, validated)
+    check_labels(config, objective, train, validated)
     limit, rotary = max_positions(model), max_rotary_positions(model.network.config)
     for key, side in {"data.train_files": train, **validated}.items():
         longest = int(side.data.sizes.longest_text.max())
@@ -244,16 +245,22 @@ def check_data(
 
 
 _LABELS = {"margin": "margins", "p_better": "soft labels", "score": "scores", "rank": "ranks"}
+_TIES = "rows are ties by equal scores or ranks, an overall preference of 0, or a winner that is a tie"
 _SOURCES = {
     "margin": ("margin", "data.margin_key={margin_key}, or responses with scores"),
     "p_better": ("share of annotators who prefer it", "data.p_chosen_key={p_chosen_key} (1 where all do)"),
 }
 
 
-def check_labels(config: TrainConfig, train: Loaded, validated: Mapping[str, Loaded]) -> None:
+def check_labels(config: TrainConfig, objective: Objective, train: Loaded, validated: Mapping[str, Loaded]) -> None:
     """Raise UserError for a label that the objective needs and training data lack; log those that it does not use."""
     name, data = config.objective.name, train.data
-    objective = build_objective(name, config.model.attributes, asdict(config.objective))
+    if "tied" in objective.needs and not 0 < data.num_tied < data.num_comparisons:
+        found = "none is" if data.num_tied == 0 else "all are"
+        raise UserError(
+            f"data.train_files: objective.name={name} needs comparisons that are ties and others that are not, and of "
+            f"{data.num_comparisons:,} {found}; {_TIES}, or set objective.name=bradley_terry"
+        )
     if objective.count == "rankings":
         for key, side in {"data.train_files": train, **validated}.items():
             side.data.as_rankings()

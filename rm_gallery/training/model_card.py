@@ -29,6 +29,14 @@ respect."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHOWN = ("val/accuracy", "val/loss", "val/margin")
 
+_TRAINED_ON = {
+    "bradley_terry": "the Bradley-Terry loss on pairs of a chosen and a rejected response",
+    "rao_kupper": "the model of Rao and Kupper (1967) on comparisons with ties",
+    "davidson": "the model of Davidson (1970) on comparisons with ties",
+    "plackett_luce": "the Plackett-Luce likelihood of rankings",
+    "regression": "scores of responses",
+}
+
 _TEMPLATE = """\
 ---
 {{ metadata }}---
@@ -41,7 +49,7 @@ A reward model with {{ attributes | length }} outputs: it gives each response to
 Trained with the squared error on graded responses, by RM-Gallery.
 {%- else -%}
 A reward model: it gives each response to a prompt one number, higher for the response that people prefer. Trained with
-the Bradley-Terry loss on pairs of a chosen and a rejected response, by RM-Gallery.
+{{ trained_on }}, by RM-Gallery.
 {%- endif %}
 
 | | |
@@ -141,11 +149,13 @@ def model_card(
     versions: Mapping[str, str] | None = None,
     code_file: str = "",
     renames: Mapping[str, str] | None = None,
+    objective: Mapping[str, Any] = {},
 ) -> str:
     """The text of README.md.
 
     comparisons: number of training pairs. metrics: by name, those of the last validation, at `metrics_step`.
     renames: of tensors in the base model's folder, a wrapper of several models.
+    objective: values of its parameters, see `Objective.record`.
     code_file: Python file of the checkpoint that transformers needs, if any.
     adds_special_tokens: whether a rendered chat still needs those of the tokenizer, as for encoders.
     """
@@ -154,40 +164,20 @@ def model_card(
     base = value("model.partial_pretrain")
     is_hub = _is_hub_name(base)
     lora = config.model.lora
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
-    frozen, items = config.model.freeze, "rated responses" if attributes else "pairs"
-    how = "LoRA" if lora.rank else "" if frozen is None else f"model.freeze={frozen}"
     metadata: dict[str, Any] = {
         "library_name": "peft" if lora.rank else "transformers",
         "pipeline_tag": "text-classification",
         "license": config.trainer.license and value("trainer.license"),
-        "tags": ["reward-model", "regression" if attributes else "bradley-terry", "rm-gallery"],
+        "tags": ["reward-model", "regression" if attributes else config.objective.name.replace("_", "-"), "rm-gallery"],
     }
     if is_hub:
         metadata["base_model"] = base
     if datasets := [name for name in dict.fromkeys((*train, *val)) if "/" in name]:
         metadata["datasets"] = datasets
-    rows = [
-        ("base model", base if is_hub else _last_part(base)),
-        ("parameters", f"{num_parameters:,}" + (f", {num_trained:,} of them trained ({how})" if how else "")),
-        ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, {targets}" if lora.rank else ""),
-        ("training data", f"{', '.join(train)} ({comparisons:,} {items})"),
-        (
-            "validation data",
-            ", ".join(val) or (f"{value('data.val_fraction')} of the prompts" if config.data.val_fraction else "none"),
-        ),
-        ("steps", f"{step:,} of {value('data.train_batch_size')} {items}"),
-        ("optimizer", value("optim.name")),
-        (
-            "learning rate",
-            f"{value('optim.lr')}, {value('optim.lr_scheduler')}, warm-up {value('optim.warmup_steps_ratio')}",
-        ),
-        ("weight decay, clipping", f"{value('optim.weight_decay')}, {value('optim.clip_grad')}"),
-        ("maximum length", f"{value('data.max_length')} tokens"),
-        ("input", "conversations, rendered by the chat template" if input_style == "chat" else "plain text"),
-        ("compute dtype, seed", f"{value('model.fsdp_config.model_dtype')}, {value('trainer.seed')}"),
-        ("versions", ", ".join(f"{name} {number}" for name, number in (versions or {}).items())),
-    ]
+    rows = _rows(config, num_parameters, num_trained, comparisons, step, objective)
+    rows.append(("input", "conversations, rendered by the chat template" if input_style == "chat" else "plain text"))
+    rows.append(("compute dtype, seed", f"{value('model.fsdp_config.model_dtype')}, {value('trainer.seed')}"))
+    rows.append(("versions", ", ".join(f"{name} {number}" for name, number in (versions or {}).items())))
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     card = environment.from_string(_TEMPLATE).render(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
@@ -198,6 +188,7 @@ def model_card(
         chat=input_style == "chat",
         lora=lora.rank > 0,
         attributes=attributes,
+        trained_on=_TRAINED_ON.get(config.objective.name, f"`objective.name={config.objective.name}`"),
         code_file=code_file,
         mapping=_base_options(renames or {}, config.model.quantization),
         quantized=config.model.quantization is not None,
@@ -206,6 +197,38 @@ def model_card(
         separator=json.dumps(separator)[1:-1],
     )
     return redact(card)
+
+
+def _rows(
+    config: TrainConfig, num_parameters: int, num_trained: int | None, comparisons: int, step: int,
+    objective: Mapping[str, Any],
+) -> list[tuple[str, str]]:  # fmt: skip
+    """Rows of the first table, the empty ones too."""
+    value, lora, frozen = partial(_value, config.to_save()), config.model.lora, config.model.freeze
+    train, val = _sources(value("data.train_files")), _sources(value("data.val_files"))
+    base = value("model.partial_pretrain")
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    how = "LoRA" if lora.rank else "" if frozen is None else f"model.freeze={frozen}"
+    items = "rated responses" if config.data.attributes else "pairs"
+    return [
+        ("base model", base if _is_hub_name(base) else _last_part(base)),
+        ("parameters", f"{num_parameters:,}" + (f", {num_trained:,} of them trained ({how})" if how else "")),
+        ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, {targets}" if lora.rank else ""),
+        ("training data", f"{', '.join(train)} ({comparisons:,} {items})"),
+        (
+            "validation data",
+            ", ".join(val) or (f"{value('data.val_fraction')} of the prompts" if config.data.val_fraction else "none"),
+        ),
+        *((f"{key} of the objective", f"{each:.4g}") for key, each in objective.items() if isinstance(each, float)),
+        ("steps", f"{step:,} of {value('data.train_batch_size')} {items}"),
+        ("optimizer", value("optim.name")),
+        (
+            "learning rate",
+            f"{value('optim.lr')}, {value('optim.lr_scheduler')}, warm-up {value('optim.warmup_steps_ratio')}",
+        ),
+        ("weight decay, clipping", f"{value('optim.weight_decay')}, {value('optim.clip_grad')}"),
+        ("maximum length", f"{value('data.max_length')} tokens"),
+    ]
 
 
 def _base_options(renames: Mapping[str, str], quantization: str | None) -> str:

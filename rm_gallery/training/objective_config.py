@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
@@ -22,10 +22,12 @@ class ObjectiveConfig:
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
     name: Literal[
-        "bradley_terry", "margin", "scaled", "soft", "focal", "hinge", "plackett_luce", "regression", "attributes"
+        "bradley_terry", "margin", "scaled", "soft", "focal", "hinge", "rao_kupper", "davidson", "plackett_luce",
+        "regression", "attributes",
     ] = "bradley_terry"  # fmt: skip
-    """Objective: `bradley_terry`, `margin`, `scaled`, `soft`, `focal` or `hinge` on comparisons; `plackett_luce` on
-    rankings; `regression` or `attributes` (`model.attributes`) on graded responses. See docs/objectives.md."""
+    """Objective: `bradley_terry`, `margin`, `scaled`, `soft`, `focal` or `hinge` on comparisons; `rao_kupper` or
+    `davidson` on comparisons with ties; `plackett_luce` on rankings; `regression` or `attributes` (`model.attributes`)
+    on graded responses. See docs/objectives.md."""
     center_coefficient: Annotated[float, Ge(0)] = 0.0
     """On comparisons: adds this times the square of the sum of both rewards to the loss of each; 0.01 keeps rewards
     around 0."""
@@ -41,13 +43,16 @@ class ObjectiveConfig:
     """`focal`: how fast the loss of comparisons that the model has right vanishes."""
     hinge_margin: Annotated[float, Gt(0)] = 1.0
     """`hinge`: the difference of reward beyond which a comparison has no loss."""
+    threshold_lr: Annotated[float, Ge(0)] = 0.01
+    """`rao_kupper`, `davidson`: peak learning rate of the logarithm of the threshold of ties; 0 keeps its start."""
 
 
-_ON_PAIRS = ("bradley_terry", "margin", "scaled", "soft", "focal", "hinge")
+_TIES = ("rao_kupper", "davidson")
+_ON_PAIRS = ("bradley_terry", "margin", "scaled", "soft", "focal", "hinge", *_TIES)
 OPTIONS_OF: dict[str, tuple[str, ...]] = {
     "score_column": ("regression",),
     "center_coefficient": _ON_PAIRS, "reward_l2": _ON_PAIRS, "margin_form": ("margin",),
-    "label_smoothing": ("soft",), "focal_gamma": ("focal",), "hinge_margin": ("hinge",),
+    "label_smoothing": ("soft",), "focal_gamma": ("focal",), "hinge_margin": ("hinge",), "threshold_lr": _TIES,
 }  # fmt: skip
 """The objectives that have each option."""
 
@@ -61,9 +66,23 @@ def _option_problems(config: ObjectiveConfig) -> Iterator[Problem]:
             yield Problem(key, f"{key}={value} with objective.name={config.name}: it belongs to {', '.join(names)}")
 
 
+def data_of(config: ObjectiveConfig, model: ModelConfig, data: DataConfig) -> DataConfig:
+    """The section `data`, with what its rows are read for."""
+    return replace(data, attributes=rated_columns(config, model), ties=config.name in _TIES)
+
+
 def rated_columns(config: ObjectiveConfig, model: ModelConfig) -> list[str]:
     """Columns of the numbers that responses are trained on; none for an objective on comparisons."""
     return [config.score_column] if config.name == "regression" else model.attributes
+
+
+def metrics_of(config: ObjectiveConfig, model: ModelConfig) -> list[str]:
+    """Metrics of the objective that say which of two checkpoints is better, `loss` and `accuracy` aside."""
+    if model.attributes:
+        return [f"{kind}_{each}" for each in model.attributes for kind in ("accuracy", "mse", "pearson")]
+    if config.name == "regression":
+        return ["mse", "pearson"]
+    return ["margin", *(["accuracy_with_ties", "tie_log_likelihood"] if config.name in _TIES else [])]
 
 
 def objective_problems(
@@ -85,6 +104,8 @@ def objective_problems(
     rated = rated_columns(config, model)
     if data.attributes and data.attributes != rated:
         yield Problem("data.attributes", f"data.attributes={data.attributes}: set model.attributes instead")
+    if data.ties and config.name not in _TIES:
+        yield Problem("data.ties", f"data.ties=true with objective.name={config.name}: set one of {', '.join(_TIES)}")
     cause = key if is_named else "objective.name=regression"
     if rated and data.custom_cls.name:
         yield Problem(

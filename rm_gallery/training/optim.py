@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -24,9 +24,12 @@ def build_optimizer(
     config: OptimConfig,
     *,
     seed: int = 0,
+    added: Mapping[str, nn.Parameter] = {},
+    added_lr: float = 0.0,
 ) -> torch.optim.Optimizer:
     """The optimizer of `optim.name`, with weight decay on matrices only (Loshchilov and Hutter 2019).
 
+    added: the parameters among them that are not the model's, with a learning rate of their own and no weight decay.
     bfloat16 parameters are rounded stochastically; seed: of the rounding. Raises UserError for an optimizer that cannot
     update parameters in host memory whose model is on a GPU.
     """
@@ -36,17 +39,24 @@ def build_optimizer(
             f"optim.name={config.name} cannot update offloaded parameters, which it communicates between GPUs; set "
             "model.fsdp_config.cpu_offload=false (optimizer_offload=true works), or optim.name=adamw or adamw_8bit"
         )
-    optimizer = _build(trained, config)
+    of_model = [(name, parameter) for name, parameter in trained if name not in added]
+    more = [{"params": [*added.values()], "lr": added_lr, "weight_decay": 0.0}] if added else []
+    optimizer = _build(of_model, config, more)
     if any(parameter.dtype == torch.bfloat16 for _, parameter in trained):
         return StochasticRounding(optimizer, seed=seed)
     return optimizer
 
 
-def _build(trained: Sequence[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
+def _build(
+    trained: Sequence[tuple[str, nn.Parameter]], config: OptimConfig, more: Sequence[dict[str, Any]]
+) -> torch.optim.Optimizer:
+    """more: further parameter groups, after those of the model."""
     if config.name == "muon":
-        return Muon(trained, config)
-    groups = groups_of([parameter for _, parameter in trained], config.weight_decay)
+        return Muon(trained, config, more)
+    groups = [*groups_of([parameter for _, parameter in trained], config.weight_decay), *more]
     if config.name == "adafactor":
+        for group in more:
+            group["eps"] = (None, 1.0)  # steps are not relative to the size of the parameter
         return Adafactor(groups, lr=config.lr)
     if config.name == "adamw_8bit":
         return AdamW8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps)

@@ -22,10 +22,15 @@ class Muon(torch.optim.Optimizer):
     (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2), so that `optim.lr` means the same.
     """
 
-    def __init__(self, named_parameters: Sequence[tuple[str, nn.Parameter]], config: OptimConfig) -> None:
+    def __init__(
+        self, named_parameters: Sequence[tuple[str, nn.Parameter]], config: OptimConfig,
+        more: Sequence[dict[str, Any]] = (),
+    ) -> None:  # fmt: skip
+        """more: further parameter groups, for AdamW."""
         matrices = [parameter for name, parameter in named_parameters if is_layer_matrix(name, parameter)]
         chosen = set(matrices)
         rest = groups_of([each for _, each in named_parameters if each not in chosen], config.weight_decay)
+        rest += more
         self._parts: list[torch.optim.Optimizer] = []
         if matrices:
             self._parts.append(_MatrixMuon(
@@ -33,7 +38,9 @@ class Muon(torch.optim.Optimizer):
             ))  # fmt: skip
         if rest:
             self._parts.append(torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
-        super().__init__([{"params": [each for _, each in named_parameters]}], {})
+        super().__init__(
+            [{"params": [each for part in self._parts for g in part.param_groups for each in g["params"]]}], {}
+        )
         self.param_groups = [group for part in self._parts for group in part.param_groups]
 
     @torch.no_grad()

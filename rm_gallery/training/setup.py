@@ -35,7 +35,7 @@ from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.modeling.router_loss import RouterLoss
 from rm_gallery.modeling.weight_files import tokenizer_folder
-from rm_gallery.objectives import build_objective
+from rm_gallery.objectives import Objective, build_objective
 from rm_gallery.training.agreement import agree_on_plan, agree_on_run
 from rm_gallery.training.callbacks import AnnouncedSaver, Callbacks, Sinks
 from rm_gallery.training.checkpoint import (
@@ -49,6 +49,7 @@ from rm_gallery.training.checkpoint import (
     find_start,
 )
 from rm_gallery.training.checkpoint.folders import name_best
+from rm_gallery.training.checkpoint.state import OBJECTIVE
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.data_setup import Loaded, check_best_metric, check_data, load_eval_sets, load_sides
 from rm_gallery.training.model_card import model_card
@@ -124,9 +125,10 @@ def _run(
     shape = model_shape(start.model)
     coefficient = config.model.router_aux_loss_coef
     router_loss = RouterLoss(start.model, coefficient) if coefficient else None
+    objective = build_objective(config.objective.name, config.model.attributes, asdict(config.objective))
     train, val = load_sides(config.data, tokenizer)
     eval_sets = load_eval_sets(config, tokenizer, train.data)
-    check_data(config, start.model, train, val, eval_sets)
+    check_data(config, objective, start.model, train, val, eval_sets)
     check_best_metric(config.trainer.save_best_metric, val, eval_sets)
     model = start.model
     weights = apply(model, config.model, world, strategy=start.strategy, files=start.files)
@@ -141,8 +143,7 @@ def _run(
     )
     agree_on_plan(plan)
     total_steps = _count_steps(plan, config, train.data)
-    optimizer = build_optimizer(weights.named_parameters(), config.optim, seed=config.trainer.seed)
-    offload_optimizer(optimizer, config.model.fsdp_config, world.device)
+    optimizer = _start_optimizer(config, objective, weights, train.data)
     run_dir, ranks = config.trainer.run_dir, HostGroup(world)
     with ranks.on_main(lock_run_dir(run_dir)):
         if world.is_main:
@@ -157,26 +158,51 @@ def _run(
                         config.trainer.save_best_metric)  # fmt: skip
         if world.is_main and config.trainer.save_best:
             name_best(run_dir, begin.progress)  # a kill may have come between the last checkpoint and best.json
-        stopped_early = stops_early(begin.progress, config.trainer.early_stopping_patience)
-        if begin.folder is not None and (begin.progress.step == total_steps or stopped_early):
-            if begin.progress.bad_steps == total_steps:
-                raise UserError(f"{begin.folder}: all {total_steps} steps were skipped: nothing was trained")
-            log.warning(
-                "the run is complete: %s is its last step, and nothing is left to train; for a new run set "
-                "trainer.experiment_name=...", begin.folder,
-            )  # fmt: skip
+        if begin.folder is not None and _is_complete(config, begin, total_steps):
             return RunResult(run_dir, begin.folder, begin.progress.last_val, world.is_main)
         if world.is_main:
             _write_facts(config, world, start, plan, train, val, eval_sets, total_steps, begin.progress.step)
-        checkpoints = build_checkpoints(config, start, weights, tensors, tokenizer, train, ranks, identity, begin)
-        loop = _Loop(
-            world, ranks, stop, model, weights, optimizer, plan, train, val, eval_sets, total_steps, router_loss
+        checkpoints = build_checkpoints(
+            config, objective, start, weights, tensors, tokenizer, train, ranks, identity, begin
         )
+        loop = _Loop(
+            world, ranks, stop, model, weights, objective, optimizer, plan, train, val, eval_sets, total_steps,
+            router_loss,
+        )  # fmt: skip
         val_metrics = _train(config, loop, begin, checkpoints, callbacks)
         if world.is_main:
             draw_curves(run_dir)
     assert checkpoints.latest is not None
     return RunResult(run_dir, checkpoints.latest, val_metrics, world.is_main)
+
+
+def _is_complete(config: TrainConfig, begin: Start, total_steps: int) -> bool:
+    """Whether nothing is left to train, which is logged. Raises UserError if nothing was trained either."""
+    stopped_early = stops_early(begin.progress, config.trainer.early_stopping_patience)
+    if begin.progress.step != total_steps and not stopped_early:
+        return False
+    if begin.progress.bad_steps == total_steps:
+        raise UserError(f"{begin.folder}: all {total_steps} steps were skipped: nothing was trained")
+    log.warning(
+        "the run is complete: %s is its last step, and nothing is left to train; for a new run set "
+        "trainer.experiment_name=...", begin.folder,
+    )  # fmt: skip
+    return True
+
+
+def _start_optimizer(
+    config: TrainConfig, objective: Objective, weights: TrainedWeights, data: TokenData
+) -> torch.optim.Optimizer:
+    """The optimizer of the weights and of the objective's parameters, which start from the training data."""
+    objective.start(data)
+    added = {f"{OBJECTIVE}{name}": parameter for name, parameter in objective.parameters().items()}
+    weights.add(added)
+    optimizer = build_optimizer(
+        weights.named_parameters(), config.optim, seed=config.trainer.seed, added=added,
+        added_lr=config.objective.threshold_lr,
+    )  # fmt: skip
+    offload_optimizer(optimizer, config.model.fsdp_config, weights.device)
+    return optimizer
 
 
 def _has_bf16(device: torch.device) -> bool:
@@ -207,6 +233,7 @@ class _Loop:
     stop: StopSignal
     model: RewardModel
     weights: TrainedWeights
+    objective: Objective
     optimizer: torch.optim.Optimizer
     plan: Plan
     train: Loaded
@@ -323,20 +350,19 @@ def _log_overview(
 def _build_trainer(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Saver, sink: MetricSink,
     tick: Callable[[str], None],
 ) -> Trainer:  # fmt: skip
-    objective = build_objective(config.objective.name, config.model.attributes, asdict(config.objective))
     weights = weights_of(config.model.attributes, config.model.attribute_weights)
     val, sets = loop.val.data if loop.val else None, {name: each.data for name, each in loop.eval_sets.items()}
 
     def run_validation(before_pack: Callable[[], None]) -> dict[str, float]:
         return validate_sets(val, sets, lambda data: validate(
-            loop.model, data, objective, token_budget=config.data.budget, share_prompts=config.data.share_prompts,
+            loop.model, data, loop.objective, token_budget=config.data.budget, share_prompts=config.data.share_prompts,
             device=loop.world.device, before_pack=before_pack, attribute_weights=weights,
         ))  # fmt: skip
 
     return Trainer(
         model=loop.model,
         weights=loop.weights,
-        objective=objective,
+        objective=loop.objective,
         optimizer=loop.optimizer,
         schedule=build_schedule(config.optim, loop.total_steps),
         clip_grad=config.optim.clip_grad or math.inf,
@@ -385,8 +411,8 @@ def run_identity(config: TrainConfig, data: TokenData, plan: Plan, shape: str, t
 
 
 def build_checkpoints(
-    config: TrainConfig, start: StartModel, weights: TrainedWeights, tensors: RunTensors, tokenizer: Any,
-    train: Loaded, ranks: HostGroup, identity: RunIdentity, begin: Start,
+    config: TrainConfig, objective: Objective, start: StartModel, weights: TrainedWeights, tensors: RunTensors,
+    tokenizer: Any, train: Loaded, ranks: HostGroup, identity: RunIdentity, begin: Start,
 ) -> Checkpoints:  # fmt: skip
     """Collective: every rank must call it at the same place."""
     computes, wanted = config.model.fsdp_config.model_dtype, config.trainer.export_dtype
@@ -395,13 +421,17 @@ def build_checkpoints(
     weights_folder = WeightsFolder(
         start.model,
         tokenizer,
-        train.input_record(config.data, tokenizer, config.model),
+        replace(
+            train.input_record(config.data, tokenizer, config.model),
+            objective={"name": config.objective.name} if objective.parameters() else {},
+        ),
         DTYPES[written],
         weights.device,
         exact=computes == written == "fp32" and config.model.quantization != "int8",  # it rounds activations
         probes=[train.data[int(index)] for index in shortest],
         adapter=start.adapter,
         normalize=config.trainer.reward_statistics == "normalize",
+        describe=objective.record,
     )
     url, record = config.trainer.mirror_url, weights_folder.record
     card = partial(
@@ -413,7 +443,7 @@ def build_checkpoints(
     return Checkpoints(
         config.trainer.run_dir, config.trainer, tensors, weights_folder, ranks,
         facts=identity.facts(begin.origin), mirror=Mirror(url) if url and ranks.rank == 0 else None,
-        latest=begin.folder, card=lambda progress: card(
-            step=progress.step, metrics=progress.last_val, metrics_step=progress.last_val_step
+        latest=begin.folder, card=lambda progress, values: card(
+            step=progress.step, metrics=progress.last_val, metrics_step=progress.last_val_step, objective=values
         ),
     )  # fmt: skip

@@ -14,6 +14,7 @@ from rm_gallery.cli import main
 from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.data.tokenization.token_group import Origin, TokenGroup
 from rm_gallery.errors import UserError
+from rm_gallery.objectives import build_objective
 from rm_gallery.schema import Comparison
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.data_setup import check_labels
@@ -40,7 +41,8 @@ def side(*comparisons: Comparison) -> Any:
 def test_labels_that_are_missing_negative_or_unused(caplog: Any) -> None:
     def check(name: str, *train: Comparison, **options: Any) -> None:
         config = TrainConfig(objective=ObjectiveConfig(name=name, **options))  # type: ignore[arg-type]
-        check_labels(config, side(*train), {"data.val_files": side(plain)})
+        objective = build_objective(name, (), options)
+        check_labels(config, objective, side(*train), {"data.val_files": side(plain)})
 
     plain, strong = Comparison(0, 1), Comparison(0, 1, margin=2.0, p_better=0.8)
     with pytest.raises(UserError, match=r"needs a margin of each comparison, and 1 of 2 have none \(first: a:1\)"):

@@ -52,6 +52,8 @@ class PackedBatch:
     """[C] float32; NaN where the data have none."""
     p_better: Tensor
     """[C] float32: share of annotators who prefer `better`; NaN where the data have none."""
+    tied: Tensor
+    """[C] bool: neither response of the comparison is better."""
     rated: Tensor
     """[S] int64: the response of each rating, as an index into this batch; a response may have several, or none."""
     rated_group: Tensor
@@ -95,6 +97,7 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
     weight: list[float] = []
     margin: list[float] = []
     p_better: list[float] = []
+    tied: list[bool] = []
     rated: list[tuple[int, int, float, float]] = []
     attributes: list[tuple[float, ...]] = []
     groups_before = 0
@@ -119,6 +122,7 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
             weight.append(comparison.weight)
             margin.append(math.nan if comparison.margin is None else comparison.margin)
             p_better.append(math.nan if comparison.p_better is None else comparison.p_better)
+            tied.append(comparison.tied)
         rated += [
             (
                 first + each.response,
@@ -142,6 +146,7 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
         weight=torch.tensor(weight, dtype=torch.float32),
         margin=torch.tensor(margin, dtype=torch.float32),
         p_better=torch.tensor(p_better, dtype=torch.float32),
+        tied=torch.tensor(tied, dtype=torch.bool),
         rated=torch.tensor([each[0] for each in rated], dtype=torch.int64),
         rated_group=torch.tensor([each[1] for each in rated], dtype=torch.int64),
         attributes=torch.tensor(attributes, dtype=torch.float32).reshape(

@@ -80,7 +80,10 @@ def read_row(dataset: Any, row: Row, config: DataSection) -> PreferenceGroup:
         raise UserError(f"{row.where}: {error}") from (error.__cause__ or error)
     except RecursionError:
         raise BadRow(_TOO_DEEP) from None
-    return replace(group, where=row.where, source=source, metadata=metadata)
+    comparisons = [each for each in group.comparisons if config["ties"] or not each.tied]
+    if not comparisons:
+        raise BadRow("a tie")
+    return replace(group, comparisons=tuple(comparisons), where=row.where, source=source, metadata=metadata)
 
 
 def build_pair(dataset: Any, row: dict[str, Any], config: DataSection) -> PreferenceGroup:
@@ -174,7 +177,7 @@ def _checked_comparisons(dataset: Any, group: PreferenceGroup) -> tuple[Comparis
         if each.p_better is not None and not _is_within(each.p_better, 0, 1):
             raise BadRow("a share of annotators outside 0 to 1")
         margin, share = (None if value is None else float(value) for value in (each.margin, each.p_better))
-        checked.append(Comparison(int(better), int(worse), float(each.weight), margin, share))
+        checked.append(Comparison(int(better), int(worse), float(each.weight), margin, share, bool(each.tied)))
     if not checked:
         raise BadRow("no comparison between its responses")
     return tuple(checked)

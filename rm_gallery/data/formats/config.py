@@ -102,9 +102,9 @@ class ColumnNames:
     responses_key: str | None = "responses"
     """Column of a list of responses to one prompt."""
     scores_key: str | None = "scores"
-    """Column of one score per response: higher is better, and equal scores are not compared."""
+    """Column of one score per response: higher is better, and equal scores are ties."""
     ranks_key: str | None = "ranks"
-    """Column of one rank per response: 1 is best, and equal ranks are not compared."""
+    """Column of one rank per response: 1 is best, and equal ranks are ties."""
     margin_key: str | None = "margin"
     """Column of how much better the chosen response is."""
     weight_key: str | None = "weight"
@@ -137,6 +137,9 @@ class FormatConfig(ColumnNames):
     attributes: list[str] = field(default_factory=list)
     """Set from `model.attributes`: rows of one response each, with a number for each name, are read, and no
     preferences."""
+    ties: bool = False
+    """Set from `objective.name`: rows that say that two responses are equally good are tied comparisons. Otherwise they
+    are dropped and counted, and equal scores or ranks are not compared."""
     bad_rows: Literal["drop", "error"] = "drop"
     """What to do with a bad row: `drop` drops and counts it, `error` stops at it."""
     columns: PublishedColumns = field(default_factory=PublishedColumns)

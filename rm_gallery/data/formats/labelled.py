@@ -1,4 +1,4 @@
-"""Labelled responses, as published: a column says which of two or more responses is better; ties are dropped.
+"""Labelled responses, as published: a column says which of two or more responses is better, or that two are tied.
 
 `saferlhf` (PKU-SafeRLHF), `shp` (Stanford Human Preferences), `arena` (Chatbot Arena), `summaries`
 (summarize-from-feedback), `helpsteer2` (rows of one response with its score; see joined.py), `swift` (ms-swift: a
@@ -60,6 +60,8 @@ def compare_arena(values: Mapping[str, Any], config: FormatConfig, count: int) -
         return _best(models.index(value), 2)
     said = value.strip().lower()
     if said.startswith("tie") or said.replace("_", "").replace(" ", "") in ("bothbad", "bothgood", "both", "draw"):
+        if config.ties:
+            return [Comparison(0, 1, tied=True)]
         raise BadRow(f"{name} that is a tie")
     if said not in _FIRST | _SECOND:
         raise BadRow(f"{name} that names neither side")
@@ -131,7 +133,7 @@ def compare_helpsteer2(values: Mapping[str, Any], config: FormatConfig, count: i
     if count > MAX_RESPONSES:
         raise BadRow(f"more than {MAX_RESPONSES} responses")
     scores = [read_number(value, name) for value in _joined(values, name)]
-    return compare(scores, f"all {name} of a prompt equal", with_margins=True)
+    return compare(scores, f"all {name} of a prompt equal", with_margins=True, ties=config.ties)
 
 
 def rate_helpsteer2(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Rating]:

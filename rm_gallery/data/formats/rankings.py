@@ -36,14 +36,14 @@ def compare_scores(values: Mapping[str, Any], config: FormatConfig, count: int) 
     """Format `scored`: higher is better, the difference is the margin."""
     _check_count(count, config.responses_key)
     scores = _numbers(values, config.scores_key or "", count)
-    return compare(scores, f"all {config.scores_key} equal", with_margins=True)
+    return compare(scores, f"all {config.scores_key} equal", with_margins=True, ties=config.ties)
 
 
 def compare_ranks(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
     """Format `ranked`: the lowest rank is best."""
     _check_count(count, config.responses_key)
     ranks = _numbers(values, config.ranks_key or "", count)
-    return compare([-rank for rank in ranks], f"all {config.ranks_key} equal")
+    return compare([-rank for rank in ranks], f"all {config.ranks_key} equal", ties=config.ties)
 
 
 def rate_scores(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Rating]:
@@ -72,19 +72,21 @@ def _numbers(values: Mapping[str, Any], name: str, count: int) -> list[float]:
     return numbers
 
 
-def compare(values: Sequence[float], when_equal: str, *, with_margins: bool = False) -> list[Comparison]:
-    """All comparisons between K responses with these values, higher is better; equal values are not compared.
+def compare(
+    values: Sequence[float], when_equal: str, *, with_margins: bool = False, ties: bool = False
+) -> list[Comparison]:
+    """All comparisons between K responses with these values, higher is better.
 
-    with_margins: use the difference of the values as the margin.
-    Raises BadRow with the reason `when_equal` if no two values differ.
+    with_margins: use the difference of the values as the margin. ties: equal values are tied comparisons; otherwise
+    they are not compared, and BadRow with the reason `when_equal` is raised if no two values differ.
     """
     comparisons = []
     for left in range(len(values)):
         for right in range(left + 1, len(values)):
             better, worse = (left, right) if values[left] > values[right] else (right, left)
             margin = values[better] - values[worse]
-            if margin > 0:
-                comparisons.append(Comparison(better, worse, margin=margin if with_margins else None))
+            if margin > 0 or ties:
+                comparisons.append(Comparison(better, worse, margin=margin if with_margins else None, tied=not margin))
     if not comparisons:
         raise BadRow(when_equal)
     return comparisons
@@ -159,23 +161,23 @@ def _response(fields: Mapping[str, Any], name: str, config: FormatConfig) -> Cel
 
 def compare_nested(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
     """Format `nested`: by the label or score of each response."""
-    return _compare_records(values, config.columns.output or "", config.columns.score)
+    return _compare_records(values, config.columns.output or "", config)
 
 
 def compare_completions(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
     """Format `completions`: by the score of each response."""
-    return _compare_records(values, config.columns.completions or "", config.columns.score)
+    return _compare_records(values, config.columns.completions or "", config)
 
 
-def _compare_records(values: Mapping[str, Any], name: str, score_field: str | None) -> list[Comparison]:
-    records = _records(values, name)
+def _compare_records(values: Mapping[str, Any], name: str, config: FormatConfig) -> list[Comparison]:
+    records, score_field = _records(values, name), config.columns.score
     _check_count(len(records), name)
     unlabelled = all(fields.keys().isdisjoint(_LABELS) for fields in records)
     if score_field == "rank" or (score_field is None and unlabelled and any("rank" in fields for fields in records)):
         ranks = [read_number(fields.get("rank"), f"rank in {name}") for fields in records]
-        return compare([-rank for rank in ranks], f"all ranks in {name} equal")
+        return compare([-rank for rank in ranks], f"all ranks in {name} equal", ties=config.ties)
     verdicts = [_verdict(fields, name, score_field) for fields in records]
-    return _comparisons([label for label, _ in verdicts], [score for _, score in verdicts], name)
+    return _comparisons([label for label, _ in verdicts], [score for _, score in verdicts], name, ties=config.ties)
 
 
 def _verdict(fields: Mapping[str, Any], name: str, score_field: str | None) -> tuple[bool | None, float | None]:
@@ -203,8 +205,13 @@ def _verdict(fields: Mapping[str, Any], name: str, score_field: str | None) -> t
     return preferred, score
 
 
-def _comparisons(preferred: list[bool | None], scores: list[float | None], name: str) -> list[Comparison]:
+def _comparisons(
+    preferred: list[bool | None], scores: list[float | None], name: str, *, ties: bool
+) -> list[Comparison]:
     """By label where labels differ, else by score.
+
+    ties: equal scores are tied comparisons, and so are two responses with the same label and no scores. Of more
+    responses a label does not say that any two are equally good.
 
     With labels, the margin is the difference of the scores if it is positive. Two responses with the same score other
     than 0 hold the strength of the preference between them, as HelpSteer3 in this layout does: scores 2 and 2 with
@@ -217,7 +224,9 @@ def _comparisons(preferred: list[bool | None], scores: list[float | None], name:
         comparisons = compare(labels, "")
         return [_with_margin(each, numbers) for each in comparisons] if has_scores else comparisons
     if has_scores:
-        return compare(numbers, f"all labels or scores in {name} equal", with_margins=True)
+        return compare(numbers, f"all labels or scores in {name} equal", with_margins=True, ties=ties)
+    if has_labels and ties and len(labels) == 2:
+        return [Comparison(0, 1, tied=True)]
     raise BadRow(f"all labels in {name} equal" if has_labels else f"{name} with a response that has no label or score")
 
 
@@ -242,11 +251,11 @@ def compare_helpsteer3(values: Mapping[str, Any], config: FormatConfig, count: i
     overall = read_number(values.get(name), name)
     if not -3 <= overall <= 3:
         raise BadRow(f"{name} outside -3 to 3")
-    if overall == 0:
+    if overall == 0 and not config.ties:
         raise BadRow(f"{name} that is a tie")
-    better = 0 if overall < 0 else 1
-    share = _agreement(values, config.columns.individual_preference, overall)
-    return [Comparison(better, 1 - better, margin=abs(overall), p_better=share)]
+    better = 0 if overall <= 0 else 1
+    share = _agreement(values, config.columns.individual_preference, overall) if overall else None
+    return [Comparison(better, 1 - better, margin=abs(overall), p_better=share, tied=not overall)]
 
 
 def _agreement(values: Mapping[str, Any], name: str | None, overall: float) -> float | None:

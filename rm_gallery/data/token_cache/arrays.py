@@ -35,6 +35,7 @@ PER_GROUP = {
 PER_RESPONSE = {"tail": np.int32, "score": np.float32, "rank": np.float32, "rating_weight": np.float32}
 PER_COMPARISON = {
     "better": np.int32, "worse": np.int32, "weight": np.float32, "margin": np.float32, "p_better": np.float32,
+    "tied": np.uint8,
 }  # fmt: skip
 ARRAYS = {
     **PER_GROUP,
@@ -90,7 +91,7 @@ def make_chunk(groups: Iterable[tuple[TokenGroup, Origin]]) -> TokenChunk:
         ratings += [(_or_nan(each.score), _or_nan(each.rank), each.weight) for each in rated]
         attributes += values
         comparisons += [
-            (each.better, each.worse, each.weight, _or_nan(each.margin), _or_nan(each.p_better))
+            (each.better, each.worse, each.weight, _or_nan(each.margin), _or_nan(each.p_better), each.tied)
             for each in group.comparisons
         ]
         tokens += [group.prefix, *group.tails]
@@ -157,9 +158,20 @@ def with_starts(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 class Fingerprint:
     """Hash of what the model sees of token data, updated chunk by chunk; independent of chunk boundaries."""
 
-    _SEEN = ("tokens", "prefix", "num_responses", "tail", "num_comparisons", *PER_COMPARISON)
-    _NONE = {"score": np.nan, "rank": np.nan, "rating_weight": 1.0, "attributes": np.nan}
-    """What data without ratings have: they keep the hash that they had before ratings were stored."""
+    _SEEN = (
+        "tokens",
+        "prefix",
+        "num_responses",
+        "tail",
+        "num_comparisons",
+        "better",
+        "worse",
+        "weight",
+        "margin",
+        "p_better",
+    )
+    _NONE = {"score": np.nan, "rank": np.nan, "rating_weight": 1.0, "attributes": np.nan, "tied": 0}
+    """What data without ratings and ties have: they keep the hash that they had before these were stored."""
 
     def __init__(self) -> None:
         self._digests = {name: hashlib.blake2b(digest_size=16) for name in (*self._SEEN, *self._NONE)}
@@ -169,7 +181,9 @@ class Fingerprint:
         for name, digest in self._digests.items():
             array = np.ascontiguousarray(arrays[name])
             digest.update(array.data)
-            if name in self._NONE and not np.array_equal(array, np.full_like(array, self._NONE[name]), equal_nan=True):
+            if name in self._NONE and not np.array_equal(
+                array, np.full_like(array, self._NONE[name]), equal_nan=array.dtype.kind == "f"
+            ):
                 self._found.add(name)
         return self
 
@@ -302,8 +316,8 @@ class TokenData:
         first, last = (int(self._arrays["comparison_start"][place]) for place in (index, index + 1))
         columns = [self._arrays[name][first:last].tolist() for name in PER_COMPARISON]
         return [
-            Comparison(better, worse, weight, _or_none(margin), _or_none(p_better))
-            for better, worse, weight, margin, p_better in zip(*columns, strict=True)
+            Comparison(better, worse, weight, _or_none(margin), _or_none(p_better), bool(tied))
+            for better, worse, weight, margin, p_better, tied in zip(*columns, strict=True)
         ]
 
     @property
@@ -319,6 +333,11 @@ class TokenData:
     @property
     def num_comparisons(self) -> int:
         return len(self._arrays["tail" if self.is_rated else "better"])
+
+    @property
+    def num_tied(self) -> int:
+        """Comparisons that are ties."""
+        return int(np.count_nonzero(self._arrays["tied"]))
 
     @property
     def tail_lengths(self) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -147,6 +148,10 @@ class ShardedWeights(TrainedWeights):
 
     def _sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Does nothing: FSDP2 reduces gradients in the backward pass."""
+
+    def _sum_added(self, gradients: Sequence[Tensor]) -> None:
+        for gradient in gradients:  # which FSDP2 does not average, see `backward`
+            dist.all_reduce(gradient.div_(self._world_size))
 
     def copy_to_model(self) -> None:
         """Does nothing: FSDP2 casts the float32 shards in each all-gather."""

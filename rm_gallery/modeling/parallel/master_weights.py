@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -31,13 +31,20 @@ class TrainedWeights(ABC):
     """Device of the computation; offloaded parameters are in host memory."""
     compute_dtype: torch.dtype
     _named: list[tuple[str, nn.Parameter]]
+    _added: Mapping[str, nn.Parameter] = {}
+
+    def add(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Train float32 parameters that are not the model's too: those of an objective, whole on every rank."""
+        for parameter in parameters.values():
+            parameter.data = parameter.data.to(self.device)
+        self._added = {**self._added, **parameters}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trained parameters under the model's names; DTensors if sharded.
+        """The trained parameters under the model's names, DTensors if sharded, and those that were added.
 
         `.grad` is the step's gradient, float32.
         """
-        return iter(self._named)
+        return iter([*self._named, *self._added.items()])
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Accumulate the gradients of a micro-batch.
@@ -65,20 +72,30 @@ class TrainedWeights(ABC):
         gradients = [each for each in gradients if each.numel()]
         # 2. Sum over ranks: an all-reduce if replicated. FSDP2 has reduced sharded gradients in the backward passes.
         self._sum_gradients(gradients)
+        added = [each.grad for each in self._added.values() if each.grad is not None]
+        self._sum_added(added)
         # 3. Division by the global count: done. Each micro-batch's loss was divided by C before its backward pass.
         # 4. Global norm, from each rank's local norm; and the step's loss, in the same all-reduce if sharded.
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         loss, norm = self._reduce(loss, norm.to(loss.device))
+        if added:
+            norm = torch.hypot(norm, torch.nn.utils.get_total_norm(added).to(norm.device))
         # 5. Clipping: scale by min(1, max_norm / norm), computed on the device so that it does not wait for the host.
+        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         if gradients:
-            factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+        if added:
+            torch._foreach_mul_(added, factor)
         loss_value, grad_norm = torch.stack([loss, norm.double()]).tolist()
         return loss_value, grad_norm
 
     @abstractmethod
     def _sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Sum gradients over ranks in place, unless the backward passes did."""
+
+    def _sum_added(self, gradients: Sequence[Tensor]) -> None:
+        """Sum the gradients of added parameters over ranks in place."""
+        self._sum_gradients(gradients)
 
     def _reduce(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and global gradient norm of the step, from this rank's loss and the norm of its local gradients."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rm_gallery.data.batching.packed_batch import collate
@@ -59,9 +60,11 @@ class Checkpoints:
     def __init__(
         self, run_dir: Path, config: CheckpointConfig, tensors: RunTensors, weights_folder: WeightsFolder,
         ranks: HostGroup, *, facts: Mapping[str, Any], mirror: Mirror | None = None, latest: Path | None = None,
-        card: Callable[[Progress], str] | None = None,
+        card: Callable[[Progress, Mapping[str, Any]], str] | None = None,
     ) -> None:  # fmt: skip
-        """facts: of the run, for state.json. mirror: on rank 0. card: gives the text of the model card.
+        """facts: of the run, for state.json. mirror: on rank 0.
+
+        card: gives the text of the model card, from the progress and `WeightsFolder.objective`.
 
         latest: the checkpoint that the run resumes from.
         """
@@ -231,7 +234,8 @@ class _Save:
             raise OSError(f"{missing[0]} of another node is not visible here; all nodes must share the run directory")
         (self.state / FACTS_NAME).write_text(json.dumps(self.run_facts, indent=2) + "\n", encoding="utf-8")
         if self.owner.card is not None:
-            (self.staging / CARD_NAME).write_text(self.owner.card(self.progress), encoding="utf-8")
+            values = self.owner.weights_folder.objective(self.state)
+            (self.staging / CARD_NAME).write_text(self.owner.card(self.progress, values), encoding="utf-8")
         (self.staging / ".gitignore").write_text("\n".join(NOT_UPLOADED) + "\n", encoding="utf-8")
         statistics = self.progress.reward_statistics
         weights = self.owner.weights_folder.write(self.staging, self.state, statistics)
@@ -282,6 +286,8 @@ class WeightsFolder:
     """With LoRA: what is written instead of the whole model."""
     normalize: bool = False
     """Whether config.json has mean and standard deviation under the names of other programs too."""
+    describe: Callable[[Mapping[str, Tensor]], dict[str, Any]] = lambda parameters: {}
+    """Plain values for the record from the parameters of the objective; see `Objective.record`."""
 
     def write(self, folder: Path, state: Path, statistics: tuple[float, float] | None = None) -> dict[str, str]:
         """Write the files into an existing folder from a `training_state`; return the SHA-256 of each by its name.
@@ -291,11 +297,16 @@ class WeightsFolder:
         """
         saved = SavedWeights(state)
         mean, std = statistics or (None, None)
+        record = replace(self.record, reward_mean=mean, reward_std=std, objective=self.objective(state))
         return write_folder(
-            folder, self.model, saved.meta_tensors(), self.tokenizer, self.dtype,
-            replace(self.record, reward_mean=mean, reward_std=std), read=saved.read, adapter=self.adapter,
-            normalize=self.normalize,
+            folder, self.model, saved.meta_tensors(), self.tokenizer, self.dtype, record, read=saved.read,
+            adapter=self.adapter, normalize=self.normalize,
         )  # fmt: skip
+
+    def objective(self, state: Path) -> dict[str, Any]:
+        """Plain values of the parameters of the objective in a `training_state`; {} if it has none."""
+        parameters = SavedWeights(state).objective()
+        return {**self.record.objective, **self.describe(parameters)} if parameters else {}
 
     def expected(self) -> list[float]:
         """Return the rewards of the probes now. A collective: every rank calls it."""

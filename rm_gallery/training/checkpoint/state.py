@@ -40,6 +40,8 @@ from rm_gallery.training.checkpoint.tensor_files import ShardReader, check_names
 from rm_gallery.training.metric_names import DEFAULT_METRIC, value_to_compare
 
 _MODEL = "model.network."  # prefix of the names of the transformers model
+OBJECTIVE = "objective."
+"""Prefix of the names of an objective's parameters."""
 
 
 class RunTensors:
@@ -160,6 +162,12 @@ class SavedWeights:
             name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
             for name, entry in entries.items()
         }
+
+    def objective(self) -> dict[str, Tensor]:
+        """The parameters of the objective by name; {} if it has none."""
+        start = f"model.{OBJECTIVE}"
+        names = [name for name in self._reader.entries if name.startswith(start)]
+        return {name.removeprefix(start): self._reader.read_tensor(name) for name in names}
 
     def read(self, name: str) -> Tensor:
         """Read one tensor into host memory."""
