@@ -19,7 +19,7 @@ from typing import Any
 from rm_gallery import __version__
 from rm_gallery.errors import StoppedBySignal, UserError
 from rm_gallery.evaluation.command import add_ensemble_options, add_evaluate
-from rm_gallery.folder_commands import add_export_legacy, add_merge, add_push, add_report, add_watch
+from rm_gallery.folder_commands import add_average, add_export_legacy, add_merge, add_push, add_report, add_watch
 from rm_gallery.log import safe_traceback, setup_excepthook, setup_logging, wait_for_local_main
 from rm_gallery.safe_text import safe, visible
 
@@ -127,6 +127,7 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
     add_watch(commands)
     add_push(commands)
     add_merge(commands)
+    add_average(commands)
     add_export_legacy(commands)
     return parser
 

@@ -1,4 +1,4 @@
-"""Commands on the folder of a checkpoint (`push`, `merge`, `export-legacy`) or of a run (`report`, `watch`)."""
+"""Commands on folders of checkpoints (`push`, `merge`, `average`, `export-legacy`) and of runs (`report`, `watch`)."""
 
 from __future__ import annotations
 
@@ -68,6 +68,44 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     target = merge(arguments.folder, arguments.output, base=arguments.base, dtype=arguments.dtype)
     print(safe(f"merged: {target}"))
+
+
+def add_average(commands: Any) -> None:
+    command = commands.add_parser(
+        "average",
+        help="average the weights of reward models",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Write a model whose weights are the mean of those of several checkpoints: of one\n"
+            "run, or of runs from the same base model with other seeds or settings.\n"
+            "  rm-gallery average checkpoints/bt/seed1 checkpoints/bt/seed2 --output averaged\n"
+            "Adapters (LoRA) are merged into their base model first."
+        ),
+    )
+    command.add_argument("folders", nargs="+", metavar="FOLDER", help="checkpoint or run")
+    command.add_argument("--output", required=True, metavar="FOLDER", help="folder to write")
+    command.add_argument(
+        "--weights", type=_numbers, metavar="W,W,...", help="weight of each model, in their order (default: equal)"
+    )
+    command.add_argument("--base", metavar="FOLDER", help="base model, if adapters name another path")
+    command.add_argument(
+        "--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of the written weights (as the models')"
+    )
+    command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
+    command.set_defaults(run=_average, words="folders", when_stopped="nothing was written")
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _average(arguments: argparse.Namespace) -> None:
+    from rm_gallery.scoring.average import average
+
+    target = average(
+        arguments.folders, arguments.output, weights=arguments.weights, base=arguments.base, dtype=arguments.dtype
+    )
+    print(safe(f"averaged: {target}"))
 
 
 def add_export_legacy(commands: Any) -> None:

@@ -159,7 +159,7 @@ def write_folder(
         (folder / CODE_FILE).write_text(code_of(network), encoding="utf-8")
     _finish_config(folder / "config.json", model, dtype, record, adapter, normalize=normalize)
     _save_tokenizer(folder, tokenizer, record)
-    _apply_umask(folder)
+    apply_umask(folder)
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".safetensors"]
     return {**hashes, **sha256_files(folder, names)}
 
@@ -170,7 +170,7 @@ def _without_tied(network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     return {name: each for name, each in tensors.items() if tied.get(name) not in tensors}
 
 
-_MEAN_KEYS, _STD_KEYS = ("mean", "logit_mean"), ("std", "logit_sigma")
+MEAN_KEYS, STD_KEYS = ("mean", "logit_mean"), ("std", "logit_sigma")
 """Keys of OpenRLHF's config.json, and of vLLM's pooler configuration: both compute (reward - mean) / std."""
 
 
@@ -192,10 +192,10 @@ def _finish_config(
     elif not model.network.is_custom_code():
         config.pop("auto_map", None)  # code of the folder that training did not run
     config[RECORD_KEY] = asdict(record)
-    for name in (*_MEAN_KEYS, *_STD_KEYS):
+    for name in (*MEAN_KEYS, *STD_KEYS):
         config.pop(name, None)  # of the model that training started from, whose rewards are others
     if normalize and record.reward_mean is not None:
-        config |= dict.fromkeys(_MEAN_KEYS, record.reward_mean) | dict.fromkeys(_STD_KEYS, record.reward_std)
+        config |= dict.fromkeys(MEAN_KEYS, record.reward_mean) | dict.fromkeys(STD_KEYS, record.reward_std)
     if adapter is not None:
         config[BASE_RECORD] = adapter.base_fingerprint
         if adapter.quantization is not None:
@@ -244,7 +244,7 @@ def _save_tokenizer(folder: Path, tokenizer: Any, record: InputRecord) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _apply_umask(folder: Path) -> None:
+def apply_umask(folder: Path) -> None:
     """Set file permissions by the umask: safetensors creates files that only the owner can read."""
     umask = os.umask(0)
     os.umask(umask)
@@ -268,7 +268,7 @@ def read_record(folder: str | Path) -> InputRecord | None:
 def names_statistics(folder: str | Path) -> bool:
     """Whether config.json has mean and standard deviation under the names of other programs."""
     path = Path(folder) / "config.json"
-    return path.is_file() and _MEAN_KEYS[0] in json.loads(path.read_text(encoding="utf-8"))
+    return path.is_file() and MEAN_KEYS[0] in json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_statistics(folder: str | Path) -> tuple[float, float] | None:
@@ -283,7 +283,7 @@ def read_statistics(folder: str | Path) -> tuple[float, float] | None:
     record = config.get(RECORD_KEY) or {}
     places = [
         (record, "reward_mean", "reward_std"),
-        *((config, *keys) for keys in zip(_MEAN_KEYS, _STD_KEYS, strict=True)),
+        *((config, *keys) for keys in zip(MEAN_KEYS, STD_KEYS, strict=True)),
     ]
     for values, mean, std in places:
         found = values.get(mean), values.get(std)
@@ -325,12 +325,7 @@ def check_rewards(folder: Path, texts: Sequence[Sequence[int]], expected: Sequen
     exact: model and folder are float32, so the tolerance is 1e-4 (absolute plus relative); otherwise bfloat16 rounding
     allows 0.1 absolute plus 5%. Skipped with a warning if the float32 model takes more than half of the free memory.
     """
-    needed, free = _float32_bytes(folder), _free_memory()
-    if needed > free / 2:
-        log.warning(
-            "%s: not rescored: the model takes %.0f GiB in float32, more than half of the %.0f GiB of free memory",
-            folder, needed / 2**30, free / 2**30,
-        )  # fmt: skip
+    if not fits_in_memory(folder):
         return
     absolute, relative = (1e-4, 1e-4) if exact else (0.1, 0.05)
     for number, (found, wanted) in enumerate(zip(rescore(folder, texts), expected, strict=True)):
@@ -339,6 +334,18 @@ def check_rewards(folder: Path, texts: Sequence[Sequence[int]], expected: Sequen
                 f"{folder}: the reloaded model gives text {number} the reward {found:.6f}, the trainer gave "
                 f"{wanted:.6f}; do not use this checkpoint, and please report the architecture"
             )
+
+
+def fits_in_memory(folder: Path) -> bool:
+    """Whether there is memory to rescore a folder; a warning if not."""
+    needed, free = _float32_bytes(folder), _free_memory()
+    if needed > free / 2:
+        log.warning(
+            "%s: not rescored: the model takes %.0f GiB in float32, more than half of the %.0f GiB of free memory",
+            folder, needed / 2**30, free / 2**30,
+        )  # fmt: skip
+        return False
+    return True
 
 
 def _float32_bytes(folder: Path) -> int:

@@ -18,12 +18,13 @@ from rm_gallery.scoring.model_folder import choose_checkpoint
 
 log = logging.getLogger(__name__)
 
-_TEXTS = (
+PROBES = (
     "Why is the sky blue?\n\nAir scatters short waves of light more.",
     "Name a prime number.\n\n7",
     "2 + 2 = 5",
     "How long does an egg boil?\n\nEight minutes for a firm yolk; five minutes if you like it soft.",
 )
+"""Texts that are scored to compare models."""
 
 
 def merge(
@@ -53,7 +54,7 @@ def merge(
     state = model.network.state_dict()
     if (bias := state.pop("score.bias", None)) is not None:  # of another trainer: no layer of the library has it
         log.warning("%s: the bias of the reward head, %.6g, is dropped: rewards differ by it", path, bias.item())
-    texts = [tokenizer(text)["input_ids"] for text in _TEXTS]
+    texts = [tokenizer(text)["input_ids"] for text in PROBES]
     expected = rescore(source_folder, texts, base=base, quantized=False)
     if adapter.quantization is not None:
         trained = rescore(source_folder, texts, base=base)

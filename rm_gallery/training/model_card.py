@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,9 @@ A reward model: it gives each response to a prompt one number, higher for the re
 | {{ label }} | {{ value }} |
 {% endfor %}
 {%- endif %}
+"""
+
+_USAGE = """\
 ## How to use
 
 ```python
@@ -134,6 +137,62 @@ Rewards are comparable between responses to the same prompt. They have no unit a
 """
 
 
+_AVERAGED = """\
+---
+{{ metadata }}---
+
+# {{ name }}
+
+A reward model whose weights are the mean of those of {{ members | length }} reward models (`rm-gallery average`); it
+was not trained itself. The mean and standard deviation of their validation rewards do not hold for it.
+
+| model | weight |
+|---|---|
+{% for label, share in members -%}
+| {{ label }} | {{ share }} |
+{% endfor %}
+"""
+
+
+def averaged_card(
+    name: str, members: Sequence[tuple[str, float]], cards: Sequence[Path], *, input_style: str, separator: str,
+    attributes: Sequence[str], adds_special_tokens: bool, code_file: str,
+) -> str:  # fmt: skip
+    """The model card of an average of weights. members: (name, weight) of each model; cards: their model cards.
+
+    Licence, base model and data are those that all cards name. For the other arguments see `model_card`.
+    """
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
+    found = [_metadata_of(card) for card in cards]
+    for key in ("license", "base_model", "datasets"):
+        if found[0].get(key) and all(each.get(key) == found[0][key] for each in found):
+            metadata[key] = found[0][key]
+    metadata["tags"] = ["reward-model", "weight-averaging", "rm-gallery"]
+    card = _render(
+        _AVERAGED + _USAGE, metadata, name=_cell(name),
+        members=[(_cell(each), f"{share:.4g}") for each, share in members],
+        chat=input_style == "chat", lora=False, attributes=attributes, code_file=code_file, mapping="", quantized=False,
+        trust=", trust_remote_code=True" if code_file else "", special=adds_special_tokens,
+        separator=json.dumps(separator)[1:-1],
+    )  # fmt: skip
+    return redact(card)
+
+
+def _metadata_of(card: Path) -> Mapping[str, Any]:
+    """The metadata of a model card; {} without one."""
+    try:
+        found = yaml.safe_load(card.read_text(encoding="utf-8").split("---")[1])
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _render(template: str, metadata: Mapping[str, Any], **values: Any) -> str:
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    text = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True)
+    return environment.from_string(template).render(metadata=text, **values)
+
+
 def model_card(
     config: TrainConfig,
     *,
@@ -178,9 +237,9 @@ def model_card(
     rows.append(("input", "conversations, rendered by the chat template" if input_style == "chat" else "plain text"))
     rows.append(("compute dtype, seed", f"{value('model.fsdp_config.model_dtype')}, {value('trainer.seed')}"))
     rows.append(("versions", ", ".join(f"{name} {number}" for name, number in (versions or {}).items())))
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    card = environment.from_string(_TEMPLATE).render(
-        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
+    card = _render(
+        _TEMPLATE + _USAGE,
+        metadata,
         name=value("trainer.experiment_name"),
         rows=[(label, _cell(value)) for label, value in rows if value],
         metrics=[(name, f"{metrics[name]:.4f}") for name in (*_SHOWN, *_of_sets(metrics)) if name in metrics],
