@@ -196,7 +196,7 @@ def _tokenizer_differences(first: Any, other: Any) -> list[tuple[str, Any, Any]]
 def _record_differences(first: InputRecord | None, other: InputRecord | None) -> list[tuple[str, Any, Any]]:
     """How training built their inputs, and what their outputs are; what was measured or learned beside may differ."""
     known = {**_MEASURED, "max_length": 0}
-    one, two = (None if each is None else replace(each, **known) for each in (other, first))  # type: ignore[arg-type]
+    one, two = (None if each is None else replace(each, **known) for each in (other, first))
     return [] if one == two else [("the input of training (rm_gallery in config.json)", one, two)]
 
 
