@@ -5,16 +5,13 @@ Order: agree on the configuration, tokenizer, model, data, parallelism, plan, op
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from rm_gallery.data.batching.loader import load_steps
@@ -29,8 +26,7 @@ from rm_gallery.distributed.process_group import World, processes, seed_everythi
 from rm_gallery.errors import StoppedBySignal, UserError
 from rm_gallery.log import log_copy
 from rm_gallery.modeling.config import weights_of, with_dtype
-from rm_gallery.modeling.generic_class import CODE_FILE, is_generic
-from rm_gallery.modeling.parallel.apply import DTYPES, apply, offload_optimizer
+from rm_gallery.modeling.parallel.apply import apply, offload_optimizer
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.modeling.router_loss import RouterLoss
@@ -39,20 +35,16 @@ from rm_gallery.objectives import Objective, build_objective
 from rm_gallery.training.agreement import agree_on_plan, agree_on_run
 from rm_gallery.training.callbacks import AnnouncedSaver, Callbacks, Sinks
 from rm_gallery.training.checkpoint import (
-    PLAN,
     Checkpoints,
-    Mirror,
-    RunIdentity,
     RunTensors,
     Start,
-    WeightsFolder,
     find_start,
 )
 from rm_gallery.training.checkpoint.folders import name_best
 from rm_gallery.training.checkpoint.state import OBJECTIVE
+from rm_gallery.training.checkpoint_setup import build_checkpoints, model_shape, run_identity
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.data_setup import Loaded, check_best_metric, check_data, load_eval_sets, load_sides
-from rm_gallery.training.model_card import model_card
 from rm_gallery.training.model_setup import StartModel, find_adapter, start_model
 from rm_gallery.training.optim import build_optimizer, build_schedule
 from rm_gallery.training.report.writer import ReportWriter
@@ -61,7 +53,6 @@ from rm_gallery.training.run_dir import (
     draw_curves,
     earlier_template_date,
     lock_run_dir,
-    package_versions,
     tracked_facts,
     write_run_facts,
 )
@@ -381,69 +372,3 @@ def _build_trainer(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: 
         tick=tick,
         router_loss=loop.router_loss,
     )
-
-
-_NUM_PROBES = 4  # shortest training groups, scored again from a saved checkpoint to verify it
-
-
-def model_shape(model: RewardModel) -> str:
-    """The model's architecture as text, to compare runs; call it before the parameters are sharded."""
-    parameters = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-    digest = hashlib.sha256(repr(parameters).encode()).hexdigest()[:8]
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return f"{model.network.config.model_type} with {count} parameters ({digest})"
-
-
-def run_identity(config: TrainConfig, data: TokenData, plan: Plan, shape: str, total_steps: int) -> RunIdentity:
-    """What a checkpoint must have in common with the run that resumes from it."""
-    return RunIdentity(
-        fixed={
-            "training data": f"fingerprint {data.fingerprint()}",
-            "trainer.seed": config.trainer.seed,
-            "model": shape,
-            **({"model.quantization": config.model.quantization} if config.model.quantization else {}),
-            PLAN: f"fingerprint {plan.fingerprint()}",
-        },
-        config=config.to_compare(),
-        total_steps=total_steps,
-        rate_at=lambda total_steps, step: build_schedule(config.optim, total_steps)(step),
-    )
-
-
-def build_checkpoints(
-    config: TrainConfig, objective: Objective, start: StartModel, weights: TrainedWeights, tensors: RunTensors,
-    tokenizer: Any, train: Loaded, ranks: HostGroup, identity: RunIdentity, begin: Start,
-) -> Checkpoints:  # fmt: skip
-    """Collective: every rank must call it at the same place."""
-    computes, wanted = config.model.fsdp_config.model_dtype, config.trainer.export_dtype
-    written = computes if wanted == "auto" else wanted
-    shortest = np.argsort(train.data.sizes.longest_text, kind="stable")[:_NUM_PROBES]
-    weights_folder = WeightsFolder(
-        start.model,
-        tokenizer,
-        replace(
-            train.input_record(config.data, tokenizer, config.model),
-            objective={"name": config.objective.name} if objective.parameters() else {},
-        ),
-        DTYPES[written],
-        weights.device,
-        exact=computes == written == "fp32" and config.model.quantization != "int8",  # it rounds activations
-        probes=[train.data[int(index)] for index in shortest],
-        adapter=start.adapter,
-        normalize=config.trainer.reward_statistics == "normalize",
-        describe=objective.record,
-    )
-    url, record = config.trainer.mirror_url, weights_folder.record
-    card = partial(
-        model_card, config, num_parameters=start.num_parameters, num_trained=start.num_trained,
-        comparisons=train.data.num_comparisons, input_style=record.input_style, separator=record.separator,
-        adds_special_tokens=bool(tokenizer.cls_token), versions=package_versions("torch", "transformers"),
-        code_file=CODE_FILE if is_generic(start.model.network) else "", renames=start.renames,
-    )  # fmt: skip
-    return Checkpoints(
-        config.trainer.run_dir, config.trainer, tensors, weights_folder, ranks,
-        facts=identity.facts(begin.origin), mirror=Mirror(url) if url and ranks.rank == 0 else None,
-        latest=begin.folder, card=lambda progress, values: card(
-            step=progress.step, metrics=progress.last_val, metrics_step=progress.last_val_step, objective=values
-        ),
-    )  # fmt: skip
