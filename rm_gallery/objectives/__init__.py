@@ -13,7 +13,6 @@ from rm_gallery.objectives.davidson import Davidson
 from rm_gallery.objectives.focal import Focal
 from rm_gallery.objectives.hinge import Hinge
 from rm_gallery.objectives.margin import Margin
-from rm_gallery.objectives.pairwise import PairObjective
 from rm_gallery.objectives.plackett_luce import PlackettLuce
 from rm_gallery.objectives.rao_kupper import RaoKupper
 from rm_gallery.objectives.regression import Regression
@@ -42,10 +41,10 @@ def build_objective(name: str, attributes: Sequence[str] = (), options: Mapping[
     attributes: names of the outputs (`model.attributes`). options: values of keys of `objective`; those that are fields
     of the objective are used.
     """
+    objective: Any = OBJECTIVES[name]  # a dataclass
+    own = {each.name for each in fields(objective) if each.init} - {"names"}
+    chosen = {key: value for key, value in (options or {}).items() if key in own}
     if name == "attributes":
-        return Attributes(attributes)
-    objective = OBJECTIVES[name]
-    if not isinstance(objective, PairObjective):
-        return objective
-    own = {each.name for each in fields(objective) if each.init}
-    return replace(objective, **{key: value for key, value in (options or {}).items() if key in own})
+        chosen["names"] = tuple(attributes)
+    built: Objective = replace(objective, **chosen)
+    return built

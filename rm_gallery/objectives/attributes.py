@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from rm_gallery.objectives.base import Objective
 # R responses, A attributes, S ratings
 
 
+@dataclass(frozen=True)
 class Attributes(Objective):
     """Squared error between each output and the number that the data have for its attribute.
 
@@ -22,25 +25,34 @@ class Attributes(Objective):
 
     Needs numbers per response, as of HelpSteer2; single responses are enough. Use it where responses are graded, and
     the grades of several aspects are wanted. Example: outputs [1, 3], labels [2, missing]: loss 1, divided by 1.
+
+    Each known number adds center_coefficient x (2 x output)^2 and reward_l2 x output^2, as a comparison of two equal
+    rewards does; both pull outputs towards 0, away from the labels.
     """
 
-    count = "values"
-    uses = ("attributes",)
+    count: ClassVar[Literal["comparisons", "values", "rankings"]] = "values"
+    uses: ClassVar[tuple[str, ...]] = ("attributes",)
     needs = ("attributes",)
-    divisible = False  # pairs of the responses of a prompt are counted in a micro-batch
-
-    def __init__(self, names: Sequence[str] = ()) -> None:
-        """names: of the outputs; a prefix of their metrics."""
-        self.names = tuple(names)
+    divisible: ClassVar[bool] = False  # pairs of the responses of a prompt are counted in a micro-batch
+    names: tuple[str, ...] = ()
+    """Of the outputs; a prefix of their metrics."""
+    center_coefficient: float = 0.0
+    reward_l2: float = 0.0
 
     def loss(self, rewards: Tensor, batch: PackedBatch) -> Tensor:
-        outputs, labels = _rated(rewards, batch)
-        errors = (outputs - labels.nan_to_num()) * ~labels.isnan()
-        return (errors.square() * batch.rating_weight.unsqueeze(1)).sum()
+        outputs, labels = rated(rewards, batch)
+        losses = self.losses(outputs, labels.nan_to_num())
+        if self.center_coefficient or self.reward_l2:
+            losses = losses + (4 * self.center_coefficient + self.reward_l2) * outputs.square()
+        return (losses.where(~labels.isnan(), 0.0) * batch.rating_weight.unsqueeze(1)).sum()
+
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """[S, A] loss of each output. labels: [S, A], anything finite where they are missing."""
+        return (outputs - labels).square()
 
     def sums(self, rewards: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
         """By attribute: the moments of outputs and labels, and the pairs of a prompt in the order of their labels."""
-        outputs, labels = (each.double() for each in _rated(rewards, batch))
+        outputs, labels = (each.double() for each in rated(rewards, batch))
         known = ~labels.isnan()
         labels, outputs = labels.nan_to_num() * known, outputs * known
         same = batch.rated_group.unsqueeze(0) == batch.rated_group.unsqueeze(1)  # [S, S]
@@ -83,7 +95,7 @@ class Attributes(Objective):
         return metrics
 
 
-def _rated(rewards: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+def rated(rewards: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """The outputs and the labels of each rating, both [S, A]."""
     outputs = rewards if rewards.ndim == 2 else rewards.unsqueeze(1)
     outputs = outputs[batch.rated]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from rm_gallery.objectives.attributes import Attributes
 
 
+@dataclass(frozen=True)
 class Regression(Attributes):
     """Squared error between the reward and the score that the data have for the response.
 
@@ -20,8 +22,7 @@ class Regression(Attributes):
     Example: rewards [1, 3], scores [2, 3]: (1 + 0) / 2 = 0.5.
     """
 
-    def __init__(self) -> None:
-        super().__init__(("score",))
+    names: tuple[str, ...] = ("score",)
 
     def means(self, sums: Mapping[str, float], prefix: str) -> dict[str, float]:
         """The loss, mse and pearson over responses, and accuracy over pairs of a prompt whose scores differ."""

@@ -35,6 +35,7 @@ from rm_gallery.modeling.reward_model import (
 from rm_gallery.modeling.router_loss import check_config
 from rm_gallery.modeling.weight_files import tokenizer_folder
 from rm_gallery.objectives import Objective
+from rm_gallery.objectives.plackett_luce import MAX_EXACT
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.metric_names import parse_metric
 from rm_gallery.training.model_setup import find_adapter
@@ -263,7 +264,7 @@ def check_labels(config: TrainConfig, objective: Objective, train: Loaded, valid
         )
     if objective.count == "rankings":
         for key, side in {"data.train_files": train, **validated}.items():
-            side.data.as_rankings()
+            side.data.as_rankings(MAX_EXACT if config.objective.ties == "exact" else None)
             large = int((side.data.sizes.tokens > config.data.budget).sum())
             if large:
                 log.warning(

@@ -29,10 +29,13 @@ class ObjectiveConfig:
     `davidson` on comparisons with ties; `plackett_luce` on rankings; `regression` or `attributes` (`model.attributes`)
     on graded responses. See docs/objectives.md."""
     center_coefficient: Annotated[float, Ge(0)] = 0.0
-    """On comparisons: adds this times the square of the sum of both rewards to the loss of each; 0.01 keeps rewards
-    around 0."""
+    """Adds this times the square of the sum of both rewards to the loss of each comparison; 0.01 keeps rewards around
+    0. Of a ranking or a graded response: times the square of twice its mean reward."""
     reward_l2: Annotated[float, Ge(0)] = 0.0
-    """On comparisons: adds this times the mean square of both rewards to the loss of each."""
+    """Adds this times the mean square of its rewards to the loss of each comparison, ranking or graded response."""
+    ties: Literal["auto", "exact", "efron"] = "auto"
+    """`plackett_luce`: likelihood of tied responses: summed over all orders (`exact`), Efron's approximation (`efron`),
+    or exact up to 6 tied responses and Efron's beyond (`auto`)."""
     score_column: str = "score"
     """`regression`: column of the score of a response, or of a list of one score per response."""
     margin_form: Literal["shift", "hinge"] = "shift"
@@ -48,10 +51,12 @@ class ObjectiveConfig:
 
 
 _TIES = ("rao_kupper", "davidson")
-_ON_PAIRS = ("bradley_terry", "margin", "scaled", "soft", "focal", "hinge", *_TIES)
+_ALL = (
+    "bradley_terry", "margin", "scaled", "soft", "focal", "hinge", *_TIES, "plackett_luce", "regression", "attributes",
+)  # fmt: skip
 OPTIONS_OF: dict[str, tuple[str, ...]] = {
     "score_column": ("regression",),
-    "center_coefficient": _ON_PAIRS, "reward_l2": _ON_PAIRS, "margin_form": ("margin",),
+    "center_coefficient": _ALL, "reward_l2": _ALL, "margin_form": ("margin",), "ties": ("plackett_luce",),
     "label_smoothing": ("soft",), "focal_gamma": ("focal",), "hinge_margin": ("hinge",), "threshold_lr": _TIES,
 }  # fmt: skip
 """The objectives that have each option."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -50,27 +51,63 @@ def test_rankings_without_ties_have_the_exact_likelihood() -> None:
 
 
 def test_ties_are_those_of_efron_and_exact_for_equal_rewards() -> None:
-    e = math.exp
-    found = OBJECTIVE(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64), ranking(0, 0, 1))[0].item()
+    e, efron = math.exp, build_objective("plackett_luce", (), {"ties": "efron"})
+    found = efron(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64), ranking(0, 0, 1))[0].item()
     whole, tied = e(2) + e(1) + 1, e(2) + e(1)
     assert found == pytest.approx(-math.log(2 * e(2) * e(1) / (whole * (whole - tied / 2))))
     for ranks in ([0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]):
         rewards = [0.7 if rank == 0 else -0.2 for rank in ranks]
-        loss = OBJECTIVE(torch.tensor(rewards, dtype=torch.float64), ranking(*ranks))[0].item()
+        loss = efron(torch.tensor(rewards, dtype=torch.float64), ranking(*ranks))[0].item()
         assert loss == pytest.approx(exact(rewards, ranks), abs=1e-9)
 
 
-def test_gradients_and_extreme_rewards() -> None:
+@pytest.mark.parametrize(
+    "ranks", [(0, 0, 1), (1, 0, 0, 2, 2), (0, 0, 0, 0, 0, 0, 1), (1, 0, 1, 0, 1), (0, 0, 0), (2, 2, 0, 1, 1, 1, 1)]
+)
+def test_tied_responses_have_the_likelihood_of_all_their_orders(ranks: tuple[int, ...]) -> None:
+    rewards = torch.randn(len(ranks), dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+    assert OBJECTIVE(rewards, ranking(*ranks))[0].item() == pytest.approx(
+        exact(rewards.tolist(), list(ranks)), abs=1e-9
+    )
+
+
+def test_larger_ties_are_those_of_efron_but_for_the_last() -> None:
+    rewards = torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    efron = build_objective("plackett_luce", (), {"ties": "efron"})
+    above, last = ranking(*[0] * 8, 1), ranking(0, *[1] * 8)
+    assert OBJECTIVE(rewards, above)[0].item() == pytest.approx(efron(rewards, above)[0].item())
+    assert OBJECTIVE(rewards, last)[0].item() == pytest.approx((rewards.logsumexp(0) - rewards[0]).item())
+    data = TokenData.from_groups([(TokenGroup(np.zeros(0, np.int32), [np.array([i], np.int32) for i in range(9)],
+                                              [Comparison(i, 8) for i in range(8)]), Origin("a", 3))])  # fmt: skip
+    with pytest.raises(UserError, match=r"a:3: 8 tied responses are above others.* at most 6; set objective.ties=auto"):
+        data.as_rankings(6)
+
+
+def test_a_pair_has_the_bounds_of_bradley_terry_and_a_ranking_those_of_its_mean() -> None:
+    bounds = {"center_coefficient": 0.1, "reward_l2": 0.2}
+    rewards = torch.tensor([2.0, -1.0, 4.0], dtype=torch.float64)
+    pair, two = ranking(0, 1, weight=3.0), build_objective("bradley_terry", (), bounds)
+    pair_weight = replace(pair, weight=pair.rating_weight[:1])
+    bound = build_objective("plackett_luce", (), bounds)
+    assert bound(rewards[:2], pair)[0].item() == pytest.approx(two(rewards[:2], pair_weight)[0].item())
+    batch = ranking(0, 0, 1)
+    added = 0.1 * (2 * 5 / 3) ** 2 + 0.2 * 21 / 3
+    assert bound(rewards, batch)[0].item() == pytest.approx(OBJECTIVE(rewards, batch)[0].item() + added)
+
+
+@pytest.mark.parametrize("ties", ["auto", "efron"])
+def test_gradients_and_extreme_rewards(ties: str) -> None:
+    objective = build_objective("plackett_luce", (), {"ties": ties, "center_coefficient": 0.1, "reward_l2": 0.1})
     batch = ranking(2, 0, 1, 1, 2)
     rewards = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda values: OBJECTIVE.loss(values, batch), rewards)
+    assert torch.autograd.gradcheck(lambda values: objective.loss(values, batch), rewards)
     extreme = torch.tensor([1e4, -1e4, 0.0, 1e4, -1e4], requires_grad=True)
-    OBJECTIVE(extreme, batch)[0].backward()
+    objective(extreme, batch)[0].backward()
     assert extreme.grad is not None and torch.isfinite(extreme.grad).all()
     empty = torch.zeros(0, requires_grad=True)
-    loss, sums = OBJECTIVE(empty, collate([]))
+    loss, sums = objective(empty, collate([]))
     loss.backward()
-    assert loss.item() == 0 and OBJECTIVE.means({name: float(each) for name, each in sums.items()}, "val") == {}
+    assert loss.item() == 0 and objective.means({name: float(each) for name, each in sums.items()}, "val") == {}
 
 
 def test_a_ranking_is_never_cut_and_sums_do_not_depend_on_sharing_and_ranks() -> None:

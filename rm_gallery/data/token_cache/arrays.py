@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from rm_gallery.data.tokenization.token_group import Origin, TokenGroup, is_ranking, ranks_of
+from rm_gallery.data.tokenization.token_group import Origin, TokenGroup, is_ranking, largest_tie, ranks_of
 from rm_gallery.errors import UserError
 from rm_gallery.schema import Comparison, InputStyle, Rating
 
@@ -251,13 +251,22 @@ class TokenData:
         known = np.concatenate([[0], np.cumsum(~np.isnan(self._arrays["attributes"]), dtype=np.int64)])
         return np.asarray(np.diff(known[self._arrays["attribute_start"]]))
 
-    def as_rankings(self) -> None:
-        """Count each group as one ranking. Raises UserError for comparisons that are not those of a ranking."""
+    def as_rankings(self, max_tied: int | None = None) -> None:
+        """Count each group as one ranking. Raises UserError for comparisons that are not those of a ranking.
+
+        max_tied: most tied responses above others; None for any number.
+        """
         for index in np.flatnonzero(self.sizes.num_comparisons > 1).tolist():
-            if not is_ranking(self[index]):
+            group = self[index]
+            if not is_ranking(group):
                 raise UserError(
                     f"{self.where(index)}: not a ranking: some two responses are neither compared nor tied, are "
                     "compared in a circle, or have different weights; set objective.name=bradley_terry"
+                )
+            if max_tied is not None and (count := largest_tie(group.comparisons)) > max_tied:
+                raise UserError(
+                    f"{self.where(index)}: {count} tied responses are above others, and the exact likelihood takes at "
+                    f"most {max_tied}; set objective.ties=auto"
                 )
         self.is_ranked = True
         self.loss_counts = (self.sizes.num_comparisons > 0).astype(np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,6 +88,12 @@ def ranks_of(comparisons: Sequence[Comparison]) -> dict[int, int]:
         if not changed:
             return ranks
     return {}
+
+
+def largest_tie(comparisons: Sequence[Comparison]) -> int:
+    """The most responses of a ranking that are tied and better than others."""
+    counts = Counter(ranks_of(comparisons).values())
+    return max((count for rank, count in counts.items() if rank < max(counts)), default=0)
 
 
 def is_ranking(group: TokenGroup) -> bool:
