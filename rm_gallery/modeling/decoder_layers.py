@@ -27,9 +27,10 @@ from rm_gallery.modeling.attention.dispatch import AttentionSpec, PackLayout, at
 # T tokens, R responses, N queries (T, or R in the last layer), D hidden, H heads
 
 
-def adapt(backbone: Any) -> bool:
+def adapt(backbone: Any, *, only_rewards: bool = True) -> bool:
     """Replace the forward methods of a decoder's layers; on a packed batch its last hidden state is then [1, R, D].
 
+    only_rewards: False keeps the hidden states of all tokens, [1, T, D], for a language model.
     Returns False and changes nothing for layers that are not from transformers. Calls without `packed` run the
     library's code.
     """
@@ -38,9 +39,10 @@ def adapt(backbone: Any) -> bool:
         return False
     for layer in layers:
         layer.self_attn.forward = MethodType(_attention, layer.self_attn)
-    last = layers[-1]
-    last.forward = MethodType(_last_layer, last)
-    last.self_attn.forward = MethodType(_last_attention, last.self_attn)
+    if only_rewards:
+        last = layers[-1]
+        last.forward = MethodType(_last_layer, last)
+        last.self_attn.forward = MethodType(_last_attention, last.self_attn)
     if architecture(backbone.config.model_type).float32_norms:
         return True  # norms keep their own forward: `rms_norm` rounds as in Llama
     for module in backbone.modules():

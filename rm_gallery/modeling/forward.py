@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -32,21 +33,42 @@ def packed_rewards(network: Any, batch: PackedBatch, kernel: str, *, reads_only_
     """
     count = len(batch.reward_index)
     if not batch.num_tokens:
-        batch = _one_token(batch)
-    layout = dispatch.lay_out(batch, kernel)
-    with dispatch.carry_layout(layout):
-        hidden = getattr(network, network.base_model_prefix)(
-            input_ids=batch.input_ids.unsqueeze(0),
-            position_ids=batch.positions.unsqueeze(0),
-            use_cache=False,
-            packed=layout,
-        ).last_hidden_state[0]  # [R, D], or [T, D]
+        batch = one_token(batch)
+    hidden = packed_hidden(network, batch, kernel)  # [R, D], or [T, D]
     if not reads_only_rewards:
         hidden = hidden.index_select(0, batch.reward_index)
     head = head_of(network)
     assert head is not None
     # A clone, since FSDP2 registers its backward hooks on the outputs, which may not be views.
     return head(hidden)[:count].squeeze(-1).float().clone()
+
+
+def packed_hidden(network: Any, batch: PackedBatch, kernel: str) -> Tensor:
+    """Hidden states of the backbone of a network whose attention is `dispatch.NAME`, as its last layer gives them."""
+    layout = dispatch.lay_out(batch, kernel)
+    with dispatch.carry_layout(layout):
+        hidden: Tensor = getattr(network, network.base_model_prefix)(
+            input_ids=batch.input_ids.unsqueeze(0),
+            position_ids=batch.positions.unsqueeze(0),
+            use_cache=False,
+            packed=layout,
+        ).last_hidden_state[0]
+    return hidden
+
+
+def padded_hidden(network: Any, batch: PackedBatch, tokens: Tensor) -> Tensor:
+    """[L, D] hidden states of these tokens of the batch, from whole texts, padded on the right."""
+    pad = network.config.pad_token_id
+    input_ids, mask = pad_texts(batch, pad if isinstance(pad, int) else 0)  # any id: no token sees padding
+    backbone = getattr(network, network.base_model_prefix)
+    options = {"use_cache": False} if "use_cache" in inspect.signature(backbone.forward).parameters else {}
+    hidden: Tensor = backbone(input_ids=input_ids, attention_mask=mask, **options).last_hidden_state  # [R, P, D]
+    # A token of a common prefix is read in the first text of its group.
+    counts = np.array([len(tails) for tails in batch.tail_lengths], np.int64)
+    first = torch.from_numpy(np.cumsum(counts) - counts).to(tokens.device)
+    response = batch.response[tokens]
+    row = torch.where(response < 0, first[batch.group[tokens]], response)
+    return hidden.flatten(0, 1).index_select(0, row * hidden.shape[1] + batch.positions[tokens])
 
 
 def padded_rewards(network: Any, batch: PackedBatch) -> Tensor:
@@ -64,7 +86,7 @@ def text_rewards(network: Any, input_ids: Tensor, mask: Tensor | None = None) ->
     return logits.squeeze(-1).float()
 
 
-def _one_token(batch: PackedBatch) -> PackedBatch:
+def one_token(batch: PackedBatch) -> PackedBatch:
     """The empty batch with one dummy token, whose reward is discarded.
 
     A rank without data runs this dummy forward pass so that all ranks run the same collectives. Every parameter gets a

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.config import HeadInit
+from rm_gallery.modeling.cross_entropy import logit_scale
 from rm_gallery.modeling.reward_model import LoadedModel
 from rm_gallery.modeling.text_part import text_files
 from rm_gallery.modeling.weight_files import read_weight_folder
@@ -49,21 +50,12 @@ def init_head(
         if last is not getattr(network, "score", None) or last.weight.shape != (1, *better.shape):
             raise UserError(f"{what}: the reward head of {network.config.model_type} is not one row of its language "
                             "model's head; set normal or zero")  # fmt: skip
-        values[place[last.weight]] = (better - worse).unsqueeze(0) * _logit_factor(network.config)
+        values[place[last.weight]] = (better - worse).unsqueeze(0) * logit_scale(network.config).factor
         if cap := getattr(network.config, "final_logit_softcapping", None):
             log.warning("%s: rewards start as differences of logits before their soft cap of %g", what, cap)
     for name, value in values.items():
         target = network.get_parameter(name) if new is None else new[name]
         target.data.copy_(value)
-
-
-def _logit_factor(config: Any) -> float:
-    """What the language model multiplies the result of its output layer by, other than in a soft cap."""
-    scaling = getattr(config, "logits_scaling", None) or 1.0  # Granite divides by it, HyperCLOVA X multiplies
-    factor = scaling if config.model_type.startswith("hyperclovax") else 1 / scaling
-    for name in ("logit_scale", "output_multiplier"):  # Cohere, Muse
-        factor *= getattr(config, name, None) or 1.0
-    return float(factor)
 
 
 def _token(tokenizer: Any, word: str, what: str) -> int:

@@ -70,6 +70,15 @@ def is_reward_model(architectures: Iterable[str]) -> bool:
     )
 
 
+def no_head(config: Any, what: str) -> str:
+    """The error for a folder that is not a reward model."""
+    name = (config.architectures or [config.model_type])[0]
+    return (
+        f"{what}: {name} is not a sequence classification model, so it has no reward head; choose a trained reward "
+        "model"
+    )
+
+
 def has_foreign_head(files: WeightFolder) -> bool:
     """Whether a tensor looks like the last layer of a head with one output under another name, or a pickle holds one.
 

@@ -24,8 +24,8 @@ from rm_gallery.modeling.architectures import ARCHITECTURES, NOT_TRAINED, common
 from rm_gallery.modeling.attention import dispatch
 from rm_gallery.modeling.config import PackingSetting
 from rm_gallery.modeling.generic_class import forget_code, register
-from rm_gallery.modeling.heads import HEADS, RewardHead, find_head, is_reward_model, num_outputs, sort_unread
-from rm_gallery.modeling.packing import OtherHeadError, Way, check_loaded, choose_way
+from rm_gallery.modeling.heads import HEADS, RewardHead, find_head, is_reward_model, no_head, num_outputs, sort_unread
+from rm_gallery.modeling.packing import ChooseWay, OtherHeadError, Way, check_loaded, choose_way
 from rm_gallery.modeling.skeleton import wrong_buffers
 from rm_gallery.modeling.text_part import reads_last_token, text_files, text_part
 from rm_gallery.modeling.weight_files import (
@@ -86,13 +86,13 @@ class ModelSource:
         for_scoring = self.new_head is None
         with torch.random.fork_rng(devices=[], enabled=for_scoring or bool(self.new_head)):
             before = torch.get_rng_state()
-            network, info = self._read(library, dtype, trust_remote_code)
+            network, info = self.read(library, dtype, trust_remote_code)
             draws = not torch.equal(before, torch.get_rng_state())
             if for_scoring and draws:  # for weights that are then read, or for others
                 first = _fingerprints(network)
-                network, info = self._read(library, dtype, trust_remote_code)
+                network, info = self.read(library, dtype, trust_remote_code)
                 draws = first != _fingerprints(network)
-        self._check_shapes(info["mismatched_keys"])
+        self.check_shapes(info["mismatched_keys"])
         missing = set(info["missing_keys"])
         if self.new_head:
             missing |= {name for name, _ in network.named_parameters() if name.startswith(HEADS)}
@@ -120,7 +120,7 @@ class ModelSource:
             check_loaded(network, what=self.what)
         return network, head
 
-    def _read(self, library: Any, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
+    def read(self, library: Any, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
         """The model, and the library's report on names."""
         try:
             with quiet_transformers():
@@ -135,7 +135,8 @@ class ModelSource:
                 reason = "its .bin file is a pickle with more than tensors, which can execute code; use safetensors"
             raise UserError(f"{self.what}: the model cannot be loaded ({reason})") from error
 
-    def _check_shapes(self, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    def check_shapes(self, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+        """Raise UserError for tensors of another shape than the configuration says."""
         for name, found, wanted in sorted(mismatched):
             if not (self.new_head and name.startswith(HEADS)):
                 raise UserError(
@@ -176,7 +177,7 @@ class ModelSource:
             elif not is_missing:
                 name = _head_weight(network)
             self._check_missing(new_parts, name)
-        _warn_of_unread(self.what, sorted(set(unread.names) - used), self.files.other_files)
+        warn_of_unread(self.what, sorted(set(unread.names) - used), self.files.other_files)
         if hasattr(network.config, "value_head_prefix"):
             network.config.value_head_prefix = "score"  # where a checkpoint has it
         adopted = found if is_missing else None
@@ -223,22 +224,14 @@ def initialize(network: Any, names: Iterable[str]) -> None:
     network.initialize_weights()
 
 
-def no_head(config: Any, what: str) -> str:
-    """The error for a folder that is not a reward model."""
-    name = (config.architectures or [config.model_type])[0]
-    return (
-        f"{what}: {name} is not a sequence classification model, so it has no reward head; choose a trained reward "
-        "model"
-    )
-
-
 def _head_weight(network: Any) -> str:
     """Name of the last matrix of the head."""
     weights = [name for name, _ in network.named_parameters() if name.endswith("weight")]
     return next((name for name in reversed(weights) if name.startswith(HEADS)), weights[-1])
 
 
-def _warn_of_unread(what: str, names: Sequence[str], files: Sequence[str]) -> None:
+def warn_of_unread(what: str, names: Sequence[str], files: Sequence[str]) -> None:
+    """Log the tensors and files of a folder that are not read."""
     if names:
         log.warning(
             "%s: %d tensors are not read, since the model has no place for them: %s",
@@ -250,11 +243,11 @@ def _warn_of_unread(what: str, names: Sequence[str], files: Sequence[str]) -> No
 
 def open_model(
     path: str, *, key: str, trust_remote_code: bool, dropout: float, new_head: bool | None = False,
-    packing: PackingSetting = "auto", attributes: Sequence[str] = (),
+    packing: PackingSetting = "auto", attributes: Sequence[str] = (), choose: ChooseWay | None = None,
 ) -> ModelSource:  # fmt: skip
     """The folder's configuration with one label, or one per attribute, and these dropout rates, and its weight files.
 
-    See `load_reward_model`.
+    See `load_reward_model`. choose: how a causal language model is run; the configuration keeps its labels then.
 
     Raises UserError as `load_model_config` does, and for quantized weights.
     """
@@ -267,14 +260,15 @@ def open_model(
         files, renames = text_files(config, files, what=f"{key}={path}")
     check_model_config(config, path, key=key, files=files, new_head=new_head, attributes=attributes)
     check_not_quantized(files, config, path, key=key)
-    config.num_labels = max(1, len(attributes))
-    config.problem_type = "regression"
+    if choose is None:
+        config.num_labels = max(1, len(attributes))
+        config.problem_type = "regression"
     for name, value in vars(config).items():
         is_rate = isinstance(value, float | int) and not isinstance(value, bool)
         if is_rate and ("dropout" in name or name.endswith("pdrop")):
             setattr(config, name, dropout)
     arguments = {}
-    way = choose_way(config, packing, what=f"{key}={path}")
+    way = (choose or choose_way)(config, packing, what=f"{key}={path}")
     if way.packed:
         dispatch.install()
         arguments["attn_implementation"] = dispatch.NAME

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -54,6 +54,12 @@ class Way:
         return f"{'packed' if self.packed else 'padded'}{layers}: {self.reason}"
 
 
+class ChooseWay(Protocol):
+    """`choose_way`, or the same for a language model."""
+
+    def __call__(self, config: Any, setting: PackingSetting, *, what: str) -> Way: ...
+
+
 def choose_way(config: Any, setting: PackingSetting, *, what: str) -> Way:
     """The way for a configuration of transformers.
 
@@ -68,7 +74,7 @@ def choose_way(config: Any, setting: PackingSetting, *, what: str) -> Way:
     if kind in ENCODERS:
         way = Way(False, f"{kind} attends in both directions")
     else:
-        way = _tried(_Key(config, setting == "padded"))
+        way = _tried(ConfigKey(config, setting == "padded"))
     if way.difference is not None and math.isnan(way.difference):
         raise (OtherHeadError if way.reason.startswith("architecture") else UserError)(f"{what}: {way.reason}")
     if setting == "packed" and not way.packed:
@@ -80,7 +86,7 @@ class OtherHeadError(UserError):
     """A sequence classification model whose head is not read, or that wraps several models."""
 
 
-class _Key:
+class ConfigKey:
     """A configuration that is equal to another with the same values."""
 
     def __init__(self, config: Any, padded_only: bool) -> None:
@@ -88,7 +94,7 @@ class _Key:
         self._text = f"{type(config).__name__} {config.to_json_string(use_diff=False)} {padded_only}"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and other._text == self._text
+        return isinstance(other, ConfigKey) and other._text == self._text
 
     def __hash__(self) -> int:
         return hash(self._text)
@@ -99,7 +105,7 @@ def _refused(reason: str) -> Way:
 
 
 @functools.lru_cache(maxsize=256)
-def _tried(key: _Key) -> Way:
+def _tried(key: ConfigKey) -> Way:
     """The first way that is exact on the twin; one with the difference NaN if none is."""
     kind = key.config.model_type
     try:
@@ -143,7 +149,7 @@ def _compare_packed(twin: Any) -> tuple[float, str]:
     found = probe.compare(lambda batch: packed_by_library(twin, batch))
     if not found <= TOLERANCE:
         return found, f"packed rewards of a small {kind} differ by {found:.2g}"
-    seen = probe.compare(lambda batch: packed_rewards(twin, _as_one_text(batch), "auto"))
+    seen = probe.compare(lambda batch: packed_rewards(twin, as_one_text(batch), "auto"))
     if probe.effect < _MIN_EFFECT or not seen > TOLERANCE:
         return found, f"rewards of a small {kind} do not show whether packed texts see each other"
     return found, ""
@@ -163,7 +169,7 @@ def packed_by_library(twin: Any, batch: PackedBatch) -> Tensor:
     return packed_rewards(twin, batch, "auto")
 
 
-def _as_one_text(batch: PackedBatch) -> PackedBatch:
+def as_one_text(batch: PackedBatch) -> PackedBatch:
     """The same tokens as a single causal text: what packing computes if each text sees the tokens before it."""
     zeros, total = torch.zeros_like(batch.group), batch.num_tokens
     return replace(

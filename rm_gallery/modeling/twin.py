@@ -59,18 +59,20 @@ class NoTwinError(Exception):
     """No small network can be built from this configuration; the message gives the reason."""
 
 
-def build_twin(config: Any) -> Any:
+def build_twin(config: Any, *, language_model: bool = False) -> Any:
     """A sequence classification network with one label from a smaller copy of `config`, in evaluation mode.
 
-    The state of the random number generator does not change. Raises NoTwinError.
+    language_model: the causal language model instead. The state of the random number generator does not change.
+    Raises NoTwinError.
     """
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    library = AutoModelForCausalLM if language_model else AutoModelForSequenceClassification
     try:
         small = shrink(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            network = AutoModelForSequenceClassification.from_config(small, dtype=torch.float32)
+            network = library.from_config(small, dtype=torch.float32)
             draw_weights(network)
     except Exception as error:  # inconsistent sizes raise various errors in torch and transformers
         raise NoTwinError(f"{type(error).__name__}: {error}") from error

@@ -20,12 +20,11 @@ from rm_gallery.errors import UserError
 from rm_gallery.modeling.adapter_folder import open_adapter
 from rm_gallery.modeling.export import InputRecord, read_record, read_statistics, set_pad_token
 from rm_gallery.modeling.forward import pad_texts
-from rm_gallery.modeling.heads import has_foreign_head, is_reward_model, num_outputs
+from rm_gallery.modeling.heads import has_foreign_head, is_reward_model, no_head, num_outputs
 from rm_gallery.modeling.model_folder import (
     ModelSource,
     check_model_config,
     check_one_label,
-    no_head,
     quiet_transformers,
     read_model_config,
 )

@@ -180,7 +180,7 @@ def test_the_check_fails_for_a_mask_that_is_ignored_and_for_siblings_that_are_se
 
 
 def test_a_check_that_cannot_tell_packed_texts_from_one_causal_text_accepts_no_packing(monkeypatch: Any) -> None:
-    monkeypatch.setattr(packing, "_as_one_text", lambda batch: batch)
+    monkeypatch.setattr(packing, "as_one_text", lambda batch: batch)
     way = choose_way(config_of("olmo2", rms_norm_eps=3e-6), "auto", what="model")
     assert str(way).startswith(
         "padded: rewards of a small olmo2 do not show whether packed texts see each other; padded"

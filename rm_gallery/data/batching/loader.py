@@ -25,7 +25,9 @@ class StepBatches:
     epoch: float
     """Epochs of data seen after this step."""
     num_pairs: int | None = None
-    """Comparisons, or rated responses, over all ranks; None if they are `num_comparisons`."""
+    """Comparisons, rated responses or conversations over all ranks; None if they are `num_comparisons`."""
+    num_targets: int = 0
+    """Target tokens of the language-model loss, over all ranks."""
 
 
 def load_steps(data: TokenData, plan: Plan, *, rank: int = 0, start_step: int = 0) -> Iterator[StepBatches]:
@@ -56,4 +58,4 @@ def _load_step(data: TokenData, plan: Plan, groups: np.ndarray, rank: int, epoch
     step = plan.step(data, groups)
     batches = [collate(step.load(data, pack)) for pack in step.packs[rank]]
     tokens, pairs = sum(batch.num_tokens for batch in batches), int(data.sizes.num_comparisons[groups].sum())
-    return StepBatches(batches, step.num_comparisons, tokens, epoch, pairs)
+    return StepBatches(batches, step.num_comparisons, tokens, epoch, pairs, step.num_targets)

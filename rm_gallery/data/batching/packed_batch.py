@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rm_gallery.data.tokenization.token_group import TokenGroup
 
-# T tokens, G groups, R responses, C comparisons, S ratings, A attributes
+# T tokens, G groups, R responses, C comparisons, S ratings, A attributes, L targets of a language model
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,13 @@ class PackedBatch:
     """[G] tokens of each group; on the host, so that no kernel has to be waited for."""
     tail_lengths: tuple[tuple[int, ...], ...]
     """[G] tuples of the tokens of each response after the common prefix; on the host."""
+    target_source: Tensor = field(default_factory=lambda: _int64([]))
+    """[L] int64, ascending: the token whose hidden state predicts a target. The last token of a common prefix predicts
+    the first token of each response, so it may occur several times."""
+    target_token: Tensor = field(default_factory=lambda: _int64([]))
+    """[L] int64: token id of the target."""
+    target_weight: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """[L] float32: in how many texts it is a target; a common prefix has the tokens of several."""
 
     @property
     def num_tokens(self) -> int:
@@ -100,6 +107,7 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
     tied: list[bool] = []
     rated: list[tuple[int, int, float, float]] = []
     attributes: list[tuple[float, ...]] = []
+    targets: list[np.ndarray] = []
     groups_before = 0
     group_lengths: list[int] = []
     end = 0
@@ -135,6 +143,9 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
         attributes += [each.attributes for each in group.ratings]
         groups_before += 1 + max((each.group for each in group.ratings), default=0)
         group_lengths.append(end - start)
+        if group.spans:
+            targets.append(_targets(group, start))
+    source, token, times = np.concatenate(targets, 1) if targets else np.zeros((3, 0), np.int64)
     return PackedBatch(
         input_ids=_int64(ids),
         positions=_int64(positions),
@@ -156,7 +167,29 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
         rating_weight=torch.tensor([each[2] for each in rated], dtype=torch.float32),
         group_lengths=tuple(group_lengths),
         tail_lengths=tuple(tuple(len(tail) for tail in group.tails) for group in groups),
+        target_source=torch.from_numpy(source),
+        target_token=torch.from_numpy(token),
+        target_weight=torch.from_numpy(times.astype(np.float32)),
     )
+
+
+def _targets(group: TokenGroup, start: int) -> np.ndarray:
+    """[3, L] int64: source, token and weight of the targets of a group whose first token is `start` in the batch.
+
+    Example, prefix [a b] with the responses [c] and [d], and spans from 1 on: b after a has weight 2; c and d, both
+    after b, have weight 1.
+    """
+    size = len(group.prefix)
+    tail_starts = np.cumsum([start + size, *(len(tail) for tail in group.tails)])
+    sources, tokens = [], []
+    for span in group.spans:
+        before = np.arange(span.first, span.last) - 1  # positions in the whole text
+        sources.append(np.where(before < size, start + before, tail_starts[span.response] + before - size))
+        text = np.concatenate([group.prefix, group.tails[span.response]])
+        tokens.append(text[span.first : span.last])
+    keys = np.concatenate(sources).astype(np.int64) << 32 | np.concatenate(tokens).astype(np.int64)
+    found, counts = np.unique(keys, return_counts=True)
+    return np.stack([found >> 32, found & 0xFFFFFFFF, counts])
 
 
 def _int64(parts: list[np.ndarray]) -> Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 
 from rm_gallery.data.batching.bin_packing import Packer, Packs
 from rm_gallery.data.token_cache.arrays import GroupSizes, TokenData
-from rm_gallery.data.tokenization.token_group import TokenGroup, split_prefix
+from rm_gallery.data.tokenization.token_group import Span, TokenGroup, split_prefix
 from rm_gallery.schema import Comparison, Rating
 
 # N groups of one step, U units, K responses of a group
@@ -62,7 +62,10 @@ class StepPlan:
     packs: Packs
     """Indices of units."""
     num_comparisons: int
-    """Comparisons over all ranks, known attributes of ratings, or rankings; the divisor of the loss sum."""
+    """Comparisons over all ranks, known attributes of ratings, rankings, or target tokens of conversations: the divisor
+    of the loss sum."""
+    num_targets: int = 0
+    """Target tokens of the language-model loss, over all ranks."""
 
     def load(self, data: TokenData, pack: Sequence[int]) -> list[TokenGroup]:
         """The tokens of a micro-batch."""
@@ -93,7 +96,8 @@ def plan_step(data: TokenData, groups: np.ndarray, packer: Packer, *, share_prom
             cost = packer.step_cost(packs, sizes_of(units))
             if cost < least * (1 if guided else 1 - _MIN_GAIN):
                 best, least = (units, packs), cost
-    return StepPlan(*best, int(data.loss_counts[groups].sum()))
+    targets = 0 if data.target_counts is None else int(data.target_counts[groups].sum())
+    return StepPlan(*best, int(data.loss_counts[groups].sum()), targets)
 
 
 def sizes_of(units: Sequence[PlannedGroup]) -> GroupSizes:
@@ -111,11 +115,15 @@ def load_unit(data: TokenData, unit: PlannedGroup) -> TokenGroup:
 
 
 def _join(parts: Iterable[tuple[TokenGroup, Sequence[int] | None]]) -> TokenGroup:
-    """One group of the responses in these comparisons, or rated, each distinct text once, with their common prefix."""
+    """One group of the responses that are compared, rated, or have spans: each distinct text once, with their prefix.
+
+    Spans of equal texts are all kept, so that the text counts as often as the data have it.
+    """
     numbers: dict[bytes, int] = {}  # a whole text -> its index in the joined group
     texts: list[np.ndarray] = []
     comparisons: list[Comparison] = []
     ratings: list[Rating] = []
+    spans: list[Span] = []
     for part, (group, kept) in enumerate(parts):
         own: dict[int, int] = {}  # index of a response in its group -> in the joined group
 
@@ -130,7 +138,12 @@ def _join(parts: Iterable[tuple[TokenGroup, Sequence[int] | None]]) -> TokenGrou
         for each in group.comparisons if kept is None else [group.comparisons[number] for number in kept]:
             comparisons.append(replace(each, better=place(each.better), worse=place(each.worse)))
         ratings += [replace(each, response=place(each.response), group=part) for each in group.ratings]
-    return split_prefix(texts, comparisons, ratings)
+        spans += [
+            replace(each, response=place(each.response))
+            for each in group.spans
+            if kept is None or each.comparison in kept
+        ]
+    return split_prefix(texts, comparisons, ratings, spans)
 
 
 def _tokens(unit: PlannedGroup, packer: Packer) -> int:
@@ -150,7 +163,12 @@ def _unshared(data: TokenData, group: int, packer: Packer) -> list[PlannedGroup]
         int(sizes.num_responses[group]),
         int(sizes.num_comparisons[group]),
     )
-    if _tokens(whole, packer) <= packer.token_budget or whole.num_comparisons < 2 or data.is_rated or data.is_ranked:
+    if (
+        _tokens(whole, packer) <= packer.token_budget
+        or whole.num_comparisons < 2
+        or data.unit != "pairs"
+        or data.is_ranked
+    ):
         return [whole]
     tokens = data[group]
     pieces = [Part(group, piece) for piece in cut_comparisons(tokens, packer)]

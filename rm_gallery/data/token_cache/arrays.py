@@ -11,16 +11,16 @@ Files are memory-mapped (`store.py`); nothing here copies a whole array.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from rm_gallery.data.tokenization.token_group import Origin, TokenGroup, is_ranking, largest_tie, ranks_of
+from rm_gallery.data.token_cache.fingerprint import Fingerprint
+from rm_gallery.data.tokenization.token_group import Origin, Span, TokenGroup, is_ranking, largest_tie, ranks_of
 from rm_gallery.errors import UserError
 from rm_gallery.schema import Comparison, InputStyle, Rating
 
@@ -30,17 +30,19 @@ from rm_gallery.schema import Comparison, InputStyle, Rating
 PER_GROUP = {
     "prefix": np.int32, "num_responses": np.int32, "num_comparisons": np.int32, "group_tokens": np.int32,
     "longest_text": np.int32, "file": np.int32, "row": np.int64, "source": np.int32, "prompt_hash": np.uint64,
-    "metadata_bytes": np.int32, "checksum": np.uint32, "num_attributes": np.int32,
+    "metadata_bytes": np.int32, "checksum": np.uint32, "num_attributes": np.int32, "num_spans": np.int32,
 }  # fmt: skip
 PER_RESPONSE = {"tail": np.int32, "score": np.float32, "rank": np.float32, "rating_weight": np.float32}
 PER_COMPARISON = {
     "better": np.int32, "worse": np.int32, "weight": np.float32, "margin": np.float32, "p_better": np.float32,
     "tied": np.uint8,
 }  # fmt: skip
+PER_SPAN = {"span_response": np.int32, "span_first": np.int32, "span_last": np.int32}
 ARRAYS = {
     **PER_GROUP,
     **PER_RESPONSE,
     **PER_COMPARISON,
+    **PER_SPAN,
     "attributes": np.float32,
     "tokens": np.int32,
     "metadata": np.uint8,
@@ -49,6 +51,7 @@ ARRAYS = {
 STARTS = {
     "token_start": "group_tokens", "response_start": "num_responses", "comparison_start": "num_comparisons",
     "metadata_start": "metadata_bytes", "attribute_start": "num_attributes",
+    "span_start": "num_spans",
 }  # fmt: skip
 
 
@@ -73,6 +76,7 @@ def make_chunk(groups: Iterable[tuple[TokenGroup, Origin]]) -> TokenChunk:
     ratings: list[tuple[float, ...]] = []
     attributes: list[float] = []
     comparisons: list[tuple[float, ...]] = []
+    spans: list[tuple[int, ...]] = []
     tokens: list[np.ndarray] = []
     metadata: list[bytes] = []
     for group, origin in groups:
@@ -85,6 +89,7 @@ def make_chunk(groups: Iterable[tuple[TokenGroup, Origin]]) -> TokenChunk:
                 len(group.prefix), len(lengths), len(group.comparisons), len(group.prefix) + sum(lengths),
                 len(group.prefix) + max(lengths), files.setdefault(origin.file, len(files)), origin.row,
                 sources.setdefault(origin.source, len(sources)), origin.prompt_hash, len(note), len(values),
+                len(group.spans),
             )
         )  # fmt: skip
         tails += lengths
@@ -94,11 +99,13 @@ def make_chunk(groups: Iterable[tuple[TokenGroup, Origin]]) -> TokenChunk:
             (each.better, each.worse, each.weight, _or_nan(each.margin), _or_nan(each.p_better), each.tied)
             for each in group.comparisons
         ]
+        spans += [(each.response, each.first, each.last) for each in group.spans]
         tokens += [group.prefix, *group.tails]
         metadata.append(note)
     arrays = {
         **_columns({name: kind for name, kind in PER_GROUP.items() if name != "checksum"}, per_group),
         **_columns(PER_COMPARISON, comparisons),
+        **_columns(PER_SPAN, spans),
         "tail": np.array(tails, np.int32),
         **_columns({name: kind for name, kind in PER_RESPONSE.items() if name != "tail"}, ratings),
         "attributes": np.array(attributes, np.float32),
@@ -135,6 +142,8 @@ def _checksum(arrays: Mapping[str, np.ndarray], index: int) -> int:
     found = zlib.crc32(arrays["attributes"][span("attribute_start")].data, found)
     for name in PER_COMPARISON:
         found = zlib.crc32(arrays[name][span("comparison_start")].data, found)
+    for name in PER_SPAN:
+        found = zlib.crc32(arrays[name][span("span_start")].data, found)
     return found
 
 
@@ -155,43 +164,6 @@ def with_starts(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {**arrays, **starts}
 
 
-class Fingerprint:
-    """Hash of what the model sees of token data, updated chunk by chunk; independent of chunk boundaries."""
-
-    _SEEN = (
-        "tokens",
-        "prefix",
-        "num_responses",
-        "tail",
-        "num_comparisons",
-        "better",
-        "worse",
-        "weight",
-        "margin",
-        "p_better",
-    )
-    _NONE = {"score": np.nan, "rank": np.nan, "rating_weight": 1.0, "attributes": np.nan, "tied": 0}
-    """What data without ratings and ties have: they keep the hash that they had before these were stored."""
-
-    def __init__(self) -> None:
-        self._digests = {name: hashlib.blake2b(digest_size=16) for name in (*self._SEEN, *self._NONE)}
-        self._found = set(self._SEEN)
-
-    def add(self, arrays: Mapping[str, np.ndarray]) -> Fingerprint:
-        for name, digest in self._digests.items():
-            array = np.ascontiguousarray(arrays[name])
-            digest.update(array.data)
-            if name in self._NONE and not np.array_equal(
-                array, np.full_like(array, self._NONE[name]), equal_nan=array.dtype.kind == "f"
-            ):
-                self._found.add(name)
-        return self
-
-    def hexdigest(self) -> str:
-        seen = b"".join(each.digest() for name, each in self._digests.items() if name in self._found)
-        return hashlib.blake2b(seen).hexdigest()[:16]
-
-
 @dataclass(frozen=True, slots=True)
 class GroupSizes:
     """Sizes of groups, which planning needs; each [N] int32 or int64, possibly memory-mapped."""
@@ -202,7 +174,7 @@ class GroupSizes:
     """Tokens of its longest whole text (prefix and response)."""
     num_responses: np.ndarray
     num_comparisons: np.ndarray
-    """Comparisons of each group; its rated responses in data that are ratings (`TokenData.is_rated`)."""
+    """Comparisons of each group; its responses in data that are ratings or conversations (`TokenData.unit`)."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -236,20 +208,43 @@ class TokenData:
         self._fingerprint = fingerprint
         self.is_rated = not len(arrays["better"]) and bool(len(arrays["attributes"]))
         """Whether the groups are ratings of responses by attributes, instead of comparisons between responses."""
+        has_spans = bool(len(arrays["span_first"]))
+        self.is_conversations = not len(arrays["better"]) and has_spans
+        """Whether the groups are texts of which a language model predicts some tokens (`TokenGroup.spans`)."""
+        self.unit = "rated responses" if self.is_rated else "conversations" if self.is_conversations else "pairs"
+        """What the items of the data are, which `data.train_batch_size` counts."""
         self.sizes = GroupSizes(
             tokens=arrays["group_tokens"],
             longest_text=arrays["longest_text"],
             num_responses=arrays["num_responses"],
-            num_comparisons=arrays["num_responses" if self.is_rated else "num_comparisons"],
+            num_comparisons=arrays["num_comparisons" if self.unit == "pairs" else "num_responses"],
         )
+        self.target_counts = self._count_targets() if has_spans else None
+        """[N] int: target tokens of the language-model loss of each group; None without any."""
         self.loss_counts = self._count_values() if self.is_rated else self.sizes.num_comparisons
-        """[N] int: what each group adds to the divisor of the loss sum: its comparisons, or its known attributes."""
+        """[N] int: what each group adds to the divisor of the loss sum: comparisons, known attributes, or tokens."""
+        if self.is_conversations:
+            assert self.target_counts is not None
+            self.loss_counts = self.target_counts
         self.is_ranked = False
         """Whether a group is one item, a ranking of its responses that is never cut; see `as_rankings`."""
 
     def _count_values(self) -> np.ndarray:
         known = np.concatenate([[0], np.cumsum(~np.isnan(self._arrays["attributes"]), dtype=np.int64)])
         return np.asarray(np.diff(known[self._arrays["attribute_start"]]))
+
+    def _count_targets(self) -> np.ndarray:
+        """Of conversations all targets; of comparisons those of the preferred response of each."""
+        arrays = self._arrays
+        group = np.repeat(np.arange(len(arrays["num_spans"])), arrays["num_spans"])
+        lengths = (arrays["span_last"] - arrays["span_first"]).astype(np.int64)
+        if self.is_conversations:
+            return np.bincount(group, lengths, minlength=len(arrays["num_spans"])).astype(np.int64)
+        response = arrays["response_start"][group] + arrays["span_response"]
+        by_response = np.bincount(response, lengths, minlength=len(arrays["tail"]))
+        owner = np.repeat(np.arange(len(arrays["num_comparisons"])), arrays["num_comparisons"])
+        preferred = by_response[arrays["response_start"][owner] + arrays["better"]]
+        return np.bincount(owner, preferred, minlength=len(arrays["num_comparisons"])).astype(np.int64)
 
     def as_rankings(self, max_tied: int | None = None) -> None:
         """Count each group as one ranking. Raises UserError for comparisons that are not those of a ranking.
@@ -306,8 +301,22 @@ class TokenData:
             weight = comparisons[0].weight if comparisons else 1.0
             ranks = ranks_of(comparisons)
             ratings = [Rating(response, rank=ranks[response], weight=weight) for response in sorted(ranks)]
-            return TokenGroup(tokens[:prefix], parts, comparisons, ratings)
-        return TokenGroup(tokens[:prefix], parts, comparisons, self._ratings(index))
+            return TokenGroup(tokens[:prefix], parts, comparisons, ratings, self._spans(index, comparisons))
+        return TokenGroup(tokens[:prefix], parts, comparisons, self._ratings(index), self._spans(index, comparisons))
+
+    def _spans(self, index: int, comparisons: Sequence[Comparison]) -> list[Span]:
+        """The spans of a conversation; of comparisons those of the preferred response of each, once per comparison."""
+        first, last = (int(self._arrays["span_start"][place]) for place in (index, index + 1))
+        columns = [self._arrays[name][first:last].tolist() for name in PER_SPAN]
+        spans = [Span(*each) for each in zip(*columns, strict=True)]
+        if self.is_conversations or not spans:
+            return spans
+        return [
+            replace(span, comparison=number)
+            for number, each in enumerate(comparisons)
+            for span in spans
+            if span.response == each.better
+        ]
 
     def _ratings(self, index: int) -> list[Rating]:
         if not self.is_rated:
@@ -341,7 +350,7 @@ class TokenData:
 
     @property
     def num_comparisons(self) -> int:
-        return len(self._arrays["tail" if self.is_rated else "better"])
+        return len(self._arrays["better" if self.unit == "pairs" else "tail"])
 
     @property
     def num_tied(self) -> int:
@@ -366,10 +375,10 @@ class TokenData:
     def pair_lengths(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(group, prefix tokens, tail tokens of better, tail tokens of worse) of each comparison of these groups.
 
-        Each is [C] int64. Of ratings, the response is the better one, and the other has no tokens.
+        Each is [C] int64. Of ratings and conversations, the response is the better one, and the other has no tokens.
         """
         arrays = self._arrays
-        if self.is_rated:
+        if self.unit != "pairs":
             counts = self.sizes.num_responses[groups].astype(np.int64)
             owner = np.repeat(groups, counts)
             place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -404,6 +413,8 @@ class TokenData:
 
     def labels(self) -> list[str]:
         """Labels that occur anywhere, by the names of their arrays."""
+        if self.is_conversations:
+            return []
         names = ("score", "rank") if self.is_rated else ("margin", "p_better", "score", "rank")
         return [name for name in names if not np.isnan(self._arrays[name]).all()]
 

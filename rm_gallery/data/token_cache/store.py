@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from rm_gallery.data.custom import CustomFacts
-from rm_gallery.data.token_cache.arrays import ARRAYS, STARTS, Fingerprint, TokenChunk, TokenData
+from rm_gallery.data.token_cache.arrays import ARRAYS, STARTS, TokenChunk, TokenData
+from rm_gallery.data.token_cache.fingerprint import Fingerprint
 from rm_gallery.errors import Dropped
 from rm_gallery.files import replace
 from rm_gallery.schema import InputStyle

@@ -14,6 +14,20 @@ from rm_gallery.schema import Comparison, Rating
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """Target tokens of the language-model loss: `first` to `last` (exclusive) of the whole text of a response.
+
+    The first token of a text has no token before it that predicts it, so `first` is at least 1.
+    """
+
+    response: int
+    first: int
+    last: int
+    comparison: int | None = None
+    """The comparison of the group that it belongs to, as its preferred response; None in conversations."""
+
+
+@dataclass(frozen=True, slots=True)
 class TokenGroup:
     """One group as tokens: the common prefix once, and the remaining tokens of each response."""
 
@@ -23,10 +37,13 @@ class TokenGroup:
     """K int32 arrays, each with at least one token."""
     comparisons: Sequence[Comparison]
     ratings: Sequence[Rating] = ()
+    spans: Sequence[Span] = ()
+    """Target tokens of the language-model loss; a span that is listed twice counts twice."""
 
     def sizes(self) -> tuple[int, int, int, int]:
         """(tokens with the prefix counted once, tokens of the longest text, responses, comparisons or ratings).
 
+        Each conversation (a response with spans, without comparisons) counts as one.
         Example: a prefix of 4 tokens, tails of 2 and 3 and one comparison give (9, 7, 2, 1).
         """
         tails = [len(tail) for tail in self.tails]
@@ -34,7 +51,7 @@ class TokenGroup:
             len(self.prefix) + sum(tails),
             len(self.prefix) + max(tails),
             len(tails),
-            len(self.comparisons or self.ratings),
+            len(self.comparisons or self.ratings) or (len(tails) if self.spans else 0),
         )
 
 
@@ -51,8 +68,9 @@ class Origin:
 
 
 def split_prefix(
-    texts: Sequence[Sequence[int] | np.ndarray], comparisons: Sequence[Comparison], ratings: Sequence[Rating] = ()
-) -> TokenGroup:
+    texts: Sequence[Sequence[int] | np.ndarray], comparisons: Sequence[Comparison], ratings: Sequence[Rating] = (),
+    spans: Sequence[Span] = (),
+) -> TokenGroup:  # fmt: skip
     """The group with the longest common prefix of its texts split off; every tail keeps at least one token.
 
     [1 2 3 4] and [1 2 5] give the prefix [1 2] with tails [3 4] and [5]. [1 2 3 4] and [1 2 3] give the prefix [1 2]
@@ -70,7 +88,7 @@ def split_prefix(
         size = int(differs[0]) if len(differs) else size
     if len(arrays) == 1:
         size = 0  # nothing to share
-    return TokenGroup(arrays[0][:size], [array[size:] for array in arrays], comparisons, ratings)
+    return TokenGroup(arrays[0][:size], [array[size:] for array in arrays], comparisons, ratings, spans)
 
 
 def ranks_of(comparisons: Sequence[Comparison]) -> dict[int, int]:

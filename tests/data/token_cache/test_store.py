@@ -12,7 +12,7 @@ import pytest
 from rm_gallery.data.token_cache import store as module
 from rm_gallery.data.token_cache.arrays import ARRAYS, STARTS, TokenData, make_chunk
 from rm_gallery.data.token_cache.store import DamagedStore, Facts, Store, StoreWriter, open_store
-from rm_gallery.data.tokenization.token_group import Origin, TokenGroup
+from rm_gallery.data.tokenization.token_group import Origin, Span, TokenGroup
 from rm_gallery.errors import Dropped, UserError
 from rm_gallery.schema import Comparison, Rating
 from tests.small import random_groups
@@ -33,7 +33,7 @@ def groups_with_origins() -> list[tuple[TokenGroup, Origin]]:
         metadata = {"ground_truth": f"\u00e9{number}"} if number % 3 else {}
         origin = Origin(f"{number % 3}.parquet", number, "ab"[number % 2], 2**64 - 1 - number, metadata)
         ratings = [Rating(0, score=number, attributes=(0.5, number))]
-        found.append((TokenGroup(group.prefix, group.tails, comparisons, ratings), origin))
+        found.append((TokenGroup(group.prefix, group.tails, comparisons, ratings, [Span(0, 1, 2 + number)]), origin))
     return found
 
 
