@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from rm_gallery.api import TrainResult, train
     from rm_gallery.errors import UserError
     from rm_gallery.evaluation import evaluate
-    from rm_gallery.scoring import RemoteScorer, RewardScorer
+    from rm_gallery.scoring import RemoteScorer, RewardScorer, rank
 
 __version__ = "0.1.0"
-__all__ = ["RemoteScorer", "RewardScorer", "TrainResult", "UserError", "evaluate", "train"]
+__all__ = ["RemoteScorer", "RewardScorer", "TrainResult", "UserError", "evaluate", "rank", "train"]
 
 _MODULES = {
     "RemoteScorer": "rm_gallery.scoring",
@@ -22,6 +22,7 @@ _MODULES = {
     "TrainResult": "rm_gallery.api",
     "UserError": "rm_gallery.errors",
     "evaluate": "rm_gallery.evaluation",
+    "rank": "rm_gallery.scoring",
     "train": "rm_gallery.api",
 }
 

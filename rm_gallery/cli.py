@@ -1,4 +1,4 @@
-"""The command line: `rm-gallery train | validate-config | show-data | estimate | score | evaluate | export-data`.
+"""The command line: `rm-gallery train | score | rank | evaluate | ...`.
 
 Heavy modules are imported by the command that needs them.
 """
@@ -10,7 +10,6 @@ import gc
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,10 +17,11 @@ from typing import Any
 
 from rm_gallery import __version__
 from rm_gallery.errors import StoppedBySignal, UserError
-from rm_gallery.evaluation.command import add_ensemble_options, add_evaluate
+from rm_gallery.evaluation.command import add_evaluate
 from rm_gallery.folder_commands import add_average, add_export_legacy, add_merge, add_push, add_report, add_watch
 from rm_gallery.log import safe_traceback, setup_excepthook, setup_logging, wait_for_local_main
 from rm_gallery.safe_text import safe, visible
+from rm_gallery.scoring.command import add_rank, add_score
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,8 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
         command.set_defaults(run=run, words="overrides", when_stopped="rerun the command to resume")
     _add_show_data(commands, default_config)
     _add_estimate(commands, default_config)
-    _add_score(commands)
+    add_score(commands, _add_loading_options)
+    add_rank(commands, _add_loading_options)
     add_evaluate(commands, _add_loading_options)
     _add_export_data(commands)
     add_report(commands)
@@ -175,53 +176,6 @@ def _add_estimate(commands: Any, default_config: str | None) -> None:
     _add_config(command, default_config)
     command.add_argument("--json", action="store_true", help="print all values as JSON, in bytes, FLOPs and seconds")
     command.set_defaults(run=_estimate, words="overrides", when_stopped="nothing was written")
-
-
-def _add_score(commands: Any) -> None:
-    command = commands.add_parser(
-        "score",
-        help="score files with trained models",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=(
-            "Score files with trained models. Reads all files and formats that train reads,\n"
-            "and responses without labels. Added columns, by the first match of a file:\n"
-            "  chosen and rejected   reward_chosen and reward_rejected\n"
-            "  messages              reward, of the last turn\n"
-            "  responses (a list)    rewards (a list); also for other formats with a list\n"
-            "  response              reward\n"
-            "Optional columns: prompt, tools. Set column names with data.KEY=VALUE, e.g.\n"
-            "  rm-gallery score --model MODEL --output out data.chosen_key=better a.csv.gz\n"
-            "data.split, data.subset and data.revision select from a hub dataset. The output\n"
-            "has the input's columns and the rewards: JSON lines for JSON, parquet for other\n"
-            "inputs, or the format of the suffix of --output. With several models, reward\n"
-            "columns are prefixed with NAME/. Rerun a stopped command to resume."
-        ),
-    )
-    command.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="file, folder, glob, URL or hub dataset; or data.KEY=VALUE"
-    )
-    command.add_argument(
-        "--model", action="append", required=True, metavar="FOLDER", help="model or run; repeat for several models"
-    )
-    command.add_argument("--output", required=True, metavar="PATH", help="output folder, or a file for a single input")
-    command.add_argument(
-        "--best", action="store_true", help="for lists: add best_index and best_response, of the highest reward"
-    )
-    command.add_argument(
-        "--weights",
-        type=_weights,
-        metavar="NAME=W,...",
-        help="of a model's attributes in the reward, which is their sum",
-    )
-    add_ensemble_options(command, "subtract the mean of the validation rewards, divide by their std")
-    _add_loading_options(command)
-    command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
-    command.set_defaults(run=_score, words="inputs", when_stopped="rerun the command to resume")
-
-
-def _weights(text: str) -> dict[str, float]:
-    """`helpfulness=0.65,verbosity=-0.1` as a mapping."""
-    return {name.strip(): float(value) for name, _, value in (part.rpartition("=") for part in text.split(","))}
 
 
 def _add_loading_options(command: argparse.ArgumentParser) -> None:
@@ -355,41 +309,6 @@ def _estimate(arguments: argparse.Namespace) -> None:
     found = estimate(config)
     advice = None if found.fits else advise(found)
     print(json.dumps(as_values(found, advice), indent=2) if arguments.json else safe(as_text(found, advice)))
-
-
-def _score(arguments: argparse.Namespace) -> None:
-    from rm_gallery.scoring.score_files import (
-        ScoreOptions,
-        check_any_scored,
-        load_data_config,
-        score_files,
-        summarize,
-    )
-
-    settings = [
-        text for text in arguments.inputs if re.match(r"\+*(data|model|objective|optim|trainer)(\.\w+)+=", text)
-    ]
-    options = ScoreOptions(
-        models=tuple(arguments.model),
-        inputs=tuple(text for text in arguments.inputs if text not in settings),
-        output=arguments.output,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        token_budget=arguments.token_budget,
-        trust_remote_code=arguments.trust_remote_code,
-        base=arguments.base,
-        quantized=not arguments.unquantized,
-        template_date=arguments.template_date,
-        best=arguments.best,
-        normalize=arguments.normalize,
-        ensemble=arguments.ensemble,
-        weights=arguments.weights,
-        data=load_data_config(settings),
-    )
-    scored = score_files(options)
-    for line in summarize(scored):
-        print(safe(line))
-    check_any_scored(scored)
 
 
 def _export_data(arguments: argparse.Namespace) -> None:

@@ -10,20 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
-def add_ensemble_options(command: argparse.ArgumentParser, normalize: str) -> None:
-    """normalize: what `--normalize` does."""
-    command.add_argument(
-        "--ensemble",
-        metavar="HOW",
-        help="the models' rewards as one: mean, lower (mean - std; lower:K for mean - K std) or min",
-    )
-    command.add_argument(
-        "--normalize",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help=f"{normalize} (default: rewards of an ensemble, where all models have these figures)",
-    )
+from rm_gallery.scoring.command import add_ensemble_options
 
 
 def add_evaluate(commands: Any, add_loading_options: Callable[[argparse.ArgumentParser], None]) -> None:

@@ -1,4 +1,4 @@
-"""Rewards from trained models: `RewardScorer`, `RemoteScorer`, `EnsembleScorer`, and `rm-gallery score` for files."""
+"""Rewards from trained models: `RewardScorer`, `RemoteScorer`, `EnsembleScorer`, and `score` and `rank` for files."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rm_gallery.scoring.ensemble import EnsembleScorer
+    from rm_gallery.scoring.rank_files import rank
     from rm_gallery.scoring.remote import RemoteScorer
     from rm_gallery.scoring.scorer import RewardScorer
 
-__all__ = ["EnsembleScorer", "RemoteScorer", "RewardScorer"]
+__all__ = ["EnsembleScorer", "RemoteScorer", "RewardScorer", "rank"]
 
 _MODULES = {
     "EnsembleScorer": "rm_gallery.scoring.ensemble",
     "RemoteScorer": "rm_gallery.scoring.remote",
     "RewardScorer": "rm_gallery.scoring.scorer",
+    "rank": "rm_gallery.scoring.rank_files",
 }
 
 

@@ -23,10 +23,13 @@ from rm_gallery.data.sources.records import without_query
 from rm_gallery.data.sources.remote import is_url
 from rm_gallery.errors import UserError
 from rm_gallery.scoring.ensemble import ENSEMBLE, STD
-from rm_gallery.scoring.model_folder import ModelFolder, file_of
+from rm_gallery.scoring.model_folder import ModelFolder, ServedModel, file_of
 from rm_gallery.scoring.parts import Parts, cannot_write
+from rm_gallery.scoring.ranking import Ranking
+from rm_gallery.scoring.remote import names_servers
 from rm_gallery.scoring.tables import JSON_LINES, PARQUET, InputTable, ScoreDataConfig
 
+_SERVER_BUDGET = 16_384  # tokens; decides the size of parts alone
 _TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 
 
@@ -58,6 +61,10 @@ class ScoreOptions:
     """Of the models' attributes in their reward (`--weights`)."""
     best: bool = False
     """Name the best response of each list (`--best`)."""
+    tokenizer: str | None = None
+    """Folder or hub name of the model of a server (`--tokenizer`)."""
+    ranking: Ranking | None = None
+    """What `rm-gallery rank` writes; None for the input's rows with their rewards."""
     data: ScoreDataConfig = field(default_factory=ScoreDataConfig)
 
 
@@ -73,6 +80,9 @@ class ComputeSettings:
 
 
 def find_settings(options: ScoreOptions) -> ComputeSettings:
+    folders = [model for model in options.models if not names_servers(model)]
+    if not folders:
+        return ComputeSettings("server", "", options.token_budget or _SERVER_BUDGET, None)
     from rm_gallery.scoring.engine import default_budget
     from rm_gallery.scoring.loading import find_device, find_dtype
 
@@ -81,7 +91,7 @@ def find_settings(options: ScoreOptions) -> ComputeSettings:
         device.type,
         str(find_dtype(options.dtype, device)),
         options.token_budget or default_budget(device),
-        (options.template_date or datetime.date.today().isoformat()) if _write_date(options.models) else None,
+        (options.template_date or datetime.date.today().isoformat()) if _write_date(folders) else None,
     )
 
 
@@ -104,10 +114,13 @@ class ScoringJob:
     """Columns that the output adds."""
     ensemble: str = ""
     """How the rewards of the models are combined; '' for no ensemble."""
+    ranking: Ranking | None = None
+    """What is written, of `rm-gallery rank`."""
 
     @property
     def fingerprint(self) -> str:
-        return _fingerprint([*self.models, *["best"] * self.table.best, *([self.ensemble] if self.ensemble else [])])
+        facts: list[Any] = [*self.models, *["best"] * self.table.best, *([self.ensemble] if self.ensemble else [])]
+        return _fingerprint([*facts, *([asdict(self.ranking)] if self.ranking is not None else [])])
 
     @property
     def ensemble_table(self) -> InputTable:
@@ -215,7 +228,7 @@ def plan_jobs(
     options: ScoreOptions,
     tables: Sequence[InputTable],
     names: Sequence[str],
-    models: Sequence[ModelFolder],
+    models: Sequence[ModelFolder | ServedModel],
     scale: Sequence[tuple[float, float]] | None = None,
 ) -> list[ScoringJob]:
     """Where the rewards and the output of each input go. scale: of the models of an ensemble; see `shared_scale`.
@@ -237,10 +250,11 @@ def plan_jobs(
         if path.resolve() == Path(table.file.path).resolve():
             raise UserError(f"{path}: is the input itself; choose another --output")
         ensemble = "" if options.ensemble is None else f"{options.ensemble} {scale}"
-        job = ScoringJob(table, path, [], [], ensemble)
+        job = ScoringJob(table, path, [], [], ensemble, options.ranking)
         columns = [column for name in names for column in output_columns(table, name, len(names))]
         if ensemble:
             columns += output_columns(job.ensemble_table, ENSEMBLE, len(names))
+        columns = columns if options.ranking is None else []
         existing = [column for column in columns if column in table.columns]
         if existing:
             raise UserError(f"{table.file.name}: already has a column {existing[0]!r}; rename it")

@@ -122,6 +122,24 @@ class ModelFolder:
         return [stats_of(folder), changes]
 
 
+class ServedModel:
+    """A model behind a server, in the place of a `ModelFolder`. What the server loads cannot be seen from here."""
+
+    def __init__(self, model: str, tokenizer: str | None) -> None:
+        """model: see `open_servers`. tokenizer: folder or hub name of the served model."""
+        self.model, self._tokenizer = model, None if tokenizer is None else ModelFolder(tokenizer)
+
+    @cached_property
+    def fingerprint(self) -> list[Any]:
+        """The text that names the servers, and the content of the tokenizer's folder."""
+        return ["server", self.model, None if self._tokenizer is None else self._tokenizer.fingerprint]
+
+    def check_unchanged(self) -> None:
+        """See `ModelFolder.check_unchanged`."""
+        if self._tokenizer is not None:
+            self._tokenizer.check_unchanged()
+
+
 def file_of(model: str, name: str) -> Path | None:
     """A file of a model folder, or of a hub model in the local cache, downloaded if necessary; None if it has none."""
     folder = Path(model).expanduser()

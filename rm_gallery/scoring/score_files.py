@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rm_gallery import config, files
 from rm_gallery.data.config import DataConfig
@@ -25,20 +25,21 @@ from rm_gallery.data.sources.local import exists_here
 from rm_gallery.errors import BadRow, Dropped, Problem, UserError
 from rm_gallery.progress_bar import ProgressBar
 from rm_gallery.schema import PreferenceGroup
-from rm_gallery.scoring.ensemble import ENSEMBLE, Reduction, shared_scale
+from rm_gallery.scoring.base import BaseScorer
+from rm_gallery.scoring.ensemble import ENSEMBLE, Reduction
 from rm_gallery.scoring.jobs import (
     ComputeSettings,
     ScoreOptions,
     ScoringJob,
     find_settings,
     lock_output,
-    name_models,
     output_columns,
     plan_jobs,
 )
-from rm_gallery.scoring.model_folder import ModelFolder, choose_checkpoint, file_of
+from rm_gallery.scoring.models import LazyScorer, check_models, find_attributes, find_ensemble, name_all, open_models
 from rm_gallery.scoring.parts import REASON, Parts, Result, blocks, cannot_write, combine_parts
 from rm_gallery.scoring.preferences import Agreement, measure
+from rm_gallery.scoring.ranking import RankCounts, write_ranked
 from rm_gallery.scoring.tables import (
     KEY,
     PARQUET,
@@ -48,9 +49,6 @@ from rm_gallery.scoring.tables import (
     read_group,
     write_output,
 )
-
-if TYPE_CHECKING:
-    from rm_gallery.scoring.scorer import RewardScorer
 
 log = logging.getLogger(__name__)
 
@@ -119,9 +117,12 @@ class ScoredFile:
     """By model, if rows say which response is better."""
     was_there: bool = False
     """Whether an earlier run wrote it."""
+    ranked: RankCounts | None = None
+    """Of an output with rankings."""
 
     def __str__(self) -> str:
-        lines = [f"{self.output}: {self.num_rows} rows" + (", already scored" if self.was_there else "")]
+        what = f"{self.num_rows} rows" if self.ranked is None else str(self.ranked)
+        lines = [f"{self.output}: {what}" + (", already scored" if self.was_there else "")]
         for model, unscored in self.unscored.items():
             if unscored.total:
                 lines.append(f"  {model}: {unscored.total} without a reward: {unscored.describe()}")
@@ -143,7 +144,7 @@ def summarize(scored: Sequence[ScoredFile]) -> Iterator[str]:
 
 
 def check_any_scored(scored: Sequence[ScoredFile]) -> None:
-    """Raise UserError if a model gave no row of a file a reward."""
+    """Raise UserError if a model gave no row of a file a reward, or if a ranked output has no row."""
     without = [
         f"{each.output}: no row has a reward{f' of {model}' if len(each.unscored) > 1 else ''}: {unscored.describe(1)}"
         for each in scored
@@ -153,6 +154,9 @@ def check_any_scored(scored: Sequence[ScoredFile]) -> None:
     if without:
         more = f" (and {len(without) - 1} more outputs, see above)" if len(without) > 1 else ""
         raise UserError(f"{without[0]}{more}; fix the rows, or set the column names with data.KEY=NAME")
+    empty = next((each for each in scored if each.ranked is not None and not each.ranked.rows), None)
+    if empty is not None and empty.ranked is not None:
+        raise UserError(f"{empty.output}: no rows: {empty.ranked.empty.describe()}; lower the threshold")
 
 
 def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None = None) -> list[ScoredFile]:
@@ -162,14 +166,13 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
     Raises UserError for invalid inputs, models and outputs, and for an output that another command is writing, before
     scoring starts.
     """
-    options = replace(options, models=tuple(choose_checkpoint(model, key="model") for model in options.models))
+    options, models = open_models(options)
     said: set[str] = set()
-    attributes = _attributes(options)
+    attributes = find_attributes(options)
     tables = [open_table(file, options.data, said, best=options.best) for file in _find_inputs(options)]
     tables = [replace(table, attributes=attributes) for table in tables]
-    names = name_models(options.models)
-    models = [ModelFolder(model, options.base, quantized=options.quantized) for model in options.models]
-    reduction, scale = _find_ensemble(options, names)
+    names = name_all(options.models)
+    reduction, scale = find_ensemble(options, names)
     jobs = plan_jobs(options, tables, names, models, scale)
     named = names if reduction is None else [*names, ENSEMBLE]
     with ExitStack() as locks:
@@ -179,9 +182,9 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
         finished = {job.output: job.is_done() for job in jobs}  # again: another command may have held the lock
         if not all(finished.values()):
             settings = find_settings(options)
-            _check_models(options)
+            check_models(options)
             for number, name in enumerate(names):
-                scorer = _LazyScorer(options, models[number])
+                scorer = LazyScorer(options, models[number])
                 for job in jobs:
                     if finished[job.output]:
                         continue
@@ -195,22 +198,6 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
                         _finish(job, named, found)
                 scorer.close()
         return [_describe(job, named, finished[job.output]) for job in jobs]
-
-
-def _find_ensemble(
-    options: ScoreOptions, names: Sequence[str]
-) -> tuple[Reduction | None, list[tuple[float, float]] | None]:
-    """How the models' rewards are combined, and their scales. Raises UserError for models that cannot be."""
-    if options.ensemble is None:
-        return None, None
-    reduction = Reduction(options.ensemble, key="--ensemble")
-    if len(names) < 2:
-        raise UserError("--ensemble combines the rewards of several models; give --model more than once")
-    if ENSEMBLE in names:
-        raise UserError(f"--model: {ENSEMBLE} is the name of the ensemble's columns; rename the folder")
-    if options.normalize:
-        return reduction, None  # the models' own columns are normalized
-    return reduction, shared_scale(options.models, options.normalize, options.weights)
 
 
 def _combine(
@@ -229,37 +216,6 @@ def _combine(
     return found
 
 
-def _attributes(options: ScoreOptions) -> tuple[str, ...]:
-    """The names of the models' outputs, which must be the same. Raises UserError for `--weights` of others."""
-    from rm_gallery.modeling.export import InputRecord, read_record
-    from rm_gallery.scoring.engine import find_weights
-
-    found = []
-    for model in options.models:
-        config = file_of(model, "config.json")
-        record = (None if config is None else read_record(config.parent)) or InputRecord("text")
-        try:
-            find_weights(record, options.weights)
-        except UserError as error:
-            raise UserError(f"--weights: model={model}: {error}") from error
-        found.append(tuple(record.attributes))
-    if len(set(found)) > 1:
-        raise UserError("--model: the models have different attributes, so their columns differ; score them one by one")
-    return found[0]
-
-
-def _check_models(options: ScoreOptions) -> None:
-    """Raise UserError for a model that cannot be loaded, before the rewards of those before it are computed."""
-    from rm_gallery.modeling.export import read_statistics
-    from rm_gallery.scoring.loading import check_folder, no_statistics
-
-    for model in options.models:
-        check_folder(model, trust_remote_code=options.trust_remote_code, base=options.base)
-        config = file_of(model, "config.json")
-        if options.normalize and (config is None or read_statistics(config.parent) is None):
-            raise no_statistics(model)
-
-
 def _find_inputs(options: ScoreOptions) -> list[DataFile]:
     data = options.data
     for text in options.inputs:
@@ -272,42 +228,10 @@ def _find_inputs(options: ScoreOptions) -> list[DataFile]:
     return resolve_entries(entries, key=KEY, max_row_bytes=data.max_row_bytes)
 
 
-class _LazyScorer:
-    """The scorer of one model, loaded when the first row needs it."""
-
-    def __init__(self, options: ScoreOptions, model: ModelFolder) -> None:
-        self._options, self._model = options, model
-        self._scorer: RewardScorer | None = None
-
-    def get(self) -> RewardScorer:
-        if self._scorer is None:
-            from rm_gallery.scoring.scorer import RewardScorer
-
-            self._model.fingerprint  # noqa: B018 - before the weights are read
-            self._scorer = RewardScorer.from_folder(
-                self._model.model,
-                device=self._options.device,
-                dtype=self._options.dtype,  # type: ignore[arg-type]  # checked there
-                token_budget=self._options.token_budget,
-                trust_remote_code=self._options.trust_remote_code,
-                template_date=self._options.template_date,
-                base=self._options.base,
-                normalize=bool(self._options.normalize),
-                quantized=self._options.quantized,
-                weights=self._options.weights,
-            )
-            self._model.check_unchanged()
-        return self._scorer
-
-    def close(self) -> None:
-        if self._scorer is not None:
-            self._scorer.close()
-
-
 def _score_table(
     job: ScoringJob,
     parts: Parts,
-    scorer: _LazyScorer,
+    scorer: LazyScorer,
     name: str,
     settings: ComputeSettings,
     on_part: Callable[[int], None] | None,
@@ -340,7 +264,7 @@ def _score_table(
     parts.keep_only(starts)
 
 
-def _start(table: InputTable, start: int, name: str, scorer: _LazyScorer) -> ProgressBar:
+def _start(table: InputTable, start: int, name: str, scorer: LazyScorer) -> ProgressBar:
     """Load the model, log what follows, and start the progress bar."""
     scorer.get()
     log.info("%s: scoring %d rows", table.file.name, table.num_rows)
@@ -350,7 +274,7 @@ def _start(table: InputTable, start: int, name: str, scorer: _LazyScorer) -> Pro
     return ProgressBar(title, table.num_rows, start, log_unit="rows")
 
 
-def _score_rows(chunk: Sequence[Row], job: ScoringJob, reader: RowReader, scorer: RewardScorer) -> list[Result]:
+def _score_rows(chunk: Sequence[Row], job: ScoringJob, reader: RowReader, scorer: BaseScorer) -> list[Result]:
     """Rewards of each row, or the reason why it has none."""
     groups: list[PreferenceGroup] = []
     results: list[Result] = []
@@ -387,10 +311,15 @@ def _finish(job: ScoringJob, names: Sequence[str], parts: Sequence[Parts]) -> No
     """Write the output atomically and remove the parts."""
     tables = [job.ensemble_table if job.ensemble and name == ENSEMBLE else job.table for name in names]
     columns = [output_columns(table, name, len(names)) for table, name in zip(tables, names, strict=True)]
-    folder = job.parts_folder
+    folder, extra = job.parts_folder, dict[str, Any]()
     try:
         with files.atomic_write(job.output, temporary=folder / f"output.{os.getpid()}.tmp") as temporary:
-            write_output(job.table, temporary, parts, columns, parquet=job.output.suffix in PARQUET)
+            is_parquet = job.output.suffix in PARQUET
+            if job.ranking is None:
+                write_output(job.table, temporary, parts, columns, parquet=is_parquet)
+            else:
+                ranked = write_ranked(job.table, temporary, parts[-1], job.ranking, parquet=is_parquet)
+                extra = {"ranked": ranked.as_record()}
             unscored = {name: _count_reasons(job.table, each) for name, each in zip(names, parts, strict=True)}
             agreement = {name: measure(job.table, each) for name, each in zip(names, parts, strict=True)}
             record = {
@@ -398,6 +327,7 @@ def _finish(job: ScoringJob, names: Sequence[str], parts: Sequence[Parts]) -> No
                 "sha256": files.sha256(temporary),
                 "unscored": {name: [dropped.counts, dropped.examples] for name, dropped in unscored.items()},
                 "agreement": {name: each.as_record() for name, each in agreement.items() if each is not None},
+                **extra,
             }
             files.write_text(job.marker, json.dumps(record) + "\n")
     except OSError as error:
@@ -426,4 +356,5 @@ def _describe(job: ScoringJob, names: Sequence[str], was_there: bool) -> ScoredF
     record = json.loads(job.marker.read_text(encoding="utf-8"))
     unscored = {name: Dropped(*record["unscored"][name]) for name in names}
     agreement = {name: Agreement.from_record(each) for name, each in record.get("agreement", {}).items()}
-    return ScoredFile(job.output, job.table.num_rows, unscored, agreement, was_there)
+    ranked = RankCounts.from_record(record["ranked"]) if job.ranking is not None else None
+    return ScoredFile(job.output, job.table.num_rows, unscored, agreement, was_there, ranked)

@@ -224,7 +224,7 @@ def write_output(
         _write_lines(table, output, parts, columns)
 
 
-def _with_rewards(table: InputTable, parts: Sequence[Parts]) -> Iterator[tuple[Chunk, list[pa.Table]]]:
+def with_rewards(table: InputTable, parts: Sequence[Parts]) -> Iterator[tuple[Chunk, list[pa.Table]]]:
     """The chunks of the file, each with the rewards of its rows by model; UserError if one is of another row."""
     rewards, end = [_Rewards(each) for each in parts], 0
     for chunk in table.chunks():
@@ -237,7 +237,7 @@ def _with_rewards(table: InputTable, parts: Sequence[Parts]) -> Iterator[tuple[C
 
 
 def _write_parquet(table: InputTable, output: Path, parts: Sequence[Parts], columns: Sequence[Sequence[str]]) -> None:
-    given = _input_schema(table)
+    given = input_schema(table)
     schema = given
     for names, each in zip(columns, parts, strict=True):
         for name, column in zip(names, table.added_columns_of(each.columns), strict=True):
@@ -248,7 +248,7 @@ def _write_parquet(table: InputTable, output: Path, parts: Sequence[Parts], colu
             )
     with pq.ParquetWriter(output, schema) as writer:
         waiting: list[pa.Table] = []
-        for chunk, rewards in _with_rewards(table, parts):
+        for chunk, rewards in with_rewards(table, parts):
             rows = _as_table(chunk, given)
             for taken, names, each in zip(rewards, columns, parts, strict=True):
                 for name, values in zip(names, _added_values(table, chunk, taken, each.columns), strict=True):
@@ -289,7 +289,7 @@ def _find_best(rewards: Sequence[float], group: PreferenceGroup) -> tuple[int, s
     return index, content if is_answer else json.dumps(turns, ensure_ascii=False)  # type: ignore[return-value]
 
 
-def _input_schema(table: InputTable) -> pa.Schema:
+def input_schema(table: InputTable) -> pa.Schema:
     """The schema of the file; columns of CSV are text, those of JSON get the types that hold all rows."""
     schema = pa.schema([])
     for chunk in table.chunks():
@@ -320,14 +320,14 @@ def _as_table(chunk: Chunk, schema: pa.Schema) -> pa.Table:
 def _write_lines(table: InputTable, output: Path, parts: Sequence[Parts], columns: Sequence[Sequence[str]]) -> None:
     names = [json.dumps(name) for each in columns for name in each]
     with output.open("wb") as file:
-        for chunk, rewards in _with_rewards(table, parts):
+        for chunk, rewards in with_rewards(table, parts):
             listed = [
                 values.to_pylist()
                 for taken, each in zip(rewards, parts, strict=True)
                 for values in _added_values(table, chunk, taken, each.columns)
             ]
             for line, *values in zip(_json_objects(chunk), *listed, strict=True):
-                added = ", ".join(f"{name}: {_json_value(value)}" for name, value in zip(names, values, strict=True))
+                added = ", ".join(f"{name}: {json_value(value)}" for name, value in zip(names, values, strict=True))
                 opened = line[:-1].rstrip()
                 file.write(opened + (b"" if opened == b"{" else b", ") + added.encode() + b"}\n")
 
@@ -350,9 +350,10 @@ def _json_objects(chunk: Chunk) -> Iterator[bytes]:
             yield json.dumps({"unreadable_line": line.decode("utf-8", errors="replace")}).encode()
 
 
-def _json_value(value: Any) -> str:
+def json_value(value: Any) -> str:
+    """JSON text with all digits of a float32."""
     if value is None or isinstance(value, str | int):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, list):
-        return "[" + ", ".join(map(_json_value, value)) + "]"
-    return format(value, ".9g")  # all digits of a float32
+        return "[" + ", ".join(map(json_value, value)) + "]"
+    return format(value, ".9g")

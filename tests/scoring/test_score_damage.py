@@ -52,7 +52,7 @@ def options(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> ScoreOptions:
     """100 pairs to score into `out.jsonl`, in parts of 32, 32, 32 and 4 rows, with a model that costs no time."""
     monkeypatch.setattr(score_files_module, "_MAX_ROWS", 32)
     monkeypatch.setattr(RewardScorer, "from_folder", lambda *_, **__: FakeScorer())
-    monkeypatch.setattr(score_files_module, "_check_models", lambda _: None)
+    monkeypatch.setattr(score_files_module, "check_models", lambda _: None)
     Path("model").mkdir()
     for name in ("config.json", "model.safetensors"):
         (Path("model") / name).write_bytes(b"{       }")
@@ -307,7 +307,7 @@ def test_what_cannot_be_written_ends_in_one_sentence(
 
 def score_again(options: ScoreOptions) -> int:
     score_files_module._MAX_ROWS = 32
-    score_files_module._check_models = lambda _: None  # type: ignore[assignment]
+    score_files_module.check_models = lambda _: None  # type: ignore[assignment]
     RewardScorer.from_folder = lambda *_, **__: FakeScorer()  # type: ignore[method-assign,assignment]
     try:
         score_files(options, on_part=lambda _: time.sleep(0.05))

@@ -19,7 +19,8 @@ from rm_gallery.data.sources import resolve_entries
 from rm_gallery.errors import UserError
 from rm_gallery.scoring import RewardScorer
 from rm_gallery.scoring import score_files as score_files_module
-from rm_gallery.scoring.score_files import ScoreOptions, name_models, score_files
+from rm_gallery.scoring.jobs import name_models
+from rm_gallery.scoring.score_files import ScoreOptions, score_files
 from rm_gallery.scoring.tables import ScoreDataConfig, open_table, read_group
 from tests import forks
 from tests.data.damage import SAMPLES
