@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SECOND ?= .venv-second
 OLD := .venv-transformers4
+TRACKERS := .venv-trackers
 PIP_FLAGS ?=
 ARGS ?=
 DATA ?=
@@ -30,7 +31,7 @@ unexport PYTHON
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test test-all second-python transformers4 test-gpu gpu-check check bench format clean
+.PHONY: help quickstart test test-all second-python transformers4 trackers test-gpu gpu-check check bench format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -44,8 +45,9 @@ quickstart: $(PLOT_STAMP)  ## train a small reward model on this machine and sho
 test: $(DEV_STAMP)  ## run the tests (some of them: make test ARGS="tests/data -k packing")
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(or $(ARGS),--ignore=tests/structure)
 
-test-all: $(DEV_STAMP) transformers4  ## run the long tests, which make test leaves to CI, and the others on a second Python if there is one
+test-all: $(DEV_STAMP) transformers4 trackers  ## run the long tests, which make test leaves to CI, and the others on a second Python if there is one
 	$(PY) -m pytest -n 2 --dist worksteal -m slow $(ARGS)
+	@if [ -f $(TRACKERS)/.installed ]; then set -x; $(TRACKERS)/bin/python -m pytest tests/training/test_other_trackers.py; fi
 	@if [ -x $(SECOND)/bin/python ]; then set -x; $(SECOND)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS); \
 	  else echo "No second Python version was tested: run make second-python PYTHON=python3.13 first."; fi
 
@@ -62,6 +64,16 @@ transformers4: $(DEV_STAMP)  ## install transformers 4.57 beside, to read checkp
 	  $(PY) -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
 	    > $$(echo $(OLD)/lib/python*/site-packages)/zz_other.pth && touch $(OLD)/.installed; } || \
 	  echo "transformers 4.57 could not be installed: checkpoints are not read with it."
+
+# mlflow and trackio need many packages, and an older Pillow; torch and the rest come from the other environment.
+trackers: $(DEV_STAMP)  ## install mlflow and trackio beside, for the tests that read back what they stored
+	@[ -f $(TRACKERS)/.installed ] || { \
+	  $(PY) -m venv $(TRACKERS) && grep -vi '^pillow==' constraints.txt > $(TRACKERS)/constraints.txt && \
+	  $(TRACKERS)/bin/python -m pip install -qq --disable-pip-version-check -c $(TRACKERS)/constraints.txt $(PIP_FLAGS) \
+	    mlflow-skinny alembic sqlalchemy trackio && \
+	  $(PY) -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
+	    > $$(echo $(TRACKERS)/lib/python*/site-packages)/zz_other.pth && touch $(TRACKERS)/.installed; } || \
+	  echo "mlflow and trackio could not be installed: their tests are skipped."
 
 test-gpu: $(DEV_STAMP)  ## run the tests that need a GPU and print each name
 	$(PY) -m pytest -n 4 --dist worksteal -m gpu -vv $(ARGS)

@@ -265,7 +265,7 @@ def _train(
     finally:
         checkpoints.close(wait_for_uploads=not stopped)
         if report:
-            report.write()
+            trackers.attach(report.finish())
         trackers.close(failed=failed)
 
 

@@ -157,7 +157,8 @@ def test_values_are_read_as_people_write_them(override: str, key: str, value: An
         ("+data.val_files={path:a,b:1}", "data.val_files.b: unknown key. Known are path, weight, split, subset, "),
         ("trainer.seed=-1", "trainer.seed=-1: must be greater than or equal to 0"),
         ("trainer.logger=[console,wandbb]",
-         "trainer.logger=wandbb: must be one of console, tensorboard, wandb, swanlab. Did you mean 'wandb'?"),
+         ("trainer.logger=wandbb: must be one of console, tensorboard, wandb, swanlab, mlflow, trackio. "
+         "Did you mean 'wandb'?")),
         ("trainer.early_stopping_patience=2",
          "trainer.early_stopping_patience: there is no validation; set data.val_files or data.val_fraction"),
         ("trainer.experiment_name=a/b", "trainer.experiment_name='a/b': must be a folder name without '/'"),

@@ -8,6 +8,7 @@ import math
 import signal
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,17 @@ import pytest
 
 from rm_gallery.errors import UserError
 from rm_gallery.training.trackers import Trackers
-from tests.training.tracker_runs import LOG_CALLS, PLAIN_CONFIG, FakeTerminal, log_all, make_run
+from tests.training.tracker_runs import (
+    FACTS,
+    LOG_CALLS,
+    PAGE,
+    PLAIN_CONFIG,
+    REPORT,
+    FakeTerminal,
+    log_all,
+    make_run,
+    write_report,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -217,14 +228,72 @@ def test_swanlab_leaves_our_interrupt_handler_alone(
         signal.signal(signal.SIGINT, original)
 
 
-def test_services_get_versions_and_data_fingerprints_with_the_configuration(tmp_path: Path) -> None:
+def test_tensorboard_gets_the_report_as_json_and_the_configuration_of_each_start(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    facts = {"versions": {"torch": "2"}, "data_fingerprints": {"train": "abc"}}
-    trackers = Trackers(["tensorboard"], replace(make_run(tmp_path), facts=facts))
-    trackers.close()
+    for start_step in (0, 1):
+        run = replace(make_run(tmp_path, start_step=start_step), facts={**FACTS, "commit": f"c{start_step}"})
+        trackers = Trackers(["tensorboard"], run)
+        trackers.log({"train/loss": 0.5}, start_step + 1)
+        trackers.attach(write_report(run.run_dir))
+        trackers.close()
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert json.loads(text.removeprefix("```json\n").removesuffix("```")) == {**PLAIN_CONFIG, "run": facts}
+
+    def texts(name: str) -> list[tuple[int, Any]]:
+        found = [(each.step, each.tensor_proto.string_val[0].decode()) for each in events.Tensors(name)]
+        return [(step, json.loads(text.removeprefix("```json\n").removesuffix("```"))) for step, text in found]
+
+    config = [(step, {**PLAIN_CONFIG, "run": {**FACTS, "commit": f"c{step}"}}) for step in (0, 1)]
+    assert texts("config/text_summary") == config
+    assert texts("report/text_summary")[-1] == (2, REPORT)
+
+
+def test_wandb_gets_facts_and_the_report(wandb_package: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = replace(make_run(tmp_path / "a [b]"), facts=FACTS)  # a glob would not match this name
+    trackers = Trackers(["wandb"], run)
+    trackers.attach(write_report(run.run_dir))
+    trackers.close()
+    wandb_package.teardown()
+    (files,) = (run.run_dir / "wandb").glob("offline-run-*/files")
+    assert json.loads((files / "report.json").read_text()) == REPORT
+    assert (files / "report.html").read_text() == PAGE
+    records = wandb_records(run.run_dir)
+    (start,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert FACTS in [json.loads(item.value_json) for item in start.config.update if item.key == "run"]
+    sent = [
+        each.path for record in records if record.WhichOneof("record_type") == "files" for each in record.files.files
+    ]
+    assert {"report.html", "report.json"} <= set(sent)
+
+
+def test_swanlab_gets_facts_and_the_report_and_keeps_its_id_on_resume(
+    swanlab_package: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import yaml
+    from swanlab.proto.swanlab.record.v1 import record_pb2
+
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    ids, folders = [], []
+    for start_step in (0, 1, 0):
+        run = replace(make_run(tmp_path, start_step=start_step), facts=FACTS)
+        trackers = Trackers(["swanlab"], run)
+        trackers.log({"train/loss": 0.5}, start_step + 1)
+        trackers.attach(write_report(run.run_dir))
+        trackers.close()
+        ids.append(json.loads((run.run_dir / "tracker_ids.json").read_text())["swanlab"])
+        (new,) = set((run.run_dir / "swanlog").glob("run-*")) - set(folders)
+        folders.append(new)
+        time.sleep(1.01)  # the folder of a start is named after its second
+    assert ids[0] == ids[1] != ids[2]
+    for folder, run_id, step in zip(folders, ids, (1, 2, 1), strict=True):
+        (path,) = folder.glob("*.swanlab")
+        records = [record_pb2.Record.FromString(data) for data in stored_records(path)]
+        assert [record.start.id for record in records if record.HasField("start")] == [run_id]
+        assert [record.scalar.step for record in records if record.HasField("scalar")] == [step]
+        config = yaml.safe_load((folder / "files" / "config.yaml").read_text())
+        assert config["run"]["value"] == FACTS
+        assert json.loads((folder / "files" / "report.json").read_text()) == REPORT
+        assert (folder / "files" / "report.html").read_text() == PAGE

@@ -27,11 +27,17 @@ class Recorder:
         self.fails_from = fails_from
         self.steps: list[int] = []
         self.closed: list[bool] = []
+        self.files: list[str] = []
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self.steps.append(step)
         if step >= self.fails_from:
             raise OSError("connection\nlost")
+
+    def attach(self, file: Path) -> None:
+        if self.fails_from < math.inf:
+            raise OSError("quota\nexceeded")
+        self.files.append(file.name)
 
     def close(self, *, failed: bool = False) -> None:
         self.closed.append(failed)
@@ -114,6 +120,21 @@ def test_tracker_that_raises_warns_once_and_is_not_called_again(
     assert message == "wandb failed at step 2 and is disabled: connection lost"
 
 
+def test_the_report_goes_to_every_tracker_and_one_that_fails_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full, healthy = Recorder(fails_from=99), Recorder()
+    monkeypatch.setitem(TRACKERS, "wandb", lambda run: full)
+    monkeypatch.setitem(TRACKERS, "trackio", lambda run: healthy)
+    trackers = Trackers(["console", "wandb", "trackio"], make_run(tmp_path))
+    with caplog.at_level(logging.WARNING, logger="rm_gallery.training.trackers"):
+        trackers.attach([tmp_path / "report.html", tmp_path / "report.json"])
+        trackers.close()
+    assert healthy.files == ["report.html", "report.json"]
+    assert [record.getMessage() for record in caplog.records] == ["wandb did not store the report: quota exceeded"]
+    assert full.closed == [False], "it is closed as any other"
+
+
 def test_failed_start_closes_the_trackers_already_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = Recorder()
 
@@ -138,8 +159,10 @@ def test_unknown_tracker_name_is_refused_with_the_nearest(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "module"), [("wandb", "wandb"), ("swanlab", "swanlab"), ("tensorboard", "torch.utils.tensorboard")]
-)
+    ("name", "module"),
+    [("wandb", "wandb"), ("swanlab", "swanlab"), ("tensorboard", "torch.utils.tensorboard"), ("mlflow", "mlflow"),
+     ("trackio", "trackio")],
+)  # fmt: skip
 def test_missing_package_is_answered_with_the_extra_to_install(
     name: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +174,8 @@ def test_missing_package_is_answered_with_the_extra_to_install(
 def test_import_loads_no_heavy_package() -> None:
     code = (
         "import sys, rm_gallery.training.trackers\n"
-        "print([n for n in ('torch', 'wandb', 'swanlab', 'tensorboard', 'rich') if n in sys.modules])"
+        "names = ('torch', 'wandb', 'swanlab', 'tensorboard', 'mlflow', 'trackio', 'rich')\n"
+        "print([name for name in names if name in sys.modules])"
     )
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from pathlib import Path
 
@@ -15,6 +16,8 @@ LOG_CALLS: list[tuple[int, dict[str, float]]] = [
     (2, {"train/loss": 0.5, "train/accuracy": 0.75, "train/lr": 0.0002}),
     (2, {"val/loss": 0.625, "val/accuracy": math.nan}),
 ]
+FACTS = {"versions": {"torch": "2"}, "data_fingerprints": {"train": "abc"}}
+PAGE, REPORT = "<html>a report</html>", {"metrics": {"train/loss": 0.5}}
 
 
 class FakeTerminal(io.StringIO):
@@ -31,3 +34,11 @@ def make_run(tmp_path: Path, *, start_step: int = 0, total_steps: int = 2) -> Ru
 def log_all(tracker: Tracker | Trackers) -> None:
     for step, metrics in LOG_CALLS:
         tracker.log(metrics, step)
+
+
+def write_report(run_dir: Path) -> list[Path]:
+    """The files of a final report."""
+    page, figures = run_dir / "report.html", run_dir / "report.json"
+    page.write_text(PAGE)
+    figures.write_text(json.dumps(REPORT))
+    return [page, figures]

@@ -11,6 +11,7 @@ from rm_gallery.html_page import render
 from rm_gallery.training.metric_names import MetricName, parse_metric
 from rm_gallery.training.report.findings import findings
 from rm_gallery.training.report.history import Points, Run, smooth, thin
+from rm_gallery.training.trackers.base import flat
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -238,17 +239,6 @@ def _final(points: Points, metric: MetricName | None) -> str:
         return text
     step, best = max(points, key=lambda each: metric.direction * each[1])
     return text if best == last else f"{text} (best {best:,.4f} at step {step:,})"
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found.update(flat(value, f"{prefix}{key}."))
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def _differences(runs: Sequence[Run]) -> list[list[str]]:

@@ -1,10 +1,11 @@
-"""Writes `report.html` of a run after each validation and at its end, and logs its findings once."""
+"""Writes `report.html` of a run after each validation and at its end, report.json, and logs its findings once."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rm_gallery.errors import one_line
@@ -16,6 +17,7 @@ from rm_gallery.training.report.page import page_of
 log = logging.getLogger(__name__)
 
 REPORT_NAME = "report.html"
+SUMMARY_NAME = "report.json"
 
 
 class ReportWriter:
@@ -48,3 +50,25 @@ class ReportWriter:
             log.warning("%s cannot be written and is omitted: %s", self._path, one_line(error))
             return None
         return self._path
+
+    def finish(self) -> list[Path]:
+        """Write the report and report.json, its figures; the paths of what was written."""
+        page = self.write()
+        if page is None:
+            return []
+        summary = self._path.with_name(SUMMARY_NAME)
+        last = {name: points[-1][1] for name, points in self._run.history.series.items()}
+        figures = {
+            "run": self._run.name,
+            "step": self._run.history.last_step,
+            "total_steps": self._run.total_steps,
+            "findings": [asdict(each) for each in findings(self._run)],
+            "metrics": last,
+            "facts": self._run.facts,
+        }
+        try:
+            write_text(summary, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            log.warning("%s cannot be written and is omitted: %s", summary, one_line(error))
+            return [page]
+        return [page, summary]

@@ -1,4 +1,4 @@
-"""Trackers log the metrics of a run: metrics.jsonl always; console, TensorBoard, wandb and swanlab by `trainer.logger`.
+"""Trackers log the metrics of a run: metrics.jsonl always; others by `trainer.logger`.
 
 A tracker that cannot start raises before training. One that fails later is disabled with a warning, and training
 continues: a full disk or a lost connection must not end the run.
@@ -9,11 +9,18 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from rm_gallery.errors import UserError, nearest, one_line
 from rm_gallery.training.trackers.base import IDS_NAME, METRICS_NAME, JsonLines, RunInfo, Tracker, TrackerConfig
 from rm_gallery.training.trackers.console import ConsoleTracker
-from rm_gallery.training.trackers.services import SwanlabTracker, TensorboardTracker, WandbTracker
+from rm_gallery.training.trackers.services import (
+    MlflowTracker,
+    SwanlabTracker,
+    TensorboardTracker,
+    TrackioTracker,
+    WandbTracker,
+)
 
 __all__ = ["IDS_NAME", "METRICS_NAME", "TRACKERS", "RunInfo", "Tracker", "TrackerConfig", "Trackers"]
 
@@ -24,11 +31,15 @@ TRACKERS: dict[str, Callable[[RunInfo], Tracker]] = {
     "tensorboard": TensorboardTracker,
     "wandb": WandbTracker,
     "swanlab": SwanlabTracker,
+    "mlflow": MlflowTracker,
+    "trackio": TrackioTracker,
 }
 
 OFFLINE_HELP = {
     "wandb": "run `wandb login`, set WANDB_MODE=offline",
     "swanlab": "run `swanlab login`, set SWANLAB_MODE=offline",
+    "mlflow": "fix or unset MLFLOW_TRACKING_URI (without it, mlflow.db in the run directory is used)",
+    "trackio": "fix or unset TRACKIO_SPACE_ID and TRACKIO_SERVER_URL",
 }
 
 
@@ -73,6 +84,15 @@ class Trackers:
         if isinstance(console, ConsoleTracker):
             console.tick(text)
 
+    def attach(self, files: Sequence[Path]) -> None:
+        """Store the final report with the run in all trackers. One that fails gets a warning."""
+        for name, tracker in self._active.items():
+            try:
+                for file in files:
+                    tracker.attach(file)
+            except Exception as error:
+                log.warning("%s did not store the report: %s", name, one_line(error))
+
     def close(self, *, failed: bool = False) -> None:
         """Close all, the console first. failed: mark the run as failed. Idempotent."""
         if self._closed:
@@ -94,6 +114,8 @@ class NoTrackers:
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
     def tick(self, text: str) -> None: ...
+
+    def attach(self, files: Sequence[Path]) -> None: ...
 
     def close(self, *, failed: bool = False) -> None: ...
 

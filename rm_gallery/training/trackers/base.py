@@ -24,14 +24,14 @@ class TrackerConfig:
     __pydantic_config__ = {"extra": "forbid"}
 
     logger: tuple[str, ...] = ("console",)
-    """Where metrics go besides metrics.jsonl: any of console, tensorboard, wandb, swanlab."""
+    """Where metrics go besides metrics.jsonl: any of console, tensorboard, wandb, swanlab, mlflow, trackio."""
 
     project_name: str = "rm-gallery"
-    """Project name for wandb and swanlab."""
+    """Project name for wandb, swanlab and trackio; the experiment in mlflow."""
 
     experiment_name: str = ""
-    """Name of the run directory, and of the run in wandb and swanlab; default: the time and a fingerprint of the
-    configuration, so that the same command resumes its run and another starts a new one."""
+    """Name of the run directory, and of the run in trackers; default: the time and a fingerprint of the configuration,
+    so that the same command resumes its run and another starts a new one."""
 
     log_freq: int = 1
     """Optimizer steps between two log lines."""
@@ -64,6 +64,9 @@ class Tracker(Protocol):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log the metrics of one step. Steps start at 1 and do not decrease; values may be NaN."""
 
+    def attach(self, file: Path) -> None:
+        """Store a file of the final report with the run, or nothing if the tracker has no files."""
+
     def close(self, *, failed: bool = False) -> None:
         """Flush, and release files, threads and the terminal. failed: mark the run as failed."""
 
@@ -89,6 +92,8 @@ class JsonLines:
         record |= {name: finite_or_none(value) for name, value in metrics.items()}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+
+    def attach(self, file: Path) -> None: ...
 
     def close(self, *, failed: bool = False) -> None:
         self._file.close()
@@ -137,3 +142,14 @@ def drop_partial_line(path: Path) -> None:
     with path.open("r+b") as file:
         text = file.read()
         file.truncate(text.rfind(b"\n") + 1)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found.update(flat(value, f"{prefix}{key}."))
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

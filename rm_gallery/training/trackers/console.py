@@ -95,6 +95,8 @@ class ConsoleTracker:
             self._last_tick = now
             self._print(f"step {self._step}/{self._total} done  {text}")
 
+    def attach(self, file: Path) -> None: ...
+
     def close(self, *, failed: bool = False) -> None:
         """Remove the bar and print the table; `failed` only changes the last line."""
         if self._closed:
