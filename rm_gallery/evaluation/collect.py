@@ -17,12 +17,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from rm_gallery.data.benchmarks.published import KEY
+from rm_gallery.data.benchmarks.table import Item, Table, TableBuilder
 from rm_gallery.errors import BadRow, Dropped, UserError
-from rm_gallery.evaluation.benchmarks import KEY
 from rm_gallery.evaluation.probes import ProbePair, probe_pair
 from rm_gallery.evaluation.scorers import Rewards, Scorer
 from rm_gallery.evaluation.sets import EvalSet, Reading
-from rm_gallery.evaluation.table import Item, Table, TableBuilder
 from rm_gallery.inspection.baselines import SampledPair, sampled_pair
 from rm_gallery.inspection.texts import GroupTexts, texts_of
 from rm_gallery.progress_bar import ProgressBar
@@ -127,7 +127,7 @@ class _Pass:
                 continue
             if isinstance(rewards, Exception):
                 raise rewards
-            self.builder.add(item, texts)
+            self.builder.add(item, [len(text) for text in texts.responses])
             self.rewards.extend(rewards)
             self._keep(item, texts, rewards)
             if self.sink is not None:

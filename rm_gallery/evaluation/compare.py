@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from rm_gallery.data.benchmarks.table import Table
 from rm_gallery.evaluation.metrics import bootstrap_means, clusters_of, mcnemar, percentile_interval
-from rm_gallery.evaluation.table import Table
 
 
 def shared_comparisons(first: Table, second: Table) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rm_gallery.data.benchmarks.best_of_n import ranks
 from rm_gallery.evaluation.metrics import Z, sigmoid, wilson
 
 SCATTER = 500
@@ -91,12 +92,6 @@ def controlled_accuracy(correct: np.ndarray, difference: np.ndarray, clusters: n
     error = math.sqrt(max(0.0, float((inverse @ (scores.T @ scores) @ inverse)[0, 0])))
     low, middle, high = sigmoid(weights[0] + np.array([-Z, 0.0, Z]) * error)
     return {"accuracy": float(middle), "interval": [float(low), float(high)], "slope": float(weights[1])}
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1; equal values share the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float | None:

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from rm_gallery.data.benchmarks.table import Item
 from rm_gallery.errors import UserError
 from rm_gallery.evaluation.report_files import write_report
-from rm_gallery.evaluation.table import Item
 from rm_gallery.files import atomic_write
 from rm_gallery.inspection.texts import GroupTexts
 

@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from rm_gallery import __version__
+from rm_gallery.data.benchmarks.best_of_n import best_of_n
+from rm_gallery.data.benchmarks.scores import with_prior_sets
+from rm_gallery.data.benchmarks.table import Table
 from rm_gallery.errors import Dropped, UserError
 from rm_gallery.evaluation import metrics
-from rm_gallery.evaluation.benchmark_scores import with_prior_sets
-from rm_gallery.evaluation.best_of_n import best_of_n
 from rm_gallery.evaluation.collect import Collected, Sink, collect, margins_by_place
 from rm_gallery.evaluation.compare import compare, shared_comparisons
 from rm_gallery.evaluation.findings import findings_of
@@ -33,7 +34,6 @@ from rm_gallery.evaluation.length import length_report
 from rm_gallery.evaluation.probes import DEFAULT_PAIRS, run_probes
 from rm_gallery.evaluation.scorers import Scorer, ScorerOptions, check_models, name_scorers, open_scorer
 from rm_gallery.evaluation.sets import EvalSet, load_data_config, open_sets
-from rm_gallery.evaluation.table import Table
 from rm_gallery.inspection.baselines import baseline_report
 from rm_gallery.training.run_dir import package_versions
 

@@ -18,13 +18,7 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from rm_gallery import config as configuration
-from rm_gallery.data.formats import FormatConfig, RowReader, hash_prompt, iter_tasks, prompt_key
-from rm_gallery.data.sources import DataFile, FileEntry, read_rows, resolve_entries, save_rows
-from rm_gallery.data.sources.local import exists_here
-from rm_gallery.data.sources.records import MAX_ROW_BYTES, kind_of
-from rm_gallery.data.sources.remote import is_url
-from rm_gallery.errors import BadRow, Dropped, Problem, UserError, nearest
-from rm_gallery.evaluation.benchmarks import (
+from rm_gallery.data.benchmarks.published import (
     BENCHMARKS,
     KEY,
     Benchmark,
@@ -32,7 +26,13 @@ from rm_gallery.evaluation.benchmarks import (
     find_benchmark,
     looks_like_benchmark,
 )
-from rm_gallery.evaluation.table import Item, quality_of
+from rm_gallery.data.benchmarks.table import Item, quality_of
+from rm_gallery.data.formats import FormatConfig, RowReader, hash_prompt, iter_tasks, prompt_key
+from rm_gallery.data.sources import DataFile, FileEntry, read_rows, resolve_entries, save_rows
+from rm_gallery.data.sources.local import exists_here
+from rm_gallery.data.sources.records import MAX_ROW_BYTES, kind_of
+from rm_gallery.data.sources.remote import is_url
+from rm_gallery.errors import BadRow, Dropped, Problem, UserError, nearest
 from rm_gallery.sampling import Reservoir
 from rm_gallery.schema import InputStyle
 from rm_gallery.scoring.tables import reader_for

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rm_gallery.evaluation.table import Item, Table, TableBuilder
-from rm_gallery.inspection.texts import GroupTexts
+from rm_gallery.data.benchmarks.table import Item, Table, TableBuilder
 from rm_gallery.schema import Comparison, PreferenceGroup
 
 Row = tuple[str, str, int, Sequence[float]]
@@ -23,6 +22,6 @@ def make_table(rows: Sequence[Row]) -> tuple[Table, np.ndarray]:
         pairs = tuple(Comparison(better, worse) for better in range(correct) for worse in range(correct, count))
         group = PreferenceGroup((), ["x"] * count, pairs, "chat", where=f"made.jsonl:{number}")
         quality = [1.0] * correct + [0.0] * (count - correct)
-        builder.add(Item(group, number, subset, quality, label), GroupTexts("", ("x",) * count))
+        builder.add(Item(group, number, subset, quality, label), [1] * count)
         rewards += values
     return builder.finish(), np.array(rewards, float)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rm_gallery.evaluation import benchmark_scores as scores
+from rm_gallery.data.benchmarks import scores
 from tests.evaluation.tables import make_table
 
 
@@ -93,15 +93,14 @@ def test_ppe_by_hand() -> None:
 
 
 def test_judgebench_counts_a_tie_as_b() -> None:
-    from rm_gallery.evaluation.table import Item, TableBuilder
-    from rm_gallery.inspection.texts import GroupTexts
+    from rm_gallery.data.benchmarks.table import Item, TableBuilder
     from rm_gallery.schema import Comparison, PreferenceGroup
 
     builder = TableBuilder()
     for number, (label, writer) in enumerate((("A", "gpt"), ("B", "gpt"), ("B", "gpt"), ("A", "claude"))):
         comparison = Comparison(0, 1) if label == "A" else Comparison(1, 0)
         group = PreferenceGroup((), ["x", "y"], (comparison,), "chat", where=f"made.jsonl:{number}")
-        builder.add(Item(group, number, "mmlu-pro", None, writer), GroupTexts("", ("x", "y")))
+        builder.add(Item(group, number, "mmlu-pro", None, writer), [1, 1])
     rewards = np.array([1.0, 1.0, 1.0, 1.0, 2.0, 1.0, 2.0, 1.0])  # tie, tie, A, A
     found = scores.judgebench(builder.finish(), rewards)
     assert found.parts["gpt"] == pytest.approx(1 / 3) and found.parts["claude"] == 1

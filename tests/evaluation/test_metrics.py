@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
+from rm_gallery.data.benchmarks.best_of_n import auc, best_of_n
 from rm_gallery.evaluation import metrics
-from rm_gallery.evaluation.best_of_n import auc, best_of_n
 from rm_gallery.evaluation.compare import compare
 from rm_gallery.evaluation.length import controlled_accuracy, length_report, spearman
 from tests.evaluation.tables import make_table

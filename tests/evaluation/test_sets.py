@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rm_gallery import UserError, evaluate
-from rm_gallery.evaluation.benchmarks import BENCHMARKS, find_benchmark
+from rm_gallery.data.benchmarks.published import BENCHMARKS, find_benchmark
 from tests.evaluation.conftest import honest, honest_rows, write_rows
 
 

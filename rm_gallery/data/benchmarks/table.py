@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rm_gallery.inspection.texts import GroupTexts
 from rm_gallery.schema import PreferenceGroup
 
 
@@ -111,8 +110,8 @@ class TableBuilder:
     def num_comparisons(self) -> int:
         return len(self._group)
 
-    def add(self, item: Item, texts: GroupTexts) -> None:
-        """texts: of the item's group."""
+    def add(self, item: Item, lengths: Sequence[int]) -> None:
+        """lengths: characters of each response."""
         file, _, row = item.group.where.rpartition(":")
         number, start = len(self._row), self._first[-1]
         self._file.append(self._files.setdefault(file, len(self._files)))
@@ -121,10 +120,10 @@ class TableBuilder:
         self._subset.append(self._subsets.setdefault(item.subset, len(self._subsets)))
         if item.label or self._labels:
             self._labels += [""] * (number - len(self._labels)) + [item.label]
-        self._length.extend(map(len, texts.responses))
-        known = item.quality if item.quality is not None else [float("nan")] * len(texts.responses)
+        self._length.extend(lengths)
+        known = item.quality if item.quality is not None else [float("nan")] * len(lengths)
         self._quality.extend(known)
-        self._first.append(start + len(texts.responses))
+        self._first.append(start + len(lengths))
         for each in item.group.comparisons:
             self._group.append(number)
             self._better.append(start + each.better)

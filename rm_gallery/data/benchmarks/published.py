@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from rm_gallery.data.benchmarks import scores
+from rm_gallery.data.benchmarks.scores import Score
+from rm_gallery.data.benchmarks.table import Item, Table
 from rm_gallery.data.formats import as_messages, hash_prompt, prompt_key, read_cell
 from rm_gallery.data.sources import DataFile, FileEntry, Row, resolve_entries
 from rm_gallery.data.sources.local import local_path
 from rm_gallery.errors import BadRow, UserError
-from rm_gallery.evaluation import benchmark_scores as scores
-from rm_gallery.evaluation.benchmark_scores import Score
-from rm_gallery.evaluation.table import Item, Table
 from rm_gallery.schema import Comparison, PreferenceGroup
 
 KEY = "SET"

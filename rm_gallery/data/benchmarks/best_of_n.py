@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from rm_gallery.evaluation.length import ranks
-
 MAX_CURVE = 64
 
 
@@ -102,3 +100,9 @@ def auc(rewards: np.ndarray, is_correct: np.ndarray) -> float | None:
         return None
     total = float(ranks(rewards)[is_correct].sum())
     return (total - num_correct * (num_correct + 1) / 2) / (num_correct * num_wrong)
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1; equal values share the mean of their ranks."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rm_gallery.evaluation.best_of_n import auc, curve
-from rm_gallery.evaluation.table import Table
+from rm_gallery.data.benchmarks.best_of_n import auc, curve
+from rm_gallery.data.benchmarks.table import Table
 
 
 @dataclass(frozen=True)
