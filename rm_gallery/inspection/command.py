@@ -55,7 +55,11 @@ def show_data(
     command = shlex.join(["rm-gallery", "show-data", *options, "--samples", str(samples), *overrides])
     made = time.strftime("%Y-%m-%d %H:%M %Z")
     about = (("made", f"{made}, by rm-gallery {__version__}"), ("command", redact(command)))
-    config = replace(config, data=replace(config.data, ties=False))  # a tie has no chosen response
+    if config.data.ties:
+        log.warning(
+            "this report is on chosen and rejected responses: ties, which training keeps, count as dropped here"
+        )
+        config = replace(config, data=replace(config.data, ties=False))
     page = page_of(inspect_data(config, num_samples=samples), about)
     if target is not None:
         try:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rm_gallery.objectives.attributes import Attributes
 from rm_gallery.objectives.base import Objective
+from rm_gallery.objectives.binned import BinnedRegression
 from rm_gallery.objectives.bradley_terry import bradley_terry
 from rm_gallery.objectives.davidson import Davidson
 from rm_gallery.objectives.focal import Focal
@@ -42,6 +43,8 @@ def build_objective(name: str, attributes: Sequence[str] = (), options: Mapping[
     of the objective are used.
     """
     objective: Any = OBJECTIVES[name]  # a dataclass
+    if name == "regression" and (options or {}).get("bins"):
+        objective = BinnedRegression()
     own = {each.name for each in fields(objective) if each.init} - {"names"}
     chosen = {key: value for key, value in (options or {}).items() if key in own}
     if name == "attributes":

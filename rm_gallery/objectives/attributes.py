@@ -50,9 +50,14 @@ class Attributes(Objective):
         """[S, A] loss of each output. labels: [S, A], anything finite where they are missing."""
         return (outputs - labels).square()
 
+    def predicted(self, outputs: Tensor) -> Tensor:
+        """[S, A] the numbers that outputs stand for, in the unit of the labels."""
+        return outputs
+
     def sums(self, rewards: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
         """By attribute: the moments of outputs and labels, and the pairs of a prompt in the order of their labels."""
         outputs, labels = (each.double() for each in rated(rewards, batch))
+        outputs = self.predicted(outputs).detach()
         known = ~labels.isnan()
         labels, outputs = labels.nan_to_num() * known, outputs * known
         same = batch.rated_group.unsqueeze(0) == batch.rated_group.unsqueeze(1)  # [S, S]

@@ -246,7 +246,6 @@ def check_data(
 
 
 _LABELS = {"margin": "margins", "p_better": "soft labels", "score": "scores", "rank": "ranks"}
-_TIES = "rows are ties by equal scores or ranks, an overall preference of 0, or a winner that is a tie"
 _SOURCES = {
     "margin": ("margin", "data.margin_key={margin_key}, or responses with scores"),
     "p_better": ("share of annotators who prefer it", "data.p_chosen_key={p_chosen_key} (1 where all do)"),
@@ -257,10 +256,10 @@ def check_labels(config: TrainConfig, objective: Objective, train: Loaded, valid
     """Raise UserError for a label that the objective needs and training data lack; log those that it does not use."""
     name, data = config.objective.name, train.data
     if "tied" in objective.needs and not 0 < data.num_tied < data.num_comparisons:
-        found = "none is" if data.num_tied == 0 else "all are"
+        found = f"all of {data.num_comparisons:,} are" if data.num_tied else f"none of {data.num_comparisons:,} is"
         raise UserError(
-            f"data.train_files: objective.name={name} needs comparisons that are ties and others that are not, and of "
-            f"{data.num_comparisons:,} {found}; {_TIES}, or set objective.name=bradley_terry"
+            f"data.train_files: objective.name={name} needs comparisons with and without a tie, and {found} a tie "
+            "(equal scores or ranks, a preference of 0, a winner that is a tie); set objective.name=bradley_terry"
         )
     if objective.count == "rankings":
         for key, side in {"data.train_files": train, **validated}.items():

@@ -133,7 +133,7 @@ with torch.no_grad():
     {%- endif %}
 ```
 
-Rewards are comparable between responses to the same prompt. They have no unit and no zero point; no sigmoid is applied.
+{{ unit }}; no sigmoid is applied.
 """
 
 
@@ -247,6 +247,7 @@ def model_card(
         chat=input_style == "chat",
         lora=lora.rank > 0,
         attributes=attributes,
+        unit=_unit(config, objective),
         trained_on=_TRAINED_ON.get(config.objective.name, f"`objective.name={config.objective.name}`"),
         code_file=code_file,
         mapping=_base_options(renames or {}, config.model.quantization),
@@ -288,6 +289,19 @@ def _rows(
         ("weight decay, clipping", f"{value('optim.weight_decay')}, {value('optim.clip_grad')}"),
         ("maximum length", f"{value('data.max_length')} tokens"),
     ]
+
+
+def _unit(config: TrainConfig, objective: Mapping[str, Any]) -> str:
+    """What the size of a reward means."""
+    if objective.get("cut_points"):
+        scores, cuts = (", ".join(f"{each:.4g}" for each in objective[key]) for key in ("scores", "cut_points"))
+        return (
+            f"Rewards are log-odds. The score of a response is one of {scores}, and is at most the k-th of them with\n"
+            f"probability sigmoid(c_k - reward), c = {cuts}"
+        )
+    if config.data.attributes:
+        return f"The outputs are in the unit of {', '.join(config.data.attributes)} in the training data"
+    return "Rewards are comparable between responses to the same prompt. They have no unit and no zero point"
 
 
 def _base_options(renames: Mapping[str, str], quantization: str | None) -> str:

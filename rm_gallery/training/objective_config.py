@@ -38,6 +38,9 @@ class ObjectiveConfig:
     or exact up to 6 tied responses and Efron's beyond (`auto`)."""
     score_column: str = "score"
     """`regression`: column of the score of a response, or of a list of one score per response."""
+    bins: Annotated[int, Ge(0)] = 0
+    """`regression`: cross-entropy over this number of bins, 2 or more, from the lowest to the highest score; 0 is the
+    squared error."""
     margin_form: Literal["shift", "hinge"] = "shift"
     """`margin`: `shift` is -log sigmoid(difference - margin), as in Llama 2; `hinge` is max(0, margin - difference)."""
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
@@ -47,7 +50,8 @@ class ObjectiveConfig:
     hinge_margin: Annotated[float, Gt(0)] = 1.0
     """`hinge`: the difference of reward beyond which a comparison has no loss."""
     threshold_lr: Annotated[float, Ge(0)] = 0.01
-    """`rao_kupper`, `davidson`: peak learning rate of the logarithm of the threshold of ties; 0 keeps its start."""
+    """`rao_kupper`, `davidson`: peak learning rate of the logarithm of the threshold of ties; `regression`: that of the
+    cut points between `bins`. 0 keeps where they start."""
 
 
 _TIES = ("rao_kupper", "davidson")
@@ -57,7 +61,8 @@ _ALL = (
 OPTIONS_OF: dict[str, tuple[str, ...]] = {
     "score_column": ("regression",),
     "center_coefficient": _ALL, "reward_l2": _ALL, "margin_form": ("margin",), "ties": ("plackett_luce",),
-    "label_smoothing": ("soft",), "focal_gamma": ("focal",), "hinge_margin": ("hinge",), "threshold_lr": _TIES,
+    "label_smoothing": ("soft",), "focal_gamma": ("focal",), "hinge_margin": ("hinge",),
+    "threshold_lr": (*_TIES, "regression"), "bins": ("regression",),
 }  # fmt: skip
 """The objectives that have each option."""
 
@@ -69,6 +74,12 @@ def _option_problems(config: ObjectiveConfig) -> Iterator[Problem]:
         if value != each.default and config.name not in names:
             key = f"objective.{each.name}"
             yield Problem(key, f"{key}={value} with objective.name={config.name}: it belongs to {', '.join(names)}")
+    if config.bins == 1:
+        yield Problem("objective.bins", "objective.bins=1: set 2 or more, or 0 for the squared error")
+    is_squared = config.name == "regression" and not config.bins
+    if is_squared and config.threshold_lr != ObjectiveConfig.threshold_lr:
+        key = "objective.threshold_lr"
+        yield Problem(key, f"{key}={config.threshold_lr} with objective.bins=0: the squared error has no cut points")
 
 
 def data_of(config: ObjectiveConfig, model: ModelConfig, data: DataConfig) -> DataConfig:

@@ -246,6 +246,11 @@ class TokenData:
         preferred = by_response[arrays["response_start"][owner] + arrays["better"]]
         return np.bincount(owner, preferred, minlength=len(arrays["num_comparisons"])).astype(np.int64)
 
+    def known_attributes(self) -> np.ndarray:
+        """float32: every attribute of every response that the data have."""
+        values = self._arrays["attributes"]
+        return np.asarray(values[~np.isnan(values)])
+
     def as_rankings(self, max_tied: int | None = None) -> None:
         """Count each group as one ranking. Raises UserError for comparisons that are not those of a ranking.
 
