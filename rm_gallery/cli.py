@@ -1,4 +1,4 @@
-"""The command line: `rm-gallery train | score | rank | evaluate | ...`.
+"""The command line: `rm-gallery train | score | rank | evaluate | serve | ...`.
 
 Heavy modules are imported by the command that needs them.
 """
@@ -22,6 +22,7 @@ from rm_gallery.folder_commands import add_average, add_export_legacy, add_merge
 from rm_gallery.log import safe_traceback, setup_excepthook, setup_logging, wait_for_local_main
 from rm_gallery.safe_text import safe, visible
 from rm_gallery.scoring.command import add_rank, add_score
+from rm_gallery.serving.command import add_serve
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +124,7 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
     add_score(commands, _add_loading_options)
     add_rank(commands, _add_loading_options)
     add_evaluate(commands, _add_loading_options)
+    add_serve(commands, _add_loading_options)
     _add_export_data(commands)
     add_report(commands)
     add_watch(commands)

@@ -132,23 +132,32 @@ class Engine(forks.SurvivesFork):
 
     def encode(self, groups: Sequence[PreferenceGroup]) -> list[Encoded]:
         """Tokens of each group, or the exception that says why it has none; a bad group does not affect others."""
-        found: list[Encoded] = []
+        return [each if isinstance(each, Exception) else self._split(each) for each in self.tokenize(groups)]
+
+    def tokenize(self, groups: Sequence[PreferenceGroup]) -> list[list[list[int]] | Exception]:
+        """Token ids of every whole text as `[group][response]`, or in place of a group why it has none."""
+        found: list[list[list[int]] | Exception] = []
         for start in range(0, len(groups), _GROUPS_PER_CALL):
             chunk = groups[start : start + _GROUPS_PER_CALL]
             try:
                 texts = self._tokenize(chunk)
             except Exception:  # tokenize one by one to find the bad group
-                found += [self._encode_one(group) for group in chunk]
+                found += [self._tokenize_one(group) for group in chunk]
             else:
-                found += [self._split(each) for each in texts]
+                found += [self._checked(each) for each in texts]
         return found
 
-    def _encode_one(self, group: PreferenceGroup) -> Encoded:
+    def tokenize_rendered(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts in which all special tokens are written out."""
+        with self._tokenizer_lock:
+            return self._encoder.encode_rendered(texts)
+
+    def _tokenize_one(self, group: PreferenceGroup) -> list[list[int]] | Exception:
         try:
             texts = self._tokenize([group])
         except Exception as error:
             return error
-        return self._split(texts[0])
+        return self._checked(texts[0])
 
     def _tokenize(self, groups: Sequence[PreferenceGroup]) -> list[list[list[int]] | BadRow]:
         for group in groups:
@@ -160,11 +169,10 @@ class Engine(forks.SurvivesFork):
             return texts
         return [each if isinstance(each, BadRow) else [ids + closing for ids in each] for each in texts]
 
-    def _split(self, texts: list[list[int]] | BadRow) -> Encoded:
-        if isinstance(texts, BadRow):
+    def _checked(self, texts: list[list[int]] | BadRow) -> list[list[int]] | BadRow:
+        """The texts, unless one is longer than the model has positions for."""
+        if isinstance(texts, BadRow) or not texts:
             return texts
-        if not texts:
-            return []
         longest = max(map(len, texts))
         limit = self.source.positions
         if limit is not None and longest > limit:
@@ -177,6 +185,11 @@ class Engine(forks.SurvivesFork):
                 longest,
                 self.record.max_length,
             )
+        return texts
+
+    def _split(self, texts: list[list[int]]) -> Encoded:
+        if not texts:
+            return []
         try:
             return split_responses(split_prefix(texts, ()), self.packer)
         except BadRow as error:

@@ -143,6 +143,10 @@ class Encoder:
         """Apply the length policy of the configuration; see `fit_length`."""
         return fit_length(texts, group, self.tokenizer, self.config)
 
+    def encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that hold their special tokens. Raises BadRow for one that has no UTF-8 form."""
+        return self._encode_texts(_encodable(list(texts)), False)
+
     def render(self, group: PreferenceGroup) -> list[str]:
         """The K whole texts of a group, without special tokens that the tokenizer adds."""
         if group.style == "text":
