@@ -127,6 +127,7 @@ def layout_of(config: EstimateConfig, shape: ModelShape, device: Device, *, one_
             optimizer=config.optim.name,
             num_matrix=shape.matrix_parameters,
             has_masters=has_masters,
+            has_ema=config.trainer.ema_decay is not None,
         ),
         offload=fsdp.offloads_weights,
         fsdp_size=fsdp.fsdp_size,
@@ -145,6 +146,7 @@ def layout_of(config: EstimateConfig, shape: ModelShape, device: Device, *, one_
         one_micro_batch=one_micro_batch,
         optimizer=config.optim.name,
         has_masters=has_masters,
+        has_ema=config.trainer.ema_decay is not None,
     )
 
 

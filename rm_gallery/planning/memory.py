@@ -58,6 +58,8 @@ class Layout:
     """`optim.name`."""
     has_masters: bool = True
     """Trained weights are float32 beside a copy in the compute dtype; else only that, with stochastic rounding."""
+    has_ema: bool = False
+    """`trainer.ema_decay`: a float32 average of the trained weights beside them."""
 
     @property
     def sharded(self) -> bool:
@@ -70,7 +72,7 @@ class MemoryUse:
 
     moment: str
     weights: float
-    """Master weights, float32; without them the weights in the compute dtype."""
+    """Master weights, float32, and their average (EMA); without master weights those in the compute dtype."""
     compute_copy: float
     """bfloat16 copy of the weights, or the layers that FSDP has all-gathered."""
     gradients: float
@@ -176,7 +178,7 @@ def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: floa
     # Without master weights those of the backbone are in the compute dtype alone.
     narrow = 0 if layout.has_masters else (4 - w) * (shape.trained_parameters - shape.head_parameters)
     weights = trained + (w * frozen - narrow) / layout.shards
-    weights += shape.quantized_bytes
+    weights += shape.quantized_bytes + (trained if layout.has_ema else 0)
     gathered, copy = 0.0, 0.0
     if sharded:  # the current layer, the prefetched one, and what is outside the layers
         gathered = w * (2 * shape.layer_parameters + shape.outer_parameters)

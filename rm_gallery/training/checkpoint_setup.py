@@ -20,6 +20,7 @@ from rm_gallery.objectives import Objective
 from rm_gallery.training.checkpoint import PLAN, Checkpoints, Mirror, RunIdentity, RunTensors, Start, WeightsFolder
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.data_setup import Loaded
+from rm_gallery.training.metric_names import of_average
 from rm_gallery.training.model_card import model_card
 from rm_gallery.training.model_setup import StartModel
 from rm_gallery.training.optim import build_schedule
@@ -85,7 +86,8 @@ def build_checkpoints(
     return Checkpoints(
         config.trainer.run_dir, config.trainer, tensors, weights_folder, ranks,
         facts=identity.facts(begin.origin), mirror=Mirror(url) if url and ranks.rank == 0 else None,
-        latest=begin.folder, card=lambda progress, values: card(
-            step=progress.step, metrics=progress.last_val, metrics_step=progress.last_val_step, objective=values
+        latest=begin.folder, card=lambda progress, values, ema: card(
+            step=progress.step, metrics=of_average(progress.last_val) if ema else progress.last_val,
+            metrics_step=progress.last_val_step, objective=values, ema=ema,
         ),
     )  # fmt: skip

@@ -26,7 +26,7 @@ from rm_gallery.errors import Problem, UserError, nearest
 from rm_gallery.modeling.config import ModelConfig
 from rm_gallery.modeling.weight_files import kind_of_quantization, read_adapter_files
 from rm_gallery.training.familiar_names import key_for
-from rm_gallery.training.metric_names import DEFAULT_METRIC, is_set_name, parse_metric
+from rm_gallery.training.metric_names import DEFAULT_METRIC, average_of, is_average, is_set_name, parse_metric
 from rm_gallery.training.objective_config import ObjectiveConfig, data_of, metrics_of, objective_problems
 from rm_gallery.training.trainer_config import TrainerConfig, trainer_problems
 
@@ -265,6 +265,8 @@ def _validation_problems(config: TrainConfig) -> Iterator[Problem]:
             yield Problem(
                 key, f"{key}: a set is named by letters, digits, '_', '-' and '.', and not as a metric; rename it"
             )
+        elif trainer.ema_decay is not None and is_average(name):
+            yield Problem(key, f"{key}: with trainer.ema_decay, {name} names metrics of the average; rename the set")
         yield from problem_of(key, lambda files=files, key=key: find_files(files, key=key))  # type: ignore[misc]
     is_used = trainer.save_best or trainer.early_stopping_patience is not None
     key = "trainer.early_stopping_patience" if trainer.early_stopping_patience else "trainer.save_best"
@@ -282,6 +284,8 @@ def _metric_problems(config: TrainConfig) -> Iterator[Problem]:
     key, name = "trainer.save_best_metric", config.trainer.save_best_metric
     kinds = ["accuracy", "loss", *metrics_of(config.objective, config.model)]
     sets = [*([""] if has_validation(config.data) else []), *config.trainer.eval_sets]
+    if config.trainer.ema_decay is not None:
+        sets += [average_of(each) for each in sets]
     known = [f"val/{each}/{kind}" if each else f"val/{kind}" for each in sets for kind in kinds]
     parsed = parse_metric(name)
     if parsed is not None and not parsed.direction:

@@ -37,7 +37,7 @@ from rm_gallery.modeling.weight_files import tokenizer_folder
 from rm_gallery.objectives import Objective
 from rm_gallery.objectives.plackett_luce import MAX_EXACT
 from rm_gallery.training.config import TrainConfig
-from rm_gallery.training.metric_names import parse_metric
+from rm_gallery.training.metric_names import parse_metric, set_of
 from rm_gallery.training.model_setup import find_adapter
 from rm_gallery.training.validation import BY_SOURCE, by_source_names
 
@@ -165,7 +165,8 @@ def check_best_metric(name: str, val: Loaded | None, eval_sets: Mapping[str, Loa
     parsed = parse_metric(name)
     if parsed is None or not parsed.source:
         return
-    loaded = eval_sets.get(parsed.set, val if not parsed.set else None)
+    name_of_set = set_of(parsed.set)  # the average of the weights is validated on the same data
+    loaded = eval_sets.get(name_of_set, val if not name_of_set else None)
     sources = by_source_names(loaded.data) if loaded is not None else []
     if parsed.kind not in BY_SOURCE or parsed.source not in sources:
         start = name.removesuffix(f"{parsed.kind}/{parsed.source}")

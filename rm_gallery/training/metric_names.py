@@ -3,6 +3,7 @@
 val/accuracy        of the validation data
 val/accuracy/web    of those of one source
 val/math/accuracy   of the set `math` of `trainer.eval_sets`; val/math/accuracy/web of one of its sources
+val/ema/accuracy    of the validation data with the average of the weights (`trainer.ema_decay`); val/math.ema/accuracy
 """
 
 from __future__ import annotations
@@ -52,6 +53,40 @@ def parse_metric(name: str) -> MetricName | None:
         return MetricName("", first, others)
     kind, _, source = others.partition("/")
     return MetricName(first, kind, source) if is_metric(kind) else None
+
+
+def as_average(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The same values under the names of those of the average of the weights."""
+    found = {}
+    for name, value in metrics.items():
+        parsed = parse_metric(name)
+        start, rest = (parsed.set, name.removeprefix(f"val/{parsed.set}/")) if parsed and parsed.set else ("", name[4:])
+        found[f"val/{average_of(start)}/{rest}"] = value
+    return found
+
+
+def of_average(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Only those of the average of the weights, under the names without it."""
+    sets = {name: parsed.set for name in metrics if (parsed := parse_metric(name)) and is_average(parsed.set)}
+    return {
+        "/".join(("val", *filter(None, [set_of(each)]), name.removeprefix(f"val/{each}/"))): metrics[name]
+        for name, each in sets.items()
+    }
+
+
+def average_of(name: str) -> str:
+    """The name of the set of metrics with the average of the weights; name: of a set, "" for the validation data."""
+    return f"{name}.ema" if name else "ema"
+
+
+def is_average(name: str) -> bool:
+    """Whether a set of metrics is one of those that `average_of` names."""
+    return name == "ema" or name.endswith(".ema")
+
+
+def set_of(name: str) -> str:
+    """The set itself, of either name."""
+    return name.removesuffix("ema").removesuffix(".") if is_average(name) else name
 
 
 def is_metric(word: str) -> bool:

@@ -22,9 +22,9 @@ from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.metric_names import parse_metric
 
 CARD_NAME = "README.md"
-NOT_UPLOADED = ("training_state/*", "manifest.json", ".gitignore")
-"""Files of a checkpoint that matter only where it was trained: the patterns of its .gitignore, which git and the hub
-respect."""
+NOT_UPLOADED = ("training_state/*", "ema/*", "manifest.json", ".gitignore")
+"""Files of a checkpoint that matter only where it was trained, and the average of its weights, a model of its own: the
+patterns of its .gitignore, which git and the hub respect."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHOWN = ("val/accuracy", "val/loss", "val/margin")
@@ -209,12 +209,13 @@ def model_card(
     code_file: str = "",
     renames: Mapping[str, str] | None = None,
     objective: Mapping[str, Any] = {},
+    ema: bool = False,
 ) -> str:
     """The text of README.md.
 
     comparisons: number of training pairs. metrics: by name, those of the last validation, at `metrics_step`.
     renames: of tensors in the base model's folder, a wrapper of several models.
-    objective: values of its parameters, see `Objective.record`.
+    objective: values of its parameters, see `Objective.record`. ema: the card of the average of the weights.
     code_file: Python file of the checkpoint that transformers needs, if any.
     adds_special_tokens: whether a rendered chat still needs those of the tokenizer, as for encoders.
     """
@@ -234,6 +235,8 @@ def model_card(
     if datasets := [name for name in dict.fromkeys((*train, *val)) if "/" in name]:
         metadata["datasets"] = datasets
     rows = _rows(config, num_parameters, num_trained, comparisons, step, objective)
+    if ema:
+        rows.append(("weights", f"exponential moving average over the steps, decay {value('trainer.ema_decay')}"))
     rows.append(("input", "conversations, rendered by the chat template" if input_style == "chat" else "plain text"))
     rows.append(("compute dtype, seed", f"{value('model.fsdp_config.model_dtype')}, {value('trainer.seed')}"))
     rows.append(("versions", ", ".join(f"{name} {number}" for name, number in (versions or {}).items())))

@@ -79,7 +79,10 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
     model = config.model if config.model.quantization is None else replace(config.model, strategy="ddp")
     named = [(name, each) for name, each in loaded.model.named_parameters() if each.requires_grad]
     matrices = [each.numel() for name, each in named if is_layer_matrix(name, each)]
-    strategy = resolve_strategy(model, world, count, trained, optimizer=config.optim.name, num_matrix=sum(matrices))
+    strategy = resolve_strategy(
+        model, world, count, trained, optimizer=config.optim.name, num_matrix=sum(matrices),
+        has_ema=config.trainer.ema_decay is not None,
+    )  # fmt: skip
     if adapter is not None and config.model.quantization is not None:
         _check_equal_bases(adapter, loaded, config)
     if strategy != "fsdp2" and files is not None:  # not sharded: this process needs all weights

@@ -27,6 +27,7 @@ from rm_gallery.errors import StoppedBySignal, UserError
 from rm_gallery.log import log_copy
 from rm_gallery.modeling.config import weights_of, with_dtype
 from rm_gallery.modeling.parallel.apply import apply, offload_optimizer
+from rm_gallery.modeling.parallel.ema import AveragedWeights
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.modeling.router_loss import RouterLoss
@@ -45,6 +46,7 @@ from rm_gallery.training.checkpoint.state import OBJECTIVE
 from rm_gallery.training.checkpoint_setup import build_checkpoints, model_shape, run_identity
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.data_setup import Loaded, check_best_metric, check_data, load_eval_sets, load_sides
+from rm_gallery.training.metric_names import as_average
 from rm_gallery.training.model_setup import StartModel, find_adapter, start_model
 from rm_gallery.training.optim import build_optimizer, build_schedule
 from rm_gallery.training.report.writer import ReportWriter
@@ -139,7 +141,9 @@ def _run(
     with ranks.on_main(lock_run_dir(run_dir)):
         if world.is_main:
             copy_log_to(run_dir / LOG_NAME)
-        tensors = RunTensors(model, weights, optimizer, has_frozen=start.adapter is None)
+        decay = config.trainer.ema_decay
+        ema = None if decay is None else AveragedWeights(weights, decay)
+        tensors = RunTensors(model, weights, optimizer, has_frozen=start.adapter is None, ema=ema)
         identity = run_identity(config, train.data, plan, shape, total_steps)
         begin = find_start(
             run_dir, config.trainer.resume_mode, identity, tensors, ranks, mirror_url=config.trainer.mirror_url
@@ -158,7 +162,7 @@ def _run(
         )
         loop = _Loop(
             world, ranks, stop, model, weights, objective, optimizer, plan, train, val, eval_sets, total_steps,
-            router_loss,
+            router_loss, ema,
         )  # fmt: skip
         val_metrics = _train(config, loop, begin, checkpoints, callbacks)
         if world.is_main:
@@ -232,6 +236,7 @@ class _Loop:
     eval_sets: Mapping[str, Loaded]
     total_steps: int
     router_loss: RouterLoss | None
+    ema: AveragedWeights | None
 
 
 def _train(
@@ -344,11 +349,18 @@ def _build_trainer(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: 
     weights = weights_of(config.model.attributes, config.model.attribute_weights)
     val, sets = loop.val.data if loop.val else None, {name: each.data for name, each in loop.eval_sets.items()}
 
-    def run_validation(before_pack: Callable[[], None]) -> dict[str, float]:
+    def validate_weights(before_pack: Callable[[], None]) -> dict[str, float]:
         return validate_sets(val, sets, lambda data: validate(
             loop.model, data, loop.objective, token_budget=config.data.budget, share_prompts=config.data.share_prompts,
             device=loop.world.device, before_pack=before_pack, attribute_weights=weights,
         ))  # fmt: skip
+
+    def run_validation(before_pack: Callable[[], None]) -> dict[str, float]:
+        metrics = validate_weights(before_pack)
+        if loop.ema is None:
+            return metrics
+        with loop.ema.applied():
+            return {**metrics, **as_average(validate_weights(before_pack))}
 
     return Trainer(
         model=loop.model,
@@ -371,4 +383,5 @@ def _build_trainer(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: 
         patience=config.trainer.early_stopping_patience,
         tick=tick,
         router_loss=loop.router_loss,
+        ema=loop.ema,
     )

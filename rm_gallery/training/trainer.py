@@ -17,6 +17,7 @@ from torch import nn
 from rm_gallery.data.batching.loader import StepBatches
 from rm_gallery.distributed.collectives import HostGroup, sum_numbers
 from rm_gallery.errors import StoppedBySignal, TrainingStopped
+from rm_gallery.modeling.parallel.ema import AveragedWeights
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.modeling.router_loss import RouterLoss
@@ -85,7 +86,7 @@ class Trainer:
         max_bad_steps: int, validate: Validation | None, checkpoints: Saver, sink: MetricSink,
         ranks: HostGroup, start: Start | None = None, stop: StopSignal | None = None, save_best: bool = False,
         patience: int | None = None, tick: Callable[[str], None] = lambda text: None,
-        router_loss: RouterLoss | None = None,
+        router_loss: RouterLoss | None = None, ema: AveragedWeights | None = None,
     ) -> None:  # fmt: skip
         """start: the checkpoint that the run resumes from. steps: those after it.
 
@@ -96,7 +97,7 @@ class Trainer:
         self.steps, self.total_steps, self.intervals = steps, total_steps, intervals
         self.max_bad_steps, self.validate, self.checkpoints, self.sink = max_bad_steps, validate, checkpoints, sink
         self.ranks, self.stop, self.save_best = ranks, stop or StopSignal(), save_best
-        self.patience, self.tick, self.router_loss = patience, tick, router_loss
+        self.patience, self.tick, self.router_loss, self.ema = patience, tick, router_loss, ema
         self.start = start or Start()
         self.progress = self.start.progress
         self.parameters: list[nn.Parameter] = [parameter for _, parameter in weights.named_parameters()]
@@ -193,6 +194,8 @@ class Trainer:
         if is_finite:
             self.optimizer.step()
             self.weights.copy_to_model()
+            if self.ema is not None:
+                self.ema.update(self.progress.step - self.progress.bad_steps)
             sums.merge(step_sums)
         return StepResult(loss_value, grad_norm, is_finite)
 

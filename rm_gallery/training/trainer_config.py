@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 
 from rm_gallery.config import problem_of
 from rm_gallery.data.sources.config import Files
@@ -40,6 +40,9 @@ class LoopConfig:
     of a validation, e.g. `val/loss`, `val/NAME/accuracy` of a set or `val/accuracy/SOURCE`."""
     early_stopping_patience: Annotated[int, Ge(1)] | None = None
     """Stop after this many consecutive validations without a better `save_best_metric`; null never stops early."""
+    ema_decay: Annotated[float, Gt(0), Lt(1)] | None = None
+    """Keep an exponential moving average (EMA) of the weights with this decay, e.g. 0.999; null keeps none. It is
+    validated too, as `val/ema/accuracy`, and each checkpoint holds it as a model of its own, `global_step_N/ema`."""
     max_bad_steps: Annotated[int, Ge(1)] = 10
     """Stop after this many consecutive steps with a non-finite loss or gradient."""
     seed: Annotated[int, Ge(0)] = 0

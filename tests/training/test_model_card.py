@@ -48,7 +48,12 @@ def test_the_examples_of_the_card_give_the_same_reward(pairs: Any, in_tmp: Path,
     exec("\n".join(lines).replace("PATH", str(result.checkpoint)), names)
     [reward] = eval(f"scorer.{call}", names)
     assert names["reward"] == pytest.approx(reward, abs=1e-4)
-    assert (result.checkpoint / ".gitignore").read_text().split() == ["training_state/*", "manifest.json", ".gitignore"]
+    assert (result.checkpoint / ".gitignore").read_text().split() == [
+        "training_state/*",
+        "ema/*",
+        "manifest.json",
+        ".gitignore",
+    ]
 
 
 def test_names_of_the_hub_are_metadata_and_paths_are_shortened(in_tmp: Path) -> None:

@@ -34,13 +34,13 @@ _NO_OFFLOAD_ON_CPU = "offloading has no effect on a CPU: everything is in host m
 
 def resolve_strategy(
     config: ModelConfig, world: World, num_parameters: int, num_trained: int | None = None, *,
-    optimizer: str = "adamw", num_matrix: int = 0,
+    optimizer: str = "adamw", num_matrix: int = 0, has_ema: bool = False,
 ) -> Strategy:  # fmt: skip
     """Call `choose_strategy` with the settings and the hardware of this run, and log the choice.
 
-    num_parameters: of the whole model; num_trained: of its trained parameters, all by default; optimizer, num_matrix:
-    see `optimizer_state_bytes`. A collective, since rank 0 measures the memory. Raises UserError as `choose_strategy`
-    does.
+    num_parameters: of the whole model; num_trained: of its trained parameters, all by default; optimizer, num_matrix,
+    has_ema: see `training_state_bytes`. A collective, since rank 0 measures the memory. Raises UserError as
+    `choose_strategy` does.
     """
     fsdp = config.fsdp_config
     strategy = choose_strategy(
@@ -54,6 +54,7 @@ def resolve_strategy(
             optimizer=optimizer,
             num_matrix=num_matrix,
             has_masters=fsdp.master_weights == "fp32",
+            has_ema=has_ema,
         ),
         offload=fsdp.offloads_weights,
         fsdp_size=fsdp.fsdp_size,

@@ -154,7 +154,11 @@ class ShardedWeights(TrainedWeights):
             dist.all_reduce(gradient.div_(self._world_size))
 
     def copy_to_model(self) -> None:
-        """Does nothing: FSDP2 casts the float32 shards in each all-gather."""
+        """Free what FSDP2 has all-gathered outside the layers, which it keeps after a forward pass without backward.
+
+        It casts the float32 shards in the next all-gather.
+        """
+        self._model.reshard()  # type: ignore[operator]
 
     def _reduce(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         # 1. `norm` covers this rank's shards, so the squared global norm is the sum of squares over ranks.

@@ -68,7 +68,7 @@ class TrainedWeights(ABC):
         and 6/4, and their sum is 3 = (1 + 2 + 3 + 6) / 4. The mean of the ranks' means would be (2 + 6) / 2 = 4.
         """
         # 1. Local gradients: whole tensors (replicated) or this rank's shards. A shard of a small tensor may be empty.
-        gradients = [_local(each.grad) for _, each in self._named if each.grad is not None]
+        gradients = [local(each.grad) for _, each in self._named if each.grad is not None]
         gradients = [each for each in gradients if each.numel()]
         # 2. Sum over ranks: an all-reduce if replicated. FSDP2 has reduced sharded gradients in the backward passes.
         self._sum_gradients(gradients)
@@ -106,7 +106,8 @@ class TrainedWeights(ABC):
         """Copy the updated master weights into the compute-dtype parameters."""
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor as it is. It shares the memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -27,9 +27,9 @@ def optimizer_state_bytes(optimizer: str, num_trained: float, num_matrix: float)
 
 def training_state_bytes(
     num_parameters: int, dtype_bytes: int, num_trained: int | None = None, *, optimizer: str = "adamw",
-    num_matrix: int = 0, has_masters: bool = True,
+    num_matrix: int = 0, has_masters: bool = True, has_ema: bool = False,
 ) -> float:  # fmt: skip
-    """Bytes of an unsharded training state.
+    """Bytes of an unsharded training state, with a float32 average of the trained weights if `has_ema`.
 
     16 per parameter with AdamW: weights, gradients and two moments in float32. A compute dtype narrower than float32
     adds a copy of the weights, `dtype_bytes` per parameter: 18 with bf16. Without master weights there is only the
@@ -39,6 +39,7 @@ def training_state_bytes(
     copies = dtype_bytes if dtype_bytes < 4 else 0
     weights = 4 + copies if has_masters else dtype_bytes
     state = optimizer_state_bytes(optimizer, trained, min(num_matrix, trained))
+    state += 4 * trained if has_ema else 0
     return trained * (weights + 4) + state + (num_parameters - trained) * dtype_bytes
 
 

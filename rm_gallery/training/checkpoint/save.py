@@ -24,9 +24,10 @@ from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.distributed.collectives import HostGroup
 from rm_gallery.errors import TrainingStopped, UserError, one_line
-from rm_gallery.files import sha256_files
+from rm_gallery.files import MANIFEST, sha256_files, write_manifest
 from rm_gallery.modeling.adapters import Adapter
 from rm_gallery.modeling.export import InputRecord, check_rewards, write_folder
+from rm_gallery.modeling.parallel.ema import NAME as EMA
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.training.checkpoint.facts import FACTS_NAME, STATE_NAME, rank_name
 from rm_gallery.training.checkpoint.folders import (
@@ -60,11 +61,12 @@ class Checkpoints:
     def __init__(
         self, run_dir: Path, config: CheckpointConfig, tensors: RunTensors, weights_folder: WeightsFolder,
         ranks: HostGroup, *, facts: Mapping[str, Any], mirror: Mirror | None = None, latest: Path | None = None,
-        card: Callable[[Progress, Mapping[str, Any]], str] | None = None,
+        card: Callable[[Progress, Mapping[str, Any], bool], str] | None = None,
     ) -> None:  # fmt: skip
         """facts: of the run, for state.json. mirror: on rank 0.
 
-        card: gives the text of the model card, from the progress and `WeightsFolder.objective`.
+        card: gives the text of the model card, from the progress, `WeightsFolder.objective`, and whether it is that of
+        the average of the weights.
 
         latest: the checkpoint that the run resumes from.
         """
@@ -75,7 +77,7 @@ class Checkpoints:
         self._thread_ranks = ranks.for_thread()  # collectives of the worker must not mix with those of training
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saving")
         self._pending: Future[Path] | None = None
-        self._expected: list[float] | None = None  # rewards of the pending checkpoint, if it is rescored
+        self._expected: dict[str, list[float]] = {}  # rewards of the pending checkpoint by folder, if it is rescored
         self._is_first = True
 
     def save(self, progress: Progress, sums: Mapping[str, float], *, is_last: bool = False) -> None:
@@ -92,7 +94,10 @@ class Checkpoints:
             self._refuse_diverged(progress, rewards)
             save = _Save(self, progress, sums)
             if self._is_first or is_last:
-                self._expected = rewards
+                self._expected = {".": rewards}
+                if self.tensors.ema is not None:
+                    with self.tensors.ema.applied():
+                        self._expected[EMA] = self.weights_folder.expected()
             self._is_first = False
             background = self.config.async_save and not is_last
             self._pending = save.start(self._worker if background else None)
@@ -131,13 +136,14 @@ class Checkpoints:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        expected, self._expected = self._expected, None
+        expected, self._expected = self._expected, {}
         folder = pending.result()
         problem = None
-        if expected is not None and self.ranks.rank == 0:
+        if expected and self.ranks.rank == 0:
             try:
                 with preserve_random_state():
-                    self.weights_folder.check(folder, expected)
+                    for name, rewards in expected.items():
+                        self.weights_folder.check(folder / name, rewards)
             except UserError as error:
                 problem = str(error)
         self.ranks.raise_problem(problem)
@@ -233,12 +239,15 @@ class _Save:
         if missing:
             raise OSError(f"{missing[0]} of another node is not visible here; all nodes must share the run directory")
         (self.state / FACTS_NAME).write_text(json.dumps(self.run_facts, indent=2) + "\n", encoding="utf-8")
-        if self.owner.card is not None:
-            values = self.owner.weights_folder.objective(self.state)
-            (self.staging / CARD_NAME).write_text(self.owner.card(self.progress, values), encoding="utf-8")
         (self.staging / ".gitignore").write_text("\n".join(NOT_UPLOADED) + "\n", encoding="utf-8")
         statistics = self.progress.reward_statistics
-        weights = self.owner.weights_folder.write(self.staging, self.state, statistics)
+        weights = self._write_model(self.staging, statistics)
+        if self.owner.tensors.ema is not None:
+            average = self.staging / EMA
+            found = self._write_model(average, self.progress.statistics_of(f"val/{EMA}"), ema=True)
+            write_manifest(average, found)
+            found |= sha256_files(average, [MANIFEST])
+            weights |= {f"{EMA}/{name}": value for name, value in found.items()}
         if self.owner.config.reward_statistics == "normalize" and statistics is None:
             log.warning(
                 "%s has no mean and std (trainer.reward_statistics=normalize): rewards of this step's weights were not "
@@ -247,6 +256,16 @@ class _Save:
         own = sha256_files(self.staging, [f"{STATE_NAME}/{FACTS_NAME}"])
         publish(self.staging, self.folder, {**hashes, **weights, **own})
         self._after()
+
+    def _write_model(
+        self, folder: Path, statistics: tuple[float, float] | None, *, ema: bool = False
+    ) -> dict[str, str]:
+        """Write the Hugging Face files and the model card; see `WeightsFolder.write`."""
+        hashes = self.owner.weights_folder.write(folder, self.state, statistics, ema=ema)
+        if self.owner.card is not None:
+            values = self.owner.weights_folder.objective(self.state, ema=ema)
+            (folder / CARD_NAME).write_text(self.owner.card(self.progress, values, ema), encoding="utf-8")
+        return hashes
 
     def _after(self) -> None:
         owner, run_dir, best_step = self.owner, self.owner.run_dir, self.progress.best_step
@@ -289,23 +308,25 @@ class WeightsFolder:
     describe: Callable[[Mapping[str, Tensor]], dict[str, Any]] = lambda parameters: {}
     """Plain values for the record from the parameters of the objective; see `Objective.record`."""
 
-    def write(self, folder: Path, state: Path, statistics: tuple[float, float] | None = None) -> dict[str, str]:
-        """Write the files into an existing folder from a `training_state`; return the SHA-256 of each by its name.
+    def write(
+        self, folder: Path, state: Path, statistics: tuple[float, float] | None = None, *, ema: bool = False
+    ) -> dict[str, str]:
+        """Write the files into a folder from a `training_state`; return the SHA-256 of each by its name.
 
-        statistics: mean and standard deviation of rewards with these weights, for the record.
+        statistics: mean and standard deviation of rewards with these weights, for the record. ema: see `SavedWeights`.
         Raises OSError when the disk is full or the weights on disk differ from those in memory.
         """
-        saved = SavedWeights(state)
+        saved = SavedWeights(state, ema=ema)
         mean, std = statistics or (None, None)
-        record = replace(self.record, reward_mean=mean, reward_std=std, objective=self.objective(state))
+        record = replace(self.record, reward_mean=mean, reward_std=std, objective=self.objective(state, ema=ema))
         return write_folder(
             folder, self.model, saved.meta_tensors(), self.tokenizer, self.dtype, record, read=saved.read,
             adapter=self.adapter, normalize=self.normalize,
         )  # fmt: skip
 
-    def objective(self, state: Path) -> dict[str, Any]:
+    def objective(self, state: Path, *, ema: bool = False) -> dict[str, Any]:
         """Plain values of the parameters of the objective in a `training_state`; {} if it has none."""
-        parameters = SavedWeights(state).objective()
+        parameters = SavedWeights(state, ema=ema).objective()
         return {**self.record.objective, **self.describe(parameters)} if parameters else {}
 
     def expected(self) -> list[float]:

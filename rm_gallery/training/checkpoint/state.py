@@ -9,6 +9,7 @@ values.
 from __future__ import annotations
 
 import base64
+import logging
 import math
 import random
 import warnings
@@ -34,10 +35,14 @@ from torch.distributed.tensor import DTensor
 
 from rm_gallery.distributed.collectives import HostGroup
 from rm_gallery.errors import UserError, one_line
+from rm_gallery.modeling.parallel.ema import NAME as EMA
+from rm_gallery.modeling.parallel.ema import AveragedWeights
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.training.checkpoint.tensor_files import ShardReader, check_names, open_reader
 from rm_gallery.training.metric_names import DEFAULT_METRIC, value_to_compare
+
+log = logging.getLogger(__name__)
 
 _MODEL = "model.network."  # prefix of the names of the transformers model
 OBJECTIVE = "objective."
@@ -48,10 +53,11 @@ class RunTensors:
     """The (master) weights that the optimizer updates, and the optimizer state."""
 
     def __init__(
-        self, model: RewardModel, weights: TrainedWeights, optimizer: torch.optim.Optimizer, *, has_frozen: bool = True
-    ) -> None:
+        self, model: RewardModel, weights: TrainedWeights, optimizer: torch.optim.Optimizer, *, has_frozen: bool = True,
+        ema: AveragedWeights | None = None,
+    ) -> None:  # fmt: skip
         """has_frozen: save frozen weights too; an adapter's are in the folder of its base model."""
-        self.weights, self.optimizer = weights, optimizer
+        self.weights, self.optimizer, self.ema = weights, optimizer, ema
         self._module = _saved_module(model, weights, has_frozen=has_frozen)
 
     def read(self) -> dict[str, Any]:
@@ -60,6 +66,8 @@ class RunTensors:
         state: dict[str, Any] = {"model": get_model_state_dict(self._module)}
         if self.optimizer.state:
             state["optimizer"] = get_optimizer_state_dict(self._module, self.optimizer)["state"]
+        if self.ema is not None:
+            state[EMA] = self.ema.tensors
         return state
 
     def load(self, folder: Path, names: Collection[str], ranks: HostGroup) -> None:
@@ -85,6 +93,9 @@ class RunTensors:
         kept = {name: found[name] for name in found if f"optimizer.{name}" in saved}
         if kept:
             state["optimizer"] = kept
+        has_ema = any(name.startswith(f"{EMA}.") for name in reader.entries)
+        if self.ema is not None and has_ema:
+            state[EMA] = self.ema.tensors  # loaded in place
         try:
             trained = {f"model.{name}" for name, _ in self.weights.named_parameters()}
             # Frozen weights are float32 if they are sharded, and else in the compute dtype.
@@ -109,6 +120,9 @@ class RunTensors:
         if not kept:
             self.optimizer.state.clear()
         self.weights.copy_to_model()
+        if self.ema is not None and not has_ema:
+            log.warning("%s: has no average of weights: that of trainer.ema_decay starts at this step", folder.parent)
+            self.ema.reset()
 
     def find_divergence(self) -> str | None:
         """Describe a weight, or an optimizer state of one, that has diverged on this rank; None if none has.
@@ -148,12 +162,16 @@ class SavedWeights:
     One process reads one tensor at a time from the files of all ranks, so the whole model is never in memory.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """folder: as this version writes it."""
+    def __init__(self, folder: Path, *, ema: bool = False) -> None:
+        """folder: as this version writes it. ema: the average of the weights that were trained, instead of these."""
         reader = open_reader(folder, [path.name for path in folder.iterdir()])
         assert isinstance(reader, ShardReader)
         self._reader = reader
         self._names = {name.removeprefix(_MODEL): name for name in reader.entries if name.startswith(_MODEL)}
+        self._start = EMA if ema else "model"
+        if ema:
+            averages = {name: f"{EMA}.{full.removeprefix('model.')}" for name, full in self._names.items()}
+            self._names |= {name: each for name, each in averages.items() if each in reader.entries}
 
     def meta_tensors(self) -> dict[str, Tensor]:
         """Return the tensors on the meta device."""
@@ -165,7 +183,7 @@ class SavedWeights:
 
     def objective(self) -> dict[str, Tensor]:
         """The parameters of the objective by name; {} if it has none."""
-        start = f"model.{OBJECTIVE}"
+        start = f"{self._start}.{OBJECTIVE}"
         names = [name for name in self._reader.entries if name.startswith(start)]
         return {name.removeprefix(start): self._reader.read_tensor(name) for name in names}
 
@@ -288,13 +306,18 @@ class Progress:
 
     @property
     def reward_statistics(self) -> tuple[float, float] | None:
+        """See `statistics_of`."""
+        return self.statistics_of("val")
+
+    def statistics_of(self, prefix: str) -> tuple[float, float] | None:
         """Mean and standard deviation of the validation rewards with the weights of this step.
 
+        prefix: `val`, or `val/ema` for the average of the weights.
         None if this step was not validated, and if they cannot normalize a reward: not finite, or no deviation.
         """
         if self.last_val_step != self.step or not self.step:
             return None
-        mean, std = (self.last_val.get(f"val/reward_{name}", math.nan) for name in ("mean", "std"))
+        mean, std = (self.last_val.get(f"{prefix}/reward_{name}", math.nan) for name in ("mean", "std"))
         return (mean, std) if math.isfinite(mean) and math.isfinite(std) and std > 0 else None
 
     def use_metric(self, name: str) -> bool:
