@@ -92,9 +92,8 @@ def run_training(config: TrainConfig, *, callbacks: Callbacks | None = None) -> 
         return _run(agree_on_run(config, world), world, stop, callbacks or Callbacks(), copy_log_to)
 
 
-def _run(
-    config: TrainConfig, world: World, stop: StopSignal, callbacks: Callbacks, copy_log_to: Callable[[Path], None]
-) -> RunResult:
+def prepare(config: TrainConfig, world: World, stop: StopSignal) -> RunParts:
+    """Everything that a training step needs: model, data, plan and optimizer. Writes no file of a run."""
     find_adapter(config)
     path = config.model.partial_pretrain
     tokenizer = load_tokenizer(
@@ -137,14 +136,25 @@ def _run(
     agree_on_plan(plan)
     total_steps = _count_steps(plan, config, train.data)
     optimizer = _start_optimizer(config, objective, weights, train.data)
-    run_dir, ranks = config.trainer.run_dir, HostGroup(world)
+    decay = config.trainer.ema_decay
+    ema = None if decay is None else AveragedWeights(weights, decay)
+    return RunParts(
+        config, tokenizer, start, shape, world, HostGroup(world), stop, model, weights, objective, optimizer, plan,
+        train, val, eval_sets, total_steps, router_loss, ema,
+    )  # fmt: skip
+
+
+def _run(
+    config: TrainConfig, world: World, stop: StopSignal, callbacks: Callbacks, copy_log_to: Callable[[Path], None]
+) -> RunResult:
+    loop = prepare(config, world, stop)
+    config, start, ranks, total_steps = loop.config, loop.start, loop.ranks, loop.total_steps
+    train, plan, run_dir = loop.train, loop.plan, config.trainer.run_dir
     with ranks.on_main(lock_run_dir(run_dir)):
         if world.is_main:
             copy_log_to(run_dir / LOG_NAME)
-        decay = config.trainer.ema_decay
-        ema = None if decay is None else AveragedWeights(weights, decay)
-        tensors = RunTensors(model, weights, optimizer, has_frozen=start.adapter is None, ema=ema)
-        identity = run_identity(config, train.data, plan, shape, total_steps)
+        tensors = RunTensors(loop.model, loop.weights, loop.optimizer, has_frozen=start.adapter is None, ema=loop.ema)
+        identity = run_identity(config, train.data, plan, loop.shape, total_steps)
         begin = find_start(
             run_dir, config.trainer.resume_mode, identity, tensors, ranks, mirror_url=config.trainer.mirror_url
         )
@@ -156,14 +166,10 @@ def _run(
         if begin.folder is not None and _is_complete(config, begin, total_steps):
             return RunResult(run_dir, begin.folder, begin.progress.last_val, world.is_main)
         if world.is_main:
-            _write_facts(config, world, start, plan, train, val, eval_sets, total_steps, begin.progress.step)
+            _write_facts(config, world, start, plan, train, loop.val, loop.eval_sets, total_steps, begin.progress.step)
         checkpoints = build_checkpoints(
-            config, objective, start, weights, tensors, tokenizer, train, ranks, identity, begin
+            config, loop.objective, start, loop.weights, tensors, loop.tokenizer, train, ranks, identity, begin
         )
-        loop = _Loop(
-            world, ranks, stop, model, weights, objective, optimizer, plan, train, val, eval_sets, total_steps,
-            router_loss, ema,
-        )  # fmt: skip
         val_metrics = _train(config, loop, begin, checkpoints, callbacks)
         if world.is_main:
             draw_curves(run_dir)
@@ -220,9 +226,14 @@ def _with_template_date(config: TrainConfig, tokenizer: Any, world: World) -> Tr
 
 
 @dataclass(frozen=True)
-class _Loop:
+class RunParts:
     """The parts that the training loop is built from."""
 
+    config: TrainConfig
+    tokenizer: Any
+    start: StartModel
+    shape: str
+    """See `model_shape`."""
     world: World
     ranks: HostGroup
     stop: StopSignal
@@ -240,7 +251,7 @@ class _Loop:
 
 
 def _train(
-    config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Checkpoints, callbacks: Callbacks
+    config: TrainConfig, loop: RunParts, begin: Start, checkpoints: Checkpoints, callbacks: Callbacks
 ) -> dict[str, float]:
     """Train from the checkpoint `begin` to the last step; returns the metrics of the last validation."""
     run = RunInfo(
@@ -343,7 +354,7 @@ def _log_overview(
     log.info("run     %s", config.trainer.run_dir)
 
 
-def _build_trainer(config: TrainConfig, loop: _Loop, begin: Start, checkpoints: Saver, sink: MetricSink,
+def _build_trainer(config: TrainConfig, loop: RunParts, begin: Start, checkpoints: Saver, sink: MetricSink,
     tick: Callable[[str], None],
 ) -> Trainer:  # fmt: skip
     weights = weights_of(config.model.attributes, config.model.attribute_weights)
