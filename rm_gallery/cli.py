@@ -23,6 +23,7 @@ from rm_gallery.log import safe_traceback, setup_excepthook, setup_logging, wait
 from rm_gallery.safe_text import safe, visible
 from rm_gallery.scoring.command import add_rank, add_score
 from rm_gallery.serving.command import add_serve
+from rm_gallery.training.find_lr import add_find_lr
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ def _parser(default_config: str | None) -> argparse.ArgumentParser:
         command.set_defaults(run=run, words="overrides", when_stopped="rerun the command to resume")
     _add_show_data(commands, default_config)
     _add_estimate(commands, default_config)
+    add_find_lr(commands, lambda command: _add_config(command, default_config))
     add_score(commands, _add_loading_options)
     add_rank(commands, _add_loading_options)
     add_evaluate(commands, _add_loading_options)

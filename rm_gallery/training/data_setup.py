@@ -129,13 +129,15 @@ def check_inputs(config: TrainConfig) -> None:
             log.warning("%s: %s", side_key, warning)
 
 
-def load_sides(config: DataConfig, tokenizer: Any) -> tuple[Loaded, Loaded | None]:
+def load_sides(config: DataConfig, tokenizer: Any, *, validates: bool = True) -> tuple[Loaded, Loaded | None]:
     """Training data and validation data (if there are any) as tokens; logs dropped rows and train/validation leakage.
 
-    Raises UserError for a side without a usable row.
+    validates: whether to read the validation data. Raises UserError for a side without a usable row.
     """
-    loaded = [load_side(side, config, tokenizer) for side in sides_of(config)]
+    loaded = [load_side(side, config, tokenizer) for side in sides_of(config)[: None if validates else 1]]
     train, val = loaded[0], loaded[1] if len(loaded) > 1 else None
+    if not validates:
+        return train, None
     if val is not None:
         _warn_of_overlap(train.data, val.data)
     else:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rm_gallery.data.batching.loader import load_steps
+from rm_gallery.data.batching.loader import StepBatches, load_steps
 from rm_gallery.data.batching.plan import Plan
 from rm_gallery.data.config import mixture_of
 from rm_gallery.data.token_cache.arrays import TokenData
@@ -92,8 +92,11 @@ def run_training(config: TrainConfig, *, callbacks: Callbacks | None = None) -> 
         return _run(agree_on_run(config, world), world, stop, callbacks or Callbacks(), copy_log_to)
 
 
-def prepare(config: TrainConfig, world: World, stop: StopSignal) -> RunParts:
-    """Everything that a training step needs: model, data, plan and optimizer. Writes no file of a run."""
+def prepare(config: TrainConfig, world: World, stop: StopSignal, *, validates: bool = True) -> RunParts:
+    """Everything that a training step needs: model, data, plan and optimizer. Writes no file of a run.
+
+    validates: whether to read the validation data.
+    """
     find_adapter(config)
     path = config.model.partial_pretrain
     tokenizer = load_tokenizer(
@@ -118,7 +121,7 @@ def prepare(config: TrainConfig, world: World, stop: StopSignal) -> RunParts:
     coefficient = config.model.router_aux_loss_coef
     router_loss = RouterLoss(start.model, coefficient) if coefficient else None
     objective = build_objective(config.objective.name, config.model.attributes, asdict(config.objective))
-    train, val = load_sides(config.data, tokenizer)
+    train, val = load_sides(config.data, tokenizer, validates=validates)
     eval_sets = load_eval_sets(config, tokenizer, train.data)
     check_data(config, objective, start.model, train, val, eval_sets)
     check_best_metric(config.trainer.save_best_metric, val, eval_sets)
@@ -354,6 +357,11 @@ def _log_overview(
     log.info("run     %s", config.trainer.run_dir)
 
 
+def load_parts(parts: RunParts, start_step: int = 0) -> Iterator[StepBatches]:
+    """The batches of this rank from a step on."""
+    return load_steps(parts.train.data, parts.plan, rank=parts.world.rank, start_step=start_step)
+
+
 def _build_trainer(config: TrainConfig, loop: RunParts, begin: Start, checkpoints: Saver, sink: MetricSink,
     tick: Callable[[str], None],
 ) -> Trainer:  # fmt: skip
@@ -380,7 +388,7 @@ def _build_trainer(config: TrainConfig, loop: RunParts, begin: Start, checkpoint
         optimizer=loop.optimizer,
         schedule=build_schedule(config.optim, loop.total_steps),
         clip_grad=config.optim.clip_grad or math.inf,
-        steps=load_steps(loop.train.data, loop.plan, rank=loop.world.rank, start_step=begin.progress.step),
+        steps=load_parts(loop, begin.progress.step),
         total_steps=loop.total_steps,
         intervals=Intervals(config.trainer.log_freq, config.trainer.test_freq, config.trainer.save_freq),
         max_bad_steps=config.trainer.max_bad_steps,
