@@ -27,7 +27,7 @@ _HOLDS = {
 
 def check_renamed(file: str, found: Mapping[str, None], config: FormatConfig, names: Iterable[str]) -> None:
     """Raise UserError for a missing column that the configuration names in place of the usual one."""
-    usual = replace(type(config)(), attributes=config.attributes)
+    usual = replace(type(config)(), attributes=config.attributes, lm_targets=config.lm_targets)
     defaults = {column.key: column.name for name in formats_for(usual) for column in columns_of(name, usual)}
     for column in (column for name in names for column in columns_of(name, config)):
         if column.name is not None and column.name != defaults[column.key] and column.name not in found:

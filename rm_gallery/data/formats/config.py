@@ -68,11 +68,11 @@ class PublishedColumns:
     info: str | None = "info"
     """summaries: the prompt, as `{title: ..., post: ...}`, or with `article` in place of `post`."""
     messages: str | None = "messages"
-    """swift: the conversation that ends with the chosen response."""
+    """swift: the conversation that ends with the chosen response; conversation: the conversation."""
     rejected_response: str | None = "rejected_response"
     """swift: the rejected response; `rejected_messages` in a file without this column."""
     response: str | None = "response"
-    """helpsteer2: the response of a row; consecutive rows with the same prompt are one group."""
+    """helpsteer2, response: the response of a row; consecutive rows with the same prompt are one group."""
     helpfulness: str | None = "helpfulness"
     """helpsteer2: its score, higher is better."""
     score: str | None = None
@@ -120,7 +120,32 @@ class ColumnNames:
 
 
 @dataclass(frozen=True)
-class FormatConfig(ColumnNames):
+class MultiturnConfig:
+    """`data.multiturn`: names that other trainers use for the columns of conversations (`objective.name=sft`)."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    enable: bool | None = None
+    """true: rows are conversations in one column, as `data.format=conversation`. Null and false: `data.format`."""
+    messages_key: str | None = None
+    """Column of the conversation, in place of `data.columns.messages`."""
+    tools_key: str | None = None
+    """Column of tool definitions, in place of `data.tools_key`."""
+
+
+@dataclass(frozen=True)
+class TargetsConfig:
+    """Part of `data`: which tokens a language-model loss is computed for."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    lm_targets: Literal["none", "assistant", "chosen"] = "none"
+    """Set from `objective`: `assistant` reads conversations, and their assistant turns are targets; `chosen` reads
+    preferences, and the assistant turns of preferred responses are targets."""
+
+
+@dataclass(frozen=True)
+class FormatConfig(ColumnNames, TargetsConfig):
     """Part of `data`: how a row is read."""
 
     has_preferences: ClassVar[bool] = True
@@ -128,7 +153,8 @@ class FormatConfig(ColumnNames):
 
     format: Literal[
         "auto", "text", "messages", "json", "prompt", "lists", "scored", "ranked", "helpsteer3", "nested",
-        "completions", "swift", "saferlhf", "shp", "arena", "summaries", "helpsteer2"
+        "completions", "swift", "saferlhf", "shp", "arena", "summaries", "helpsteer2", "conversation", "response",
+        "chosen"
     ] = "auto"  # fmt: skip
     """Format of the rows; `auto` detects it from the columns and first rows of each file, and logs its choice."""
     input_style: Literal["auto", "text", "chat"] = "auto"
@@ -143,7 +169,13 @@ class FormatConfig(ColumnNames):
     bad_rows: Literal["drop", "error"] = "drop"
     """What to do with a bad row: `drop` drops and counts it, `error` stops at it."""
     columns: PublishedColumns = field(default_factory=PublishedColumns)
+    multiturn: MultiturnConfig = field(default_factory=MultiturnConfig)
     custom_cls: CustomClassConfig = field(default_factory=CustomClassConfig)
+
+    @property
+    def compares(self) -> bool:
+        """Whether rows are read as comparisons between responses."""
+        return self.has_preferences and not self.attributes and self.lm_targets != "assistant"
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,11 @@ def prompt_key(group: PreferenceGroup) -> str:
     Chats: the prompt and the turns that all responses share, except the last turn of each; roles count, white space
     around contents does not. Raw texts: the prompt; without one, the common prefix of the responses up to its last
     line break; without that, the first response in sorted order, so that a pair and its flipped copy have the same key.
+    A conversation whose prompt ends before its first answer: that prompt.
     """
     if group.style == "chat":
+        if len(group.responses) == 1 and group.prompt and _begins_with_answer(group.responses[0]):
+            return json.dumps([_turn(message) for message in group.prompt], sort_keys=True, default=str)  # type: ignore[arg-type]
         shared = shared_turns([response for response in group.responses if not isinstance(response, str)])
         prompt = [] if isinstance(group.prompt, str) else group.prompt
         return json.dumps([_turn(message) for message in (*prompt, *shared)], sort_keys=True, default=str)
@@ -97,6 +100,11 @@ def prompt_key(group: PreferenceGroup) -> str:
     if prompt_text or not texts:
         return prompt_text
     return _shared_beginning(texts) or min(texts)
+
+
+def _begins_with_answer(response: str | Sequence[Message]) -> bool:
+    """Whether these are several turns of which the first is an answer."""
+    return not isinstance(response, str) and len(response) > 1 and response[0].get("role") == "assistant"
 
 
 def shared_turns(responses: Sequence[Sequence[Message]]) -> Sequence[Message]:

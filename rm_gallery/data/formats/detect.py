@@ -183,7 +183,10 @@ def _repeat_prompts(rows: Sequence[Row], config: FormatConfig) -> bool:
 
 def _end_with_answers(rows: Sequence[Row], config: FormatConfig) -> bool:
     """Whether most conversations end with an assistant turn."""
-    ends = Counter(_last_role(row.values.get(getattr(config, "messages_key", None) or "")) for row in rows)
+    ends = Counter(
+        _last_role(row.values.get(getattr(config, "messages_key", None) or config.columns.messages or ""))
+        for row in rows
+    )
     return ends["assistant"] * 2 >= ends.total()
 
 

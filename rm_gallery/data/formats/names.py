@@ -33,6 +33,14 @@ _SETS: tuple[Mapping[str, str], ...] = (
     {"messages_key": "conversations"},
     {"messages_key": "conversation"},
 )
+_OF_CONVERSATIONS: tuple[Mapping[str, str], ...] = (
+    {"columns.messages": "conversations"},  # ShareGPT
+    {"columns.messages": "conversation"},
+    {"columns.response": "completion"},  # TRL
+    {"columns.response": "output"},  # Alpaca: instruction, input, output
+    {"columns.response": "answer"},
+)
+"""The same for supervised fine-tuning."""
 _LABELS = ("scores_key", "columns.winner", "columns.overall_preference")
 _PROMPTS = ("question", "query", "context", "messages", "conversations", "conversation", "trajectory", "history")
 
@@ -40,7 +48,7 @@ _PROMPTS = ("question", "query", "context", "messages", "conversations", "conver
 def with_found_names(config: _Config, columns: Collection[str]) -> _Config:
     """The configuration with the names that these columns have; itself where they have the usual ones."""
     found = config
-    for names in _SETS:
+    for names in _OF_CONVERSATIONS if config.lm_targets == "assistant" else _SETS:
         if not config.has_preferences:
             names = {key: name for key, name in names.items() if key not in _LABELS}
         keys = [key for key in names if _has(config, key)]

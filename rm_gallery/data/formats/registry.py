@@ -48,6 +48,7 @@ from rm_gallery.data.formats.rankings import (
     read_responses,
     read_single,
 )
+from rm_gallery.data.formats.single import read_one_response, read_preferred, read_turns
 from rm_gallery.errors import UserError, nearest
 
 _PROMPT = Column("prompt_key", "cell")
@@ -188,6 +189,16 @@ READERS: dict[str, Format] = {
     ),
 }
 """`auto` takes the first in this order whose columns a file has; the first three differ by what these hold."""
+CONVERSATION_READERS: dict[str, Format] = {
+    "conversation": Format("a conversation", read_turns, None, (Column("columns.messages", "cell", needed=True),)),
+    "response": Format(
+        "one response to a prompt", read_one_response, None, (Column("columns.response", "cell", needed=True), _PROMPT)
+    ),
+    "chosen": Format(
+        "the preferred response of a pair", read_preferred, None, (Column("chosen_key", "cell", needed=True), _PROMPT)
+    ),
+}
+"""The same for supervised fine-tuning."""
 RATED_READERS: dict[str, Format] = {
     "helpsteer2": Format(
         "rows of one response with its attributes",
@@ -242,6 +253,8 @@ def formats_for(config: FormatConfig) -> dict[str, Format]:
     """The formats that `auto` tries, in order."""
     if not config.has_preferences:
         return UNLABELED_READERS
+    if config.lm_targets == "assistant":
+        return CONVERSATION_READERS
     return RATED_READERS if config.attributes else READERS
 
 

@@ -201,7 +201,7 @@ class RowReader:
         return self._by_columns[columns]
 
     def _group(self, draft: Draft, row: Row, config: FormatConfig) -> PreferenceGroup:
-        comparisons = self._compare(draft, row, config) if config.has_preferences and not config.attributes else []
+        comparisons = self._compare(draft, row, config) if config.compares else []
         before = [] if draft.bare else read_before(row.values, config, draft.prompt_name)
         tools = read_tools(row.values, config.tools_key) or _tools_in(row.values.get(draft.prompt_name or ""))
         about: dict[str, Any] = {
@@ -254,7 +254,7 @@ class RowReader:
     def _kept(self, comparisons: list[Comparison], responses: Any, draft: Draft) -> tuple[Comparison, ...]:
         """The comparisons between responses that differ: equal ones have equal rewards, whatever the labels say."""
         kept = [each for each in comparisons if responses[each.better] != responses[each.worse]]
-        if self._config.has_preferences and not self._config.attributes and not kept:
+        if self._config.compares and not kept:
             first, second = draft.names[:2]
             raise BadRow(f"{first} equal to {second}" if first != second else "responses that are compared are equal")
         return tuple(kept)

@@ -11,10 +11,10 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from multiprocessing import get_context
 from typing import Any, TypeAlias
@@ -25,7 +25,7 @@ from rm_gallery.data.sources import Row
 from rm_gallery.data.token_cache.arrays import TokenChunk, make_chunk
 from rm_gallery.data.tokenization.encoder import Encoder, GroupEncoder
 from rm_gallery.data.tokenization.sandbox import limited_tokenizer
-from rm_gallery.data.tokenization.token_group import Origin, TokenGroup, split_prefix
+from rm_gallery.data.tokenization.token_group import Origin, Span, TokenGroup, split_prefix
 from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
 from rm_gallery.errors import BadRow, UserError
 from rm_gallery.schema import InputStyle, PreferenceGroup
@@ -102,7 +102,10 @@ class RowProcessor:
                 try:
                     if isinstance(texts, BadRow):
                         raise texts
-                    tokens = split_prefix(*self.encoder.fit(texts, group), group.ratings)
+                    spans = self._spans(texts, group)
+                    fitted, comparisons = self.encoder.fit(texts, group)
+                    spans = _inside(spans, texts, fitted, self.config)
+                    tokens = split_prefix(fitted, comparisons, group.ratings, spans)
                 except BadRow as error:
                     result.drop(error, row.where, self.config.bad_rows)
                     continue
@@ -111,6 +114,34 @@ class RowProcessor:
                 if self._observe is not None:
                     self._observe(group, tokens, prompt)
                 yield tokens, Origin(row.file, row.index, group.source or source, prompt, group.metadata)
+
+    def _spans(self, texts: list[list[int]], group: PreferenceGroup) -> list[Span]:
+        """Target tokens of the language-model loss, before the length policy."""
+        if self.config.lm_targets == "none":
+            return []
+        assert isinstance(self.encoder, Encoder), "targets are tokens"
+        found = self.encoder.spans(texts, group)
+        return [Span(place, max(1, first), last) for place, each in enumerate(found) for first, last in each]
+
+
+def _inside(
+    spans: Sequence[Span], texts: Sequence[list[int]], fitted: Sequence[list[int]], config: RowsConfig
+) -> list[Span]:
+    """The spans in the texts that the length policy left. Raises BadRow for a conversation without a target there.
+
+    The EOS at the end of a truncated response is not what followed there, so it is no target.
+    """
+    found = []
+    for span in spans:
+        is_cut = len(fitted[span.response]) < len(texts[span.response])
+        limit = len(fitted[span.response]) - (is_cut and config.lm_targets == "chosen")
+        if span.first < min(span.last, limit):
+            found.append(replace(span, last=min(span.last, limit)))
+    if not found and config.lm_targets == "assistant":
+        raise BadRow(
+            f"no assistant token within data.max_length={config.max_length}" if spans else "no assistant token"
+        )
+    return found
 
 
 # Workers take seconds to start, since each imports its libraries, so the main process works alone for this time first.

@@ -73,6 +73,18 @@ class ChatRenderer:
             # Templates raise jinja exceptions or plain TypeErrors; either way this row does not fit the template.
             raise BadRow(f"chat template rejects the conversation: {one_line(error)}") from error
 
+    def try_part(self, messages: Sequence[Message], tools: Any, *, starts_answer: bool = False) -> str | None:
+        """The text of the first turns of a chat, with the header of an answer if `starts_answer`.
+
+        None if the template rejects them. Raises UserError if it runs too long.
+        """
+        try:
+            return str(self._template([*messages], tools=tools, tokenize=False, add_generation_prompt=starts_answer))
+        except TemplateTooSlow:
+            raise
+        except Exception:  # which the caller counts the row for
+            return None
+
     def try_messages(self, messages: Sequence[Message]) -> str | None:
         """The text of messages by the chat template; None if it rejects them. Raises UserError if it runs too long."""
         try:

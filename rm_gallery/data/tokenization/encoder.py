@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
+from rm_gallery.data.tokenization.assistant_spans import AssistantSpans, Bounds, tokens_of
 from rm_gallery.data.tokenization.chats import Chat, ChatRenderer, Render
 from rm_gallery.data.tokenization.guarded import GuardedChats
 from rm_gallery.data.tokenization.special_tokens import ControlTokens
@@ -138,6 +139,44 @@ class Encoder:
             texts.append([])
         chats.append((index, rendered))
         return texts
+
+    def spans(self, texts: list[list[int]], group: PreferenceGroup) -> list[Bounds]:
+        """Target tokens of each whole text: its assistant turns, of preferences those of preferred responses alone.
+
+        texts: the ids from `encode_many`. Raises BadRow where they are not found exactly.
+        """
+        chosen = self.config.lm_targets == "chosen"
+        wanted = {each.better for each in group.comparisons} if chosen else set(range(len(texts)))
+        if group.style == "text":
+            assert isinstance(group.prompt, str)
+            start = len(group.prompt)
+            whole = self._raw_texts(group)
+            return [
+                tokens_of(text, [(start, len(text))], ids, self._encode_raw) if place in wanted else []
+                for place, (text, ids) in enumerate(zip(whole, texts, strict=True))
+            ]
+        rendered = self._renderer.render_group(group)
+        return [
+            self._assistant.find(chat, text, ids, self._with_offsets, only_response=chosen) if place in wanted else []
+            for place, ((chat, text), ids) in enumerate(zip(rendered, texts, strict=True))
+        ]
+
+    @cached_property
+    def _assistant(self) -> AssistantSpans:
+        return AssistantSpans(self.tokenizer, self._renderer, self.control)
+
+    def _encode_raw(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        plain = self.config.text_special_tokens == "plain"
+        return self._with_offsets(text, adds=plain or not (self._bos and text.startswith(self._bos)))
+
+    def _with_offsets(self, text: str, *, adds: bool | None = None) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a text, and the characters of each."""
+        adds = self._adds_cls(text) if adds is None else adds
+        if self._backend is not None:
+            found = self._backend.encode(text, add_special_tokens=adds)
+            return found.ids, found.offsets
+        encoded = self.tokenizer(text, add_special_tokens=adds, return_offsets_mapping=True, verbose=False)
+        return list(encoded["input_ids"]), list(encoded["offset_mapping"])
 
     def fit(self, texts: list[list[int]], group: PreferenceGroup) -> tuple[list[list[int]], Sequence[Comparison]]:
         """Apply the length policy of the configuration; see `fit_length`."""

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rm_gallery.data.formats.config import TargetsConfig
 from rm_gallery.data.sources.hub import go_offline_if_unreachable, model_not_found
 from rm_gallery.errors import BadRow, UserError, one_line
 from rm_gallery.schema import Comparison, PreferenceGroup
 
 
 @dataclass(frozen=True)
-class LengthConfig:
+class LengthConfig(TargetsConfig):
     """Part of `data`: the length policy."""
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -91,13 +92,15 @@ def fit_length(
 
 
 def _truncate(ids: list[int], tokenizer: Any, config: LengthConfig) -> list[int]:
-    """At most `max_length` tokens; BOS or CLS at the start and EOS or SEP at the end are kept.
+    """At most `max_length` tokens; BOS or CLS at the start and EOS or SEP at the end are kept, except in conversations.
 
     Example, max_length 4, truncation left: [BOS 1 2 3 4 EOS] gives [BOS 3 4 EOS].
     """
     excess = len(ids) - config.max_length
     if excess <= 0:
         return ids
+    if config.lm_targets == "assistant":  # no EOS where the text goes on
+        return ids[: config.max_length]
     special = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
     closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
     head = 1 if ids[0] in special else 0
