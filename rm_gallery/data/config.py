@@ -34,7 +34,8 @@ class DataConfig(SourceConfig, PrepareConfig, PackingConfig):
     @property
     def budget(self) -> int:
         """Token budget of a micro-batch: the most tokens that it holds."""
-        return self.token_budget(self.max_length)
+        texts = 1 if self.lm_targets == "assistant" else 2  # of a conversation, of a pair
+        return self.max_tokens_per_micro_batch or self.micro_batch_size_per_gpu * texts * self.max_length
 
 
 def normalize_data(values: Any) -> Iterator[Problem]:

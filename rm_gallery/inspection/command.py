@@ -50,6 +50,11 @@ def show_data(
             f"{key}: show-data reports on preferences, and rows with attributes are single responses; remove "
             f"{key} to show the comparisons by data.columns.helpfulness"
         )
+    if config.objective.name == "sft":
+        raise UserError(
+            "objective.name=sft: show-data reports on preferences; rm-gallery validate-config reads the first "
+            "conversations of each file as training does"
+        )
     options = ["--config", config_file] if config_file else []
     options += ["--html", html] if html is not None else []
     command = shlex.join(["rm-gallery", "show-data", *options, "--samples", str(samples), *overrides])

@@ -142,7 +142,7 @@ def write_folder(
 
     network = model.network
     if adapter is None:
-        stored, read_stored = as_stored(network, _without_tied(network, tensors), read)
+        stored, read_stored = as_stored(network, without_tied(network, tensors), read)
         hashes = write_weights(folder, stored, dtype, read=read_stored)
     else:
         inside = {stored_name(name): name for name in tensors}
@@ -164,7 +164,7 @@ def write_folder(
     return {**hashes, **sha256_files(folder, names)}
 
 
-def _without_tied(network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_tied(network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without those that are another one under a second name: BART's embedding has three."""
     tied = getattr(network, "all_tied_weights_keys", None) or {}
     return {name: each for name, each in tensors.items() if tied.get(name) not in tensors}
@@ -346,6 +346,17 @@ def fits_in_memory(folder: Path) -> bool:
         )  # fmt: skip
         return False
     return True
+
+
+def fits_memory(folder: Path) -> bool:
+    """Whether the float32 model takes at most half of the free memory; logs a warning if not."""
+    needed, free = _float32_bytes(folder), _free_memory()
+    if needed > free / 2:
+        log.warning(
+            "%s: not rescored: the model takes %.0f GiB in float32, more than half of the %.0f GiB of free memory",
+            folder, needed / 2**30, free / 2**30,
+        )  # fmt: skip
+    return needed <= free / 2
 
 
 def _float32_bytes(folder: Path) -> int:

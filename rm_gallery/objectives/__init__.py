@@ -18,6 +18,7 @@ from rm_gallery.objectives.plackett_luce import PlackettLuce
 from rm_gallery.objectives.rao_kupper import RaoKupper
 from rm_gallery.objectives.regression import Regression
 from rm_gallery.objectives.scaled import Scaled
+from rm_gallery.objectives.sft import Sft
 from rm_gallery.objectives.soft import Soft
 
 OBJECTIVES: dict[str, Objective] = {
@@ -32,6 +33,7 @@ OBJECTIVES: dict[str, Objective] = {
     "plackett_luce": PlackettLuce(),
     "regression": Regression(),
     "attributes": Attributes(),
+    "sft": Sft(),
 }
 """By `objective.name`, with the default options."""
 

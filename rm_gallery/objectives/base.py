@@ -21,10 +21,11 @@ class Objective(ABC):
     forward pass. To add an objective: a class in a file of this folder, and an entry in `OBJECTIVES`.
     """
 
-    reads: ClassVar[Literal["last_token"]] = "last_token"
-    """Which outputs of the model it reads: the reward at the last token of each response."""
-    count: ClassVar[Literal["comparisons", "values", "rankings"]] = "comparisons"
-    """What the loss is summed over, and divided by: comparisons, values of rated responses, or whole groups."""
+    reads: ClassVar[Literal["last_token", "tokens"]] = "last_token"
+    """Which outputs of the model it reads: the reward at the last token of each response, or the `TokenLosses` of a
+    language model."""
+    count: ClassVar[Literal["comparisons", "values", "rankings", "tokens"]] = "comparisons"
+    """What the loss is summed over, and divided by: comparisons, values of rated responses, whole groups, or tokens."""
     uses: ClassVar[tuple[str, ...]] = ()
     """Labels that it reads: fields of `Comparison` and `Rating`. Others in the data are reported as unused."""
     needs: tuple[str, ...] = ()

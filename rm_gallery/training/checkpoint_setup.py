@@ -18,6 +18,7 @@ from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
 from rm_gallery.training.checkpoint import PLAN, Checkpoints, Mirror, RunIdentity, RunTensors, Start, WeightsFolder
+from rm_gallery.training.checkpoint.save import LanguageFolder
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.data_setup import Loaded
 from rm_gallery.training.metric_names import of_average
@@ -61,7 +62,8 @@ def build_checkpoints(
     computes, wanted = config.model.fsdp_config.model_dtype, config.trainer.export_dtype
     written = computes if wanted == "auto" else wanted
     shortest = np.argsort(train.data.sizes.longest_text, kind="stable")[:_NUM_PROBES]
-    weights_folder = WeightsFolder(
+    kind = LanguageFolder if objective.reads == "tokens" else WeightsFolder
+    weights_folder = kind(
         start.model,
         tokenizer,
         replace(
@@ -81,7 +83,7 @@ def build_checkpoints(
         model_card, config, num_parameters=start.num_parameters, num_trained=start.num_trained,
         comparisons=train.data.num_comparisons, input_style=record.input_style, separator=record.separator,
         adds_special_tokens=bool(tokenizer.cls_token), versions=package_versions("torch", "transformers"),
-        code_file=CODE_FILE if is_generic(start.model.network) else "", renames=start.renames,
+        code_file=CODE_FILE if is_generic(start.model.network) else "", renames=start.renames, unit=train.data.unit,
     )  # fmt: skip
     return Checkpoints(
         config.trainer.run_dir, config.trainer, tensors, weights_folder, ranks,

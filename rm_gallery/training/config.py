@@ -156,10 +156,31 @@ def normalize(values: dict[str, Any]) -> Iterator[Problem]:
     if isinstance(trainer, dict) and isinstance(trainer.get("logger"), str):
         trainer["logger"] = [trainer["logger"]]
     yield from _normalize_eval_sets(trainer)
+    _normalize_sft(values)
     yield from _familiar_names(values, known_keys(TrainConfig))
     if isinstance(model := values.get("model"), dict):
         yield from _continue_adapter(model)
     yield from normalize_data(values.get("data"))
+
+
+def _normalize_sft(values: dict[str, Any]) -> None:
+    """Keys of other trainers for supervised fine-tuning: those of ours, or logged as without effect."""
+    if values.pop("use_remove_padding", None) is not None:
+        log.info("use_remove_padding has no effect: texts are packed without padding (model.packing)")
+    if (values.pop("ulysses_sequence_parallel_size", None) or 1) != 1:
+        log.warning(
+            "ulysses_sequence_parallel_size has no effect: sequences are not split over GPUs, every GPU computes whole "
+            "texts; model.enable_gradient_checkpointing=true and data.max_length bound their memory"
+        )
+    objective, data, trainer = (values.get(name) for name in ("objective", "data", "trainer"))
+    if not isinstance(objective, dict) or objective.get("name") != "sft":
+        return
+    if isinstance(data, dict) and "micro_batch_size" in data:
+        data["micro_batch_size_per_gpu"] = data.pop("micro_batch_size")
+    if isinstance(trainer, dict):
+        trainer.setdefault("save_best_metric", "val/loss")
+    elif trainer is None:
+        values["trainer"] = {"save_best_metric": "val/loss"}
 
 
 def _normalize_eval_sets(trainer: Any) -> Iterator[Problem]:

@@ -24,6 +24,7 @@ from rm_gallery.errors import UserError
 from rm_gallery.modeling.architectures import ENCODERS, closing_token
 from rm_gallery.modeling.config import ModelConfig, weights_of
 from rm_gallery.modeling.export import InputRecord
+from rm_gallery.modeling.language_model import language_model_way
 from rm_gallery.modeling.model_folder import load_model_config
 from rm_gallery.modeling.packing import choose_way
 from rm_gallery.modeling.reward_model import (
@@ -113,11 +114,12 @@ def check_inputs(config: TrainConfig) -> None:
     if adapter is not None:
         path, key = adapter.base, "base"
     source = load_model_config(
-        path, key=key, trust_remote_code=model.trust_remote_code, new_head=model.new_head or adapter is not None,
+        path, key=key, trust_remote_code=model.trust_remote_code,
+        new_head=model.new_head or adapter is not None or config.objective.name == "sft",
         attributes=model.attributes,
     )  # fmt: skip
     what = f"{key}={path}"
-    choose_way(source, model.packing, what=what)
+    (language_model_way if config.objective.name == "sft" else choose_way)(source, model.packing, what=what)
     if model.router_aux_loss_coef:
         check_config(source)
     read_at(tokenizer, closing_token(source), what=what)
@@ -196,7 +198,7 @@ def load_side(side: Side, config: DataConfig, tokenizer: Any) -> Loaded:
     log.info(
         "%s: %d groups, %d %s as %s, %d tokens (each prompt once per group)",
         key, len(store.data), store.data.num_comparisons,
-        "rated responses" if store.data.is_rated else "comparisons", store.data.style, store.data.num_tokens,
+        {"pairs": "comparisons"}.get(store.data.unit, store.data.unit), store.data.style, store.data.num_tokens,
     )  # fmt: skip
     for warning in store.custom.warnings():
         log.warning("%s: %s", key, warning)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 DEFAULT_METRIC = "val/accuracy"
 
-_LOWER, _HIGHER = r"loss|mse(_.+)?", r"accuracy(_.+)?|margin|pearson(_.+)?|tie_log_likelihood"
+_LOWER, _HIGHER = r"loss|mse(_.+)?|perplexity", r"token_accuracy|accuracy(_.+)?|margin|pearson(_.+)?|tie_log_likelihood"
 _METRIC = re.compile(rf"{_LOWER}|{_HIGHER}|reward_.+|length_correlation|router_aux_loss|tie_share|threshold|n")
 _SET = re.compile(r"[A-Za-z0-9][\w.-]*")
 

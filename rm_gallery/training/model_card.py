@@ -27,7 +27,7 @@ NOT_UPLOADED = ("training_state/*", "ema/*", "manifest.json", ".gitignore")
 patterns of its .gitignore, which git and the hub respect."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SHOWN = ("val/accuracy", "val/loss", "val/margin")
+_SHOWN = ("val/accuracy", "val/loss", "val/margin", "val/perplexity", "val/token_accuracy")
 
 _TRAINED_ON = {
     "bradley_terry": "the Bradley-Terry loss on pairs of a chosen and a rejected response",
@@ -137,6 +137,43 @@ with torch.no_grad():
 """
 
 
+_LANGUAGE_MODEL = """\
+---
+{{ metadata }}---
+
+# {{ name }}
+
+A language model, fine-tuned on the assistant turns of conversations by RM-Gallery.
+
+| | |
+|---|---|
+{% for label, value in rows -%}
+| {{ label }} | {{ value }} |
+{% endfor %}
+{%- if metrics %}
+## Metrics
+
+| metric | step {{ step }} |
+|---|---|
+{% for label, value in metrics -%}
+| {{ label }} | {{ value }} |
+{% endfor %}
+{%- endif %}
+## How to use
+
+```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", "PATH_OR_NAME")
+{% if chat -%}
+generate([{"role": "user", "content": "Why is the sky blue?"}])
+{%- else -%}
+generate("Why is the sky blue?")
+{%- endif %}
+```
+"""
+
+
 _AVERAGED = """\
 ---
 {{ metadata }}---
@@ -210,10 +247,12 @@ def model_card(
     renames: Mapping[str, str] | None = None,
     objective: Mapping[str, Any] = {},
     ema: bool = False,
+    unit: str = "",
 ) -> str:
     """The text of README.md.
 
-    comparisons: number of training pairs. metrics: by name, those of the last validation, at `metrics_step`.
+    comparisons: number of items of the training data, which are `unit`.
+    metrics: by name, those of the last validation, at `metrics_step`.
     renames: of tensors in the base model's folder, a wrapper of several models.
     objective: values of its parameters, see `Objective.record`. ema: the card of the average of the weights.
     code_file: Python file of the checkpoint that transformers needs, if any.
@@ -224,24 +263,27 @@ def model_card(
     base = value("model.partial_pretrain")
     is_hub = _is_hub_name(base)
     lora = config.model.lora
+    kind = "regression" if attributes else config.objective.name.replace("_", "-")
+    is_language_model = config.objective.name == "sft"
     metadata: dict[str, Any] = {
         "library_name": "peft" if lora.rank else "transformers",
-        "pipeline_tag": "text-classification",
+        "pipeline_tag": "text-generation" if is_language_model else "text-classification",
         "license": config.trainer.license and value("trainer.license"),
-        "tags": ["reward-model", "regression" if attributes else config.objective.name.replace("_", "-"), "rm-gallery"],
+        "tags": [*(["sft"] if is_language_model else ["reward-model", kind]), "rm-gallery"],
     }
     if is_hub:
         metadata["base_model"] = base
     if datasets := [name for name in dict.fromkeys((*train, *val)) if "/" in name]:
         metadata["datasets"] = datasets
-    rows = _rows(config, num_parameters, num_trained, comparisons, step, objective)
+    unit = unit or ("rated responses" if config.data.attributes else "pairs")
+    rows = _rows(config, num_parameters, num_trained, comparisons, unit, step, objective)
     if ema:
         rows.append(("weights", f"exponential moving average over the steps, decay {value('trainer.ema_decay')}"))
     rows.append(("input", "conversations, rendered by the chat template" if input_style == "chat" else "plain text"))
     rows.append(("compute dtype, seed", f"{value('model.fsdp_config.model_dtype')}, {value('trainer.seed')}"))
     rows.append(("versions", ", ".join(f"{name} {number}" for name, number in (versions or {}).items())))
     card = _render(
-        _TEMPLATE + _USAGE,
+        _LANGUAGE_MODEL if is_language_model else _TEMPLATE + _USAGE,
         metadata,
         name=value("trainer.experiment_name"),
         rows=[(label, _cell(value)) for label, value in rows if value],
@@ -263,7 +305,7 @@ def model_card(
 
 
 def _rows(
-    config: TrainConfig, num_parameters: int, num_trained: int | None, comparisons: int, step: int,
+    config: TrainConfig, num_parameters: int, num_trained: int | None, comparisons: int, items: str, step: int,
     objective: Mapping[str, Any],
 ) -> list[tuple[str, str]]:  # fmt: skip
     """Rows of the first table, the empty ones too."""
@@ -272,7 +314,6 @@ def _rows(
     base = value("model.partial_pretrain")
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
     how = "LoRA" if lora.rank else "" if frozen is None else f"model.freeze={frozen}"
-    items = "rated responses" if config.data.attributes else "pairs"
     return [
         ("base model", base if _is_hub_name(base) else _last_part(base)),
         ("parameters", f"{num_parameters:,}" + (f", {num_trained:,} of them trained ({how})" if how else "")),

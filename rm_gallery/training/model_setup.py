@@ -23,6 +23,7 @@ from rm_gallery.modeling.export import missing_embedding_rows, set_pad_token
 from rm_gallery.modeling.freezing import count_trained, freeze
 from rm_gallery.modeling.generic_class import CODE_FILE, is_generic
 from rm_gallery.modeling.head_init import init_head
+from rm_gallery.modeling.language_model import load_language_model
 from rm_gallery.modeling.meta_init import MetaInitError, WeightFiles, init_on_meta
 from rm_gallery.modeling.parallel.apply import DTYPES, resolve_strategy
 from rm_gallery.modeling.parallel.strategy import Strategy
@@ -59,11 +60,14 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
     gives the reason then. Raises UserError for a folder that cannot be loaded.
     """
     reason, files, lora = "", None, config.model.lora
+    is_language_model = config.objective.name == "sft"
     if not lora.rank and lora != LoraConfig():
         log.warning("model.lora has no effect with model.lora.rank=0: all parameters are trained")
     folder = find_adapter(config)
     adapter = None
-    if lora.rank:
+    if is_language_model:
+        reason = "a language model is loaded with its output layer"
+    elif lora.rank:
         reason = "LoRA is added to the loaded model"
     elif world.world_size > 1 or (world.device.type == "cuda" and config.model.fsdp_config.offloads_weights):
         try:
@@ -104,7 +108,10 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
             "transformers loads them with trust_remote_code=True",
             loaded.model.network.config.model_type, CODE_FILE,
         )  # fmt: skip
-    _log_head(config, loaded)
+    if is_language_model:
+        log.info("output layer: %s", "the embedding (tied)" if _is_tied(loaded.model.network) else "its own weights")
+    else:
+        _log_head(config, loaded)
     return StartModel(loaded.model, strategy, files, count, trained, loaded.renames, adapter)
 
 
@@ -146,6 +153,10 @@ def find_adapter(config: TrainConfig) -> AdapterFolder | None:
         model.partial_pretrain, key="model.partial_pretrain", base=model.lora.base, new_head=model.new_head,
         hint=BASE_HINT, attributes=model.attributes,
     )  # fmt: skip
+    if folder is not None and config.objective.name == "sft":
+        raise UserError(
+            f"{_what(config)}: an adapter; objective.name=sft starts from a language model (rm-gallery merge)"
+        )
     if folder is not None and list(folder.attributes) != model.attributes:
         raise UserError(
             f"{_what(config)}: an adapter with the outputs {', '.join(folder.attributes) or 'reward'}, but "
@@ -159,6 +170,13 @@ def _load(
 ) -> tuple[LoadedModel, Adapter | None]:
     """The model with a pad token, and with LoRA if it is configured; folder: the adapter to continue."""
     model, adapter, quantization = config.model, None, None
+    if config.objective.name == "sft":
+        loaded = load_language_model(
+            model.partial_pretrain, trust_remote_code=model.trust_remote_code, dropout=model.dropout,
+            packing=model.packing,
+        )  # fmt: skip
+        _fit_vocabulary(loaded.model.network, tokenizer, what=_what(config), resize=model.resize_embeddings)
+        return loaded, None
     if model.quantization is not None:
         dtype, what = DTYPES[model.fsdp_config.model_dtype], f"model.quantization={model.quantization}"
         quantization = QuantizeOptions(model.quantization, dtype, world.device, what)
@@ -186,6 +204,25 @@ def _load(
     if model.lora.rank and adapter is None:
         adapter = add_lora(loaded.model, model.lora, model.partial_pretrain, quantization=quantization)
     return loaded, adapter
+
+
+def _fit_vocabulary(network: Any, tokenizer: Any, *, what: str, resize: bool) -> None:
+    """Add embedding rows for the tokens of the tokenizer that have none; without `resize` raise UserError for them."""
+    rows, most = network.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    if most <= rows:
+        return
+    if not resize:
+        raise UserError(
+            f"{what}: the embedding has {rows} rows, but the tokenizer has tokens up to id {most - 1}; use the model's "
+            "own tokenizer, or set model.resize_embeddings=true to train new rows"
+        )
+    network.resize_token_embeddings(most)
+    log.info("embeddings: resized from %d to %d rows for the tokenizer", rows, most)
+
+
+def _is_tied(network: Any) -> bool:
+    """Whether the output layer of a language model is its embedding."""
+    return network.get_output_embeddings().weight is network.get_input_embeddings().weight
 
 
 def _load_on_meta(config: TrainConfig, tokenizer: Any) -> tuple[LoadedModel, WeightFiles]:

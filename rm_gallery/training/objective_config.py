@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Lt
 
 from rm_gallery.data.config import DataConfig
+from rm_gallery.data.formats.config import MultiturnConfig
 from rm_gallery.errors import Problem
 from rm_gallery.modeling.config import ModelConfig
 from rm_gallery.training.trainer_config import TrainerConfig
@@ -23,11 +24,12 @@ class ObjectiveConfig:
 
     name: Literal[
         "bradley_terry", "margin", "scaled", "soft", "focal", "hinge", "rao_kupper", "davidson", "plackett_luce",
-        "regression", "attributes",
+        "regression", "attributes", "sft",
     ] = "bradley_terry"  # fmt: skip
     """Objective: `bradley_terry`, `margin`, `scaled`, `soft`, `focal` or `hinge` on comparisons; `rao_kupper` or
     `davidson` on comparisons with ties; `plackett_luce` on rankings; `regression` or `attributes` (`model.attributes`)
-    on graded responses. See docs/objectives.md."""
+    on graded responses; `sft` on conversations, which trains a language model. See docs/objectives.md and
+    docs/sft.md."""
     center_coefficient: Annotated[float, Ge(0)] = 0.0
     """Adds this times the square of the sum of both rewards to the loss of each comparison; 0.01 keeps rewards around
     0. Of a ranking or a graded response: times the square of twice its mean reward."""
@@ -84,7 +86,18 @@ def _option_problems(config: ObjectiveConfig) -> Iterator[Problem]:
 
 def data_of(config: ObjectiveConfig, model: ModelConfig, data: DataConfig) -> DataConfig:
     """The section `data`, with what its rows are read for."""
-    return replace(data, attributes=rated_columns(config, model), ties=config.name in _TIES)
+    data = replace(data, attributes=rated_columns(config, model), ties=config.name in _TIES)
+    if config.name != "sft":
+        return data
+    names = data.multiturn
+    is_conversation = names.enable and data.format == "auto"
+    return replace(
+        data,
+        lm_targets="assistant",
+        format="conversation" if is_conversation else data.format,
+        tools_key=names.tools_key or data.tools_key,
+        columns=replace(data.columns, messages=names.messages_key or data.columns.messages),
+    )
 
 
 def rated_columns(config: ObjectiveConfig, model: ModelConfig) -> list[str]:
@@ -98,6 +111,8 @@ def metrics_of(config: ObjectiveConfig, model: ModelConfig) -> list[str]:
         return [f"{kind}_{each}" for each in model.attributes for kind in ("accuracy", "mse", "pearson")]
     if config.name == "regression":
         return ["mse", "pearson"]
+    if config.name == "sft":
+        return ["perplexity", "token_accuracy"]
     return ["margin", *(["accuracy_with_ties", "tie_log_likelihood"] if config.name in _TIES else [])]
 
 
@@ -106,6 +121,7 @@ def objective_problems(
 ) -> Iterator[Problem]:
     """Of `objective` and `model.attributes`."""
     yield from _option_problems(config)
+    yield from _sft_problems(config, model, data, trainer)
     names, weights = model.attributes, model.attribute_weights
     key, is_named = "model.attributes", bool(names)
     if is_named != (config.name == "attributes"):
@@ -135,3 +151,51 @@ def objective_problems(
             f"trainer.reward_statistics=normalize with {len(names)} attributes: other programs have one mean per "
             "model; set record",
         )
+
+
+_OF_CONVERSATIONS = ("conversation", "response", "chosen")
+"""Formats that `sft` alone reads."""
+
+
+def _sft_problems(
+    config: ObjectiveConfig, model: ModelConfig, data: DataConfig, trainer: TrainerConfig
+) -> Iterator[Problem]:
+    """Settings that belong to `sft` alone, and those that it has no use for."""
+    if data.lm_targets != "none":
+        yield Problem("data.lm_targets", f"data.lm_targets={data.lm_targets}: set objective.name=sft instead")
+    if config.name != "sft":
+        if data.format in _OF_CONVERSATIONS:
+            yield Problem(
+                "data.format", f"data.format={data.format} with objective.name={config.name}: it belongs to sft"
+            )
+        if data.multiturn != MultiturnConfig():
+            yield Problem(
+                "data.multiturn",
+                f"data.multiturn with objective.name={config.name}: it names the columns of objective.name=sft; remove "
+                "it, or set objective.name=sft",
+            )
+        return
+    if data.format not in ("auto", *_OF_CONVERSATIONS):
+        yield Problem(
+            "data.format",
+            f"data.format={data.format} with objective.name=sft: set auto, {', '.join(_OF_CONVERSATIONS)}",
+        )
+    if data.custom_cls.name:
+        yield Problem("data.custom_cls", "data.custom_cls with objective.name=sft: a class builds preferences")
+    if data.truncation == "left":
+        yield Problem(
+            "data.truncation",
+            "data.truncation=left with objective.name=sft: answers would lose what they answer; set right",
+        )
+    no_head = "a language model has no reward head; remove it"
+    for key, is_set in {
+        "model.new_head": model.new_head, "model.head_init": model.head_init != "normal",
+        "trainer.reward_statistics": trainer.reward_statistics != "record",
+    }.items():  # fmt: skip
+        if is_set:
+            yield Problem(key, f"{key} with objective.name=sft: {no_head}")
+    for key, is_set in {
+        "model.router_aux_loss_coef": bool(model.router_aux_loss_coef), "model.lora.rank": bool(model.lora.rank),
+    }.items():  # fmt: skip
+        if is_set:
+            yield Problem(key, f"{key} with objective.name=sft is not implemented; remove it")

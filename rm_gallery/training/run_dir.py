@@ -172,7 +172,10 @@ def draw_curves(run_dir: Path) -> Path | None:
     figure = Figure(figsize=(10, 3.8))
     axes = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.085, right=0.98, bottom=0.13, top=0.9, wspace=0.22)
-    for axis, name, label in ((axes[0], "loss", "loss"), (axes[1], "accuracy", "pairwise accuracy")):
+    of_tokens = "train/token_accuracy" in series
+    accuracy = ("token_accuracy", "token accuracy") if of_tokens else ("accuracy", "pairwise accuracy")
+    loss = ("loss", "loss per token" if of_tokens else "loss")
+    for axis, (name, label) in zip(axes, (loss, accuracy), strict=True):
         train, val = series.get(f"train/{name}", []), series.get(f"val/{name}", [])
         if train:
             axis.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.25, linewidth=1)
@@ -183,7 +186,8 @@ def draw_curves(run_dir: Path) -> Path | None:
         axis.grid(alpha=0.3)
         if train or val:
             axis.legend(frameon=False)
-    axes[1].axhline(0.5, color="gray", linestyle=":", linewidth=1)
+    if not of_tokens:
+        axes[1].axhline(0.5, color="gray", linestyle=":", linewidth=1)
     figure.suptitle(run_dir.name)
     path = run_dir / CURVES_NAME
     figure.savefig(path, dpi=120)

@@ -348,7 +348,7 @@ def _log_overview(
     trained = trained if start.num_trained < count else f"{count:,} parameters, all trained"
     log.info("model   %s, %s", start.model.network.config.model_type, trained)
     log.info("device  %s%s, %s, strategy %s", world.device, ranks, dtype, start.strategy)
-    items = "rated responses" if train.data.is_rated else "pairs"
+    items = train.data.unit
     count_and_tokens = f"{train.data.num_comparisons:,} {items}, {train.data.num_tokens:,} tokens"
     log.info("data    %s%s", count_and_tokens, held_out)
     log.info("steps   %s (%s epochs of %d), %d %s each",

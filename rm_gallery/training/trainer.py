@@ -102,7 +102,8 @@ class Trainer:
         self.progress = self.start.progress
         self.parameters: list[nn.Parameter] = [parameter for _, parameter in weights.named_parameters()]
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
-        self.window = _Window(self.start.sums, weights.device)
+        unit = "conversations" if objective.reads == "tokens" else "pairs"
+        self.window = _Window(self.start.sums, weights.device, unit)
         self._saved_step = self.progress.step  # of the newest checkpoint
 
     def train(self, *, val_before_train: bool = False) -> dict[str, float]:
@@ -323,9 +324,9 @@ class _StopRequested(Exception):
 class _Window:
     """Metric sums and time since the last log line, without the time of validation and saving."""
 
-    def __init__(self, sums: Mapping[str, float], device: torch.device) -> None:
+    def __init__(self, sums: Mapping[str, float], device: torch.device, unit: str) -> None:
         """sums: of the steps between the last log line and the checkpoint that the run resumes from."""
-        self.sums, self._device = Sums(), device
+        self.sums, self._device, self._unit = Sums(), device, unit
         self._put(sums)
         self._restart()
 
@@ -350,7 +351,7 @@ class _Window:
         seconds = time.perf_counter() - self._start
         [tokens] = sum_numbers(self._tokens)
         rates = {
-            "perf/pairs_per_second": self._comparisons / seconds,
+            f"perf/{self._unit}_per_second": self._comparisons / seconds,
             "perf/tokens_per_second": tokens / seconds,
             "perf/step_seconds": seconds / self._steps,
         }

@@ -42,6 +42,7 @@ def validate(
     exception from it aborts the validation. attribute_weights: of several outputs in the reward of a response.
     """
     device = device or next(model.parameters()).device
+    has_rewards = objective.reads == "last_token"
     packer = packer_for(model, token_budget=token_budget, world_size=world_size())
     by_source = {number: Sums() for number in range(len(data.sources))}
     lengths = Sums()
@@ -52,6 +53,8 @@ def validate(
             batch = collate(groups).to(device)
             rewards = model(batch)
             by_source[source].add(objective(rewards, batch)[1])
+            if not has_rewards:
+                continue
             texts += _hash_texts(groups)
             scored.append(weighted_sum(rewards, attribute_weights))
             lengths.add(_length_sums(scored[-1], batch))
@@ -64,6 +67,8 @@ def validate(
             found = objective.means(sums.read(), "val")
             name = by_source_names(data)[number]
             metrics.update({f"val/{kind}/{name}": found[f"val/{kind}"] for kind in BY_SOURCE if f"val/{kind}" in found})
+    if not has_rewards:
+        return metrics
     rewards_of_rank = torch.cat(scored).cpu().numpy() if scored else np.zeros(0, np.float32)
     metrics |= _reward_statistics(np.array(texts, np.uint64), rewards_of_rank)
     return {**metrics, **_length_correlation(lengths.read())}

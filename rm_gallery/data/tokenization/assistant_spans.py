@@ -57,7 +57,7 @@ class AssistantSpans:
         only_response: not those of the prompt. Raises BadRow where they are not found exactly.
         """
         if self._control.occur_in([chat.prompt, chat.response]):
-            raise BadRow("control token in a conversation, whose turns cannot be told apart then")
+            raise BadRow("control token in a conversation, so its turns cannot be separated")
         if self._is_marked:
             return self._marked(chat, ids, only_response=only_response)
         return tokens_of(text, self._characters(chat, text, only_response=only_response), ids, encode)
@@ -143,7 +143,7 @@ def tokens_of(text: str, spans: Bounds, ids: list[int], encode: Encode) -> Bound
     """
     found, characters = encode(text)
     if found != ids:
-        raise BadRow("control token in a conversation, whose turns cannot be told apart then")
+        raise BadRow("control token in a conversation, so its turns cannot be separated")
     bounds: Bounds = []
     for start, end in spans:
         inside = [

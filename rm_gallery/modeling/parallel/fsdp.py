@@ -54,6 +54,8 @@ def modules_to_shard(model: RewardModel, min_num_params: int) -> list[nn.Module]
     # decoder is not (its backbone is called instead), and some embeddings are read without a call.
     never = {model, model.network}
     embeddings = model.network.get_input_embeddings()
+    if not any(True for _ in model.head.parameters()):  # a language model reads its output layer without a call
+        never |= {embeddings, model.network.get_output_embeddings()}
 
     def visit(module: nn.Module) -> int:
         """Number of parameters in `module` that no module in `found` owns."""
@@ -111,9 +113,11 @@ def _fully_shard(model: RewardModel, spec: ShardingSpec, mesh: DeviceMesh, world
     # Inputs need no cast: token ids are integers, and activations already have the compute dtype.
     full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     mixed = MixedPrecisionPolicy(param_dtype=spec.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    head = list(model.head.parameters())
     for module in modules_to_shard(model, spec.min_num_params):
         fully_shard(module, mesh=mesh, mp_policy=mixed, offload_policy=offload)
-    fully_shard(model.head, mesh=mesh, mp_policy=full, offload_policy=offload)
+    if head:  # of a language model there is none, and the root has the output layer
+        fully_shard(model.head, mesh=mesh, mp_policy=full, offload_policy=offload)
     fully_shard(model, mesh=mesh, mp_policy=mixed, offload_policy=offload)
     device = torch.device("cpu") if spec.offload else world.device
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)

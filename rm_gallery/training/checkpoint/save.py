@@ -27,6 +27,7 @@ from rm_gallery.errors import TrainingStopped, UserError, one_line
 from rm_gallery.files import MANIFEST, sha256_files, write_manifest
 from rm_gallery.modeling.adapters import Adapter
 from rm_gallery.modeling.export import InputRecord, check_rewards, write_folder
+from rm_gallery.modeling.language_folder import check_losses, write_language_folder
 from rm_gallery.modeling.parallel.ema import NAME as EMA
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.training.checkpoint.facts import FACTS_NAME, STATE_NAME, rank_name
@@ -339,3 +340,28 @@ class WeightsFolder:
         """Compare with the rewards of the written model. Raises UserError that names the first difference."""
         texts = [[*group.prefix.tolist(), *tail.tolist()] for group in self.probes for tail in group.tails]
         check_rewards(folder, texts, expected, exact=self.exact)
+
+
+@dataclass(frozen=True)
+class LanguageFolder(WeightsFolder):
+    """The same for a language model, whose losses are compared."""
+
+    def write(
+        self, folder: Path, state: Path, statistics: tuple[float, float] | None = None, *, ema: bool = False
+    ) -> dict[str, str]:
+        saved = SavedWeights(state, ema=ema)
+        return write_language_folder(
+            folder, self.model, saved.meta_tensors(), self.tokenizer, self.dtype, read=saved.read
+        )
+
+    def expected(self) -> list[float]:
+        """Return the mean loss of the targets of each probe now. A collective: every rank calls it."""
+        found = []
+        with self.model.inference():
+            for group in self.probes:
+                batch = collate([group]).to(self.device)
+                found.append(float(self.model(batch).total / batch.target_weight.sum()))
+        return found
+
+    def check(self, folder: Path, expected: Sequence[float]) -> None:
+        check_losses(folder, self.probes, expected, exact=self.exact)

@@ -21,15 +21,21 @@ from rm_gallery.training.trackers.base import METRICS_NAME, RunInfo
 LINE_FIELDS = {
     "train/loss": "loss {:.4f}",
     "train/accuracy": "accuracy {:.3f}",
+    "train/token_accuracy": "token accuracy {:.3f}",
     "train/lr": "lr {:.1e}",
     "perf/pairs_per_second": "{:.0f} pairs/s",
+    "perf/conversations_per_second": "{:.1f} conversations/s",
 }
 BAR_FIELDS = {
     "train/loss": "loss {:.4f}",
     "train/accuracy": "accuracy {:.3f}",
+    "train/token_accuracy": "token accuracy {:.3f}",
     "perf/pairs_per_second": "{:.1f} pairs/s",
+    "perf/conversations_per_second": "{:.1f} conversations/s",
 }
-TABLE_COLUMNS = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
+TABLE_COLUMNS = (
+    "train/loss", "train/accuracy", "train/token_accuracy", "val/loss", "val/accuracy", "val/token_accuracy",
+)  # fmt: skip
 WIDTH = 80  # columns of a line; longer ones are wrapped between their fields
 MAX_TABLE_ROWS = 12
 LINE_INTERVAL_S = 2.0
@@ -196,12 +202,17 @@ def wrapped(parts: Sequence[str]) -> str:
 
 
 def closing_table(points: Sequence[Mapping[str, float]]) -> list[list[str]]:
-    """A header, then at most 12 evenly spaced rows including the first and the last."""
+    """A header, then at most 12 evenly spaced rows including the first and the last.
+
+    The accuracy is that of pairs, or of tokens where there is one.
+    """
     last = len(points) - 1
     if last >= MAX_TABLE_ROWS:
         points = [points[round(i * last / (MAX_TABLE_ROWS - 1))] for i in range(MAX_TABLE_ROWS)]
-    rows = [[f"{point['step']:.0f}", *(cell(point.get(name)) for name in TABLE_COLUMNS)] for point in points]
-    return [["step", *TABLE_COLUMNS], *rows]
+    of_tokens = any("train/token_accuracy" in point or "val/token_accuracy" in point for point in points)
+    columns = [name for name in TABLE_COLUMNS if "accuracy" not in name or ("token" in name) == of_tokens]
+    rows = [[f"{point['step']:.0f}", *(cell(point.get(name)) for name in columns)] for point in points]
+    return [["step", *columns], *rows]
 
 
 def cell(value: float | None) -> str:

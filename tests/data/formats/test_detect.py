@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rm_gallery.data.formats import READERS, SAMPLE_ROWS, FormatConfig, RowReader, choose_format
+from rm_gallery.data.formats.registry import CONVERSATION_READERS
 from rm_gallery.data.sources import Row
 from rm_gallery.errors import UserError
 from tests.data.formats.rows import assistant, configured, numbered, read, read_all, user
@@ -90,7 +91,7 @@ def test_each_format_can_be_named(name: str) -> None:
 
 def test_the_configuration_knows_the_names_of_all_formats() -> None:
     known = typing.get_args(typing.get_type_hints(FormatConfig)["format"])
-    assert known == ("auto", *READERS)
+    assert known == ("auto", *READERS, *CONVERSATION_READERS)
 
 
 def test_a_choice_is_logged_once_for_all_files_that_it_is_the_same_for(caplog: pytest.LogCaptureFixture) -> None:

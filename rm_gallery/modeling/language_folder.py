@@ -1,0 +1,94 @@
+"""The folder of a language model: what transformers writes for a causal language model, and nothing of ours.
+
+Any program that reads language models reads it, and training a reward model from it adds a head.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rm_gallery.data.tokenization.token_group import TokenGroup
+from rm_gallery.errors import UserError
+from rm_gallery.files import sha256_files
+from rm_gallery.modeling.export import (
+    MEAN_KEYS,
+    RECORD_KEY,
+    STD_KEYS,
+    apply_umask,
+    fits_memory,
+    without_tied,
+    write_weights,
+)
+from rm_gallery.modeling.model_folder import quiet_transformers
+from rm_gallery.modeling.reward_model import RewardModel
+from rm_gallery.modeling.stored_layout import as_stored
+
+
+def write_language_folder(
+    folder: Path, model: RewardModel, tensors: Mapping[str, Tensor], tokenizer: Any, dtype: torch.dtype, *,
+    read: Callable[[str], Tensor],
+) -> dict[str, str]:  # fmt: skip
+    """Write weights, configurations and tokenizer; return the SHA-256 of each file. See `export.write_folder`."""
+    network = model.network
+    stored, read_stored = as_stored(network, without_tied(network, tensors), read)
+    hashes = write_weights(folder, stored, dtype, read=read_stored)
+    with quiet_transformers():
+        network.config.save_pretrained(folder)
+        if network.can_generate():
+            network.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder, save_jinja_files=False)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.update(architectures=[type(network).__name__], dtype=str(dtype).removeprefix("torch."))
+    for name in (RECORD_KEY, "auto_map", *MEAN_KEYS, *STD_KEYS):
+        config.pop(name, None)  # of a reward model that training started from
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    apply_umask(folder)
+    names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".safetensors"]
+    return {**hashes, **sha256_files(folder, names)}
+
+
+@torch.no_grad()
+def plain_losses(folder: Path, groups: Sequence[TokenGroup]) -> list[float]:
+    """The mean loss of the targets of each group by transformers alone, in float32, one text at a time."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    for group in groups:
+        total, count = 0.0, 0
+        for span in group.spans:
+            text = [*group.prefix.tolist(), *group.tails[span.response].tolist()]
+            ids = torch.tensor(text)
+            losses = F.cross_entropy(
+                network(input_ids=ids[None], use_cache=False).logits[0, :-1], ids[1:], reduction="none"
+            )
+            total += float(losses[span.first - 1 : span.last - 1].sum())
+            count += span.last - span.first
+        found.append(total / count)
+    return found
+
+
+def check_losses(folder: Path, groups: Sequence[TokenGroup], expected: Sequence[float], *, exact: bool) -> None:
+    """Compare the folder's losses with the trainer's; raises UserError for the first difference.
+
+    exact: as for `export.check_rewards`.
+    """
+    if not fits_memory(folder):
+        return
+    absolute, relative = (1e-4, 1e-4) if exact else (0.1, 0.05)
+    for number, (found, wanted) in enumerate(zip(plain_losses(folder, groups), expected, strict=True)):
+        if not (abs(found - wanted) <= absolute + relative * abs(wanted) or (math.isnan(found) and math.isnan(wanted))):
+            raise UserError(
+                f"{folder}: the reloaded model has the loss {found:.6f} on text {number}, the trainer had "
+                f"{wanted:.6f}; do not use this checkpoint, and please report the architecture"
+            )
