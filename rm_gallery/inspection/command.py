@@ -45,7 +45,7 @@ def show_data(
     target = _check_target(html) if html is not None else None
     config = load_config(config_file, overrides, only_data=True)
     if config.data.attributes:
-        key = "model.attributes" if config.model.attributes else "objective.name=regression"
+        key = "model.attributes" if config.model.attributes else f"objective.name={config.objective.name}"
         raise UserError(
             f"{key}: show-data reports on preferences, and rows with attributes are single responses; remove "
             f"{key} to show the comparisons by data.columns.helpfulness"

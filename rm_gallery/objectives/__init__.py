@@ -17,6 +17,7 @@ from rm_gallery.objectives.margin import Margin
 from rm_gallery.objectives.plackett_luce import PlackettLuce
 from rm_gallery.objectives.rao_kupper import RaoKupper
 from rm_gallery.objectives.regression import Regression
+from rm_gallery.objectives.regression_then_bt import RegressionThenBT
 from rm_gallery.objectives.scaled import Scaled
 from rm_gallery.objectives.sft import Sft
 from rm_gallery.objectives.soft import Soft
@@ -32,6 +33,7 @@ OBJECTIVES: dict[str, Objective] = {
     "davidson": Davidson(),
     "plackett_luce": PlackettLuce(),
     "regression": Regression(),
+    "regression_then_bt": RegressionThenBT(),
     "attributes": Attributes(),
     "sft": Sft(),
 }
@@ -47,8 +49,10 @@ def build_objective(name: str, attributes: Sequence[str] = (), options: Mapping[
     objective: Any = OBJECTIVES[name]  # a dataclass
     if name == "regression" and (options or {}).get("bins"):
         objective = BinnedRegression()
-    own = {each.name for each in fields(objective) if each.init} - {"names"}
+    own = {each.name for each in fields(objective) if each.init} - {"names", "first"}
     chosen = {key: value for key, value in (options or {}).items() if key in own}
+    if name == "regression_then_bt":
+        chosen["first"] = build_objective("regression", (), options)
     if name == "attributes":
         chosen["names"] = tuple(attributes)
     built: Objective = replace(objective, **chosen)

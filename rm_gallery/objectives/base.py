@@ -35,6 +35,11 @@ class Objective(ABC):
     divisible: ClassVar[bool] = True
     """Whether the items of one group may be computed in several micro-batches."""
 
+    @property
+    def phases(self) -> tuple[Objective, ...]:
+        """The objectives of the phases of a run, in order; validation is that of the last."""
+        return (self,)
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Parameters beside those of the model, by name: float32, on every rank, trained at `objective.threshold_lr`.
 

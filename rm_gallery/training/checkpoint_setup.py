@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from rm_gallery.data.batching.plan import Plan
-from rm_gallery.data.token_cache.arrays import TokenData
+from rm_gallery.data.batching.loader import Phase
 from rm_gallery.distributed.collectives import HostGroup
 from rm_gallery.modeling.generic_class import CODE_FILE, is_generic
 from rm_gallery.modeling.parallel.apply import DTYPES
@@ -38,8 +38,9 @@ def model_shape(model: RewardModel) -> str:
     return f"{model.network.config.model_type} with {count} parameters ({digest})"
 
 
-def run_identity(config: TrainConfig, data: TokenData, plan: Plan, shape: str, total_steps: int) -> RunIdentity:
+def run_identity(config: TrainConfig, phases: Sequence[Phase], shape: str) -> RunIdentity:
     """What a checkpoint must have in common with the run that resumes from it."""
+    data, plan = phases[0].data, phases[0].plan
     return RunIdentity(
         fixed={
             "training data": f"fingerprint {data.fingerprint()}",
@@ -47,9 +48,10 @@ def run_identity(config: TrainConfig, data: TokenData, plan: Plan, shape: str, t
             "model": shape,
             **({"model.quantization": config.model.quantization} if config.model.quantization else {}),
             PLAN: f"fingerprint {plan.fingerprint()}",
+            **({"objective.regression_steps": phases[0].num_steps} if len(phases) > 1 else {}),
         },
         config=config.to_compare(),
-        total_steps=total_steps,
+        total_steps=sum(phase.num_steps for phase in phases),
         rate_at=lambda total_steps, step: build_schedule(config.optim, total_steps)(step),
     )
 

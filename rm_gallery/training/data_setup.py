@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from rm_gallery.data.batching.bin_packing import Packer
-from rm_gallery.data.batching.plan import long_pairs
+from rm_gallery.data.batching.loader import Phase
+from rm_gallery.data.batching.plan import Plan, long_pairs
 from rm_gallery.data.config import DataConfig, Side, sides_of
 from rm_gallery.data.custom import CustomReader
 from rm_gallery.data.sources import DataFile, entries_of, resolve_files
@@ -213,6 +214,37 @@ def _warn_of_overlap(train: TokenData, val: TokenData, of: str = "") -> None:
             "(first: %s); rm-gallery show-data reports details",
             int(shared.sum()), len(val), of, val.where(int(shared.argmax())),
         )  # fmt: skip
+
+
+def plan_phases(config: TrainConfig, objective: Objective, data: TokenData, plan: Plan) -> list[Phase]:
+    """The phases of the run with their numbers of steps; one for most objectives.
+
+    plan: of the training data. Raises UserError for a phase without a step.
+    """
+    epochs, total = config.trainer.total_epochs, config.trainer.total_training_steps
+    steps, ratio = config.objective.regression_steps, config.objective.regression_ratio
+    if not plan.epoch_steps(0):
+        raise UserError(
+            f"data.train_batch_size={config.data.train_batch_size} with data.drop_last=true leaves no step: there are "
+            f"{data.num_comparisons} {data.unit}; lower it, or set data.drop_last=false"
+        )
+    if len(objective.phases) == 1:
+        return [Phase(data, plan, total or plan.num_steps(epochs))]
+    pairs = data.by_pairs()
+    of_pairs = plan.of(pairs.sizes)
+    if not of_pairs.epoch_steps(0):
+        raise UserError(
+            f"data.train_files: objective.name={config.objective.name} needs prompts with two responses whose scores "
+            f"differ, and {int(pairs.loss_counts.sum())} such pairs make no step; set objective.name=regression"
+        )
+    first = steps or max(1, round(ratio * (total or plan.num_steps(epochs))))
+    second = total - first if total else of_pairs.num_steps(epochs)
+    if not (total or steps):
+        second = max(1, round((1 - ratio) * second))
+    if second < 1:
+        raise UserError(f"{first} steps of regression leave none of trainer.total_training_steps={total}; lower them")
+    log.info("phases  %d steps of regression, then %d on %s pairs", first, second, f"{pairs.loss_counts.sum():,}")
+    return [Phase(data, plan, first), Phase(pairs, of_pairs, second)]
 
 
 def check_data(

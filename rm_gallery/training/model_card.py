@@ -35,6 +35,7 @@ _TRAINED_ON = {
     "davidson": "the model of Davidson (1970) on comparisons with ties",
     "plackett_luce": "the Plackett-Luce likelihood of rankings",
     "regression": "scores of responses",
+    "regression_then_bt": "scores of responses, then the Bradley-Terry loss on responses whose scores differ",
 }
 
 _TEMPLATE = """\
@@ -343,7 +344,7 @@ def _unit(config: TrainConfig, objective: Mapping[str, Any]) -> str:
             f"Rewards are log-odds. The score of a response is one of {scores}, and is at most the k-th of them with\n"
             f"probability sigmoid(c_k - reward), c = {cuts}"
         )
-    if config.data.attributes:
+    if config.data.attributes and config.objective.name != "regression_then_bt":
         return f"The outputs are in the unit of {', '.join(config.data.attributes)} in the training data"
     return "Rewards are comparable between responses to the same prompt. They have no unit and no zero point"
 

@@ -24,12 +24,12 @@ class ObjectiveConfig:
 
     name: Literal[
         "bradley_terry", "margin", "scaled", "soft", "focal", "hinge", "rao_kupper", "davidson", "plackett_luce",
-        "regression", "attributes", "sft",
+        "regression", "regression_then_bt", "attributes", "sft",
     ] = "bradley_terry"  # fmt: skip
     """Objective: `bradley_terry`, `margin`, `scaled`, `soft`, `focal` or `hinge` on comparisons; `rao_kupper` or
-    `davidson` on comparisons with ties; `plackett_luce` on rankings; `regression` or `attributes` (`model.attributes`)
-    on graded responses; `sft` on conversations, which trains a language model. See docs/objectives.md and
-    docs/sft.md."""
+    `davidson` on comparisons with ties; `plackett_luce` on rankings; `regression`, `regression_then_bt` or `attributes`
+    (`model.attributes`) on graded responses; `sft` on conversations, which trains a language model. See
+    docs/objectives.md and docs/sft.md."""
     center_coefficient: Annotated[float, Ge(0)] = 0.0
     """Adds this times the square of the sum of both rewards to the loss of each comparison; 0.01 keeps rewards around
     0. Of a ranking or a graded response: times the square of twice its mean reward."""
@@ -39,10 +39,14 @@ class ObjectiveConfig:
     """`plackett_luce`: likelihood of tied responses: summed over all orders (`exact`), Efron's approximation (`efron`),
     or exact up to 6 tied responses and Efron's beyond (`auto`)."""
     score_column: str = "score"
-    """`regression`: column of the score of a response, or of a list of one score per response."""
+    """`regression`, `regression_then_bt`: column of the score of a response, or of a list of one score per response."""
     bins: Annotated[int, Ge(0)] = 0
-    """`regression`: cross-entropy over this number of bins, 2 or more, from the lowest to the highest score; 0 is the
-    squared error."""
+    """`regression`, `regression_then_bt`: cross-entropy over this number of bins, 2 or more, from the lowest to the
+    highest score; 0 is the squared error."""
+    regression_steps: Annotated[int, Ge(1)] | None = None
+    """`regression_then_bt`: optimizer steps of the first phase; default: `regression_ratio`."""
+    regression_ratio: Annotated[float, Gt(0), Lt(1)] = 0.5
+    """`regression_then_bt`: share of the first phase in `trainer.total_training_steps`, or in the epochs."""
     margin_form: Literal["shift", "hinge"] = "shift"
     """`margin`: `shift` is -log sigmoid(difference - margin), as in Llama 2; `hinge` is max(0, margin - difference)."""
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
@@ -56,15 +60,17 @@ class ObjectiveConfig:
     cut points between `bins`. 0 keeps where they start."""
 
 
+_SCORED = ("regression", "regression_then_bt")
 _TIES = ("rao_kupper", "davidson")
 _ALL = (
-    "bradley_terry", "margin", "scaled", "soft", "focal", "hinge", *_TIES, "plackett_luce", "regression", "attributes",
+    "bradley_terry", "margin", "scaled", "soft", "focal", "hinge", *_TIES, "plackett_luce", *_SCORED,
+    "attributes",
 )  # fmt: skip
 OPTIONS_OF: dict[str, tuple[str, ...]] = {
-    "score_column": ("regression",),
+    "score_column": _SCORED, "regression_steps": ("regression_then_bt",), "regression_ratio": ("regression_then_bt",),
     "center_coefficient": _ALL, "reward_l2": _ALL, "margin_form": ("margin",), "ties": ("plackett_luce",),
     "label_smoothing": ("soft",), "focal_gamma": ("focal",), "hinge_margin": ("hinge",),
-    "threshold_lr": (*_TIES, "regression"), "bins": ("regression",),
+    "threshold_lr": (*_TIES, *_SCORED), "bins": _SCORED,
 }  # fmt: skip
 """The objectives that have each option."""
 
@@ -78,7 +84,9 @@ def _option_problems(config: ObjectiveConfig) -> Iterator[Problem]:
             yield Problem(key, f"{key}={value} with objective.name={config.name}: it belongs to {', '.join(names)}")
     if config.bins == 1:
         yield Problem("objective.bins", "objective.bins=1: set 2 or more, or 0 for the squared error")
-    is_squared = config.name == "regression" and not config.bins
+    if config.regression_steps is not None and config.regression_ratio != ObjectiveConfig.regression_ratio:
+        yield Problem("objective.regression_ratio", "objective.regression_steps and regression_ratio: set one of them")
+    is_squared = config.name in _SCORED and not config.bins
     if is_squared and config.threshold_lr != ObjectiveConfig.threshold_lr:
         key = "objective.threshold_lr"
         yield Problem(key, f"{key}={config.threshold_lr} with objective.bins=0: the squared error has no cut points")
@@ -102,14 +110,14 @@ def data_of(config: ObjectiveConfig, model: ModelConfig, data: DataConfig) -> Da
 
 def rated_columns(config: ObjectiveConfig, model: ModelConfig) -> list[str]:
     """Columns of the numbers that responses are trained on; none for an objective on comparisons."""
-    return [config.score_column] if config.name == "regression" else model.attributes
+    return [config.score_column] if config.name in _SCORED else model.attributes
 
 
 def metrics_of(config: ObjectiveConfig, model: ModelConfig) -> list[str]:
     """Metrics of the objective that say which of two checkpoints is better, `loss` and `accuracy` aside."""
     if model.attributes:
         return [f"{kind}_{each}" for each in model.attributes for kind in ("accuracy", "mse", "pearson")]
-    if config.name == "regression":
+    if config.name in _SCORED:
         return ["mse", "pearson"]
     if config.name == "sft":
         return ["perplexity", "token_accuracy"]
@@ -138,7 +146,7 @@ def objective_problems(
         yield Problem("data.attributes", f"data.attributes={data.attributes}: set model.attributes instead")
     if data.ties and config.name not in _TIES:
         yield Problem("data.ties", f"data.ties=true with objective.name={config.name}: set one of {', '.join(_TIES)}")
-    cause = key if is_named else "objective.name=regression"
+    cause = key if is_named else f"objective.name={config.name}"
     if rated and data.custom_cls.name:
         yield Problem(
             "data.custom_cls", f"data.custom_cls with {cause}: a class builds preferences; remove one of them"

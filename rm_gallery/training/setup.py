@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rm_gallery.data.batching.loader import StepBatches, load_steps
+from rm_gallery.data.batching.loader import Phase, StepBatches, load_phases
 from rm_gallery.data.batching.plan import Plan
 from rm_gallery.data.config import mixture_of
 from rm_gallery.data.token_cache.arrays import TokenData
@@ -45,7 +45,14 @@ from rm_gallery.training.checkpoint.folders import name_best
 from rm_gallery.training.checkpoint.state import OBJECTIVE
 from rm_gallery.training.checkpoint_setup import build_checkpoints, model_shape, run_identity
 from rm_gallery.training.config import TrainConfig
-from rm_gallery.training.data_setup import Loaded, check_best_metric, check_data, load_eval_sets, load_sides
+from rm_gallery.training.data_setup import (
+    Loaded,
+    check_best_metric,
+    check_data,
+    load_eval_sets,
+    load_sides,
+    plan_phases,
+)
 from rm_gallery.training.metric_names import as_average
 from rm_gallery.training.model_setup import StartModel, find_adapter, start_model
 from rm_gallery.training.optim import build_optimizer, build_schedule
@@ -137,12 +144,13 @@ def prepare(config: TrainConfig, world: World, stop: StopSignal, *, validates: b
         prompts=train.data.prompt_hashes,
     )
     agree_on_plan(plan)
-    total_steps = _count_steps(plan, config, train.data)
+    phases = plan_phases(config, objective, train.data, plan)
+    total_steps = sum(phase.num_steps for phase in phases)
     optimizer = _start_optimizer(config, objective, weights, train.data)
     decay = config.trainer.ema_decay
     ema = None if decay is None else AveragedWeights(weights, decay)
     return RunParts(
-        config, tokenizer, start, shape, world, HostGroup(world), stop, model, weights, objective, optimizer, plan,
+        config, tokenizer, start, shape, world, HostGroup(world), stop, model, weights, objective, optimizer, phases,
         train, val, eval_sets, total_steps, router_loss, ema,
     )  # fmt: skip
 
@@ -152,12 +160,12 @@ def _run(
 ) -> RunResult:
     loop = prepare(config, world, stop)
     config, start, ranks, total_steps = loop.config, loop.start, loop.ranks, loop.total_steps
-    train, plan, run_dir = loop.train, loop.plan, config.trainer.run_dir
+    train, plan, run_dir = loop.train, loop.phases[0].plan, config.trainer.run_dir
     with ranks.on_main(lock_run_dir(run_dir)):
         if world.is_main:
             copy_log_to(run_dir / LOG_NAME)
         tensors = RunTensors(loop.model, loop.weights, loop.optimizer, has_frozen=start.adapter is None, ema=loop.ema)
-        identity = run_identity(config, train.data, plan, loop.shape, total_steps)
+        identity = run_identity(config, loop.phases, loop.shape)
         begin = find_start(
             run_dir, config.trainer.resume_mode, identity, tensors, ranks, mirror_url=config.trainer.mirror_url
         )
@@ -244,7 +252,7 @@ class RunParts:
     weights: TrainedWeights
     objective: Objective
     optimizer: torch.optim.Optimizer
-    plan: Plan
+    phases: Sequence[Phase]
     train: Loaded
     val: Loaded | None
     eval_sets: Mapping[str, Loaded]
@@ -286,15 +294,6 @@ def _train(
         if report:
             trackers.attach(report.finish())
         trackers.close(failed=failed)
-
-
-def _count_steps(plan: Plan, config: TrainConfig, data: TokenData) -> int:
-    if not plan.epoch_steps(0):
-        raise UserError(
-            f"data.train_batch_size={config.data.train_batch_size} with data.drop_last=true leaves no step: there are "
-            f"{data.num_comparisons} pairs; lower it, or set data.drop_last=false"
-        )
-    return config.trainer.total_training_steps or plan.num_steps(config.trainer.total_epochs)
 
 
 def _write_facts(
@@ -351,15 +350,18 @@ def _log_overview(
     items = train.data.unit
     count_and_tokens = f"{train.data.num_comparisons:,} {items}, {train.data.num_tokens:,} tokens"
     log.info("data    %s%s", count_and_tokens, held_out)
-    log.info("steps   %s (%s epochs of %d), %d %s each",
-             f"{total_steps:,}", f"{total_steps / epoch:.3g}", epoch, config.data.train_batch_size, items)  # fmt: skip
+    if config.objective.name == "regression_then_bt":  # phases with other epochs
+        log.info("steps   %s, %d %s or pairs each", f"{total_steps:,}", config.data.train_batch_size, items)
+    else:
+        epochs = f"{total_steps / epoch:.3g} epochs of {epoch}"
+        log.info("steps   %s (%s), %d %s each", f"{total_steps:,}", epochs, config.data.train_batch_size, items)
     log.info("budget  micro-batches of at most %s%s tokens", f"{config.data.budget:,}", padded)
     log.info("run     %s", config.trainer.run_dir)
 
 
 def load_parts(parts: RunParts, start_step: int = 0) -> Iterator[StepBatches]:
     """The batches of this rank from a step on."""
-    return load_steps(parts.train.data, parts.plan, rank=parts.world.rank, start_step=start_step)
+    return load_phases(parts.phases, rank=parts.world.rank, start_step=start_step)
 
 
 def _build_trainer(config: TrainConfig, loop: RunParts, begin: Start, checkpoints: Saver, sink: MetricSink,

@@ -141,8 +141,8 @@ class Trainer:
         self._watch(result)
         self.window.add(batches)
         is_last = progress.step == self.total_steps
-        if progress.step % self.intervals.log == 0 or is_last:
-            self._log(result, learning_rate, batches.epoch)
+        if progress.step % self.intervals.log == 0 or is_last or batches.ends_phase:
+            self._log(result, learning_rate, batches)
         is_best = False
         if self.validate and (is_last or _is_due(progress.step, self.intervals.validate)):
             is_best = self._validate()
@@ -172,7 +172,7 @@ class Trainer:
         device = self.weights.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         step_sums = Sums()
-        count = len(batches.batches)
+        count, objective = len(batches.batches), self.objective.phases[batches.phase]
         if self.router_loss is not None:
             self.router_loss.start(batches.batches, device)
         for index, batch in enumerate(batches.batches):
@@ -181,7 +181,7 @@ class Trainer:
             if index:
                 self.tick(f"micro-batch {index + 1}/{count}")
             batch = batch.to(device)
-            loss, metric_sums = self.objective(self.model(batch), batch)
+            loss, metric_sums = objective(self.model(batch), batch)
             share = loss / batches.num_comparisons
             if self.router_loss is not None:
                 balance = self.router_loss.share(batch)
@@ -235,13 +235,13 @@ class Trainer:
         progress.count_validation(metrics)
         return bool(self.save_best and progress.step and progress.note_best(metrics))
 
-    def _log(self, result: StepResult, learning_rate: float, epoch: float) -> None:
+    def _log(self, result: StepResult, learning_rate: float, batches: StepBatches) -> None:
         self.sink.log(
             {
-                **self.objective.means(self.window.sums.read(), "train"),
+                **self.objective.phases[batches.phase].means(self.window.sums.read(), "train"),
                 "train/lr": learning_rate,
                 "train/grad_norm": result.grad_norm,
-                "train/epoch": epoch,
+                "train/epoch": batches.epoch,
                 "train/bad_steps": float(self.progress.bad_steps),
                 **self.window.close(),
             },

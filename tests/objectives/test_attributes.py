@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from rm_gallery.data.batching.bin_packing import Packer
+from rm_gallery.data.batching.loader import Phase, load_phases
 from rm_gallery.data.batching.packed_batch import PackedBatch, collate
+from rm_gallery.data.batching.plan import PackingConfig, Plan
 from rm_gallery.data.batching.prompt_sharing import plan_step
 from rm_gallery.data.formats.config import FormatConfig
 from rm_gallery.data.formats.detect import choose_format
@@ -165,3 +167,49 @@ def test_lists_of_responses_have_lists_of_numbers() -> None:
     assert first == Rating(0, attributes=(3.0,), weight=2.0) and math.isnan(second.attributes[0])
     with pytest.raises(BadRow, match="scores of a different length than the responses"):
         rate_lists({**values, "scores": [1]}, config, 2)
+
+
+def scored(*scores: float, weight: float = 1.0) -> TokenGroup:
+    tails = [np.array([place], np.int32) for place in range(len(scores))]
+    ratings = [Rating(place, attributes=(score,), weight=weight) for place, score in enumerate(scores)]
+    return TokenGroup(np.zeros(0, np.int32), tails, (), ratings)
+
+
+def test_regression_then_bt_is_regression_and_then_bradley_terry_on_pairs() -> None:
+    objective = build_objective("regression_then_bt", (), {"center_coefficient": 0.1, "bins": 0})
+    batch = collate([scored(2, 3, math.nan, 3), scored(1, 1, 0, weight=2.0)])
+    rewards = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    first, second = objective.phases
+    plain = build_objective("regression", (), {"center_coefficient": 0.1})
+    assert first(rewards, batch)[0].item() == pytest.approx(plain(rewards, batch)[0].item())
+    r = rewards.tolist()
+    expected = sum(weight * (math.log1p(math.exp(r[j] - r[i])) + 0.1 * (r[i] + r[j]) ** 2)
+                   for i, j, weight in ((1, 0, 1), (3, 0, 1), (4, 6, 4), (5, 6, 4)))  # fmt: skip
+    loss, sums = second(rewards, batch)
+    assert loss.item() == pytest.approx(expected)
+    found = second.means({name: float(each) for name, each in sums.items()}, "val")
+    assert found["val/loss"] == pytest.approx(expected / 4) and found.keys() >= {"val/accuracy", "val/mse"}
+    assert torch.autograd.gradcheck(lambda values: second.loss(values, batch), rewards)
+    extreme = torch.tensor([1e4, -1e4, 0, 0, -1e4, 1e4, 0], requires_grad=True)
+    second(extreme, batch)[0].backward()
+    assert extreme.grad is not None and torch.isfinite(extreme.grad).all()
+
+
+def test_pairs_are_counted_for_the_plan_and_groups_without_one_are_left_to_the_first_phase() -> None:
+    groups = [scored(2, 3, math.nan, 3), scored(1), scored(0, 0), scored(3, 1, 3), scored(math.nan, 1), scored(1, 2, 3)]
+    data = TokenData.from_groups((group, Origin("a", row)) for row, group in enumerate(groups))
+    pairs = data.by_pairs()
+    assert pairs.loss_counts.tolist() == [2, 0, 0, 2, 0, 3] and data.loss_counts.tolist() == [3, 1, 2, 3, 1, 3]
+    plan = Plan(data.sizes, PackingConfig(train_batch_size=4, shuffle=False), Packer(100), seed=0)
+    later = plan.of(pairs.sizes)
+    assert [step.tolist() for step in later.epoch_steps(0)] == [[0, 3], [5]]
+    phases = [Phase(data, plan, 3), Phase(pairs, later, 3)]
+    whole = list(load_phases(phases))
+    assert [step.phase for step in whole] == [0, 0, 0, 1, 1, 1] and [step.ends_phase for step in whole].count(True) == 2
+    assert [step.num_comparisons for step in whole[3:]] == [4, 3, 4] and whole[3].num_pairs == 4
+    assert [step.epoch for step in whole] == pytest.approx([0.2, 0.4, 0.6, 1.1, 1.6, 2.1])
+    for start in range(7):
+        tail = list(load_phases(phases, start_step=start))
+        assert [(step.epoch, step.phase, step.num_comparisons) for step in tail] == [
+            (step.epoch, step.phase, step.num_comparisons) for step in whole[start:]
+        ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,6 +28,32 @@ class StepBatches:
     """Comparisons, rated responses or conversations over all ranks; None if they are `num_comparisons`."""
     num_targets: int = 0
     """Target tokens of the language-model loss, over all ranks."""
+    phase: int = 0
+    """Which phase of the run the step belongs to."""
+    ends_phase: bool = False
+    """Whether it is the last of its phase."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Consecutive steps of a run, on a plan of their own."""
+
+    data: TokenData
+    plan: Plan
+    num_steps: int
+
+
+def load_phases(phases: Sequence[Phase], *, rank: int = 0, start_step: int = 0) -> Iterator[StepBatches]:
+    """The steps of all phases in order, from `start_step` of the run on."""
+    epochs = 0.0
+    for number, phase in enumerate(phases):
+        if start_step < phase.num_steps:
+            steps = load_steps(phase.data, phase.plan, rank=rank, start_step=start_step)
+            for place, step in zip(range(start_step + 1, phase.num_steps + 1), steps, strict=False):
+                ends = place == phase.num_steps
+                yield replace(step, epoch=epochs + step.epoch, phase=number, ends_phase=ends)
+        epochs += phase.plan.epochs(phase.num_steps)
+        start_step = max(0, start_step - phase.num_steps)
 
 
 def load_steps(data: TokenData, plan: Plan, *, rank: int = 0, start_step: int = 0) -> Iterator[StepBatches]:

@@ -148,6 +148,7 @@ class Plan:
         """prompts: [N] prompt of each group, for `keep_prompts_together`."""
         self.sizes, self.config, self.packer, self.seed, self.mixture = sizes, config, packer, seed, mixture
         self.prompts = prompts if config.keep_prompts_together else None
+        self._used: np.ndarray | None = None  # [N] bool; None for all
         self._epoch: int | None = None
         self._steps = Steps(np.zeros(0, np.int64), np.zeros(1, np.int64))
 
@@ -159,7 +160,7 @@ class Plan:
                 prompts=self.prompts,
             )  # fmt: skip
             self._steps = split_steps(
-                order,
+                order if self._used is None else order[self._used[order]],
                 self.sizes.num_comparisons,
                 batch_size=self.config.train_batch_size,
                 drop_last=self.config.drop_last,
@@ -167,9 +168,22 @@ class Plan:
             self._epoch = epoch
         return self._steps
 
+    def of(self, sizes: GroupSizes) -> Plan:
+        """The plan of the same groups with other sizes, without those that have no comparison then."""
+        found = Plan(sizes, self.config, self.packer, seed=self.seed, mixture=self.mixture, prompts=self.prompts)
+        found._used = sizes.num_comparisons > 0
+        return found
+
     def num_steps(self, epochs: int) -> int:
         """Number of optimizer steps in this number of epochs."""
         return sum(len(self.epoch_steps(epoch)) for epoch in range(epochs))
+
+    def epochs(self, num_steps: int) -> float:
+        """Epochs of data that this number of steps uses, from the first on."""
+        epoch = 0
+        while num_steps > (size := len(self.epoch_steps(epoch))):
+            epoch, num_steps = epoch + 1, num_steps - size
+        return epoch + num_steps / size
 
     def step(self, data: TokenData, groups: np.ndarray) -> StepPlan:
         """The micro-batches of one step."""

@@ -14,11 +14,13 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from rm_gallery.data.token_cache.counts import count_pairs, count_targets, count_values
 from rm_gallery.data.token_cache.fingerprint import Fingerprint
 from rm_gallery.data.tokenization.token_group import Origin, Span, TokenGroup, is_ranking, largest_tie, ranks_of
 from rm_gallery.errors import UserError
@@ -219,9 +221,9 @@ class TokenData:
             num_responses=arrays["num_responses"],
             num_comparisons=arrays["num_comparisons" if self.unit == "pairs" else "num_responses"],
         )
-        self.target_counts = self._count_targets() if has_spans else None
+        self.target_counts = count_targets(arrays, of_conversations=self.is_conversations) if has_spans else None
         """[N] int: target tokens of the language-model loss of each group; None without any."""
-        self.loss_counts = self._count_values() if self.is_rated else self.sizes.num_comparisons
+        self.loss_counts = count_values(arrays) if self.is_rated else self.sizes.num_comparisons
         """[N] int: what each group adds to the divisor of the loss sum: comparisons, known attributes, or tokens."""
         if self.is_conversations:
             assert self.target_counts is not None
@@ -229,27 +231,20 @@ class TokenData:
         self.is_ranked = False
         """Whether a group is one item, a ranking of its responses that is never cut; see `as_rankings`."""
 
-    def _count_values(self) -> np.ndarray:
-        known = np.concatenate([[0], np.cumsum(~np.isnan(self._arrays["attributes"]), dtype=np.int64)])
-        return np.asarray(np.diff(known[self._arrays["attribute_start"]]))
-
-    def _count_targets(self) -> np.ndarray:
-        """Of conversations all targets; of comparisons those of the preferred response of each."""
-        arrays = self._arrays
-        group = np.repeat(np.arange(len(arrays["num_spans"])), arrays["num_spans"])
-        lengths = (arrays["span_last"] - arrays["span_first"]).astype(np.int64)
-        if self.is_conversations:
-            return np.bincount(group, lengths, minlength=len(arrays["num_spans"])).astype(np.int64)
-        response = arrays["response_start"][group] + arrays["span_response"]
-        by_response = np.bincount(response, lengths, minlength=len(arrays["tail"]))
-        owner = np.repeat(np.arange(len(arrays["num_comparisons"])), arrays["num_comparisons"])
-        preferred = by_response[arrays["response_start"][owner] + arrays["better"]]
-        return np.bincount(owner, preferred, minlength=len(arrays["num_comparisons"])).astype(np.int64)
-
     def known_attributes(self) -> np.ndarray:
         """float32: every attribute of every response that the data have."""
         values = self._arrays["attributes"]
         return np.asarray(values[~np.isnan(values)])
+
+    def by_pairs(self) -> TokenData:
+        """The same ratings of one attribute, counted as pairs of responses to a prompt whose numbers differ.
+
+        Not counted are pairs of responses in different groups.
+        """
+        found = copy(self)
+        found.loss_counts = count_pairs(self._arrays)
+        found.sizes = replace(self.sizes, num_comparisons=found.loss_counts)
+        return found
 
     def as_rankings(self, max_tied: int | None = None) -> None:
         """Count each group as one ranking. Raises UserError for comparisons that are not those of a ranking.
