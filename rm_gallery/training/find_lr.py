@@ -139,6 +139,9 @@ def find_lr(config: TrainConfig, *, low: float, high: float, steps: int) -> Rang
         early_stopping_patience=None,
     )  # fmt: skip
     config = replace(config, trainer=trainer)
+    if config.objective.name == "regression_then_bt":  # whose loss jumps where its second phase begins
+        log.warning("objective.name=regression_then_bt: the learning rate is tested on its first phase, regression")
+        config = replace(config, objective=replace(config.objective, name="regression"))
     stop = StopSignal()
     with processes(trainer.device, timeout_seconds=trainer.timeout_seconds) as world:
         parts = prepare(agree_on_run(config, world), world, stop, validates=False)
