@@ -26,7 +26,7 @@ from tests.training.process_checks import Built, build
 
 BOUNDED = {"center_coefficient": 0.05, "reward_l2": 0.05}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, BOUNDED) for name in OBJECTIVES if name != "attributes"},
+    **{name: (name, BOUNDED) for name in OBJECTIVES if name not in ("attributes", "sft")},
     "margin hinge": ("margin", {"margin_form": "hinge"}), "smoothed": ("soft", {"label_smoothing": 0.1}),
     "efron": ("plackett_luce", {"ties": "efron"}), "bins": ("regression", {"bins": 3}),
 }  # fmt: skip
