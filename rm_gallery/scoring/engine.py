@@ -150,7 +150,20 @@ class Engine(forks.SurvivesFork):
     def tokenize_rendered(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts in which all special tokens are written out."""
         with self._tokenizer_lock:
-            return self._encoder.encode_rendered(texts)
+            found = self._encoder.encode_rendered(texts)
+        closing = list(self.source.closing_ids)
+        return [ids if ids[len(ids) - len(closing) :] == closing else ids + closing for ids in found]
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[Encoded]:
+        """Tokens of each such text, or the exception that says why it has none."""
+        found: list[Encoded] = []
+        for text in texts:
+            try:
+                ids = self._checked(self.tokenize_rendered([text]))
+            except BadRow as error:
+                ids = error
+            found.append(ids if isinstance(ids, Exception) else self._split(ids))
+        return found
 
     def _tokenize_one(self, group: PreferenceGroup) -> list[list[int]] | Exception:
         try:

@@ -146,6 +146,16 @@ class RewardScorer(BaseScorer):
         """
         return self._run(self.engine.encode(self.fitted(groups)), attributes and bool(self.attributes))
 
+    def score_rendered(self, texts: Sequence[str]) -> list[float]:
+        """Rewards of whole texts that hold all their special tokens, as a chat template writes them.
+
+        Such texts come from other programs; `score_messages` renders as in training. Raises UserError as `score`.
+        """
+        encoded = self.engine.encode_rendered(texts)
+        groups = [PreferenceGroup("", [text], style="text") for text in texts]
+        raise_first(encoded, groups)
+        return [reward for [reward] in raise_first(self._run(encoded), groups)]
+
     def _run(self, encoded: Sequence[Encoded], attributes: bool = False) -> list[list[Any] | Exception]:
         parts = [part for each in encoded if not isinstance(each, Exception) for part in each]
         found: list[list[Any]] = [[]] * len(parts)

@@ -125,11 +125,9 @@ class Member:
                 raise bad_request(f"{what} has the token id {wrong}; the model has 0 to {self._num_ids - 1}")
             return [text]
         try:
-            [ids] = self.scorer.engine.tokenize_rendered([text])
+            return self.scorer.engine.tokenize_rendered([text])
         except ValueError as error:
             return error
-        closing = list(self.scorer.engine.source.closing_ids)
-        return [ids if ids[len(ids) - len(closing) :] == closing else ids + closing]
 
     def _check_characters(self, count: int, what: str) -> None:
         limit = CHARACTERS_PER_TOKEN * self.max_length

@@ -39,6 +39,7 @@ LAYERS = [
     "rm_gallery.inspection",
     "rm_gallery.planning",
     "rm_gallery.scoring",
+    "rm_gallery.integrations",
     "rm_gallery.core",
     "rm_gallery.evaluation",
     "rm_gallery.serving",

@@ -9,7 +9,8 @@ import pytest
 from tests.structure.tree import ROOT, at, fail_on
 
 _PATH = re.compile(
-    r"`((?:rm_gallery|data|modeling|training|inspection|planning|scoring|core|distributed|objectives|evaluation)/[\w/.]*)"
+    r"`((?:rm_gallery|data|modeling|training|inspection|planning|scoring|core|distributed|objectives|evaluation|serving"
+    r"|integrations)/[\w/.]*)"
 )
 
 

@@ -1,0 +1,1 @@
+"""Rewards in RL trainers: reward functions with the signatures of TRL, verl and OpenRLHF (docs/rl.md)."""
