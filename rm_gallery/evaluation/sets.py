@@ -134,15 +134,9 @@ class EvalSet:
         assert self.benchmark is not None
         for row in read_rows(self.files, key=KEY):
             try:
-                if row.fault:
-                    raise BadRow(row.fault)
-                yield self.benchmark.read(row)
+                yield self.benchmark.item(row)
             except SkippedRow as error:
                 dropped.add(str(error), row.where)
-            except BadRow as error:
-                raise UserError(
-                    f"{row.where}: {error}; a row of {self.benchmark.title} cannot be dropped, get the published files"
-                ) from None
 
     def _read(self, style: InputStyle, dropped: Dropped) -> Iterator[Item]:
         readers: dict[str, RowReader] = {}

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,8 +20,9 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from rm_gallery.config import known_keys, load, problem_of, to_save, to_yaml
+from rm_gallery.data.benchmarks.named import check_set, named_benchmark
 from rm_gallery.data.config import DataConfig, data_problems, has_validation, normalize_data
-from rm_gallery.data.sources import entry_problems, find_files
+from rm_gallery.data.sources import entry_problems
 from rm_gallery.data.sources.config import EVAL_SETS
 from rm_gallery.errors import Problem, UserError, nearest
 from rm_gallery.modeling.config import ModelConfig
@@ -288,7 +290,9 @@ def _validation_problems(config: TrainConfig) -> Iterator[Problem]:
             )
         elif trainer.ema_decay is not None and is_average(name):
             yield Problem(key, f"{key}: with trainer.ema_decay, {name} names metrics of the average; rename the set")
-        yield from problem_of(key, lambda files=files, key=key: find_files(files, key=key))  # type: ignore[misc]
+        yield from problem_of(key, partial(check_set, name, files, key=key))
+        if config.objective.name == "sft" and (named := named_benchmark(name, files)):
+            yield Problem(key, f"{key}: objective.name=sft trains no rewards, which {named.benchmark.title} compares")
     is_used = trainer.save_best or trainer.early_stopping_patience is not None
     key = "trainer.early_stopping_patience" if trainer.early_stopping_patience else "trainer.save_best"
     if not (has_validation(config.data) or trainer.eval_sets):
@@ -304,14 +308,16 @@ def _validation_problems(config: TrainConfig) -> Iterator[Problem]:
 def _metric_problems(config: TrainConfig) -> Iterator[Problem]:
     key, name = "trainer.save_best_metric", config.trainer.save_best_metric
     kinds = ["accuracy", "loss", *metrics_of(config.objective, config.model)]
-    sets = [*([""] if has_validation(config.data) else []), *config.trainer.eval_sets]
+    sets = {"": kinds} if has_validation(config.data) else {}
+    for each, files in config.trainer.eval_sets.items():
+        sets[each] = kinds if named_benchmark(each, files) is None else ["accuracy", "loss", "margin", "score"]
     if config.trainer.ema_decay is not None:
-        sets += [average_of(each) for each in sets]
-    known = [f"val/{each}/{kind}" if each else f"val/{kind}" for each in sets for kind in kinds]
+        sets |= {average_of(each): of_set for each, of_set in sets.items()}
+    known = [f"val/{each}/{kind}" if each else f"val/{kind}" for each in sets for kind in sets[each]]
     parsed = parse_metric(name)
     if parsed is not None and not parsed.direction:
         yield Problem(key, f"{key}={name}: neither higher nor lower is better; set one of {', '.join(known)}")
-    elif parsed is None or parsed.set not in sets or parsed.kind not in kinds:
+    elif parsed is None or parsed.kind not in sets.get(parsed.set, ()):
         hint = nearest(name, known)
         yield Problem(key, f"{key}={name}: validation has no such metric.{hint} It has {', '.join(known)}")
 

@@ -12,6 +12,7 @@ import numpy as np
 from rm_gallery.data.batching.bin_packing import Packer
 from rm_gallery.data.batching.loader import Phase
 from rm_gallery.data.batching.plan import Plan, long_pairs
+from rm_gallery.data.benchmarks.named import BenchmarkReader, NamedBenchmark, named_benchmark
 from rm_gallery.data.config import DataConfig, Side, sides_of
 from rm_gallery.data.custom import CustomReader
 from rm_gallery.data.sources import DataFile, entries_of, resolve_files
@@ -38,12 +39,16 @@ from rm_gallery.modeling.router_loss import check_config
 from rm_gallery.modeling.weight_files import tokenizer_folder
 from rm_gallery.objectives import Objective
 from rm_gallery.objectives.plackett_luce import MAX_EXACT
+from rm_gallery.training.benchmark_sets import SCORE, BenchmarkSet
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.metric_names import parse_metric, set_of
 from rm_gallery.training.model_setup import find_adapter
 from rm_gallery.training.validation import BY_SOURCE, by_source_names
 
 log = logging.getLogger(__name__)
+
+SEPARATOR = "\n\n"
+"""Text between turns for a model of raw text whose training data had no prompts."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Loaded:
 
     store: Store
     files: list[DataFile]
+    benchmark: BenchmarkSet | None = None
+    """What a set of `trainer.eval_sets` is, if it is one."""
 
     @property
     def data(self) -> TokenData:
@@ -63,7 +70,7 @@ class Loaded:
             self.data.style,
             config.append_eos,
             config.max_length,
-            separator="" if self.data.has_text_prompts else "\n\n",
+            separator="" if self.data.has_text_prompts else SEPARATOR,
             text_special_tokens=config.text_special_tokens,
             attributes=tuple(model.attributes),
             attribute_weights=weights_of(model.attributes, model.attribute_weights),
@@ -124,12 +131,23 @@ def check_inputs(config: TrainConfig) -> None:
     if model.router_aux_loss_coef:
         check_config(source)
     read_at(tokenizer, closing_token(source), what=what)
-    sides = [(side.key, config.data) for side in sides_of(config.data)]
-    sets = [(key, data) for _, key, data in _sets_of(config)]
-    for side_key, data in (*sides, *sets):
-        files, entries = resolve_files(data, key=side_key), entries_of(data, side_key)
-        for warning in peek(files, entries, data, tokenizer, key=side_key).warnings():
-            log.warning("%s: %s", side_key, warning)
+    for side in sides_of(config.data):
+        _peek(side.key, config.data, None, tokenizer)
+    is_chat = tokenizer.chat_template is not None or config.data.custom_cls.path is not None
+    for _, set_key, data, named in _sets_of(config):
+        _peek(set_key, data, named, tokenizer, None if is_chat else SEPARATOR)
+
+
+def _peek(key: str, data: DataConfig, named: NamedBenchmark | None, tokenizer: Any, separator: str | None = None
+) -> None:  # fmt: skip
+    """Read the first rows of a side. separator: as of `BenchmarkReader`."""
+    if named is None:
+        files, entries, reader = resolve_files(data, key=key), entries_of(data, key), None
+    else:
+        files, entries = named.find(key), (named.entry,)
+        reader = BenchmarkReader(named.benchmark.name, separator)
+    for warning in peek(files, entries, data, tokenizer, key=key, benchmark=reader).warnings():
+        log.warning("%s: %s", key, warning)
 
 
 def load_sides(config: DataConfig, tokenizer: Any, *, validates: bool = True) -> tuple[Loaded, Loaded | None]:
@@ -148,30 +166,48 @@ def load_sides(config: DataConfig, tokenizer: Any, *, validates: bool = True) ->
     return train, val
 
 
-def _sets_of(config: TrainConfig) -> list[tuple[str, str, DataConfig]]:
-    """(name, key, configuration with its files as `val_files`) of each set of `trainer.eval_sets`."""
-    return [
-        (name, f"{EVAL_SETS}.{name}", replace(config.data, val_files=files, val_fraction=0.0, val_split=None))
-        for name, files in config.trainer.eval_sets.items()
-    ]
+def _sets_of(config: TrainConfig) -> list[tuple[str, str, DataConfig, NamedBenchmark | None]]:
+    """(name, key, configuration with its files as `val_files`, benchmark) of each set of `trainer.eval_sets`."""
+    found = []
+    for name, files in config.trainer.eval_sets.items():
+        data = replace(config.data, val_files=files, val_fraction=0.0, val_split=None)
+        named = named_benchmark(name, files)
+        if named is not None:
+            data = replace(data, bad_rows="drop")  # those that the benchmark does not score; others are errors
+        found.append((name, f"{EVAL_SETS}.{name}", data, named))
+    return found
 
 
 def load_eval_sets(config: TrainConfig, tokenizer: Any, train: TokenData) -> dict[str, Loaded]:
     """The sets of `trainer.eval_sets` by name, read as validation data are; logs what `load_sides` logs."""
     found = {}
-    for name, key, data in _sets_of(config):
-        found[name] = load_side(Side(key), data, tokenizer)
+    separator = None if train.style == "chat" else "" if train.has_text_prompts else SEPARATOR
+    for name, key, data, named in _sets_of(config):
+        if named is None:
+            found[name] = load_side(Side(key), data, tokenizer)
+        else:
+            files, reader = named.find(key), BenchmarkReader(named.benchmark.name, separator)
+            store = _checked(prepare(files, (named.entry,), data, tokenizer, key=key, benchmark=reader), key, data)
+            found[name] = Loaded(store, files, BenchmarkSet.of(named.benchmark.name, store, key))
         _warn_of_overlap(train, found[name].data, f" of {key}")
     return found
 
 
 def check_best_metric(name: str, val: Loaded | None, eval_sets: Mapping[str, Loaded]) -> None:
-    """Raise UserError for a metric of a source that the validation data do not have."""
+    """Raise UserError for a metric of a source, or a score, that the validation data do not have."""
     parsed = parse_metric(name)
-    if parsed is None or not parsed.source:
+    if parsed is None or not (parsed.source or parsed.kind == SCORE):
         return
     name_of_set = set_of(parsed.set)  # the average of the weights is validated on the same data
     loaded = eval_sets.get(name_of_set, val if not name_of_set else None)
+    if loaded is not None and loaded.benchmark is not None and parsed.kind != "accuracy":
+        scores = [f"val/{parsed.set}/{each}" for each in loaded.benchmark.metric_names()]
+        if name not in scores:
+            raise UserError(
+                f"trainer.save_best_metric={name}: validation has no such metric. The scores of this set are "
+                f"{', '.join(scores)}"
+            )
+        return
     sources = by_source_names(loaded.data) if loaded is not None else []
     if parsed.kind not in BY_SOURCE or parsed.source not in sources:
         start = name.removesuffix(f"{parsed.kind}/{parsed.source}")
@@ -186,7 +222,12 @@ def load_side(side: Side, config: DataConfig, tokenizer: Any) -> Loaded:
     """One side as tokens, from the token cache if it is there; see `load_sides`."""
     key = side.key if side.share is None else f"{side.key} ({side.share[0]} share)"
     files, entries = resolve_files(config, key=side.key), entries_of(config, side.key)
-    store = prepare(files, entries, config, tokenizer, key=key, share=side.share)
+    store = _checked(prepare(files, entries, config, tokenizer, key=key, share=side.share), key, config)
+    return Loaded(store, files)
+
+
+def _checked(store: Store, key: str, config: DataConfig) -> Store:
+    """The store of a side, whose counts are logged. Raises UserError if no row can be used."""
     dropped, facts = store.dropped, store.facts
     if dropped.total:
         log.warning("%s: dropped %d of %d rows: %s", key, dropped.total, facts.num_rows, dropped.describe())
@@ -203,7 +244,7 @@ def load_side(side: Side, config: DataConfig, tokenizer: Any) -> Loaded:
     )  # fmt: skip
     for warning in store.custom.warnings():
         log.warning("%s: %s", key, warning)
-    return Loaded(store, files)
+    return store
 
 
 def _warn_of_overlap(train: TokenData, val: TokenData, of: str = "") -> None:
@@ -262,7 +303,7 @@ def check_data(
                 f"{key} hold {side.data.style} but data.train_files hold {train.data.style}; "
                 "set data.input_style to read both the same way"
             )
-    check_labels(config, objective, train, validated)
+    check_labels(config, objective, train, {key: side for key, side in validated.items() if side.benchmark is None})
     limit, rotary = max_positions(model), max_rotary_positions(model.network.config)
     for key, side in {"data.train_files": train, **validated}.items():
         longest = int(side.data.sizes.longest_text.max())

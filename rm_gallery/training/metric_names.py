@@ -4,6 +4,7 @@ val/accuracy        of the validation data
 val/accuracy/web    of those of one source
 val/math/accuracy   of the set `math` of `trainer.eval_sets`; val/math/accuracy/web of one of its sources
 val/ema/accuracy    of the validation data with the average of the weights (`trainer.ema_decay`); val/math.ema/accuracy
+val/rb/score        of a set that is a benchmark; val/rb/score/Chat of one of its parts
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 
 DEFAULT_METRIC = "val/accuracy"
 
-_LOWER, _HIGHER = r"loss|mse(_.+)?|perplexity", r"token_accuracy|accuracy(_.+)?|margin|pearson(_.+)?|tie_log_likelihood"
+_LOWER = r"loss|mse(_.+)?|perplexity"
+_HIGHER = r"token_accuracy|accuracy(_.+)?|margin|pearson(_.+)?|tie_log_likelihood|score"
 _METRIC = re.compile(rf"{_LOWER}|{_HIGHER}|reward_.+|length_correlation|router_aux_loss|tie_share|threshold|n")
 _SET = re.compile(r"[A-Za-z0-9][\w.-]*")
 

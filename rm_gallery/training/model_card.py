@@ -356,9 +356,13 @@ def _base_options(renames: Mapping[str, str], quantization: str | None) -> str:
 
 
 def _of_sets(metrics: Mapping[str, float]) -> list[str]:
-    """Accuracies of the sets of `trainer.eval_sets`."""
+    """Accuracies of the sets of `trainer.eval_sets`, and scores of those that are benchmarks."""
     parts = {name: parse_metric(name) for name in metrics}
-    return [name for name, each in parts.items() if each and each.set and each.kind == "accuracy" and not each.source]
+    return [
+        name
+        for name, each in parts.items()
+        if each and each.set and each.kind in ("accuracy", "score") and not each.source
+    ]
 
 
 def _sources(files: Any) -> list[str]:

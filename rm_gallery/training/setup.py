@@ -32,7 +32,7 @@ from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.modeling.router_loss import RouterLoss
 from rm_gallery.modeling.weight_files import tokenizer_folder
-from rm_gallery.objectives import Objective, build_objective
+from rm_gallery.objectives import Objective, bradley_terry, build_objective
 from rm_gallery.training.agreement import agree_on_plan, agree_on_run
 from rm_gallery.training.callbacks import AnnouncedSaver, Callbacks, Sinks
 from rm_gallery.training.checkpoint import (
@@ -368,12 +368,14 @@ def _build_trainer(config: TrainConfig, loop: RunParts, begin: Start, checkpoint
     tick: Callable[[str], None],
 ) -> Trainer:  # fmt: skip
     weights = weights_of(config.model.attributes, config.model.attribute_weights)
-    val, sets = loop.val.data if loop.val else None, {name: each.data for name, each in loop.eval_sets.items()}
+    val = loop.val.data if loop.val else None
+    sets = {name: (each.data, each.benchmark) for name, each in loop.eval_sets.items()}
 
     def validate_weights(before_pack: Callable[[], None]) -> dict[str, float]:
-        return validate_sets(val, sets, lambda data: validate(
-            loop.model, data, loop.objective, token_budget=config.data.budget, share_prompts=config.data.share_prompts,
-            device=loop.world.device, before_pack=before_pack, attribute_weights=weights,
+        return validate_sets(val, sets, lambda data, benchmark: validate(
+            loop.model, data, loop.objective if benchmark is None else bradley_terry, token_budget=config.data.budget,
+            share_prompts=config.data.share_prompts, device=loop.world.device, before_pack=before_pack,
+            attribute_weights=weights, benchmark=benchmark,
         ))  # fmt: skip
 
     def run_validation(before_pack: Callable[[], None]) -> dict[str, float]:

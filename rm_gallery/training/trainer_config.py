@@ -33,11 +33,13 @@ class LoopConfig:
     val_before_train: bool = False
     """Validate before the first step as well."""
     eval_sets: Mapping[str, Files] = field(default_factory=dict)
-    """Further sets to validate on, by name: `{math: math.parquet}`, each what `data.val_files` takes. Their metrics are
-    `val/NAME/accuracy` and so on, apart from those of the validation data. They do not change what is trained."""
+    """Further sets to validate on, by name: `{math: math.parquet}`, each what `data.val_files` takes, or a benchmark
+    (`{rm: rm-bench}` of the hub, `{rewardbench-2: FOLDER}`). Their metrics are `val/NAME/accuracy` and so on, apart
+    from those of the validation data. They do not change what is trained."""
     save_best_metric: str = DEFAULT_METRIC
-    """Metric for `save_best` and `early_stopping_patience`: any accuracy, margin (higher is better) or loss (lower is)
-    of a validation, e.g. `val/loss`, `val/NAME/accuracy` of a set or `val/accuracy/SOURCE`."""
+    """Metric for `save_best` and `early_stopping_patience`: any accuracy, margin, score of a benchmark (higher is
+    better) or loss (lower is) of a validation, e.g. `val/loss`, `val/NAME/accuracy` of a set or
+    `val/accuracy/SOURCE`."""
     early_stopping_patience: Annotated[int, Ge(1)] | None = None
     """Stop after this many consecutive validations without a better `save_best_metric`; null never stops early."""
     ema_decay: Annotated[float, Gt(0), Lt(1)] | None = None

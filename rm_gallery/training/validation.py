@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -21,6 +20,7 @@ from rm_gallery.modeling.forward import weighted_sum
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.objectives import Objective
 from rm_gallery.objectives.metrics import Sums
+from rm_gallery.training.benchmark_sets import BenchmarkSet, hash_texts
 
 BY_SOURCE = ("loss", "accuracy")
 """Metrics that each source of several has too."""
@@ -30,7 +30,7 @@ _GROUPS_AT_ONCE = 4096  # groups packed at a time, so that memory does not grow 
 def validate(
     model: RewardModel, data: TokenData, objective: Objective, *, token_budget: int, share_prompts: bool = True,
     device: torch.device | None = None, before_pack: Callable[[], None] = lambda: None,
-    attribute_weights: Sequence[float] = (),
+    attribute_weights: Sequence[float] = (), benchmark: BenchmarkSet | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """val/loss, val/accuracy and mean rewards over all comparisons; with several sources, loss and accuracy of each.
 
@@ -40,6 +40,7 @@ def validate(
     on neither (float64 sums of float32 rewards).
     device: where the model computes, if its weights are offloaded. before_pack: called before each micro-batch; an
     exception from it aborts the validation. attribute_weights: of several outputs in the reward of a response.
+    benchmark: what the data are, if they are one; the objective then gets one reward for each response.
     """
     device = device or next(model.parameters()).device
     has_rewards = objective.reads == "last_token"
@@ -52,11 +53,12 @@ def validate(
             before_pack()
             batch = collate(groups).to(device)
             rewards = model(batch)
-            by_source[source].add(objective(rewards, batch)[1])
             if not has_rewards:
+                by_source[source].add(objective(rewards, batch)[1])
                 continue
-            texts += _hash_texts(groups)
             scored.append(weighted_sum(rewards, attribute_weights))
+            by_source[source].add(objective(rewards if benchmark is None else scored[-1], batch)[1])
+            texts += hash_texts(groups)
             lengths.add(_length_sums(scored[-1], batch))
     total = Sums()
     for sums in by_source.values():
@@ -66,11 +68,16 @@ def validate(
         for number, sums in by_source.items():
             found = objective.means(sums.read(), "val")
             name = by_source_names(data)[number]
-            metrics.update({f"val/{kind}/{name}": found[f"val/{kind}"] for kind in BY_SOURCE if f"val/{kind}" in found})
+            kinds = BY_SOURCE if benchmark is None else ("accuracy",)
+            metrics.update({f"val/{kind}/{name}": found[f"val/{kind}"] for kind in kinds if f"val/{kind}" in found})
     if not has_rewards:
         return metrics
     rewards_of_rank = torch.cat(scored).cpu().numpy() if scored else np.zeros(0, np.float32)
-    metrics |= _reward_statistics(np.array(texts, np.uint64), rewards_of_rank)
+    distinct, values = _distinct_rewards(np.array(texts, np.uint64), rewards_of_rank)
+    if len(values) > 1:
+        metrics |= {"val/reward_mean": float(values.mean()), "val/reward_std": float(values.std(ddof=1))}
+    if benchmark is not None:
+        metrics |= benchmark.metrics(distinct, values)
     return {**metrics, **_length_correlation(lengths.read())}
 
 
@@ -79,15 +86,17 @@ def by_source_names(data: TokenData) -> list[str]:
     return [name or "other" for name in data.sources] if len(data.sources) > 1 else []
 
 
-def validate_sets(val: TokenData | None, sets: Mapping[str, TokenData], run: Callable[[TokenData], dict[str, float]]
+def validate_sets(
+    val: TokenData | None, sets: Mapping[str, tuple[TokenData, BenchmarkSet | None]],
+    run: Callable[[TokenData, BenchmarkSet | None], dict[str, float]],
 ) -> dict[str, float]:  # fmt: skip
     """Metrics of the validation data as `val/accuracy`, and of each set as `val/NAME/accuracy`, with `val/NAME/n`.
 
     run: validates on one of them. Collective, as `validate`.
     """
-    metrics = run(val) if val is not None else {}
-    for name, data in sets.items():
-        found = {**run(data), "val/n": float(data.num_comparisons)}
+    metrics = run(val, None) if val is not None else {}
+    for name, (data, benchmark) in sets.items():
+        found = {**run(data, benchmark), "val/n": float(data.num_comparisons)}
         metrics |= {f"val/{name}/{metric.removeprefix('val/')}": value for metric, value in found.items()}
     return metrics
 
@@ -110,30 +119,15 @@ def _length_correlation(sums: Mapping[str, float]) -> dict[str, float]:
     return {"val/length_correlation": sums["rl"] / math.sqrt(variance)} if variance else {}
 
 
-def _hash_texts(groups: Sequence[TokenGroup]) -> list[int]:
-    """A hash of the tokens of each whole text, in the order of `PackedBatch.reward_index`."""
-    found = []
-    for group in groups:
-        prefix = hashlib.blake2b(group.prefix.tobytes(), digest_size=8)
-        for tail in group.tails:
-            whole = prefix.copy()
-            whole.update(tail.tobytes())
-            found.append(int.from_bytes(whole.digest(), "little"))
-    return found
-
-
-def _reward_statistics(texts: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
-    """Mean and standard deviation (with n - 1) of the rewards of distinct texts over all ranks; {} for fewer than two.
+def _distinct_rewards(texts: np.ndarray, rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct texts of all ranks, sorted, with a reward of each as float64.
 
     texts: [R] uint64 hashes of this rank's texts; rewards: [R] float32. A text may occur several times, on several
     ranks: in a group of every pair that it is part of. It counts once, so neither sharing nor ranks change the result.
     """
     texts, rewards = (np.concatenate(each) for each in zip(*all_gather((texts, rewards)), strict=True))
-    first = np.unique(texts, return_index=True)[1]
-    if len(first) < 2:
-        return {}
-    values = rewards[first].astype(np.float64)
-    return {"val/reward_mean": float(values.mean()), "val/reward_std": float(values.std(ddof=1))}
+    distinct, first = np.unique(texts, return_index=True)
+    return distinct, rewards[first].astype(np.float64)
 
 
 def packer_for(model: RewardModel, *, token_budget: int, world_size: int) -> Packer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 
 from rm_gallery import UserError, evaluate
 from rm_gallery.data.benchmarks.published import BENCHMARKS, find_benchmark
+from tests.evaluation.benchmark_rows import ROWS, SUBSETS, write_copy
 from tests.evaluation.conftest import honest, honest_rows, write_rows
 
 
@@ -80,91 +80,17 @@ def test_names_of_sets_and_benchmarks(in_tmp: Path) -> None:
     assert find_benchmark("RewardBench_2") is BENCHMARKS["rewardbench-2"] and find_benchmark("other") is None
 
 
-_A, _B = "a 2", "b 1"
-_ROWS: dict[str, tuple[str, Any]] = {
-    "rewardbench": ("filtered.jsonl", {"prompt": "p", "chosen": _A, "rejected": _B, "subset": "hep-go"}),
-    "prior-sets": ("shp-0.jsonl", {"prompt": [{"role": "user", "content": "p"}], "chosen": _A, "rejected": _B}),
-    "rewardbench-2": (
-        "test.jsonl",
-        {"id": "1", "prompt": "p", "chosen": [_A], "rejected": [_B] * 3, "subset": "Focus", "num_correct": 1},
-    ),
-    "rm-bench": (
-        "total_dataset.json",
-        {"id": "1", "prompt": "p", "chosen": [_A] * 3, "rejected": [_B] * 3, "domain": "safety-refuse"},
-    ),
-    "judgebench": (
-        "dataset=judgebench,response_model=x.jsonl",
-        {
-            "source": "mmlu-pro-law",
-            "question": "p",
-            "response_model": "x",
-            "response_A": _B,
-            "response_B": _A,
-            "label": "B>A",
-        },
-    ),
-    "rmb": (
-        "BoN_set/Harmlessness/S1.json",
-        {
-            "conversation_input": [{"role": "user", "content": "p", "language": "English"}],
-            "bon_best": {"llm_name": "x", "answer": _A},
-            "loser_list": [{"llm_name": "y", "answer": _B}],
-            "category_path": "BoN_set/Harmlessness/S1",
-        },
-    ),
-    "ppe-correctness": (
-        "PPE-MATH-Best-of-K.jsonl",
-        {
-            "prompt": "p",
-            "response_1": _B,
-            "response_2": _A,
-            "scores": [False, True],
-            "sampled_conflict_pairs": [[0, 1]],
-        },
-    ),
-    "helpsteer3": (
-        "validation.jsonl",
-        {
-            "context": [{"role": "user", "content": "p"}],
-            "response1": _B,
-            "response2": _A,
-            "overall_preference": 2,
-            "domain": "code",
-        },
-    ),
-    "llmbar": (
-        "LLMBar/Adversarial/GPTOut/dataset.json",
-        {"input": "p", "output_1": _B, "output_2": _A, "label": 2},
-    ),
-}
-_SUBSETS = {
-    "rewardbench": "hep-go",
-    "prior-sets": "shp",
-    "rewardbench-2": "Focus",
-    "rm-bench": "safety",
-    "judgebench": "x mmlu-pro",
-    "rmb": "BoN_set/Harmlessness",
-    "ppe-correctness": "MATH accuracy",
-    "helpsteer3": "code",
-    "llmbar": "Adversarial/GPTOut",
-}
-
-
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_each_benchmark_is_read_from_a_local_copy(name: str, in_tmp: Path) -> None:
-    file, row = _ROWS[name]
-    path = Path("copy") / file
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps([row] if file.endswith(".json") else row) + "\n")
-    (Path("copy") / "README.md").write_text("not data")
+    write_copy(name, [ROWS[name][1]])
     found = _row(f"{name}=copy")
     assert found["accuracy"] == 1 and found["benchmark"]["name"] == name
-    part = "Reasoning" if name == "rewardbench" else _SUBSETS[name]
+    part = "Reasoning" if name == "rewardbench" else SUBSETS[name]
     assert found["benchmark"]["parts"][part] == 1
 
 
 def test_a_score_over_some_rows_of_a_benchmark_says_so(in_tmp: Path) -> None:
-    _, row = _ROWS["rewardbench"]
+    _, row = ROWS["rewardbench"]
     Path("copy").mkdir()
     write_rows(Path("copy/filtered.jsonl"), [row] * 5)
     notes = _row("rewardbench=copy", max_pairs=2)["benchmark"]["notes"]
@@ -172,7 +98,7 @@ def test_a_score_over_some_rows_of_a_benchmark_says_so(in_tmp: Path) -> None:
 
 
 def test_a_tie_of_helpsteer3_is_skipped_as_published(in_tmp: Path) -> None:
-    _, row = _ROWS["helpsteer3"]
+    _, row = ROWS["helpsteer3"]
     Path("copy").mkdir()
     write_rows(Path("copy/validation.jsonl"), [row, {**row, "overall_preference": 0}])
     found = _row("helpsteer3=copy")

@@ -20,6 +20,7 @@ from rm_gallery.data.benchmarks.scores import Score
 from rm_gallery.data.benchmarks.table import Item, Table
 from rm_gallery.data.formats import as_messages, hash_prompt, prompt_key, read_cell
 from rm_gallery.data.sources import DataFile, FileEntry, Row, resolve_entries
+from rm_gallery.data.sources.config import EVAL_SETS
 from rm_gallery.data.sources.local import local_path
 from rm_gallery.errors import BadRow, UserError
 from rm_gallery.schema import Comparison, PreferenceGroup
@@ -50,31 +51,48 @@ class Benchmark:
     home: str = ""
     """Where to get it, if it is not on the hub."""
 
-    def find(self, path: str | None) -> list[DataFile]:
-        """Its files: of a local copy, else of the hub. Raises UserError where there are none."""
-        if path is not None:
-            return resolve_entries([str(each) for each in self._local(path)], key=KEY)
-        if not self.hub:
-            raise UserError(
-                f"{KEY}={self.name}: not on the hub; get {self.home} and name its folder: {self.name}=FOLDER"
-            )
-        try:
-            return resolve_entries(list(self.hub), key=KEY)
-        except UserError as error:
-            raise UserError(f"{error}; for a local copy of {self.title}, set {self.name}=FOLDER") from error
+    def find(self, path: str | None, *, key: str = KEY) -> list[DataFile]:
+        """Its files: of a local copy, else of the hub. key: option or key that names the sets, for messages.
 
-    def _local(self, path: str) -> list[Path]:
+        Raises UserError where there are none.
+        """
+        copy = f"{self.name}=FOLDER" if key == KEY else f"{EVAL_SETS}.{self.name}=FOLDER"
+        if path is not None:
+            return resolve_entries([str(each) for each in self.local_files(path, key=key)], key=key)
+        if not self.hub:
+            raise UserError(f"{key}={self.name}: not on the hub; get {self.home} and name its folder: {copy}")
+        try:
+            return resolve_entries(list(self.hub), key=key)
+        except UserError as error:
+            raise UserError(f"{error}; for a local copy of {self.title}, set {copy}") from error
+
+    def item(self, row: Row) -> Item:
+        """A row. Raises SkippedRow for one that is not scored, and UserError for one that cannot be read."""
+        try:
+            if row.fault:
+                raise BadRow(row.fault)
+            return self.read(row)
+        except SkippedRow:
+            raise
+        except BadRow as error:
+            raise UserError(
+                f"{row.where}: {error}; a row of {self.title} cannot be dropped, get the published files"
+            ) from None
+
+    def local_files(self, path: str, *, key: str = KEY) -> list[Path]:
+        """The files of a local copy. Raises UserError where there are none."""
+        what = f"{key}={self.name}={path}" if key == KEY else f"{key}={path}"
         folder = local_path(path)
         if folder.is_file():
             return [folder]
         if not folder.is_dir():
-            raise UserError(f"{KEY}={self.name}={path}: no such folder (working directory {Path.cwd()})")
+            raise UserError(f"{what}: no such folder (working directory {Path.cwd()})")
         for patterns in (*self.files, *((each,) for each in _DATA)):
             found = {each for pattern in patterns for each in folder.glob(pattern) if each.is_file()}
             visible = [each for each in found if not any(p.startswith(".") for p in each.relative_to(folder).parts)]
             if visible:
                 return sorted(visible)
-        raise UserError(f"{KEY}={self.name}={path}: the folder has no parquet, JSON lines or JSON file of {self.title}")
+        raise UserError(f"{what}: the folder has no parquet, JSON lines or JSON file of {self.title}")
 
 
 def make_item(

@@ -126,12 +126,14 @@ class Task:
 
 
 def iter_tasks(
-    files: Sequence[DataFile], entries: Sequence[FileEntry], config: FormatConfig, key: str, logged: set[str]
-) -> Iterator[Task]:
+    files: Sequence[DataFile], entries: Sequence[FileEntry], config: FormatConfig, key: str, logged: set[str], *,
+    detect: bool = True,
+) -> Iterator[Task]:  # fmt: skip
     """The chunks of all files in order, with the format of each file.
 
     entries: what `DataFile.entry` counts. key: configuration key of the files, for messages.
-    logged: format choices already logged; new ones are added (see `choose_format`).
+    logged: format choices already logged; new ones are added (see `choose_format`). detect: False if another reader
+    than that of a format reads the rows.
     """
     for file in files:
         chunks = read_chunks(file, key=key)
@@ -143,7 +145,7 @@ def iter_tasks(
         if not head:
             continue
         name, entry = "", entries[file.entry]
-        if config.custom_cls.path is None:
+        if detect and config.custom_cls.path is None:
             wanted = config if entry.format is None else replace(config, format=entry.format)  # type: ignore[arg-type]
             name = choose_format(sample, wanted, logged=logged).name
         of_file: Iterable[Chunk] = chain(head, chunks)

@@ -23,6 +23,7 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from rm_gallery import __version__
+from rm_gallery.data.benchmarks.named import BenchmarkReader
 from rm_gallery.data.custom import CustomFacts, source_fingerprint
 from rm_gallery.data.formats import WARNING, HoldOut, iter_tasks, source_of
 from rm_gallery.data.sources import DataFile, FileEntry
@@ -65,14 +66,15 @@ def prepare(
     *,
     key: str,
     share: HoldOut | None = None,
+    benchmark: BenchmarkReader | None = None,
 ) -> Store:
     """Token data of all usable rows of the files, in order, with the counts of dropped rows.
 
     entries: indexed by `DataFile.entry`. key: configuration key of the files, for messages.
-    share: the wanted side of the hold-out by prompt; None uses every row.
+    share: the wanted side of the hold-out by prompt; None uses every row. benchmark: reads the rows, if they are one.
     Raises UserError for files that cannot be read or mix chats with raw texts, and if the cache cannot be written.
     """
-    folder = cache_folder(config.cache_dir) / _fingerprint(files, entries, config, tokenizer, share)
+    folder = cache_folder(config.cache_dir) / _fingerprint(files, entries, config, tokenizer, share, benchmark)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         store = _open(folder, key, logging.WARNING)
@@ -83,7 +85,7 @@ def prepare(
             return store
         with _locked(folder, key):
             store = _open(folder, key, logging.DEBUG)  # another process may have built it in the meantime
-            return store or _build(folder, files, entries, Work(config, tokenizer, share), config, key)
+            return store or _build(folder, files, entries, Work(config, tokenizer, share, benchmark), config, key)
     except OSError as error:  # errors of reading the data are UserErrors
         raise UserError(
             f"{folder.parent}: the cache of tokenized data cannot be used ({error.strerror or error}); "
@@ -92,12 +94,14 @@ def prepare(
 
 
 def peek(
-    files: Sequence[DataFile], entries: Sequence[FileEntry], config: PrepareConfig, tokenizer: Any, *, key: str
-) -> CustomFacts:
+    files: Sequence[DataFile], entries: Sequence[FileEntry], config: PrepareConfig, tokenizer: Any, *, key: str,
+    benchmark: BenchmarkReader | None = None,
+) -> CustomFacts:  # fmt: skip
     """Read the first rows of each file as training would; raises UserError as `prepare` does."""
-    processor, chosen, custom = RowProcessor(Work(config, tokenizer)), set[str](), CustomFacts()
+    work, chosen, custom = Work(config, tokenizer, benchmark=benchmark), set[str](), CustomFacts()
+    processor = RowProcessor(work)
     for file in files:
-        for task in islice(iter_tasks([file], entries, config, key, chosen), 1):
+        for task in islice(iter_tasks([file], entries, config, key, chosen, detect=benchmark is None), 1):
             rows = islice(task.chunk.rows(), _CHECK_ROWS)
             custom.add(processor.process(rows, processor.readers.get(task.format_name), task.source).custom)
     return custom
@@ -131,6 +135,7 @@ def _fingerprint(
     config: PrepareConfig,
     tokenizer: Any,
     share: HoldOut | None,
+    benchmark: BenchmarkReader | None,
 ) -> str:
     """Hash of everything that affects the token data of these files."""
     names = {each.name for each in fields(RowsConfig)}
@@ -142,6 +147,7 @@ def _fingerprint(
         "config": {name: value for name, value in asdict(config).items() if name in names},
         "custom class": source_fingerprint(config.custom_cls) if config.custom_cls.path else None,
         "share": share,
+        **({"benchmark": asdict(benchmark)} if benchmark else {}),
         "tokenizer": hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "class": type(tokenizer).__name__,
         "template": tokenizer.chat_template,
@@ -166,7 +172,9 @@ def _build(
     chosen: set[str] = set()
     totals = _Totals(key)
     with StoreWriter(folder) as writer:
-        tasks = iter_tasks(files, entries, config, key, chosen)
+        tasks = iter_tasks(files, entries, config, key, chosen, detect=work.benchmark is None)
+        if work.benchmark is not None:
+            chosen.add(f"benchmark {work.benchmark.name}")
         for processed in process_in_order(tasks, work, num_workers=config.num_workers):
             totals.add(processed)
             writer.append(processed.chunk)

@@ -19,6 +19,7 @@ from itertools import chain, islice
 from multiprocessing import get_context
 from typing import Any, TypeAlias
 
+from rm_gallery.data.benchmarks.named import BenchmarkReader
 from rm_gallery.data.custom import CustomFacts, CustomReader
 from rm_gallery.data.formats import FormatConfig, HoldOut, Reader, Readers, RowCounts, Task, read_groups
 from rm_gallery.data.sources import Row
@@ -46,6 +47,8 @@ class Work:
     tokenizer: Any
     """None only with an encoder that does not need one."""
     share: HoldOut | None = None
+    benchmark: BenchmarkReader | None = None
+    """Reads every file, if it is one."""
 
 
 Observe: TypeAlias = Callable[[PreferenceGroup, TokenGroup, int], None]
@@ -75,7 +78,7 @@ class RowProcessor:
         if self.config.custom_cls.path is not None:
             self._custom = CustomReader.from_config(self.config, limited_tokenizer(work.tokenizer))
         has_template = work.tokenizer is None or work.tokenizer.chat_template is not None
-        self.readers = Readers(self.config, has_chat_template=has_template, custom=self._custom)
+        self.readers = Readers(self.config, has_chat_template=has_template, custom=work.benchmark or self._custom)
         render = None if self._custom is None else self._custom.render
         self.encoder = encoder_type(work.tokenizer, self.config, render=render)
 

@@ -103,7 +103,8 @@ def _charts(runs: Sequence[Run], names: Sequence[str]) -> Iterator[tuple[str, st
     """(title, label of the axis, lines, note) of each chart that has a line."""
     several = len(runs) > 1
     for kind, title, label in (
-        ("loss", "Loss", ""), ("accuracy", "Accuracy", ""), ("margin", "Margin", "chosen minus rejected"),
+        ("loss", "Loss", ""), ("accuracy", "Accuracy", ""), ("score", "Score of benchmarks", ""),
+        ("margin", "Margin", "chosen minus rejected"),
     ):  # fmt: skip
         if several:
             for place, what in (("train", "training"), *((f"val{'/' + s if s else ''}", _of(s)) for s in _sets(runs))):

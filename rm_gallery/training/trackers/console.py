@@ -14,7 +14,7 @@ from typing import TextIO
 
 from rm_gallery.progress_bar import ProgressBar, is_terminal
 from rm_gallery.safe_text import visible
-from rm_gallery.training.metric_names import value_to_compare
+from rm_gallery.training.metric_names import parse_metric, value_to_compare
 from rm_gallery.training.trackers.base import METRICS_NAME, RunInfo
 
 # Metric -> its text in a line, in this order. val/ metrics follow under their full names.
@@ -123,7 +123,7 @@ class ConsoleTracker:
         """A plain line: `step 10/300  loss 0.6931  accuracy 0.500  eta 0:01:20`."""
         parts = [f"step {step}/{self._total}"]
         parts += [form.format(metrics[name]) for name, form in LINE_FIELDS.items() if name in metrics]
-        parts += [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("val/")]
+        parts += [f"{name} {value:.4f}" for name, value in metrics.items() if is_shown(name)]
         if metrics.get("train/bad_steps"):
             parts.append(f"bad_steps {metrics['train/bad_steps']:.0f}")
         return wrapped([*parts, f"eta {eta}"] if eta else parts)
@@ -188,6 +188,12 @@ class ConsoleTracker:
         """Without validation: a single row of the training metrics, if any."""
         means = self._means()
         return [{"step": self._step, **means}] if means else []
+
+
+def is_shown(name: str) -> bool:
+    """Whether a line shows this `val/` metric: of a set, those of its sources and parts are only in the log files."""
+    parsed = parse_metric(name)
+    return name.startswith("val/") and not (parsed and parsed.set and parsed.source)
 
 
 def wrapped(parts: Sequence[str]) -> str:
