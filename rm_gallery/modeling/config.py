@@ -113,6 +113,8 @@ class ModelConfig:
     attribute_weights: dict[str, float] = field(default_factory=dict)
     """The reward of a response is the sum of its attributes times these weights, 0 for names without one; by default it
     is the first attribute. `score --weights` sets others."""
+    heads: Annotated[int, Ge(1)] = 1
+    """Reward heads on the model, trained together from other random values; the reward is their mean."""
     freeze: FreezeSetting = None
     """Parameters that are not trained: `backbone` trains the reward head (and pooler) alone, `embeddings` everything
     else, and a number freezes the embeddings and this many of the lowest layers. Null trains all."""
@@ -151,6 +153,23 @@ class ModelConfig:
     """QLoRA, with `lora.rank` (extra `qlora`): the frozen linear layers in 4 bits (`nf4`, Dettmers et al. 2023) or 8
     bits (`int8`). Head, norms and embeddings are not quantized."""
     fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the outputs of the reward head: its attributes, or `head_1`, ... of several heads; [] for one."""
+        return self.attributes or (head_names(self.heads) if self.heads > 1 else [])
+
+    @property
+    def output_weights(self) -> tuple[float, ...]:
+        """The weight of each output in the reward."""
+        if self.heads > 1:
+            return (1 / self.heads,) * self.heads
+        return weights_of(self.attributes, self.attribute_weights)
+
+
+def head_names(count: int) -> list[str]:
+    """Names of the outputs of several heads."""
+    return [f"head_{number}" for number in range(1, count + 1)]
 
 
 def weights_of(attributes: Sequence[str], weights: Mapping[str, float]) -> tuple[float, ...]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from rm_gallery.data.batching.bin_packing import Packer
 from rm_gallery.data.batching.packed_batch import collate
@@ -22,7 +23,7 @@ from rm_gallery.data.tokenization.encoder import Encoder
 from rm_gallery.data.tokenization.token_group import TokenGroup, split_prefix
 from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
 from rm_gallery.errors import BadRow, UserError
-from rm_gallery.modeling.config import weights_of
+from rm_gallery.modeling.config import head_names, weights_of
 from rm_gallery.modeling.export import InputRecord
 from rm_gallery.modeling.forward import weighted_sum
 from rm_gallery.schema import PreferenceGroup
@@ -79,6 +80,12 @@ def find_weights(record: InputRecord, weights: Mapping[str, float] | None) -> tu
     if not any(weights.values()) or not all(map(math.isfinite, weights.values())):
         raise UserError(f"weights={dict(weights)}: must be finite, and not all 0")
     return weights_of(names, weights)
+
+
+def columns_of(record: InputRecord) -> tuple[str, ...]:
+    """Names of the numbers beside the reward: the outputs of a model, and of several heads their standard deviation."""
+    is_heads = bool(record.attributes) and list(record.attributes) == head_names(len(record.attributes))
+    return (*record.attributes, "std") if is_heads else tuple(record.attributes)
 
 
 def _statistics(source: ScoringModel) -> tuple[float, float]:
@@ -227,6 +234,12 @@ class Engine(forks.SurvivesFork):
         log.warning("out of memory with a pack of %d groups; running them one at a time; lower token_budget", len(pack))
         return [rewards for part in pack for rewards in self._run([part], attributes)]
 
+    def _columns(self, outputs: Tensor) -> Tensor:
+        """[R, columns] as `columns_of` names them, from outputs [R, A]."""
+        if len(columns_of(self.record)) <= outputs.shape[1]:
+            return outputs
+        return torch.cat([outputs, outputs.std(dim=1, correction=0, keepdim=True)], dim=1)
+
     def _run(self, pack: Sequence[TokenGroup], attributes: bool) -> list[list[Any]]:
         if self.device.type == "cuda" and os.getpid() != self._process:
             raise UserError(
@@ -239,6 +252,6 @@ class Engine(forks.SurvivesFork):
             outputs = self.model(collate(pack).to(self.device))
             rewards = weighted_sum(outputs, self._weights).tolist()
             found = [(reward - self._mean) / self._std for reward in rewards]
-            rows = outputs.reshape(len(rewards), -1).tolist() if attributes else []
+            rows = self._columns(outputs.reshape(len(rewards), -1)).tolist() if attributes else []
             flat = iter([[reward, *row] for reward, row in zip(found, rows, strict=True)] if attributes else found)
         return [[next(flat) for _ in part.tails] for part in pack]

@@ -58,7 +58,7 @@ def find_ensemble(
 def find_attributes(options: ScoreOptions) -> tuple[str, ...]:
     """The names of the models' outputs, which must be the same. Raises UserError for `--weights` of others."""
     from rm_gallery.modeling.export import InputRecord, read_record
-    from rm_gallery.scoring.engine import find_weights
+    from rm_gallery.scoring.engine import columns_of, find_weights
 
     found: list[tuple[str, ...]] = []
     for model in options.models:
@@ -73,7 +73,7 @@ def find_attributes(options: ScoreOptions) -> tuple[str, ...]:
             find_weights(record, options.weights)
         except UserError as error:
             raise UserError(f"--weights: model={model}: {error}") from error
-        found.append(tuple(record.attributes))
+        found.append(columns_of(record))
     if len(set(found)) > 1:
         raise UserError("--model: the models have different attributes, so their columns differ; score them one by one")
     return found[0]

@@ -14,7 +14,7 @@ from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring import forks
 from rm_gallery.scoring.base import BaseScorer, Rewards, find_bad_reward, raise_first
 from rm_gallery.scoring.batcher import Batcher
-from rm_gallery.scoring.engine import Encoded, Engine
+from rm_gallery.scoring.engine import Encoded, Engine, columns_of
 from rm_gallery.scoring.ensemble import EnsembleScorer, shared_scale
 from rm_gallery.scoring.inputs import InputBuilder
 from rm_gallery.scoring.jobs import name_models
@@ -44,7 +44,7 @@ class RewardScorer(BaseScorer):
         """How rewards differ from those of the folder; identifies the scorer too."""
         self._origin: tuple[dict[str, Any], Stats] | None = None
         self.engine = Engine(source, token_budget=token_budget, normalize=normalize, weights=weights)
-        self.attributes = tuple(source.record.attributes)  # names of the model's outputs (`model.attributes`)
+        self.attributes = columns_of(source.record)
         reads_tools = "tools" in str(source.tokenizer.chat_template)
         self.inputs = InputBuilder(source.record.input_style, source.record.separator, reads_tools=reads_tools)
         self._batcher = Batcher(self.engine)

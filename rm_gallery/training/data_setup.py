@@ -24,7 +24,7 @@ from rm_gallery.data.tokenization.template_date import freeze_date
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer, read_at
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.architectures import ENCODERS, closing_token
-from rm_gallery.modeling.config import ModelConfig, weights_of
+from rm_gallery.modeling.config import ModelConfig
 from rm_gallery.modeling.export import InputRecord
 from rm_gallery.modeling.language_model import language_model_way
 from rm_gallery.modeling.model_folder import load_model_config
@@ -72,8 +72,8 @@ class Loaded:
             config.max_length,
             separator="" if self.data.has_text_prompts else SEPARATOR,
             text_special_tokens=config.text_special_tokens,
-            attributes=tuple(model.attributes),
-            attribute_weights=weights_of(model.attributes, model.attribute_weights),
+            attributes=tuple(model.outputs),
+            attribute_weights=model.output_weights,
         )
         if config.custom_cls.path is None or self.data.style == "text":
             return record
@@ -124,7 +124,7 @@ def check_inputs(config: TrainConfig) -> None:
     source = load_model_config(
         path, key=key, trust_remote_code=model.trust_remote_code,
         new_head=model.new_head or adapter is not None or config.objective.name == "sft",
-        attributes=model.attributes,
+        attributes=model.outputs,
     )  # fmt: skip
     what = f"{key}={path}"
     (language_model_way if config.objective.name == "sft" else choose_way)(source, model.packing, what=what)

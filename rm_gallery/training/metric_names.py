@@ -18,7 +18,9 @@ DEFAULT_METRIC = "val/accuracy"
 
 _LOWER = r"loss|mse(_.+)?|perplexity"
 _HIGHER = r"token_accuracy|accuracy(_.+)?|margin|pearson(_.+)?|tie_log_likelihood|score"
-_METRIC = re.compile(rf"{_LOWER}|{_HIGHER}|reward_.+|length_correlation|router_aux_loss|tie_share|threshold|n")
+_METRIC = re.compile(
+    rf"{_LOWER}|{_HIGHER}|reward_.+|margin_std|length_correlation|router_aux_loss|tie_share|threshold|n"
+)
 _SET = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 

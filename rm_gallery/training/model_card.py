@@ -44,7 +44,10 @@ _TEMPLATE = """\
 
 # {{ name }}
 
-{% if attributes -%}
+{% if heads > 1 -%}
+A reward model with {{ heads }} reward heads on one backbone: the reward of a response is the mean of its {{ heads }}
+outputs, and their standard deviation says how much the heads disagree. Trained with {{ trained_on }}, by RM-Gallery.
+{%- elif attributes -%}
 A reward model with {{ attributes | length }} outputs: it gives each response to a prompt these numbers:
 {{ attributes | join(", ") }}.
 Trained with the squared error on graded responses, by RM-Gallery.
@@ -259,12 +262,12 @@ def model_card(
     code_file: Python file of the checkpoint that transformers needs, if any.
     adds_special_tokens: whether a rendered chat still needs those of the tokenizer, as for encoders.
     """
-    value, attributes = partial(_value, config.to_save()), config.model.attributes
+    value, attributes = partial(_value, config.to_save()), config.model.outputs
     train, val = _sources(value("data.train_files")), _sources(value("data.val_files"))
     base = value("model.partial_pretrain")
     is_hub = _is_hub_name(base)
     lora = config.model.lora
-    kind = "regression" if attributes else config.objective.name.replace("_", "-")
+    kind = "regression" if config.model.attributes else config.objective.name.replace("_", "-")
     is_language_model = config.objective.name == "sft"
     metadata: dict[str, Any] = {
         "library_name": "peft" if lora.rank else "transformers",
@@ -293,6 +296,7 @@ def model_card(
         chat=input_style == "chat",
         lora=lora.rank > 0,
         attributes=attributes,
+        heads=config.model.heads,
         unit=_unit(config, objective),
         trained_on=_TRAINED_ON.get(config.objective.name, f"`objective.name={config.objective.name}`"),
         code_file=code_file,

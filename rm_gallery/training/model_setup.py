@@ -151,16 +151,16 @@ def find_adapter(config: TrainConfig) -> AdapterFolder | None:
     model = config.model
     folder = open_adapter(
         model.partial_pretrain, key="model.partial_pretrain", base=model.lora.base, new_head=model.new_head,
-        hint=BASE_HINT, attributes=model.attributes,
+        hint=BASE_HINT, attributes=model.outputs,
     )  # fmt: skip
     if folder is not None and config.objective.name == "sft":
         raise UserError(
             f"{_what(config)}: an adapter; objective.name=sft starts from a language model (rm-gallery merge)"
         )
-    if folder is not None and list(folder.attributes) != model.attributes:
+    if folder is not None and list(folder.attributes) != model.outputs:
         raise UserError(
             f"{_what(config)}: an adapter with the outputs {', '.join(folder.attributes) or 'reward'}, but "
-            f"model.attributes={model.attributes}; name those of the folder, or set model.new_head=true"
+            f"{_outputs_key(config)}; name those of the folder, or set model.new_head=true"
         )
     return folder
 
@@ -191,7 +191,7 @@ def _load(
             dropout=model.dropout,
             new_head=model.new_head,
             packing=model.packing,
-            attributes=model.attributes,
+            attributes=model.outputs,
         )
     if model.lora.rank and missing_embedding_rows(loaded.model, tokenizer, what=_what(config)):
         raise UserError(
@@ -236,13 +236,18 @@ def _load_on_meta(config: TrainConfig, tokenizer: Any) -> tuple[LoadedModel, Wei
             dropout=model.dropout,
             new_head=model.new_head,
             packing=model.packing,
-            attributes=model.attributes,
+            attributes=model.outputs,
         )
     if missing_embedding_rows(loaded.model, tokenizer, what=_what(config), resize=model.resize_embeddings):
         raise MetaInitError("its embeddings are resized for the tokenizer")
     init_head(loaded, model.head_init, model.head_init_words, tokenizer, path=model.partial_pretrain, new=files.new)
     set_pad_token(loaded.model, tokenizer)
     return loaded, files
+
+
+def _outputs_key(config: TrainConfig) -> str:
+    heads = config.model.heads
+    return f"model.heads={heads}" if heads > 1 else f"model.attributes={config.model.attributes}"
 
 
 def _what(config: TrainConfig) -> str:

@@ -92,6 +92,10 @@ def _option_problems(config: ObjectiveConfig) -> Iterator[Problem]:
         yield Problem(key, f"{key}={config.threshold_lr} with objective.bins=0: the squared error has no cut points")
 
 
+_HEADS = ("bradley_terry", "margin", "scaled", "soft", "focal", "hinge", *_TIES, "plackett_luce")
+"""Objectives on comparisons, which `model.heads` can be trained with."""
+
+
 def data_of(config: ObjectiveConfig, model: ModelConfig, data: DataConfig) -> DataConfig:
     """The section `data`, with what its rows are read for."""
     data = replace(data, attributes=rated_columns(config, model), ties=config.name in _TIES)
@@ -124,6 +128,18 @@ def metrics_of(config: ObjectiveConfig, model: ModelConfig) -> list[str]:
     return ["margin", *(["accuracy_with_ties", "tie_log_likelihood"] if config.name in _TIES else [])]
 
 
+def _head_problems(config: ObjectiveConfig, model: ModelConfig) -> Iterator[Problem]:
+    if model.heads == 1:
+        return
+    key, value = "model.heads", f"model.heads={model.heads}"
+    if config.name not in _HEADS:
+        yield Problem(key, f"{value} with objective.name={config.name}: set one of {', '.join(_HEADS)}")
+    if model.head_init != "normal":
+        yield Problem(
+            key, f"{value} with model.head_init={model.head_init}: the heads would be equal; set model.head_init=normal"
+        )
+
+
 def objective_problems(
     config: ObjectiveConfig, model: ModelConfig, data: DataConfig, trainer: TrainerConfig
 ) -> Iterator[Problem]:
@@ -153,10 +169,11 @@ def objective_problems(
         )
     if rated and data.format not in ("auto", "helpsteer2", "scored"):
         yield Problem("data.format", f"data.format={data.format} with {cause}: set auto, helpsteer2 or scored")
-    if len(names) > 1 and trainer.reward_statistics == "normalize":
+    yield from _head_problems(config, model)
+    if len(model.outputs) > 1 and trainer.reward_statistics == "normalize":
         yield Problem(
             "trainer.reward_statistics",
-            f"trainer.reward_statistics=normalize with {len(names)} attributes: other programs have one mean per "
+            f"trainer.reward_statistics=normalize with {len(model.outputs)} outputs: other programs have one mean per "
             "model; set record",
         )
 

@@ -25,7 +25,7 @@ from rm_gallery.distributed.cpu import bf16_slowdown, has_bf16_units, keep_freed
 from rm_gallery.distributed.process_group import World, processes, seed_everything, seed_per_rank
 from rm_gallery.errors import StoppedBySignal, UserError
 from rm_gallery.log import log_copy
-from rm_gallery.modeling.config import weights_of, with_dtype
+from rm_gallery.modeling.config import with_dtype
 from rm_gallery.modeling.parallel.apply import apply, offload_optimizer
 from rm_gallery.modeling.parallel.ema import AveragedWeights
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
@@ -33,6 +33,7 @@ from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.modeling.router_loss import RouterLoss
 from rm_gallery.modeling.weight_files import tokenizer_folder
 from rm_gallery.objectives import Objective, bradley_terry, build_objective
+from rm_gallery.objectives.heads import Heads
 from rm_gallery.training.agreement import agree_on_plan, agree_on_run
 from rm_gallery.training.callbacks import AnnouncedSaver, Callbacks, Sinks
 from rm_gallery.training.checkpoint import (
@@ -128,6 +129,8 @@ def prepare(config: TrainConfig, world: World, stop: StopSignal, *, validates: b
     coefficient = config.model.router_aux_loss_coef
     router_loss = RouterLoss(start.model, coefficient) if coefficient else None
     objective = build_objective(config.objective.name, config.model.attributes, asdict(config.objective))
+    if config.model.heads > 1:
+        objective = Heads(objective)
     train, val = load_sides(config.data, tokenizer, validates=validates)
     eval_sets = load_eval_sets(config, tokenizer, train.data)
     check_data(config, objective, start.model, train, val, eval_sets)
@@ -367,7 +370,7 @@ def load_parts(parts: RunParts, start_step: int = 0) -> Iterator[StepBatches]:
 def _build_trainer(config: TrainConfig, loop: RunParts, begin: Start, checkpoints: Saver, sink: MetricSink,
     tick: Callable[[str], None],
 ) -> Trainer:  # fmt: skip
-    weights = weights_of(config.model.attributes, config.model.attribute_weights)
+    weights = config.model.output_weights
     val = loop.val.data if loop.val else None
     sets = {name: (each.data, each.benchmark) for name, each in loop.eval_sets.items()}
 
