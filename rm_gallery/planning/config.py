@@ -98,6 +98,11 @@ def _problems(config: EstimateConfig) -> Iterator[Problem]:
     if not config.model.partial_pretrain:
         text = "model is not set; use a folder with config.json, a configuration file, or a known shape"
         yield Problem("model", text)
+    if config.objective.name == "sft":
+        text = "objective.name=sft: the estimate has neither the output layer nor its logits; remove it to estimate a"
+        yield Problem(
+            "objective.name", f"{text} reward model of the same type, which takes somewhat less memory and time"
+        )
     yield from model_problems(config.model)
     yield from data_problems(config.data)
     yield from optim_problems(config.optim)

@@ -35,13 +35,13 @@ class Seen:
         return [text.partition("=")[2] for text in self.launch[0] if text.startswith(f"{key}=")][-1]
 
 
-def run(tmp_path: Path, *arguments: str, **variables: str) -> Seen:
+def run(tmp_path: Path, *arguments: str, script: Path = RECIPE / "run_bt.sh", **variables: str) -> Seen:
     python = tmp_path / "python"
     python.write_text(f"#!{sys.executable}\n{WORD}\n")
     python.chmod(0o755)
     ours = {"PATH": os.environ["PATH"], "PYTHON": str(python), "SEEN": str(tmp_path / "seen"), **variables}
     done = subprocess.run(
-        ["bash", str(RECIPE / "run_bt.sh"), *arguments],
+        ["bash", str(script), *arguments],
         cwd=tmp_path, env=ours, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     return Seen(done, tmp_path / "seen")

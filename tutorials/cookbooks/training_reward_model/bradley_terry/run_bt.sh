@@ -5,6 +5,7 @@
 #
 # Environment variables override the settings below; KEY=VALUE arguments override both. The configuration is checked
 # before torchrun starts, so an error is one sentence and exit status 2. Paths are relative to the working directory.
+# CONFIG names another YAML file than the trainer.yaml in this folder.
 # slurm.sbatch and kubernetes.yaml in this folder start the script on every machine of a job.
 
 TIMESTAMP=$(date "+%m%dT%H%M")
@@ -12,7 +13,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 CHECKOUT=$(cd "$HERE/../../../.." && pwd)
 
 refuse() {
-    echo "run_bt.sh: error: $1" >&2
+    echo "${SCRIPT_NAME:-run_bt.sh}: error: $1" >&2
     exit 2
 }
 
@@ -95,7 +96,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))}
 
 # The check runs in one process, without the rank variables of the workers.
 env -u RANK -u WORLD_SIZE -u LOCAL_RANK "$PYTHON" -m rm_gallery.cli validate-config \
-    --config "$HERE/trainer.yaml" "${SETTINGS[@]}" || exit $?
+    --config "${CONFIG:-$HERE/trainer.yaml}" "${SETTINGS[@]}" || exit $?
 
 set -x
 exec "$PYTHON" -m torch.distributed.run \
@@ -104,4 +105,5 @@ exec "$PYTHON" -m torch.distributed.run \
     --max_restarts="$MAX_RESTARTS" \
     "${RENDEZVOUS[@]}" \
     "$HERE/trainer.py" \
+    ${CONFIG:+--config "$CONFIG"} \
     "${SETTINGS[@]}"
