@@ -1,14 +1,16 @@
 """Load on loopback: `rm-gallery serve` against a plain FastAPI server around the library's pipeline.
 
-    python -m benchmarks.serving [--model quickstart/run] [--clients 1 8 64] [--seconds 8] [--prompt-words 120]
-                                 [--workloads pairs best-of-16 stream] [--cache-mb 256] [--soak SECONDS] [--json FILE]
+    python -m benchmarks.serving [--model quickstart/run] [--hidden 384 --layers 12] [--clients 1 8 64] [--seconds 8]
+                                 [--prompt-words 120] [--workloads pairs best-of-16 stream] [--cache-mb 256]
+                                 [--soak SECONDS] [--json FILE]
 
 Each client sends its next request when it has the answer to the last one. `pairs` has two responses to a prompt in a
 request, `best-of-16` has sixteen, `stream` has one: sixteen requests for a prompt, one after another, against our
-server with and without a prefix cache. Prompts and responses are made of the quick start's, and no prompt is sent twice but by
-`stream`. The plain server renders chats and calls the pipeline with all texts of a request in one batch; requests come
-one at a time, since a pipeline is not thread-safe. Servers run one after another, with the same number of threads.
-Rewards of both are compared. --soak: seconds of full load on our server, whose memory is reported at the start and end.
+server with and without a prefix cache. Prompts and responses are made of the quick start's; prompts differ. The plain
+server renders chats and calls the pipeline with all texts of a request in one batch; requests come one at a time, since
+a pipeline is not thread-safe. Servers run one after another, with the same number of threads. Rewards of all are
+compared. --hidden, --layers: random weights of this size, with the tokenizer of the model. --soak: seconds of full load
+on our server, whose memory is printed before and after.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,6 +61,21 @@ def plain_app(folder: str) -> Any:
         return {"data": [{"probs": [each["score"]]} for each in found]}
 
     return app
+
+
+def make_model(source: str, folder: Path, hidden: int, layers: int) -> str:
+    """A folder with random weights of this size."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(source)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = hidden, 3 * hidden, layers
+    config.num_attention_heads = config.num_key_value_heads = hidden // 64
+    config.head_dim, config.layer_types = 64, ["full_attention"] * layers
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return str(folder)
 
 
 def serve_plain(folder: str) -> None:
@@ -146,6 +164,8 @@ def resident_mb(process: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="quickstart/run")
+    parser.add_argument("--hidden", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--prompt-words", type=int, default=120)
@@ -161,6 +181,13 @@ def main() -> None:
     if options.plain:
         serve_plain(folder)
         return
+    with tempfile.TemporaryDirectory() as name:
+        if options.hidden:
+            folder = make_model(folder, Path(name), options.hidden, options.layers)
+        measure(folder, options)
+
+
+def measure(folder: str, options: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     ours = ["rm_gallery.cli", "serve", folder, "--port", "0", "--device", "cpu"]
     systems = {"plain": ["benchmarks.serving", "--plain", "--model", folder], "serve": ours}

@@ -101,10 +101,13 @@ def _attention(
         query_states, cos_q, sin_q = (part.index_select(0, packed.reward_index) for part in (states, cos, sin))
     query = _heads(module, module.q_proj(query_states), getattr(module, "q_norm", None))
     key = _heads(module, module.k_proj(states), getattr(module, "k_norm", None))
+    key, value = rotate(key, cos, sin), _heads(module, module.v_proj(states), None)
+    if packed.past is not None:
+        key, value = packed.extend(module.layer_idx, key, value)
     out = getattr(module, "attend", attend)(  # excluded from the graph when layers are compiled
         rotate(query, cos_q, sin_q),
-        rotate(key, cos, sin),
-        _heads(module, module.v_proj(states), None),
+        key,
+        value,
         packed,
         AttentionSpec(module.scaling, _window(module), dropout=module.attention_dropout if module.training else 0.0),
         rewards_only=rewards_only,

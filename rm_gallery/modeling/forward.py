@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rm_gallery.data.batching.packed_batch import PackedBatch
 from rm_gallery.modeling.attention import dispatch
+from rm_gallery.modeling.attention.past import PastKeys
 from rm_gallery.modeling.heads import HEADS
 
 # T tokens, R responses, L longest text, D hidden
@@ -25,31 +26,37 @@ def head_of(network: Any) -> nn.Module | None:
     return next((each for each in found if isinstance(each, nn.Module)), None)
 
 
-def packed_rewards(network: Any, batch: PackedBatch, kernel: str, *, reads_only_rewards: bool = False) -> Tensor:
+def packed_rewards(
+    network: Any, batch: PackedBatch, kernel: str, *, reads_only_rewards: bool = False, past: PastKeys | None = None
+) -> Tensor:
     """Rewards [R] float32 of a network whose attention is `dispatch.NAME`, or [R, A] with A labels; an empty batch
     gives [0].
 
-    reads_only_rewards: the backbone's last hidden state has the R reward tokens only.
+    reads_only_rewards: the backbone's last hidden state has the R reward tokens only. past: keys and values of prefixes
+    that are known.
     """
     count = len(batch.reward_index)
     if not batch.num_tokens:
         batch = one_token(batch)
-    hidden = packed_hidden(network, batch, kernel)  # [R, D], or [T, D]
+    layout = dispatch.lay_out(batch, kernel, past)
+    hidden = packed_hidden(network, batch, layout)  # [R, D], or [T, D]
     if not reads_only_rewards:
-        hidden = hidden.index_select(0, batch.reward_index)
+        hidden = hidden.index_select(0, layout.reward_index)
     head = head_of(network)
     assert head is not None
     # A clone, since FSDP2 registers its backward hooks on the outputs, which may not be views.
     return head(hidden)[:count].squeeze(-1).float().clone()
 
 
-def packed_hidden(network: Any, batch: PackedBatch, kernel: str) -> Tensor:
+def packed_hidden(network: Any, batch: PackedBatch, layout: dispatch.PackLayout) -> Tensor:
     """Hidden states of the backbone of a network whose attention is `dispatch.NAME`, as its last layer gives them."""
-    layout = dispatch.lay_out(batch, kernel)
+    input_ids, positions = batch.input_ids, batch.positions
+    if layout.past is not None:
+        input_ids, positions = (each.index_select(0, layout.computed_rows) for each in (input_ids, positions))
     with dispatch.carry_layout(layout):
         hidden: Tensor = getattr(network, network.base_model_prefix)(
-            input_ids=batch.input_ids.unsqueeze(0),
-            position_ids=batch.positions.unsqueeze(0),
+            input_ids=input_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
             use_cache=False,
             packed=layout,
         ).last_hidden_state[0]

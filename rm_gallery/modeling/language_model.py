@@ -65,7 +65,8 @@ class LanguageModel(RewardModel):
         if self.padded:
             hidden = padded_hidden(self.network, batch, source)
         else:
-            hidden = packed_hidden(self.network, batch, self.attention).index_select(0, source)
+            layout = dispatch.lay_out(batch, self.attention)
+            hidden = packed_hidden(self.network, batch, layout).index_select(0, source)
         layer = self.network.get_output_embeddings()
         found = target_losses(hidden, layer.weight, getattr(layer, "bias", None), target, weight, self._scale)
         count = len(batch.target_source)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rm_gallery.data.batching.packed_batch import PackedBatch
 from rm_gallery.modeling.architectures import positions_after_padding
+from rm_gallery.modeling.attention.past import PastKeys
 from rm_gallery.modeling.config import AttentionKernel, PackingSetting
 from rm_gallery.modeling.decoder_layers import adapt
 from rm_gallery.modeling.forward import head_of, packed_rewards, padded_rewards
@@ -51,11 +52,16 @@ class RewardModel(nn.Module):
         assert found is not None
         return found
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Rewards [R] float32, one per response, or [R, A] with A attributes; an empty batch gives [0]."""
+    def forward(self, batch: PackedBatch, past: PastKeys | None = None) -> Tensor:
+        """Rewards [R] float32, one per response, or [R, A] with A attributes; an empty batch gives [0].
+
+        past: keys and values of prefixes that are known, of a model that is packed.
+        """
         if self.padded:
             return padded_rewards(self.network, batch)
-        return packed_rewards(self.network, batch, self.attention, reads_only_rewards=self._reads_only_rewards)
+        return packed_rewards(
+            self.network, batch, self.attention, reads_only_rewards=self._reads_only_rewards, past=past
+        )
 
     @contextmanager
     def inference(self) -> Iterator[None]:

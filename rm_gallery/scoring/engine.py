@@ -23,6 +23,7 @@ from rm_gallery.data.tokenization.encoder import Encoder
 from rm_gallery.data.tokenization.token_group import TokenGroup, split_prefix
 from rm_gallery.data.tokenization.tokenizer import TokenizeConfig
 from rm_gallery.errors import BadRow, UserError
+from rm_gallery.modeling.attention.past import PastKeys
 from rm_gallery.modeling.config import head_names, weights_of
 from rm_gallery.modeling.export import InputRecord
 from rm_gallery.modeling.forward import weighted_sum
@@ -219,16 +220,18 @@ class Engine(forks.SurvivesFork):
         """Packs as indices of parts, within the token budget; parts of similar length share a pack."""
         return self.packer.pack_by_length(GroupSizes.from_rows(part.sizes() for part in parts))
 
-    def run(self, pack: Sequence[TokenGroup], *, attributes: bool = False) -> list[list[Any]]:
+    def run(
+        self, pack: Sequence[TokenGroup], *, attributes: bool = False, past: PastKeys | None = None
+    ) -> list[list[Any]]:
         """Rewards of the responses of each part, from one model call.
 
-        attributes: in place of each reward a list of it and the attributes of the model. When the device is out of
-        memory, each part is run in its own call.
+        attributes: in place of each reward a list of it and the attributes of the model. past: keys and values of the
+        parts' prefixes that are known. When the device is out of memory, each part is run in its own call without them.
         """
         try:
-            return self._run(pack, attributes)
+            return self._run(pack, attributes, past)
         except torch.OutOfMemoryError:
-            if len(pack) == 1:
+            if len(pack) == 1 and past is None:
                 raise
         torch.cuda.empty_cache()
         log.warning("out of memory with a pack of %d groups; running them one at a time; lower token_budget", len(pack))
@@ -240,7 +243,7 @@ class Engine(forks.SurvivesFork):
             return outputs
         return torch.cat([outputs, outputs.std(dim=1, correction=0, keepdim=True)], dim=1)
 
-    def _run(self, pack: Sequence[TokenGroup], attributes: bool) -> list[list[Any]]:
+    def _run(self, pack: Sequence[TokenGroup], attributes: bool, past: PastKeys | None = None) -> list[list[Any]]:
         if self.device.type == "cuda" and os.getpid() != self._process:
             raise UserError(
                 "the model is on a GPU, which a forked process cannot use: load it in this process, with "
@@ -249,7 +252,8 @@ class Engine(forks.SurvivesFork):
         with self._lock, torch.inference_mode():
             forks.compute_in_fork()
             self.num_packs += 1
-            outputs = self.model(collate(pack).to(self.device))
+            batch = collate(pack).to(self.device)
+            outputs = self.model(batch) if past is None else self.model(batch, past)
             rewards = weighted_sum(outputs, self._weights).tolist()
             found = [(reward - self._mean) / self._std for reward in rewards]
             rows = self._columns(outputs.reshape(len(rewards), -1)).tolist() if attributes else []

@@ -49,6 +49,13 @@ def add_serve(commands: Any, add_loading_options: Callable[[argparse.ArgumentPar
     add("--max-texts", type=int, default=2048, metavar="N", help="texts of a request (2048)")
     add("--max-body-mb", type=float, default=16.0, metavar="N", help="MiB of a request (16)")
     add("--max-waiting", type=int, default=8192, metavar="N", help="texts that are accepted and not finished (8192)")
+    add(
+        "--prefix-cache-mb",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="MiB for prompts seen lately, per model, so that later responses compute only their own tokens (0)",
+    )
     add("--stop-timeout", type=int, default=60, metavar="S", help="seconds to finish accepted requests (60)")
     add_ensemble_options(command, "subtract the mean of the validation rewards, divide by their std")
     add_loading_options(command)
@@ -60,7 +67,13 @@ def _serve(arguments: argparse.Namespace) -> None:
     check_extra()
     from rm_gallery.serving.limits import Limits
 
-    limits = Limits(arguments.max_body_mb, arguments.max_texts, arguments.max_length, arguments.max_waiting)
+    limits = Limits(
+        arguments.max_body_mb,
+        arguments.max_texts,
+        arguments.max_length,
+        arguments.max_waiting,
+        arguments.prefix_cache_mb,
+    )
     limits.check()
     keys = read_keys(arguments.api_key, arguments.api_key_file)
     check_address(arguments.host, keys)

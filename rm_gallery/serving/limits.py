@@ -23,6 +23,8 @@ class Limits:
     """Tokens of a text; None: positions of the model, or max_length of its training if that is longer."""
     max_waiting: int = 8192
     """Texts of all requests to a model that are accepted and not finished."""
+    prefix_cache_mb: float = 0.0
+    """MiB of keys and values of prompts, for each model; 0 for none."""
     body_timeout: float = 60.0
     """Seconds in which a body has to arrive."""
 
@@ -31,6 +33,8 @@ class Limits:
         for name in ("max_body_mb", "max_texts", "max_waiting"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name.replace('_', '-')}={getattr(self, name)}: must be above 0")
+        if self.prefix_cache_mb < 0:
+            raise UserError(f"--prefix-cache-mb={self.prefix_cache_mb:g}: must be at least 0")
         if self.max_length is not None and self.max_length <= 0:
             raise UserError(f"--max-length={self.max_length}: must be above 0")
         if self.max_texts > self.max_waiting:

@@ -19,6 +19,7 @@ _COUNTERS: dict[str, tuple[str, Callable[[Any], float]]] = {
         "Tokens that the model computed; fewer where texts begin alike",
         lambda counts: counts.computed,
     ),
+    "cached_tokens": ("Tokens that the prefix cache had", lambda counts: counts.cached),
     "packs": ("Forward passes", lambda counts: counts.packs),
     "queue_seconds": ("Seconds that requests waited for the model", lambda counts: counts.wait_seconds),
 }

@@ -11,16 +11,16 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from rm_gallery.errors import BadRow
 from rm_gallery.scoring.base import find_bad_reward
 from rm_gallery.scoring.engine import Engine
+from rm_gallery.scoring.prefix_cache import PrefixCache
 from rm_gallery.scoring.shared_prefixes import SharedGroup, common_tokens, share_prefixes
 from rm_gallery.serving.limits import Refused
 
@@ -67,7 +67,9 @@ class Counts:
     tokens: int = 0
     """Of all texts."""
     computed: int = 0
-    """Tokens that the model computed, after sharing."""
+    """Tokens that the model computed, after sharing and without those of the cache."""
+    cached: int = 0
+    """Tokens whose keys and values the prefix cache had."""
     packs: int = 0
     wait_seconds: float = 0.0
     """Sum over requests, until their first text was taken."""
@@ -77,9 +79,10 @@ class Counts:
 class ScoringQueue:
     """Owns the thread of one model."""
 
-    def __init__(self, engine: Engine, max_waiting: int, *, run: Callable[..., Any] | None = None) -> None:
-        """max_waiting: texts that are accepted and not finished. run: in place of `Engine.run`."""
-        self._engine, self._run, self.max_waiting = engine, run or engine.run, max_waiting
+    def __init__(self, engine: Engine, max_waiting: int, cache: PrefixCache | None = None) -> None:
+        """max_waiting: texts that are accepted and not finished."""
+        self._engine, self._cache, self.max_waiting = engine, cache, max_waiting
+        self._run = engine.run if cache is None else cache.run
         self.counts = Counts()
         self._clients: OrderedDict[str, deque[Job]] = OrderedDict()  # in the order of their turns
         self._turn: str | None = None  # the client whose turn it is, also between packs
@@ -245,6 +248,7 @@ class ScoringQueue:
         if all(job.future.done() for job, _ in places):
             return
         started = time.monotonic()
+        reused = 0 if self._cache is None else self._cache.num_reused
         try:
             found = self._run([each.tokens for each in groups])
         except Exception as error:
@@ -256,7 +260,9 @@ class ScoringQueue:
             for job, _ in places:
                 job.fail(error)
             return
-        self._count(self._computed(groups), places, time.monotonic() - started)
+        reused = 0 if self._cache is None else self._cache.num_reused - reused
+        self.counts.cached += reused
+        self._count(self._computed(groups) - reused, places, time.monotonic() - started)
         for group, rewards in zip(groups, found, strict=True):
             for members, reward in zip(group.members, rewards, strict=True):
                 for job, index in (chosen[member] for member in members):

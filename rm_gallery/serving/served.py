@@ -14,6 +14,7 @@ import numpy as np
 from rm_gallery.errors import nearest, one_line
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring.ensemble import Reduction
+from rm_gallery.scoring.prefix_cache import PrefixCache
 from rm_gallery.scoring.scorer import RewardScorer
 from rm_gallery.serving.limits import CHARACTERS_PER_TOKEN, Limits, Refused, bad_request
 from rm_gallery.serving.queue import ScoringQueue
@@ -64,7 +65,8 @@ class Member:
 
     def __init__(self, scorer: RewardScorer, limits: Limits) -> None:
         self.scorer, self.limits = scorer, limits
-        self.queue = ScoringQueue(scorer.engine, limits.max_waiting)
+        cache = PrefixCache(scorer.engine, limits.prefix_cache_mb) if limits.prefix_cache_mb else None
+        self.queue = ScoringQueue(scorer.engine, limits.max_waiting, cache)
         self._tokenizer = ThreadPoolExecutor(1, thread_name_prefix="rm-gallery-tokenizer")
         network = scorer.engine.model.network
         self._num_ids = int(network.get_input_embeddings().num_embeddings)

@@ -68,6 +68,7 @@ def test_remote_scorer_over_every_protocol(url: str, chat_folder: Path, rewards:
             assert scorer.score_messages(CHATS[:count]) == pytest.approx(rewards[:count], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_official_openai_client(url: str, rewards: list[float]) -> None:
     openai = pytest.importorskip("openai", reason="the extra openai is not installed")
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
@@ -106,6 +107,7 @@ def test_official_cohere_client(url: str, rewards: list[float]) -> None:
     assert all(0 < row.relevance_score < 1 for row in found.results)
 
 
+@pytest.mark.slow
 def test_a_long_body_is_refused_after_it_was_sent(url: str) -> None:
     """The connection stays in order for clients that read the answer only after the whole body is sent."""
     with httpx.Client(base_url=url, timeout=60) as client:

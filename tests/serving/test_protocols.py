@@ -136,6 +136,20 @@ def test_several_models_and_an_ensemble(chat_folder: Path, other_folder: Path) -
 
 
 @pytest.mark.slow
+def test_prefix_cache(chat_folder: Path, rewards: list[float]) -> None:
+    limits = Limits(prefix_cache_mb=8)
+    models = load_models({"rm": [str(chat_folder)]}, limits, device="cpu")
+    client = Client(make_app(models, limits))
+    for number in range(8):
+        found = classified(client.post("/classify", {"messages": chat(ANSWERS[number % 4])}))
+        assert found == pytest.approx([rewards[number % 4]], abs=1e-5)
+    lines = client.get("/metrics").text.splitlines()
+    [cached] = [float(line.split()[-1]) for line in lines if line.startswith("rm_gallery_cached_tokens_total{")]
+    assert cached > 300
+    models.close()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "gemma3_text", "llama"])
 def test_other_architectures_and_raw_text(kind: str, tmp_path: Path) -> None:
     folder, _ = make_checkpoint(kind, tmp_path)

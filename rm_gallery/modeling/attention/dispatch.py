@@ -23,6 +23,7 @@ from rm_gallery.modeling.attention.cpu import is_worth_splitting, plain_attentio
 from rm_gallery.modeling.attention.flex import flex_attention
 from rm_gallery.modeling.attention.flex import is_available as flex_is_available
 from rm_gallery.modeling.attention.layout import AttentionSpec, PackLayout, Reach, visible
+from rm_gallery.modeling.attention.past import PastKeys
 from rm_gallery.modeling.attention.varlen import find_flash, takes_softcap, varlen_attention
 
 __all__ = [
@@ -50,9 +51,9 @@ _MAX_PLAIN_TOKENS = {torch.bfloat16: 2048, torch.float32: 256}
 """On a CPU, plain attention is faster than SDPA up to this length of a batch's longest group (docs/log.md)."""
 
 
-def lay_out(batch: PackedBatch, kernel: str = "auto") -> PackLayout:
-    """The attention layout of a batch; `kernel` is the setting `model.attention`."""
-    return PackLayout(batch.group_lengths, batch.tail_lengths, batch.input_ids.device, kernel)
+def lay_out(batch: PackedBatch, kernel: str = "auto", past: PastKeys | None = None) -> PackLayout:
+    """The attention layout of a batch; `kernel` is the setting `model.attention`. past: see `PackLayout`."""
+    return PackLayout(batch.group_lengths, batch.tail_lengths, batch.input_ids.device, kernel, past)
 
 
 _layout: ContextVar[PackLayout | None] = ContextVar("layout", default=None)
@@ -93,6 +94,8 @@ def packed_attention(
     correction = _temperature_correction(module, packed)
     if correction is not None:
         query = (query * correction).to(query.dtype)
+    if packed.past is not None:
+        key, value = packed.extend(module.layer_idx, key, value)  # type: ignore[arg-type]
     try:
         return attend(query, key, value, packed, spec).unsqueeze(0), None
     except UserError as error:
@@ -123,7 +126,7 @@ def _temperature_correction(module: Any, packed: PackLayout) -> Tensor | None:
         return None
 
     def factors() -> Tensor:
-        positions = np.stack([packed.host_labels[:, 2], np.arange(len(packed.host_labels))])
+        positions = np.stack([packed.host_labels[packed.computed, 2], np.arange(len(packed.computed))])
         scales = 1 + strength * np.log1p((positions + 1) // floor)
         return packed.to_device((scales[0] / scales[1]).astype(np.float32))[:, None, None]
 
@@ -237,6 +240,8 @@ def _candidates(query: Tensor, packed: PackLayout, spec: AttentionSpec, rewards_
 
     The last one takes every field.
     """
+    if packed.past is not None:
+        return ["sdpa", "plain"]  # the others expect the queries of all tokens
     if packed.kernel != "auto":
         return ["sdpa", "plain"] if rewards_only and KERNELS[packed.kernel].needs_gpu else [packed.kernel]
     names = []

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rm_gallery.modeling.attention.past import PastKeys
+
 Part = TypeVar("Part")
 Reach: TypeAlias = tuple["int | None", "int | None"]
 """(window, chunk) of a layer in tokens; None where there is none."""
@@ -132,10 +134,14 @@ class PackLayout:
     """
 
     def __init__(
-        self, group_lengths: Sequence[int], tail_lengths: Sequence[Sequence[int]], device: torch.device, kernel: str
-    ) -> None:
-        """group_lengths, tail_lengths: those of a PackedBatch. kernel: the setting `model.attention`."""
-        self.device, self.kernel = device, kernel
+        self, group_lengths: Sequence[int], tail_lengths: Sequence[Sequence[int]], device: torch.device, kernel: str,
+        past: PastKeys | None = None,
+    ) -> None:  # fmt: skip
+        """group_lengths, tail_lengths: those of a PackedBatch. kernel: the setting `model.attention`.
+
+        past: keys and values that are known; the forward pass then has the other tokens only, N of T.
+        """
+        self.device, self.kernel, self.past = device, kernel, past
         self._cache: dict[Hashable, Any] = {}
         self.lengths = np.array(group_lengths, np.int64)
         self.starts = np.cumsum(self.lengths) - self.lengths
@@ -146,8 +152,34 @@ class PackLayout:
         self.prefixes = self.lengths - tokens_in_tails
         # Before a response lie the responses before it and the prefixes of its group and of the groups before it.
         self.tail_starts = np.cumsum(self.tails) - self.tails + np.cumsum(self.prefixes)[self.tail_groups]
-        self.reward_index = self.to_device(self.tail_starts + self.tails - 1)
-        """[R] the last token of each response."""
+        self.known = np.zeros_like(self.lengths) if past is None else np.array(past.sizes, np.int64)
+        """[G] tokens of each prefix whose keys and values are known."""
+        self.computed = ranges(self.starts + self.known, self.lengths - self.known)
+        """[N] the tokens that the forward pass has; all T without `past`."""
+        last_tokens = self.tail_starts + self.tails - 1
+        self.reward_index = self.to_device(last_tokens if past is None else self._place[last_tokens])
+        """[R] the last token of each response, among those of the forward pass."""
+
+    @cached_property
+    def _place(self) -> np.ndarray:
+        """[T] the place of each token among the computed ones; 0 for those that are not."""
+        place = np.zeros(int(self.lengths.sum()), np.int64)
+        place[self.computed] = np.arange(len(self.computed))
+        return place
+
+    @cached_property
+    def computed_rows(self) -> Tensor:
+        """`computed` on the device."""
+        return self.to_device(self.computed)
+
+    @cached_property
+    def _known_rows(self) -> Tensor:
+        return self.to_device(ranges(self.starts, self.known))
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens [T, H_kv, D] in a layer, from those of the computed ones [N, H_kv, D]."""
+        assert self.past is not None
+        return self.past.extend(layer, key, value, self.starts, self.computed_rows, self._known_rows)
 
     @cached_property
     def longest_text(self) -> int:
@@ -213,19 +245,20 @@ class PackLayout:
         1,200^2 = 1.4M against 1.2M: it stays whole.
         """
         # 1. Sequences, prefixes first and then responses: first query, queries, keys of the prefix, first of these.
+        #    Of a prefix that is partly known, the rest is a sequence over the whole prefix.
         prefixes = self.prefixes[self.tail_groups]
-        starts = np.concatenate([self.starts, self.tail_starts])
-        lengths = np.concatenate([self.prefixes, self.tails])
-        before = np.concatenate([np.zeros_like(self.prefixes), prefixes])
+        starts = np.concatenate([self.starts + self.known, self.tail_starts])
+        lengths = np.concatenate([self.prefixes - self.known, self.tails])
+        before = np.concatenate([self.known, prefixes])
         prefix_starts = np.concatenate([self.starts, self.starts[self.tail_groups]])
         # 2. Is it worth it?
         order = _similar_shapes(lengths, before + lengths)
         cells = sum(len(each) * int(lengths[each].max()) * int((before + lengths)[each].max()) for each in order)
         whole = sum(bucket.key_tokens.numel() * bucket.key_tokens.shape[1] for bucket in self.all_tokens.buckets)
-        if cells > _MAX_CELLS_SHARE * whole:
+        if self.past is None and cells > _MAX_CELLS_SHARE * whole:
             return None
         # 3. Keys of a sequence: those of its prefix, its own, padding.
-        buckets, restore, row = [], np.empty(len(self.host_labels), np.int64), 0
+        buckets, restore, row = [], np.empty(len(self.computed), np.int64), 0
         for each in order:
             rows, is_real = _padded_rows(each, starts, lengths)
             place = np.arange(int((before + lengths)[each].max()))[None, :]
@@ -234,8 +267,10 @@ class PackLayout:
             is_key = place < num_before + lengths[each][:, None]
             keys = np.where(is_key, keys, own)
             key_labels = np.where(is_key[:, :, None], self.host_labels[keys], -2)
-            buckets.append(Bucket(*(self.to_device(part) for part in (rows, self.host_labels[rows], keys, key_labels))))
-            restore[rows[is_real]] = row + np.flatnonzero(is_real)
+            places = rows if self.past is None else self._place[rows]
+            parts = places, self.host_labels[rows], keys, key_labels
+            buckets.append(Bucket(*(self.to_device(part) for part in parts)))
+            restore[places[is_real]] = row + np.flatnonzero(is_real)
             row += rows.size
         return BucketedQueries(buckets, self.to_device(restore))
 
@@ -256,7 +291,9 @@ class PackLayout:
         """The buckets for the R reward tokens or for all tokens, split by response where no gradient is needed."""
         if rewards_only:
             return self.rewards
-        return self.all_tokens if torch.is_grad_enabled() else self.by_response or self.all_tokens
+        if self.past is None and torch.is_grad_enabled():
+            return self.all_tokens
+        return self.by_response or self.all_tokens
 
     def _restore(self, starts: np.ndarray, lengths: np.ndarray) -> Tensor:
         """Where each query went in the concatenated rows of the buckets.
