@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from rm_gallery.data.custom.hooks import DataSection, read_row
 from rm_gallery.data.formats import FormatConfig, RowCounts, read_groups
 from rm_gallery.data.formats.row_reader import Readers
 from rm_gallery.data.sources import Row
+from rm_gallery.errors import BadRow
+from rm_gallery.schema import Comparison, PreferenceGroup
 
 HI = [{"role": "user", "content": "hi"}]
 A, B = ([{"role": "assistant", "content": text}] for text in "ab")
@@ -58,3 +61,19 @@ def test_ties_in_rankings_and_lists() -> None:
     assert read([ranking], ties=False)[0] == [[(0, 1, False), (0, 2, False)]]
     lists = {"prompt": "hi", "chosen": ["a", "b"], "rejected": ["c"]}
     assert read([lists], ties=True)[0] == [[(0, 2, False), (1, 2, False)]], "two chosen responses are not called equal"
+
+
+class Mine:
+    def build_group(self, row: dict[str, Any]) -> PreferenceGroup:
+        comparisons = [Comparison(0, 1), Comparison(1, 2, tied=True)]
+        return PreferenceGroup("hi", ["a", "b", "c"], comparisons[row["from"] :])
+
+
+def test_ties_of_a_custom_class_are_dropped_unless_they_are_read() -> None:
+    def tied(start: int, *, ties: bool) -> list[bool]:
+        group = read_row(Mine(), Row({"from": start}, "a.jsonl", 0), DataSection(FormatConfig(ties=ties)))
+        return [each.tied for each in group.comparisons]
+
+    assert tied(0, ties=True) == [False, True] and tied(0, ties=False) == [False]
+    with pytest.raises(BadRow, match="a tie"):
+        tied(1, ties=False)
