@@ -307,7 +307,11 @@ def _validation_problems(config: TrainConfig) -> Iterator[Problem]:
 
 def _metric_problems(config: TrainConfig) -> Iterator[Problem]:
     key, name = "trainer.save_best_metric", config.trainer.save_best_metric
-    kinds = ["accuracy", "loss", *metrics_of(config.objective, config.model)]
+    kinds = [
+        *(["accuracy"] if config.objective.name != "sft" else []),
+        "loss",
+        *metrics_of(config.objective, config.model),
+    ]
     sets = {"": kinds} if has_validation(config.data) else {}
     for each, files in config.trainer.eval_sets.items():
         sets[each] = kinds if named_benchmark(each, files) is None else ["accuracy", "loss", "margin", "score"]

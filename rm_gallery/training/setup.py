@@ -407,6 +407,7 @@ def _build_trainer(config: TrainConfig, loop: RunParts, begin: Start, checkpoint
         stop=loop.stop,
         save_best=config.trainer.save_best,
         patience=config.trainer.early_stopping_patience,
+        patience_after=sum(phase.num_steps for phase in loop.phases[:-1]) or -1,
         tick=tick,
         router_loss=loop.router_loss,
         ema=loop.ema,

@@ -86,11 +86,12 @@ class Trainer:
         max_bad_steps: int, validate: Validation | None, checkpoints: Saver, sink: MetricSink,
         ranks: HostGroup, start: Start | None = None, stop: StopSignal | None = None, save_best: bool = False,
         patience: int | None = None, tick: Callable[[str], None] = lambda text: None,
-        router_loss: RouterLoss | None = None, ema: AveragedWeights | None = None,
+        router_loss: RouterLoss | None = None, ema: AveragedWeights | None = None, patience_after: int = -1,
     ) -> None:  # fmt: skip
         """start: the checkpoint that the run resumes from. steps: those after it.
 
-        patience: `trainer.early_stopping_patience`. tick: called before each micro-batch with a text that says which.
+        patience: `trainer.early_stopping_patience`; validations up to step `patience_after` do not count for it.
+        tick: called before each micro-batch with a text that says which.
         """
         self.model, self.weights, self.objective = model, weights, objective
         self.optimizer, self.schedule, self.clip_grad = optimizer, schedule, clip_grad
@@ -98,6 +99,7 @@ class Trainer:
         self.max_bad_steps, self.validate, self.checkpoints, self.sink = max_bad_steps, validate, checkpoints, sink
         self.ranks, self.stop, self.save_best = ranks, stop or StopSignal(), save_best
         self.patience, self.tick, self.router_loss, self.ema = patience, tick, router_loss, ema
+        self.patience_after = patience_after
         self.start = start or Start()
         self.progress = self.start.progress
         self.parameters: list[nn.Parameter] = [parameter for _, parameter in weights.named_parameters()]
@@ -232,7 +234,14 @@ class Trainer:
             if parsed is not None and name == parsed.loss and not math.isfinite(value):
                 log.warning("step %d: %s is %s: some validation text has no finite reward", progress.step, name, value)
         self.sink.log(metrics, progress.step)
-        progress.count_validation(metrics)
+        if progress.best_metric not in metrics and (self.save_best or self.patience is not None):
+            log.warning(
+                "step %d: this validation has no %s, so it is not compared with others: set "
+                "trainer.save_best_metric to one of %s", progress.step, progress.best_metric,
+                ", ".join(name for name in metrics if (each := parse_metric(name)) and each.direction),
+            )  # fmt: skip
+        elif progress.step > self.patience_after:
+            progress.count_validation(metrics)
         return bool(self.save_best and progress.step and progress.note_best(metrics))
 
     def _log(self, result: StepResult, learning_rate: float, batches: StepBatches) -> None:
