@@ -21,7 +21,9 @@ from rm_gallery.objectives.bradley_terry import BradleyTerry
 from rm_gallery.training.trackers.base import JsonLines
 from tests.small import text_pairs, write_pairs
 
-NOT_COMPARED = ("time", "perf/pairs_per_second", "perf/tokens_per_second", "perf/step_seconds")
+NOT_COMPARED = (
+    "time", "perf/pairs_per_second", "perf/conversations_per_second", "perf/tokens_per_second", "perf/step_seconds",
+)  # fmt: skip
 
 
 def settings(model: Path, name: str, *overrides: str) -> list[str]:
