@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rm_gallery.scoring.command import add_ensemble_options
+from rm_gallery.scoring.command import add_ensemble_options, add_weights
 
 
 def add_evaluate(commands: Any, add_loading_options: Callable[[argparse.ArgumentParser], None]) -> None:
@@ -58,6 +58,7 @@ def add_evaluate(commands: Any, add_loading_options: Callable[[argparse.Argument
     )
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of samples and bootstraps (0)")
     add_ensemble_options(command, "normalize the rewards of an ensemble's models by their validation rewards")
+    add_weights(command)
     add_loading_options(command)
     command.add_argument(
         "--tokenizer",
@@ -101,6 +102,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         tokenizer=arguments.tokenizer,
         ensemble=arguments.ensemble or "mean",
         normalize=arguments.normalize,
+        weights=arguments.weights,
     )
     models = arguments.model if arguments.ensemble is None else with_ensemble(arguments.model)
     with contextlib.ExitStack() as stack:

@@ -107,7 +107,7 @@ def evaluate(
     data: how rows are read, e.g. {"chosen_key": "better"}. max_pairs: evaluate a random sample of each set.
     probes: whether a sample of 200 pairs is scored again with changed texts, or the size of the sample; None (default)
     is False for graders, whose requests may cost money, and True for others.
-    loading: arguments of `RewardScorer.from_folder` (device, dtype, token_budget, ...).
+    loading: arguments of `RewardScorer.from_folder` (device, dtype, token_budget, weights, ...).
 
     Returns a dict with `models[*]["sets"][*]`, whose string is a report. Raises `rm_gallery.UserError` for a model or
     set that does not exist or cannot be read, and for a reward that is not finite.
@@ -194,6 +194,8 @@ def _about(scorer: Scorer) -> dict[str, Any]:
     if engine is not None:
         about["parameters"] = sum(weight.numel() for weight in engine.model.parameters())
         about["device"] = str(engine.device)
+        if engine.record.attributes:
+            about["weights"] = dict(zip(engine.record.attributes, engine.weights, strict=True))
         about["dtype"] = str(next(engine.model.parameters()).dtype).removeprefix("torch.")
     return about
 

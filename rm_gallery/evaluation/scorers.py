@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -24,6 +24,7 @@ from rm_gallery.scoring.ensemble import EnsembleScorer, Reduction, members_of, s
 from rm_gallery.scoring.remote import names_servers, open_servers, short_name
 
 if TYPE_CHECKING:
+    from rm_gallery.modeling.export import InputRecord
     from rm_gallery.scoring import RemoteScorer, RewardScorer
     from rm_gallery.scoring.base import BaseScorer
 
@@ -81,6 +82,8 @@ class ScorerOptions:
     """How the rewards of an ensemble `a+b` become one; see `RewardScorer.from_folders`."""
     normalize: bool | None = None
     """Of ensembles alone; see `RewardScorer.from_folders`."""
+    weights: Mapping[str, float] | None = None
+    """Of the attributes of models that have some; see `RewardScorer.from_folder`."""
 
 
 @dataclass
@@ -305,11 +308,36 @@ def check_models(models: Sequence[Any], options: ScorerOptions) -> list[Any]:
         for each in ensembles:
             shared_scale(each, True)
     parts = [part for each in found for part in (each if isinstance(each, tuple) else [each])]
+    _check_weights([part for part in parts if isinstance(part, str) and not names_servers(part)], options)
     if options.tokenizer is not None and not any(isinstance(part, str) and names_servers(part) for part in parts):
         raise UserError(
             f"--tokenizer={options.tokenizer}: it is for models behind servers, and none is named; remove it"
         )
     return found
+
+
+def _check_weights(folders: Sequence[str], options: ScorerOptions) -> None:
+    """Raise UserError for weights of attributes that a model does not have, or that no model has."""
+    if options.weights is None:
+        return
+    from rm_gallery.scoring.engine import find_weights
+
+    records = {folder: record for folder in folders if (record := _record_of(folder)) and record.attributes}
+    if not records:
+        raise UserError("weights are for models with attributes, and none is named; remove them (--weights)")
+    for folder, record in records.items():
+        try:
+            find_weights(record, options.weights)
+        except UserError as error:
+            raise UserError(f"--weights: model={folder}: {error}") from error
+
+
+def _record_of(folder: str) -> InputRecord | None:
+    from rm_gallery.modeling.export import read_record
+    from rm_gallery.scoring.model_folder import file_of
+
+    config = file_of(folder, "config.json")
+    return None if config is None else read_record(config.parent)
 
 
 def with_ensemble(models: Sequence[str]) -> list[str]:
@@ -338,7 +366,7 @@ def _check_folder(model: str, options: ScorerOptions) -> str:
 
 
 def _load_ensemble(models: Sequence[str], options: ScorerOptions) -> EnsembleScorer:
-    scale = shared_scale(models, options.normalize)
+    scale = shared_scale(models, options.normalize, options.weights)
     members: list[BaseScorer] = [
         _connect(each, options) if names_servers(each) else _load(each, options, normalize=scale is not None)
         for each in models
@@ -359,6 +387,7 @@ def _load(folder: str, options: ScorerOptions, *, normalize: bool = False) -> Re
         base=options.base,
         quantized=options.quantized,
         normalize=normalize,
+        weights=options.weights if (record := _record_of(folder)) and record.attributes else None,
     )
 
 

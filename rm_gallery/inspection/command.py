@@ -47,8 +47,9 @@ def show_data(
     if config.data.attributes:
         key = "model.attributes" if config.model.attributes else f"objective.name={config.objective.name}"
         raise UserError(
-            f"{key}: show-data reports on preferences, and rows with attributes are single responses; remove "
-            f"{key} to show the comparisons by data.columns.helpfulness"
+            f"{key}: show-data reports on preferences, and here the data are rated responses; without {key} it reports "
+            "on the comparisons that the ratings imply, in rows of one response those of the column helpfulness "
+            "(data.columns.helpfulness=NAME names another)"
         )
     if config.objective.name == "sft":
         raise UserError(

@@ -103,12 +103,7 @@ def _add_models_and_files(command: argparse.ArgumentParser) -> None:
         help="folder, run, hub model or server; repeat for several",
     )
     command.add_argument("--output", required=True, metavar="PATH", help="output folder, or a file for a single input")
-    command.add_argument(
-        "--weights",
-        type=_weights,
-        metavar="NAME=W,...",
-        help="of a model's attributes in the reward, which is their sum",
-    )
+    add_weights(command)
     add_ensemble_options(command, "subtract the mean of the validation rewards, divide by their std")
     command.add_argument(
         "--tokenizer", metavar="FOLDER", help="of a server's model: texts are tokenized as in training"
@@ -116,9 +111,26 @@ def _add_models_and_files(command: argparse.ArgumentParser) -> None:
     command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
 
 
+def add_weights(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--weights",
+        type=_weights,
+        metavar="NAME=W,...",
+        help="of a model's attributes in the reward, which is their sum",
+    )
+
+
 def _weights(text: str) -> dict[str, float]:
     """`helpfulness=0.65,verbosity=-0.1` as a mapping."""
-    return {name.strip(): float(value) for name, _, value in (part.rpartition("=") for part in text.split(","))}
+    try:
+        pairs = [(name.strip(), float(value)) for name, _, value in (part.rpartition("=") for part in text.split(","))]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be NAME=NUMBER,..., e.g. helpfulness=0.65,verbosity=-0.1"
+        ) from None
+    if len(dict(pairs)) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} has a name twice; give it once")
+    return dict(pairs)
 
 
 def _score(arguments: argparse.Namespace) -> None:

@@ -108,8 +108,8 @@ class Engine(forks.SurvivesFork):
         model's attributes in the reward, instead of those of its folder. Raises UserError for a model without them.
         """
         self.source = source
-        self._weights = find_weights(source.record, weights)
-        if normalize and self._weights != tuple(source.record.attribute_weights):
+        self.weights = find_weights(source.record, weights)
+        if normalize and self.weights != tuple(source.record.attribute_weights):
             raise UserError("weights with normalize: mean and standard deviation are those of the folder's own weights")
         self._mean, self._std = _statistics(source) if normalize else (0.0, 1.0)
         self.model, self.tokenizer, self.record = source.model, source.tokenizer, source.record
@@ -254,7 +254,7 @@ class Engine(forks.SurvivesFork):
             self.num_packs += 1
             batch = collate(pack).to(self.device)
             outputs = self.model(batch) if past is None else self.model(batch, past)
-            rewards = weighted_sum(outputs, self._weights).tolist()
+            rewards = weighted_sum(outputs, self.weights).tolist()
             found = [(reward - self._mean) / self._std for reward in rewards]
             rows = self._columns(outputs.reshape(len(rewards), -1)).tolist() if attributes else []
             flat = iter([[reward, *row] for reward, row in zip(found, rows, strict=True)] if attributes else found)

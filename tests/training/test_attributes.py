@@ -15,6 +15,7 @@ from rm_gallery.cli import main
 from rm_gallery.core.models import OpenAIChatModel
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.export import rescore
+from tests.scoring.models import make_checkpoint
 from tests.small import make_model, write_pairs
 from tests.training.rank_runs import Run, run_all
 from tests.training.short_runs import rows, settings, train
@@ -76,6 +77,35 @@ def test_outputs_have_names_and_their_weighted_sum_is_the_reward(qwen2_folder: P
     assert all(
         row["reward"] == row["reward_verbosity"] and {f"reward_{name}" for name in NAMES} <= set(row) for row in scored
     )
+
+
+@pytest.mark.slow
+def test_evaluate_takes_weights_of_the_outputs(qwen2_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = last(train(qwen2_folder, "a", *SETTINGS, WEIGHTS))
+    pairs = [{"prompt": f"why {n}", "chosen": f"because {n}", "rejected": "no " * n} for n in range(1, 9)]
+    Path("pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in pairs))
+    plain = ["evaluate", "pairs.jsonl", "--no-probes", "--no-baselines", "--device", "cpu", "--json", "out.json"]
+    command = [*plain, "--model", str(folder)]
+    scorer = RewardScorer.from_folder(folder, device="cpu", weights={"verbosity": 2.0, "coherence": -1.0})
+    groups = [scorer.build_group(row["prompt"], [row["chosen"], row["rejected"]]) for row in pairs]
+    expected = [better - worse for better, worse in scorer.score(groups)]
+    assert main([*command, "--weights", "verbosity=2, coherence=-1"]) == 0
+    [model] = json.loads(Path("out.json").read_text())["models"]
+    assert model["weights"] == {"helpfulness": 0.0, "verbosity": 2.0, "coherence": -1.0}
+    assert model["sets"][0]["mean_margin"] == pytest.approx(sum(expected) / len(expected), abs=1e-5)
+    capsys.readouterr()
+    other = make_checkpoint("qwen2", Path("other"), style="chat", seed=1)[0]
+    for model_folder, weights, sentence in (
+        (folder, "length=1", f"--weights: model={folder}: weights: the model has no attribute 'length'; it has"),
+        (other, "length=1", "weights are for models with attributes, and none is named"),
+        (folder, "verbosity", "argument --weights: 'verbosity': must be NAME=NUMBER,..., e.g. helpfulness=0.65"),
+        (folder, "verbosity=1,verbosity=2", "has a name twice; give it once"),
+    ):
+        try:
+            assert main([*plain, "--model", str(model_folder), "--weights", weights]) == 2
+        except SystemExit as stopped:
+            assert stopped.code == 2
+        assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.slow
