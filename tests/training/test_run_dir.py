@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rm_gallery.errors import UserError
-from rm_gallery.training.run_dir import lock_run_dir, write_run_facts
+from rm_gallery.training.run_dir import draw_curves, lock_run_dir, write_run_facts
 
 HOLDER = """
 import fcntl, sys
@@ -60,3 +60,15 @@ def test_metrics_stay_on_resume_and_keep_another_name_otherwise(tmp_path: Path) 
     assert (tmp_path / "metrics.jsonl").exists()
     write_run_facts(tmp_path, "", {})
     assert not (tmp_path / "metrics.jsonl").exists() and len(list(tmp_path.glob("metrics-*.jsonl"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metrics", [{"train/loss": 0.5}, {"val/accuracy": 0.5}, {"train/lr": 0.1}])
+def test_curves_are_drawn_without_a_warning_where_metrics_are_missing(
+    metrics: dict[str, float], tmp_path: Path
+) -> None:
+    """As of regression on single responses, which has no accuracy."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps({'step': n, **metrics})}\n" for n in range(3)))
+    path = draw_curves(tmp_path)
+    assert path is not None and path.read_bytes()[1:4] == b"PNG"
