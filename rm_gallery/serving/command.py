@@ -89,8 +89,11 @@ def _serve(arguments: argparse.Namespace) -> None:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(visible(f"serving {', '.join(named)} at http://{shown}:{port}"), flush=True)
-        run(make_app(models, limits, keys), listener, stop_timeout=arguments.stop_timeout)
-        print("stopped; all accepted requests were answered", flush=True)
+        app = make_app(models, limits, keys)
+        run(app, listener, stop_timeout=arguments.stop_timeout)
+        if app.num_cut:
+            log.warning("%d requests had no answer after --stop-timeout=%d s", app.num_cut, arguments.stop_timeout)
+        print("stopped" if app.num_cut else "stopped; all accepted requests were answered", flush=True)
 
 
 def check_extra() -> None:
@@ -191,7 +194,7 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def run(app: Any, listener: socket.socket, *, stop_timeout: int = 60) -> None:
-    """Answer requests until SIGTERM or Ctrl-C; a second signal stops at once, without finishing requests."""
+    """Answer requests until SIGTERM or Ctrl-C; a second Ctrl-C stops at once, without finishing requests."""
     import uvicorn
 
     config = uvicorn.Config(

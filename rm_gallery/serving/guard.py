@@ -29,6 +29,9 @@ OPEN_PATHS = {"/health", "/ready", "/livez", "/readyz"}
 _MAX_DRAINED = 8  # bodies of the maximum size, of which a longer one is read and dropped before the answer
 
 
+_MAX_BODIES = 64  # of the maximum size, in memory at a time
+
+
 class _Left(Exception):
     """The client closed the connection."""
 
@@ -58,6 +61,9 @@ class Guard:
     def __init__(self, app: Any, *, keys: Keys, limits: Limits, metrics: Metrics, paths: set[str]) -> None:
         """paths: those of the application, which figures are counted by."""
         self.app, self.keys, self.limits, self.metrics, self.paths = app, keys, limits, metrics, paths
+        self._held = 0  # bytes of the bodies of all open requests
+        self.num_cut = 0
+        """Requests that had no answer when the server stopped."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,6 +85,9 @@ class Guard:
             except _Left:
                 self.metrics.left.inc()
                 return
+            except asyncio.CancelledError:
+                self.num_cut += 1
+                raise
             except Refused as refused:
                 await _send(counted, refused)
             except Exception as error:
@@ -91,7 +100,15 @@ class Guard:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         scope["rm_gallery.client"] = self._client(scope, headers)
-        body = await self._read(headers, receive)
+        held = [0]
+        try:
+            body = await self._read(headers, receive, held)
+            await self._run(scope, receive, send, body)
+        finally:
+            self._held -= held[0]
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
+        """The answer of the application, or _Left if the client closes the connection before."""
         given = is_sent = False
 
         async def watched(message: Any) -> None:
@@ -131,8 +148,11 @@ class Guard:
             raise Refused(401, f"{given}: Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
         return found
 
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        """The body. Raises Refused with status 413 for a long one, and 408 for one that does not arrive."""
+    async def _read(self, headers: dict[bytes, bytes], receive: Receive, held: list[int]) -> bytes:
+        """The body; its bytes are counted in `held`.
+
+        Raises Refused with status 413 for a long one, and 408 for one that does not arrive.
+        """
         limit = self.limits.body_bytes
         length = headers.get(b"content-length", b"")
         declared = int(length) if length.isdigit() else 0
@@ -150,6 +170,13 @@ class Guard:
                     size += len(message.get("body", b""))
                     if max(size, declared) <= limit:
                         chunks.append(message.get("body", b""))
+                        held[0] += len(chunks[-1])
+                        self._held += len(chunks[-1])
+                        if self._held > _MAX_BODIES * limit:
+                            raise Refused(
+                                429, f"the bodies of open requests have more than {_MAX_BODIES} times --max-body-mb",
+                                headers={"Retry-After": "1", "Connection": "close"},
+                            )  # fmt: skip
                     elif size > _MAX_DRAINED * limit:
                         break  # the connection is closed with the answer
                     else:

@@ -43,7 +43,7 @@ def add_protocols(router: APIRouter, models: Models, limits: Limits) -> None:
         requests.check_count(count, limits.max_texts)
         model = models.find(body.model)
         client = f"{request.scope.get('rm_gallery.client', '')}/{body.user or ''}"
-        return model, await model.score(items, client, truncation)
+        return model, await model.score(items, count, client, truncation)
 
     async def score_texts(request: Request, body: requests.TextBody) -> tuple[ServedModel, Scores]:
         items, count = body.items()

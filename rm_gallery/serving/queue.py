@@ -100,18 +100,30 @@ class ScoringQueue:
         """Whether the thread takes texts."""
         return self._thread.is_alive()
 
-    def submit(self, texts: Sequence[np.ndarray], client: str) -> Future[list[float]]:
-        """Queue the texts of a request; the future gives their rewards. Cancel it to leave the queue.
+    def reserve(self, count: int) -> None:
+        """Take places for this number of texts, for which the caller calls `submit` or `release` later.
 
         Raises Refused with status 429 if the queue is full, and 503 when it is closed.
         """
+        with self._changed:
+            self._check_open()
+            if self.num_waiting + count > self.max_waiting:
+                raise self._full(count)
+            self.num_waiting += count
+
+    def release(self, count: int) -> None:
+        """Give up places."""
+        with self._changed:
+            self.num_waiting -= count
+
+    def submit(self, texts: Sequence[np.ndarray], client: str) -> Future[list[float]]:
+        """Queue the texts of a request, whose places are reserved; the future gives their rewards.
+
+        Cancel it to leave the queue. Raises Refused with status 503 when the queue is closed.
+        """
         job = Job(list(texts), client)
         with self._changed:
-            if self._closing or not self._thread.is_alive():
-                raise Refused(503, "the server is stopping", headers={"Retry-After": "1"})
-            if self.num_waiting + len(job.texts) > self.max_waiting:
-                raise self._full(job)
-            self.num_waiting += len(job.texts)
+            self._check_open()
             self.counts.requests += 1
             if job.texts:
                 self._clients.setdefault(client, deque()).append(job)
@@ -121,14 +133,18 @@ class ScoringQueue:
             job.future.set_result([])
         return job.future
 
-    def _full(self, job: Job) -> Refused:
+    def _check_open(self) -> None:
+        if self._closing or not self._thread.is_alive():
+            raise Refused(503, "the server is stopping", headers={"Retry-After": "1"})
+
+    def _full(self, count: int) -> Refused:
         waiting = (each for jobs in self._clients.values() for each in jobs)
         ahead = sum(len(text) for each in waiting for text in each.texts[each.num_taken :])
         seconds = math.ceil(min(max(ahead / self._speed if self._speed else 1.0, 1.0), 60.0))
         return Refused(
             429,
             f"the queue is full: {self.num_waiting} texts wait and --max-waiting is {self.max_waiting}, so the "
-            f"{len(job.texts)} of this request do not fit; try again in {seconds} s",
+            f"{count} of this request do not fit; try again in {seconds} s",
             headers={"Retry-After": str(seconds)},
         )
 

@@ -174,18 +174,27 @@ class ServedModel:
     def is_alive(self) -> bool:
         return all(member.queue.is_alive for member in self.members)
 
-    async def score(self, items: Sequence[Item], client: str, truncation: Truncation | None = None) -> Scores:
-        """Raises Refused for a text that cannot be scored, and for a full queue."""
+    async def score(
+        self, items: Sequence[Item], count: int, client: str, truncation: Truncation | None = None
+    ) -> Scores:
+        """The rewards of `count` texts. Raises Refused for one that cannot be scored, and for a full queue."""
         truncation = truncation or Truncation()
-        encoded = [await member.encode(items, truncation) for member in self.members]
+        reserved: list[ScoringQueue] = []
         futures: list[Future[list[float]]] = []
         try:
+            for member in self.members:  # before texts are tokenized: what waits for that counts too
+                member.queue.reserve(count)
+                reserved.append(member.queue)
+            encoded = [await member.encode(items, truncation) for member in self.members]
             for member, texts in zip(self.members, encoded, strict=True):
                 futures.append(member.queue.submit(texts, client))
+                reserved.remove(member.queue)
             found = await asyncio.gather(*map(asyncio.wrap_future, futures))
         except ValueError as error:
             raise Refused(422, one_line(error)) from None
         finally:
+            for queue in reserved:
+                queue.release(count)
             for future in futures:  # of a client that left, or of the other members of an ensemble
                 future.cancel()
         rewards = found[0] if len(found) == 1 else [reward for reward, _ in self.reduction.of(found)]

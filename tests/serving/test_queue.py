@@ -60,11 +60,16 @@ def queue(engine: Engine) -> Iterator[ScoringQueue]:
     found.close()
 
 
+def submit(queue: ScoringQueue, texts: list[np.ndarray], client: str) -> Any:
+    queue.reserve(len(texts))
+    return queue.submit(texts, client)
+
+
 def hold(engine: Engine, queue: ScoringQueue) -> Any:
     """Keep the model busy with one text, so that what follows waits."""
     engine.gate.clear()
     engine.entered.clear()
-    future = queue.submit([text(9)], "first")
+    future = submit(queue, [text(9)], "first")
     engine.entered.wait()
     return future
 
@@ -72,9 +77,9 @@ def hold(engine: Engine, queue: ScoringQueue) -> Any:
 def test_texts_that_wait_are_packed_together_and_a_free_model_does_not_wait(
     engine: Engine, queue: ScoringQueue
 ) -> None:
-    assert queue.submit([text(5)], "a").result() == [14.0]
+    assert submit(queue, [text(5)], "a").result() == [14.0]
     hold(engine, queue)
-    futures = [queue.submit([text(number, 2, 3)], "a") for number in range(5, 10)]
+    futures = [submit(queue, [text(number, 2, 3)], "a") for number in range(5, 10)]
     engine.gate.set()
     assert [future.result() for future in futures] == [[12.0 + number] for number in range(5, 10)]
     assert [len(pack) for pack in engine.packs] == [1, 1, 5]
@@ -83,7 +88,7 @@ def test_texts_that_wait_are_packed_together_and_a_free_model_does_not_wait(
 def test_texts_of_a_prompt_share_its_tokens_across_requests(engine: Engine, queue: ScoringQueue) -> None:
     prompt = range(20, 50)
     hold(engine, queue)
-    futures = [queue.submit([text(*prompt, number, size=40)], client) for number, client in enumerate("abcab")]
+    futures = [submit(queue, [text(*prompt, number, size=40)], client) for number, client in enumerate("abcab")]
     engine.gate.set()
     sums = [sum(prompt) + number + 9.0 for number in range(5)]
     assert [future.result() for future in futures] == [[each] for each in sums]
@@ -93,8 +98,8 @@ def test_texts_of_a_prompt_share_its_tokens_across_requests(engine: Engine, queu
 
 def test_a_client_with_few_texts_does_not_wait_for_one_with_many(engine: Engine, queue: ScoringQueue) -> None:
     hold(engine, queue)
-    many = queue.submit([text(number, size=60) for number in range(50)], "many")
-    few = queue.submit([text(100 + number, size=60) for number in range(2)], "few")
+    many = submit(queue, [text(number, size=60) for number in range(50)], "many")
+    few = submit(queue, [text(100 + number, size=60) for number in range(2)], "few")
     packs: list[int] = []
     few.add_done_callback(lambda _: packs.append(len(engine.packs)))
     engine.gate.set()
@@ -105,14 +110,14 @@ def test_a_client_with_few_texts_does_not_wait_for_one_with_many(engine: Engine,
 
 def test_a_full_queue_refuses_and_a_client_that_leaves_frees_its_places(engine: Engine, queue: ScoringQueue) -> None:
     hold(engine, queue)
-    waiting = queue.submit([text(5)] * 99, "a")
+    waiting = submit(queue, [text(5)] * 99, "a")
     with pytest.raises(Refused, match="--max-waiting is 100") as error:
-        queue.submit([text(6)], "b")
+        submit(queue, [text(6)], "b")
     assert error.value.status == 429
     assert int(error.value.headers["Retry-After"]) >= 1
     assert waiting.cancel()
     assert queue.num_waiting == 1
-    other = queue.submit([text(6)], "b")
+    other = submit(queue, [text(6)], "b")
     engine.gate.set()
     assert other.result() == [15.0]
     assert sum(len(group.tails) for pack in engine.packs for group in pack) == 2  # what was cancelled is not computed
@@ -123,25 +128,25 @@ def test_a_full_queue_refuses_and_a_client_that_leaves_frees_its_places(engine: 
 def test_a_failure_is_that_of_its_request(engine: Engine, queue: ScoringQueue) -> None:
     hold(engine, queue)
     engine.fails = lambda group: any(7 in tail for tail in group.tails)
-    good, bad = queue.submit([text(5)], "a"), queue.submit([text(7)], "b")
+    good, bad = submit(queue, [text(5)], "a"), submit(queue, [text(7)], "b")
     engine.gate.set()
     assert good.result() == [14.0]
     with pytest.raises(RuntimeError, match="out of order"):
         bad.result()
     engine.fails = lambda group: False
-    assert queue.submit([text(7)], "b").result() == [16.0]
+    assert submit(queue, [text(7)], "b").result() == [16.0]
 
 
 def test_close_finishes_what_was_accepted(engine: Engine, queue: ScoringQueue) -> None:
     hold(engine, queue)
-    futures = [queue.submit([text(number)] * 3, "a") for number in range(5)]
+    futures = [submit(queue, [text(number)] * 3, "a") for number in range(5)]
     closing = threading.Thread(target=queue.close)
     closing.start()
     engine.gate.set()
     closing.join()
     assert all(len(future.result()) == 3 for future in futures)
     with pytest.raises(Refused, match="stopping"):
-        queue.submit([text(5)], "a")
+        submit(queue, [text(5)], "a")
 
 
 def test_share_prefixes() -> None:
