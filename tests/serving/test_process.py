@@ -195,6 +195,14 @@ def _status(url: str) -> int:
 def test_no_request_that_a_fuzzer_finds_is_answered_with_5xx(url: str) -> None:
     pytest.importorskip("schemathesis", reason="the package schemathesis is not installed")
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks", "not_a_server_error"]
-    command += ["--max-examples", "8", "--seed", "0", "--phases", "examples,coverage,fuzzing"]
+    for path in (
+        "/v1/score",
+        "/v1/rerank",
+        "/v2/rerank",
+        "/health",
+        "/ready",
+    ):  # the same as another, or without fields
+        command += ["--exclude-path", path]
+    command += ["--max-examples", "5", "--seed", "0", "--phases", "examples,coverage,fuzzing"]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
