@@ -214,7 +214,7 @@ def averaged_card(
         members=[(_cell(each), f"{share:.4g}") for each, share in members],
         chat=input_style == "chat", lora=False, attributes=attributes, code_file=code_file, mapping="", quantized=False,
         trust=", trust_remote_code=True" if code_file else "", special=adds_special_tokens,
-        separator=json.dumps(separator)[1:-1],
+        separator=json.dumps(separator)[1:-1], unit="Rewards are comparable between responses to the same prompt",
     )  # fmt: skip
     return redact(card)
 
