@@ -108,6 +108,8 @@ def _add_models_and_files(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tokenizer", metavar="FOLDER", help="of a server's model: texts are tokenized as in training"
     )
+    command.add_argument("--engine", default="local", metavar="NAME", help="local (default), or ray: a Ray cluster")
+    command.add_argument("--processes", type=int, metavar="N", help="workers, each with the model and, if any, a GPU")
     command.add_argument("--debug", action="store_true", help="print tracebacks and debug messages")
 
 
@@ -168,6 +170,8 @@ def _options(arguments: argparse.Namespace) -> ScoreOptions:
         ensemble=arguments.ensemble,
         weights=arguments.weights,
         tokenizer=arguments.tokenizer,
+        engine=arguments.engine,
+        processes=arguments.processes,
         data=load_data_config(settings),
     )
 

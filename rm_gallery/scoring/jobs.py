@@ -65,6 +65,10 @@ class ScoreOptions:
     """Folder or hub name of the model of a server (`--tokenizer`)."""
     ranking: Ranking | None = None
     """What `rm-gallery rank` writes; None for the input's rows with their rewards."""
+    engine: str = "local"
+    """`local` or `ray` (`--engine`)."""
+    processes: int | None = None
+    """Workers (`--processes`); None for one, or on Ray for one per GPU."""
     data: ScoreDataConfig = field(default_factory=ScoreDataConfig)
 
 

@@ -19,13 +19,10 @@ from typing import Any
 
 from rm_gallery import config, files
 from rm_gallery.data.config import DataConfig
-from rm_gallery.data.formats import RowReader
-from rm_gallery.data.sources import DataFile, FileEntry, Row, resolve_entries
+from rm_gallery.data.sources import DataFile, FileEntry, resolve_entries
 from rm_gallery.data.sources.local import exists_here
-from rm_gallery.errors import BadRow, Dropped, Problem, UserError
+from rm_gallery.errors import Dropped, Problem, UserError
 from rm_gallery.progress_bar import ProgressBar
-from rm_gallery.schema import PreferenceGroup
-from rm_gallery.scoring.base import BaseScorer
 from rm_gallery.scoring.ensemble import ENSEMBLE, Reduction
 from rm_gallery.scoring.jobs import (
     ComputeSettings,
@@ -36,8 +33,9 @@ from rm_gallery.scoring.jobs import (
     output_columns,
     plan_jobs,
 )
-from rm_gallery.scoring.models import LazyScorer, check_models, find_attributes, find_ensemble, name_all, open_models
-from rm_gallery.scoring.parts import REASON, Parts, Result, blocks, cannot_write, combine_parts
+from rm_gallery.scoring.model_folder import ModelFolder, ServedModel
+from rm_gallery.scoring.models import check_models, find_attributes, find_ensemble, name_all, open_models
+from rm_gallery.scoring.parts import REASON, Block, Parts, blocks, cannot_write, combine_parts
 from rm_gallery.scoring.preferences import Agreement, measure
 from rm_gallery.scoring.ranking import RankCounts, write_ranked
 from rm_gallery.scoring.tables import (
@@ -46,9 +44,9 @@ from rm_gallery.scoring.tables import (
     InputTable,
     ScoreDataConfig,
     open_table,
-    read_group,
     write_output,
 )
+from rm_gallery.scoring.workers import InProcess, LocalPool, Workers, WorkerSpec
 
 log = logging.getLogger(__name__)
 
@@ -184,20 +182,35 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
             settings = find_settings(options)
             check_models(options)
             for number, name in enumerate(names):
-                scorer = LazyScorer(options, models[number])
-                for job in jobs:
-                    if finished[job.output]:
-                        continue
-                    parts = job.parts(number, settings)
-                    _score_table(job, parts, scorer, name if len(names) > 1 else "", settings, on_part)
-                    models[number].check_unchanged()
-                    if number == len(names) - 1:
-                        found = [job.parts(each, settings) for each in range(len(names))]
-                        if reduction is not None:
-                            found.append(_combine(job, found, reduction, scale))
-                        _finish(job, named, found)
-                scorer.close()
+                with _open_workers(options, models[number], settings) as workers:
+                    for job in jobs:
+                        if finished[job.output]:
+                            continue
+                        parts = job.parts(number, settings)
+                        _score_table(job, parts, workers, name if len(names) > 1 else "", settings, on_part)
+                        models[number].check_unchanged()
+                        if number == len(names) - 1:
+                            found = [job.parts(each, settings) for each in range(len(names))]
+                            if reduction is not None:
+                                found.append(_combine(job, found, reduction, scale))
+                            _finish(job, named, found)
         return [_describe(job, named, finished[job.output]) for job in jobs]
+
+
+def _open_workers(options: ScoreOptions, model: ModelFolder | ServedModel, settings: ComputeSettings) -> Workers:
+    """The workers of `--engine` and `--processes`. Raises UserError for values that do not fit together."""
+    count = options.processes
+    if count is not None and count < 1:
+        raise UserError(f"--processes {count}: must be at least 1")
+    if options.engine == "local":
+        if (count or 1) == 1:
+            return InProcess(options, model)
+        return LocalPool(WorkerSpec(options, model, model.fingerprint), count or 1)
+    if options.engine != "ray":
+        raise UserError(f"--engine {options.engine}: must be local or ray")
+    from rm_gallery.scoring.ray_workers import RayPool
+
+    return RayPool(WorkerSpec(options, model, model.fingerprint), count, settings)
 
 
 def _combine(
@@ -231,7 +244,7 @@ def _find_inputs(options: ScoreOptions) -> list[DataFile]:
 def _score_table(
     job: ScoringJob,
     parts: Parts,
-    scorer: LazyScorer,
+    workers: Workers,
     name: str,
     settings: ComputeSettings,
     on_part: Callable[[int], None] | None,
@@ -242,21 +255,26 @@ def _score_table(
         parts.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(job.output, error) from error
-    found = blocks(
-        table.rows(), max_rows=_MAX_ROWS, max_chars=_CHARS_PER_TOKEN * _PACKS_PER_PART * settings.token_budget
-    )
     starts: set[int] = set()
     progress: ProgressBar | None = None
     with ExitStack() as stack:
-        for block in found:
-            starts.add(block.start)
-            if not parts.hold(block):
-                if progress is None:
-                    progress = stack.enter_context(_start(table, block.start, name, scorer))
-                reader = table.reader(scorer.get().inputs.style)
-                parts.write(block, _score_rows(block.rows, job, reader, scorer.get()))
-                if on_part is not None:
-                    on_part(len(block.rows))
+
+        def missing() -> Iterator[Block]:
+            nonlocal progress
+            max_chars = _CHARS_PER_TOKEN * _PACKS_PER_PART * settings.token_budget
+            for block in blocks(table.rows(), max_rows=_MAX_ROWS, max_chars=max_chars):
+                starts.add(block.start)
+                if not parts.hold(block):
+                    if progress is None:
+                        progress = stack.enter_context(_start(table, block.start, name, workers))
+                    yield block
+                elif progress is not None:
+                    progress.advance(len(block.rows))
+
+        for block, results in workers.score(job, missing()):
+            parts.write(block, results)
+            if on_part is not None:
+                on_part(len(block.rows))
             if progress is not None:
                 progress.advance(len(block.rows))
         if progress is not None:
@@ -264,47 +282,14 @@ def _score_table(
     parts.keep_only(starts)
 
 
-def _start(table: InputTable, start: int, name: str, scorer: LazyScorer) -> ProgressBar:
+def _start(table: InputTable, start: int, name: str, workers: Workers) -> ProgressBar:
     """Load the model, log what follows, and start the progress bar."""
-    scorer.get()
+    workers.load()
     log.info("%s: scoring %d rows", table.file.name, table.num_rows)
     if start:
         log.info("%s: resuming after row %d", table.file.name, start - 1)
     title = f"{name} {Path(table.file.name).name}".strip()
     return ProgressBar(title, table.num_rows, start, log_unit="rows")
-
-
-def _score_rows(chunk: Sequence[Row], job: ScoringJob, reader: RowReader, scorer: BaseScorer) -> list[Result]:
-    """Rewards of each row, or the reason why it has none."""
-    groups: list[PreferenceGroup] = []
-    results: list[Result] = []
-    for row in chunk:
-        existing = next((column for column in job.columns if column in row.values), None)
-        if existing is not None:
-            raise UserError(f"{row.where}: already has a column {existing!r}; rename it")
-        try:
-            groups.append(read_group(row, reader, scorer.inputs))
-            results.append(([], None))
-        except BadRow as error:
-            results.append((None, str(error)))
-    scored = iter(scorer.score_each(groups, attributes=True))
-    for index, (_, reason) in enumerate(results):
-        if reason is not None:
-            continue
-        rewards = next(scored)
-        if isinstance(rewards, BadRow):
-            results[index] = (None, str(rewards))
-        elif isinstance(rewards, Exception):
-            raise rewards
-        elif not rewards:
-            results[index] = ([], "no responses")
-        else:
-            results[index] = (rewards, None)
-    if job.table.config.bad_rows == "error":
-        for row, (_, reason) in zip(chunk, results, strict=True):
-            if reason is not None:
-                raise UserError(f"{row.where}: {reason}; fix the row, or set data.bad_rows=drop for a null reward")
-    return results
 
 
 def _finish(job: ScoringJob, names: Sequence[str], parts: Sequence[Parts]) -> None:

@@ -17,7 +17,7 @@ import pytest
 from rm_gallery.cli import main
 from rm_gallery.data.sources import resolve_entries
 from rm_gallery.errors import UserError
-from rm_gallery.scoring import RewardScorer
+from rm_gallery.scoring import RewardScorer, workers
 from rm_gallery.scoring import score_files as score_files_module
 from rm_gallery.scoring.jobs import name_models
 from rm_gallery.scoring.score_files import ScoreOptions, score_files
@@ -216,7 +216,7 @@ def test_memory_stays_flat_since_rows_are_read_as_they_are_needed(
         sizes.append(len(chunk))
         return [([0.0, 0.0], None)] * len(chunk)
 
-    monkeypatch.setattr(score_files_module, "_score_rows", count)
+    monkeypatch.setattr(workers, "score_rows", count)
     monkeypatch.setattr(score_files_module, "_MAX_ROWS", 128)
     with pytest.raises(Stopped):
         score_files(options, on_part=stop_after(5))
