@@ -1,11 +1,13 @@
 """Loss curve of ours against TRL's RewardTrainer: same model, data order and hyper-parameters.
 
-    python benchmarks/trl_curve.py --peer-python PATH_TO_PYTHON_WITH_TRL [--data PAIRS.parquet] [--output FILE.json]
+    python benchmarks/trl_curve.py --peer-python PATH_TO_PYTHON_WITH_TRL [--objective margin] [--data PAIRS.parquet]
+        [--output FILE.json]
 
 TRL lives in an environment of its own (torch, transformers, trl, datasets, pyarrow); this script starts itself there
 with `--peer`. Both train a small Qwen2 reward model in float32 for 20 steps of 32 pairs at 1e-4 (cosine, AdamW,
 clipping), read as chats. The parquet file has `prompt` (messages), `chosen`, `rejected`; without one, pairs are made
-up.
+up. `--objective margin` gives both a margin of 0 to 3 of each pair, `center` a centering coefficient of 0.01, `both`
+both.
 Prints the two curves and their largest difference.
 """
 
@@ -21,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 STEPS, BATCH, RATE, MAX_LENGTH = 20, 32, 1e-4, 512
+OBJECTIVES = {"plain": (), "margin": ("margin",), "center": ("center",), "both": ("margin", "center")}
+CENTER = 0.01
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 
 
@@ -36,7 +40,7 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
-def write_inputs(folder: Path, data: Path | None) -> None:
+def write_inputs(folder: Path, data: Path | None, parts: tuple[str, ...]) -> None:
     """The parquet file and the model folder that both trainers start from, the reward head included."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -50,6 +54,8 @@ def write_inputs(folder: Path, data: Path | None) -> None:
         rows = whole[: STEPS * BATCH]
     else:
         rows = make_rows(STEPS * BATCH)
+    if "margin" in parts:
+        rows = [{**row, "margin": float(number % 4)} for number, row in enumerate(rows)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "pairs.parquet")
 
     backend = Tokenizer(models.BPE())
@@ -73,7 +79,7 @@ def write_inputs(folder: Path, data: Path | None) -> None:
     Qwen2ForSequenceClassification(config).save_pretrained(folder / "model")
 
 
-def train_ours(folder: Path) -> list[float]:
+def train_ours(folder: Path, parts: tuple[str, ...]) -> list[float]:
     """Loss of each step, by the ordinary trainer."""
     from rm_gallery.cli import main
 
@@ -93,6 +99,8 @@ def train_ours(folder: Path) -> list[float]:
             f"trainer.total_training_steps={STEPS}",
             f"trainer.default_local_dir={folder / 'ours'}",
             "trainer.experiment_name=bt",
+            *(["objective.name=margin"] if "margin" in parts else []),
+            *([f"objective.center_coefficient={CENTER}"] if "center" in parts else []),
         ]
     )
     if status:
@@ -101,7 +109,7 @@ def train_ours(folder: Path) -> list[float]:
     return [json.loads(line)["train/loss"] for line in lines]
 
 
-def train_peer(folder: Path) -> list[float]:
+def train_peer(folder: Path, parts: tuple[str, ...]) -> list[float]:
     """Loss of each step, by TRL; read where it is computed, since the library rounds what it logs."""
     import pyarrow.parquet as pq
     import torch
@@ -130,6 +138,7 @@ def train_peer(folder: Path) -> list[float]:
             lr_scheduler_type="cosine", adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8, weight_decay=0.1,
             max_grad_norm=1.0, train_sampling_strategy="sequential", report_to=[], save_strategy="no", use_cpu=True,
             bf16=False, gradient_checkpointing=False, disable_tqdm=True,
+            center_rewards_coefficient=CENTER if "center" in parts else None,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
@@ -143,21 +152,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", help="python of an environment with TRL")
     parser.add_argument("--data", type=Path, help="parquet file of preference pairs with messages as prompt")
+    parser.add_argument("--objective", choices=[*OBJECTIVES], default="plain", help="what is added to the loss")
     parser.add_argument("--output", type=Path, help="write the curves as JSON")
     parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peer:
-        print(json.dumps(train_peer(arguments.peer)))
+        print(json.dumps(train_peer(arguments.peer, OBJECTIVES[arguments.objective])))
         return
     if not arguments.peer_python:
         parser.error("--peer-python is needed")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_inputs(folder, arguments.data)
-        ours = train_ours(folder)
+        write_inputs(folder, arguments.data, OBJECTIVES[arguments.objective])
+        ours = train_ours(folder, OBJECTIVES[arguments.objective])
         peer = subprocess.run(
-            [arguments.peer_python, __file__, "--peer", name], stdout=subprocess.PIPE, text=True, check=True
-        )
+            [arguments.peer_python, __file__, "--peer", name, "--objective", arguments.objective],
+            stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
         theirs = json.loads(peer.stdout.splitlines()[-1])
     print(f"{'step':>4}  {'ours':>10}  {'TRL':>10}  {'difference':>10}")
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
