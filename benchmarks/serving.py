@@ -10,7 +10,7 @@ server with and without a prefix cache. Prompts and responses are made of the qu
 server renders chats and calls the pipeline with all texts of a request in one batch; requests come one at a time, since
 a pipeline is not thread-safe. Servers run one after another, with the same number of threads. Rewards of all are
 compared. --hidden, --layers: random weights of this size, with the tokenizer of the model. --soak: seconds of full load
-on our server, whose memory is printed before and after.
+on our server, whose memory is printed after each fifth.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,10 @@ def serve_plain(folder: str) -> None:
     from rm_gallery.serving.command import open_socket
 
     with open_socket("127.0.0.1", 0) as listener:
+        app = plain_app(folder)
+        listener.listen(2048)
         print(f"serving at http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
-        uvicorn.Server(uvicorn.Config(plain_app(folder), log_level="error")).run(sockets=[listener])
+        uvicorn.Server(uvicorn.Config(app, log_level="error")).run(sockets=[listener])
 
 
 @contextmanager
@@ -214,10 +217,13 @@ def measure(folder: str, options: argparse.Namespace) -> None:
                         flush=True,
                     )
             if options.soak and system == "serve":
-                begin = resident_mb(process)
-                asyncio.run(load(url, lambda n: Requests("best-of-16", options.prompt_words, n), 64, options.soak))
-                found["soak_mb"] = [begin, resident_mb(process)]
-                print(f"soak of {options.soak:g} s at 64 clients: {begin:.0f} MB, then {found['soak_mb'][1]:.0f} MB")
+                found["soak_mb"] = []
+                for part in range(5):
+                    make = partial(Requests, "best-of-16", options.prompt_words)
+                    asyncio.run(load(url, lambda n, m=make, p=part: m(n + 1000 * p), 64, options.soak / 5))
+                    found["soak_mb"].append(resident_mb(process))
+                shown = ", ".join(f"{each:.0f}" for each in found["soak_mb"])
+                print(f"soak of {options.soak:g} s at 64 clients: {shown} MB after each fifth", flush=True)
     base = found["rewards"]["plain"]
     worst = max(abs(a - b) for each in found["rewards"].values() for a, b in zip(each, base, strict=True))
     print(f"largest difference of a reward: {worst:.2e}")

@@ -86,6 +86,7 @@ def _serve(arguments: argparse.Namespace) -> None:
             named, limits, reduce=arguments.ensemble or "mean", normalize=arguments.normalize,
             quantized=not arguments.unquantized, **loading,
         )  # fmt: skip
+        listener.listen(2048)  # not before: who connects gets an answer at once
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(visible(f"serving {', '.join(named)} at http://{shown}:{port}"), flush=True)
@@ -177,14 +178,13 @@ def load_models(
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises UserError for an address that cannot be used."""
+    """A socket with this address, which does not listen yet. Raises UserError for one that cannot be used."""
     listener = None
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(2048)
     except (OSError, OverflowError, UnicodeError) as error:
         if listener is not None:
             listener.close()

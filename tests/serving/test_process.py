@@ -37,6 +37,7 @@ def server(folder: Path, limits: Limits | None = None, keys: tuple[str, ...] = (
 
     limits = limits or Limits()
     with open_socket("127.0.0.1", 0) as listener:
+        listener.listen()
         app = make_app(load_models({"rm": [str(folder)]}, limits, device="cpu"), limits, keys)
         running = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})

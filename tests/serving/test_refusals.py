@@ -122,6 +122,7 @@ def test_options_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match="another model has the name x"):
         name_served(["a/x", "b/x"])
     with open_socket("127.0.0.1", 0) as listener:
+        listener.listen()
         with pytest.raises(UserError, match="another port"):
             open_socket("127.0.0.1", listener.getsockname()[1])
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"pip install 'rm-gallery\[serve\]'"):
