@@ -260,7 +260,7 @@ def _for_hydra(override: str, folder: Path | None, text_keys: Collection[str], l
     if not re.fullmatch(r"(\+{0,2}|~)[A-Za-z_][\w./@:-]*", key) or not (equals or key.startswith("~")):
         raise UserError(f"{override!r}: an override is written key=value without spaces, e.g. optim.lr=1e-6")
     is_config_group = folder is not None and (folder / key).is_dir()
-    if not re.fullmatch(r"[\w.]+", key) or key.startswith("hydra.") or is_config_group:
+    if not re.fullmatch(r"[\w.-]+", key) or key.startswith("hydra.") or is_config_group:
         return override
     if key in list_keys and "," in value and re.fullmatch(r"[\w, -]+", value):
         return f"++{key}=[{value}]"

@@ -113,6 +113,7 @@ def test_the_overrides_of_the_specification_arrive_as_the_shell_passes_them() ->
     [
         ("trainer.logger=console", "trainer.logger", ("console",)),
         ("trainer.logger=[]", "trainer.logger", ()),
+        ("trainer.eval_sets.my-set=data/train.parquet", "trainer.eval_sets", {"my-set": "data/train.parquet"}),
         ("optim.lr='5e-7'", "optim.lr", 5e-7),
         ("optim.betas=[0.8,0.9]", "optim.betas", (0.8, 0.9)),
         ("data.train_files=[data/train.parquet,data]", "data.train_files", ("data/train.parquet", "data")),

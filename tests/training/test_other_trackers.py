@@ -150,6 +150,7 @@ def test_trackio_holds_metrics_config_and_the_report(
     trackers.attach(write_report(run.run_dir))
     trackers.close()
     assert capfd.readouterr() == ("", "")
+    assert trackio_package.context_vars.current_run.get() is None, "it prints nothing when the process ends"
     name = run_id(run.run_dir, "trackio")
     stored = trackio_logs(name)
     assert math.isnan(stored[2].pop("val/accuracy"))

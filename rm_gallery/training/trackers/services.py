@@ -247,7 +247,7 @@ class TrackioTracker:
                     "trackio: project %s has no run %s, or a newer one of the name %s: a new run is started",
                     run.project_name, run_id, run.experiment_name,
                 )  # fmt: skip
-                self._run.finish()
+                trackio.finish()
                 self._run = start("never")
         save_id("trackio", self._run.id, run.run_dir)
 
@@ -259,8 +259,10 @@ class TrackioTracker:
         self._run.log_artifact(str(file), name=name, type="report", overwrite=True)
 
     def close(self, *, failed: bool = False) -> None:
+        import trackio
+
         with contextlib.redirect_stdout(io.StringIO()):
-            self._run.finish()
+            trackio.finish()  # of this run; `self._run.finish` would be repeated when the process ends
 
 
 _MAX_PARAM, _MAX_PARAMS, _MAX_METRICS = 6000, 100, 1000  # characters of a parameter, items of a batch
