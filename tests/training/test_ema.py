@@ -110,7 +110,9 @@ def test_a_run_with_it_is_the_same_run_and_each_checkpoint_holds_the_average(qwe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("model.fsdp_config.model_dtype=bf16", "model.lora.rank=4")])
+@pytest.mark.parametrize(
+    "options", [("trainer.async_save=true",), ("model.fsdp_config.model_dtype=bf16", "model.lora.rank=4")]
+)
 def test_a_killed_run_resumes_the_average_bit_for_bit(
     qwen2_folder: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
