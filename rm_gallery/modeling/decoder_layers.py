@@ -51,6 +51,13 @@ def adapt(backbone: Any, *, only_rewards: bool = True) -> bool:
     return True
 
 
+def restore_last_layer(backbone: Any) -> None:
+    """Let the last of the adapted layers compute all tokens, as the others do."""
+    last = backbone.layers[-1]
+    del last.forward
+    last.self_attn.forward = MethodType(_attention, last.self_attn)
+
+
 def _norm(module: Any, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, module.weight, module.variance_epsilon)
 

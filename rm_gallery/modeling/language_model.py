@@ -86,14 +86,14 @@ def language_model_way(config: Any, setting: PackingSetting, *, what: str) -> Wa
     elif getattr(config, "is_encoder_decoder", False):
         why = "it is an encoder-decoder"
     if why is not None:
-        raise UserError(f"{what}: objective.name=sft needs a causal language model, and {kind} is none: {why}")
+        raise UserError(f"{what}: it has to be a causal language model, and {kind} is none: {why}")
     if kind in DECODERS:
         if setting == "padded":
             return Way(False, "model.packing=padded")
         return Way(True, f"{kind} is a decoder that is tested packed", own_layers=True)
     way = _tried(ConfigKey(config, setting == "padded"))
     if isinstance(way, str):
-        raise UserError(f"{what}: objective.name=sft cannot train {kind}: {way}; choose another model")
+        raise UserError(f"{what}: {kind} cannot be trained as a language model: {way}; choose another model")
     if setting == "packed" and not way.packed:
         raise UserError(f"{what}: model.packing=packed is not possible ({way.reason}); set auto")
     return way

@@ -33,6 +33,9 @@ class ObjectiveConfig:
     center_coefficient: Annotated[float, Ge(0)] = 0.0
     """Adds this times the square of the sum of both rewards to the loss of each comparison; 0.01 keeps rewards around
     0. Of a ranking or a graded response: times the square of twice its mean reward."""
+    lm_coefficient: Annotated[float, Ge(0)] = 0.0
+    """On comparisons: adds this times the language-model loss per token of the preferred responses (GRM); 0.01 keeps
+    hidden states close to those of the language model. See docs/sft.md."""
     reward_l2: Annotated[float, Ge(0)] = 0.0
     """Adds this times the mean square of its rewards to the loss of each comparison, ranking or graded response."""
     ties: Literal["auto", "exact", "efron"] = "auto"
@@ -66,8 +69,10 @@ _ALL = (
     "bradley_terry", "margin", "scaled", "soft", "focal", "hinge", *_TIES, "plackett_luce", *_SCORED,
     "attributes",
 )  # fmt: skip
+_ON_COMPARISONS = ("bradley_terry", "margin", "scaled", "soft", "focal", "hinge", *_TIES, "plackett_luce")
 OPTIONS_OF: dict[str, tuple[str, ...]] = {
     "score_column": _SCORED, "regression_steps": ("regression_then_bt",), "regression_ratio": ("regression_then_bt",),
+    "lm_coefficient": _ON_COMPARISONS,
     "center_coefficient": _ALL, "reward_l2": _ALL, "margin_form": ("margin",), "ties": ("plackett_luce",),
     "label_smoothing": ("soft",), "focal_gamma": ("focal",), "hinge_margin": ("hinge",),
     "threshold_lr": (*_TIES, *_SCORED), "bins": _SCORED,
@@ -99,6 +104,8 @@ _HEADS = ("bradley_terry", "margin", "scaled", "soft", "focal", "hinge", *_TIES,
 def data_of(config: ObjectiveConfig, model: ModelConfig, data: DataConfig) -> DataConfig:
     """The section `data`, with what its rows are read for."""
     data = replace(data, attributes=rated_columns(config, model), ties=config.name in _TIES)
+    if config.lm_coefficient:
+        data = replace(data, lm_targets="chosen")
     if config.name != "sft":
         return data
     names = data.multiturn
@@ -186,6 +193,13 @@ def _sft_problems(
     config: ObjectiveConfig, model: ModelConfig, data: DataConfig, trainer: TrainerConfig
 ) -> Iterator[Problem]:
     """Settings that belong to `sft` alone, and those that it has no use for."""
+    if config.lm_coefficient and data.custom_cls.name:
+        yield Problem(
+            "data.custom_cls",
+            "data.custom_cls with objective.lm_coefficient: the response's tokens are not known; set 0",
+        )
+    if config.lm_coefficient and data.truncation == "left":
+        yield Problem("data.truncation", "data.truncation=left with objective.lm_coefficient: set right")
     if data.lm_targets != "none":
         yield Problem("data.lm_targets", f"data.lm_targets={data.lm_targets}: set objective.name=sft instead")
     if config.name != "sft":

@@ -26,6 +26,7 @@ from rm_gallery.distributed.process_group import World, processes, seed_everythi
 from rm_gallery.errors import StoppedBySignal, UserError
 from rm_gallery.log import log_copy
 from rm_gallery.modeling.config import with_dtype
+from rm_gallery.modeling.language_loss import add_language_loss
 from rm_gallery.modeling.parallel.apply import apply, offload_optimizer
 from rm_gallery.modeling.parallel.ema import AveragedWeights
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
@@ -126,6 +127,9 @@ def prepare(config: TrainConfig, world: World, stop: StopSignal, *, validates: b
         config, tokenizer, world
     )  # before the data, which may take long: a bad folder fails immediately
     shape = model_shape(start.model)
+    if config.objective.lm_coefficient:
+        path = config.model.partial_pretrain if start.adapter is None else start.adapter.base
+        add_language_loss(start.model, path, packing=config.model.packing, wrapper=bool(start.renames))
     coefficient = config.model.router_aux_loss_coef
     router_loss = RouterLoss(start.model, coefficient) if coefficient else None
     objective = build_objective(config.objective.name, config.model.attributes, asdict(config.objective))
@@ -410,5 +414,6 @@ def _build_trainer(config: TrainConfig, loop: RunParts, begin: Start, checkpoint
         patience_after=sum(phase.num_steps for phase in loop.phases[:-1]) or -1,
         tick=tick,
         router_loss=loop.router_loss,
+        lm_coefficient=config.objective.lm_coefficient,
         ema=loop.ema,
     )

@@ -17,6 +17,7 @@ from torch import nn
 from rm_gallery.data.batching.loader import StepBatches
 from rm_gallery.distributed.collectives import HostGroup, sum_numbers
 from rm_gallery.errors import StoppedBySignal, TrainingStopped
+from rm_gallery.modeling.language_loss import RewardsAndLosses
 from rm_gallery.modeling.parallel.ema import AveragedWeights
 from rm_gallery.modeling.parallel.master_weights import TrainedWeights
 from rm_gallery.modeling.reward_model import RewardModel
@@ -87,10 +88,12 @@ class Trainer:
         ranks: HostGroup, start: Start | None = None, stop: StopSignal | None = None, save_best: bool = False,
         patience: int | None = None, tick: Callable[[str], None] = lambda text: None,
         router_loss: RouterLoss | None = None, ema: AveragedWeights | None = None, patience_after: int = -1,
+        lm_coefficient: float = 0.0,
     ) -> None:  # fmt: skip
         """start: the checkpoint that the run resumes from. steps: those after it.
 
         patience: `trainer.early_stopping_patience`; validations up to step `patience_after` do not count for it.
+        lm_coefficient: of the language-model loss, if the model gives one.
         tick: called before each micro-batch with a text that says which.
         """
         self.model, self.weights, self.objective = model, weights, objective
@@ -99,7 +102,7 @@ class Trainer:
         self.max_bad_steps, self.validate, self.checkpoints, self.sink = max_bad_steps, validate, checkpoints, sink
         self.ranks, self.stop, self.save_best = ranks, stop or StopSignal(), save_best
         self.patience, self.tick, self.router_loss, self.ema = patience, tick, router_loss, ema
-        self.patience_after = patience_after
+        self.patience_after, self.lm_coefficient = patience_after, lm_coefficient
         self.start = start or Start()
         self.progress = self.start.progress
         self.parameters: list[nn.Parameter] = [parameter for _, parameter in weights.named_parameters()]
@@ -183,8 +186,14 @@ class Trainer:
             if index:
                 self.tick(f"micro-batch {index + 1}/{count}")
             batch = batch.to(device)
-            loss, metric_sums = objective(self.model(batch), batch)
+            outputs, language = self.model(batch), None
+            if isinstance(outputs, RewardsAndLosses):
+                outputs, language = outputs
+            loss, metric_sums = objective(outputs, batch)
             share = loss / batches.num_comparisons
+            if language is not None:
+                share = share + self.lm_coefficient * language.total / max(1, batches.num_targets)
+                metric_sums = {**metric_sums, "lm_loss": language.total, "lm_tokens": batch.target_weight.sum()}
             if self.router_loss is not None:
                 balance = self.router_loss.share(batch)
                 share = share + self.router_loss.coefficient * balance
@@ -245,9 +254,11 @@ class Trainer:
         return bool(self.save_best and progress.step and progress.note_best(metrics))
 
     def _log(self, result: StepResult, learning_rate: float, batches: StepBatches) -> None:
+        sums = self.window.sums.read()
         self.sink.log(
             {
-                **self.objective.phases[batches.phase].means(self.window.sums.read(), "train"),
+                **self.objective.phases[batches.phase].means(sums, "train"),
+                **({"train/lm_loss": sums["lm_loss"] / sums["lm_tokens"]} if sums.get("lm_tokens") else {}),
                 "train/lr": learning_rate,
                 "train/grad_norm": result.grad_norm,
                 "train/epoch": batches.epoch,

@@ -18,7 +18,7 @@ from rm_gallery.modeling.language_folder import check_losses
 from rm_gallery.training.config import load_config
 from tests.small import make_model
 from tests.training.rank_runs import Run, run_all
-from tests.training.short_runs import assert_same_run, rows, send, settings, train, when_logged
+from tests.training.short_runs import assert_same_run, rows, send, settings, train, when_logged, write_data
 
 SHORT = "trainer.total_epochs=1"
 SFT = ("objective.name=sft", "data.train_files=train.jsonl", "data.val_files=val.jsonl", "data.max_length=256")
@@ -142,3 +142,22 @@ def test_commands_on_preferences_refuse_it_in_a_sentence(qwen2_folder: Path, cap
     assert main(["validate-config", *arguments]) == 0
     assert main(["validate-config", *settings(make_model("bert", Path("bert")), "b", *SFT)]) == 2
     assert "bert is none: it attends in both directions" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_auxiliary_loss_does_not_depend_on_ranks_and_is_resumed(in_tmp: Path, monkeypatch: Any) -> None:
+    model = make_model("qwen2", in_tmp / "m", tie_word_embeddings=False)
+    write_data()
+    same = ("objective.lm_coefficient=0.1", SHORT, "trainer.log_freq=1")
+    runs = [Run(settings(model, "one", *same), 1), Run(settings(model, "two", *same, "model.strategy=fsdp2"), 2)]
+    done = run_all(runs, in_tmp)
+    assert all(set(each.status) == {0} for each in done), "\n".join(each.log for each in done)
+    one, two = rows(Path("runs/one")), rows(Path("runs/two"))
+    for row, expected in zip(two, one, strict=True):
+        for key in expected.keys() & {"train/loss", "train/lm_loss", "val/loss"}:
+            assert row[key] == pytest.approx(expected[key], abs=1e-4, rel=1e-3), key
+    losses = [row["train/lm_loss"] for row in one if "train/lm_loss" in row]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    when_logged(monkeypatch, 2, send(signal.SIGTERM))
+    train(model, "parts", *same, status=143)
+    assert_same_run(train(model, "parts", *same), Path("runs/one"), "global_step_3")
