@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def alone(text: Any) -> TokenGroup:
 
 
 @pytest.mark.parametrize("kind", fast_first(["qwen2", "gemma3_text", "mistral", "llama", "qwen3"], 1))
-@pytest.mark.parametrize("own_layers", [True, False])
+@pytest.mark.parametrize("own_layers", fast_first([True, False]))
 def test_rewards_are_those_without_a_cache(kind: str, own_layers: bool, tmp_path: Path) -> None:
     """In windows too: single texts of several prompts by turns, then several responses in one call."""
     folder, _ = make_checkpoint(kind, tmp_path)
@@ -59,25 +60,24 @@ def test_rewards_are_those_without_a_cache(kind: str, own_layers: bool, tmp_path
         assert cache.num_reused > 500
 
 
-def test_what_is_computed_and_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, _ = make_checkpoint("qwen2", tmp_path)
-    with RewardScorer.from_folder(folder, device="cpu") as scorer:
-        computed: list[int] = []
-        scorer.engine.model.network.model.layers[0].mlp.register_forward_pre_hook(
-            lambda module, arguments: computed.append(arguments[0].shape[1])
-        )
-        cache = PrefixCache(scorer.engine, 64)
-        computed.clear()  # of the check
-        [texts] = make_texts(1, prompts=1, responses=16)
+def test_what_is_computed_and_what_is_stored(chat_scorer: RewardScorer) -> None:
+    scorer = chat_scorer
+    computed: list[int] = []
+    scorer.engine.model.network.model.layers[0].mlp.register_forward_pre_hook(
+        lambda module, arguments: computed.append(arguments[0].shape[1])
+    )
+    cache = PrefixCache(scorer.engine, 64)
+    computed.clear()  # of the check
+    [texts] = make_texts(1, prompts=1, responses=16)
 
-        for text in texts:
-            cache.run([alone(text)])
-        shared = split_prefix(texts, ()).prefix
-        known = len(shared) // 16 * 16
-        assert computed == [len(text) - (known if number > 1 else 0) for number, text in enumerate(texts)]
-        assert cache.num_reused == 14 * known
-        per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, key heads, their size, bytes
-        assert cache.num_bytes == known * per_token
+    for text in texts:
+        cache.run([alone(text)])
+    shared = split_prefix(texts, ()).prefix
+    known = len(shared) // 16 * 16
+    assert computed == [len(text) - (known if number > 1 else 0) for number, text in enumerate(texts)]
+    assert cache.num_reused == 14 * known
+    per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, key heads, their size, bytes
+    assert cache.num_bytes == known * per_token
 
 
 def test_memory_is_bounded_and_the_latest_used_prefixes_stay(chat_scorer: RewardScorer) -> None:
@@ -104,10 +104,10 @@ def test_equal_hashes_are_not_enough(chat_scorer: RewardScorer, monkeypatch: pyt
         assert cache.run(pack)[0] == pytest.approx(chat_scorer.engine.run(pack)[0], abs=1e-5)
 
 
-def test_encoders_have_no_prefixes(tmp_path: Path) -> None:
-    with RewardScorer.from_folder(make_checkpoint("bert", tmp_path)[0], device="cpu") as scorer:
-        with pytest.raises(UserError, match="--prefix-cache-mb"):
-            PrefixCache(scorer.engine, 1)
+def test_a_model_that_pads_has_no_prefixes() -> None:
+    engine: Any = SimpleNamespace(model=SimpleNamespace(padded=True))
+    with pytest.raises(UserError, match="--prefix-cache-mb"):
+        PrefixCache(engine, 1)
 
 
 def test_a_model_that_keeps_keys_elsewhere_is_refused(

@@ -119,6 +119,7 @@ def test_options_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for given, file in ((["a b"], None), ([""], None), ([], str(tmp_path / "empty")), ([], str(tmp_path / "none"))):
         with pytest.raises(UserError, match="--api-key"):
             read_keys(given, file)
+    assert name_served(["a=x", "b", "y/c+y/d"]) == {"a": ["x"], "b": ["b"], "c+d": ["y/c", "y/d"]}
     with pytest.raises(UserError, match="another model has the name x"):
         name_served(["a/x", "b/x"])
     with open_socket("127.0.0.1", 0) as listener:
@@ -174,8 +175,10 @@ def test_a_client_that_leaves_is_not_waited_for(served: Client) -> None:
     assert (cancelled, sent) == ([True], [])
 
 
-def test_a_body_that_does_not_arrive() -> None:
-    app = make_app(Models([]), Limits(body_timeout=0.05))
+def test_a_body_that_does_not_arrive(served: Client) -> None:
+    guard: Guard = served.app
+    limits = Limits(body_timeout=0.01)
+    app = Guard(guard.app, keys=guard.keys, limits=limits, metrics=guard.metrics, paths=set())
     sent: list[Any] = []
 
     async def receive() -> Any:
