@@ -8,15 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-pytest.importorskip("fastapi", reason="the extra serve is not installed")
-pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
-import httpx
-
-from rm_gallery.serving.app import make_app
-from rm_gallery.serving.command import load_models
-from rm_gallery.serving.limits import Limits
 from tests.scoring.models import make_checkpoint
 
 
@@ -70,6 +64,10 @@ def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def served(chat_folder: Path) -> Iterator[Client]:
     """One model, rm."""
+    from rm_gallery.serving.app import make_app  # needs the extra serve, without which modules are skipped
+    from rm_gallery.serving.command import load_models
+    from rm_gallery.serving.limits import Limits
+
     models = load_models({"rm": [str(chat_folder)]}, Limits(max_texts=100), device="cpu")
     yield Client(make_app(models, Limits(max_texts=100, max_body_mb=0.25)))
     models.close()

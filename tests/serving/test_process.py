@@ -18,6 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+
 from rm_gallery import RemoteScorer, RewardScorer
 from rm_gallery.scoring.remote_protocols import PROTOCOLS
 from rm_gallery.serving.app import make_app

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from transformers import AutoTokenizer
 
 from rm_gallery.scoring import RewardScorer

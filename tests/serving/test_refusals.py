@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+
 from rm_gallery.errors import UserError
 from rm_gallery.serving.app import make_app
 from rm_gallery.serving.command import check_address, check_extra, name_served, open_socket, read_keys
