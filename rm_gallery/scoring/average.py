@@ -60,8 +60,8 @@ _NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _IGNORED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", *MEAN_KEYS, *STD_KEYS, BASE_RECORD)
 _MEASURED: dict[str, Any] = {"reward_mean": None, "reward_std": None, "objective": {}}
 """Of the record, with the values for an average: statistics of rewards and learned thresholds are a model's own."""
-_UNRELATED = 0.5
-"""Cosine of two models' weights below which they do not come from the same base model."""
+_FAR, _UNRELATED = 0.99, 0.5
+"""Cosines of two models' weights below which an average may be worse, and which no common base model explains."""
 
 
 @dataclass(frozen=True)
@@ -301,6 +301,12 @@ def _log_distance(members: Sequence[_Member], cosines: Sequence[float]) -> None:
         log.warning(
             "the weights of %s and %s have the cosine %.3f: they do not come from the same base model, and the mean of "
             "unrelated weights computes nothing useful; use an ensemble",
+            members[0].name, members[1 + cosines.index(lowest)].name, lowest,
+        )  # fmt: skip
+    elif lowest < _FAR:
+        log.warning(
+            "the weights of %s and %s are far apart (cosine %.4f), so the average may be worse than each of them: "
+            "compare it with them (rm-gallery evaluate), or use an ensemble",
             members[0].name, members[1 + cosines.index(lowest)].name, lowest,
         )  # fmt: skip
 
