@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from rm_gallery.data.tokenization.token_group import TokenGroup
-from rm_gallery.errors import UserError
+from rm_gallery.errors import UserError, one_line
 from rm_gallery.modeling.attention.past import Layer, PastKeys
 from rm_gallery.scoring.engine import Engine
 
@@ -66,10 +66,15 @@ class PrefixCache:
         texts = [np.concatenate([prefix, tail]) for tail in tails]
         found, expected = [], []
         max_bytes, self._max_bytes = self._max_bytes, 1 << 62
-        for text in texts:
-            group = [TokenGroup(text[:0], [text], ())]
-            found += self.run(group)[0]
-            expected += self._engine.run(group)[0]
+        try:
+            for text in texts:
+                group = [TokenGroup(text[:0], [text], ())]
+                found += self.run(group)[0]
+                expected += self._engine.run(group)[0]
+        except (AttributeError, KeyError, TypeError) as error:  # of layers without a number, for example
+            raise UserError(
+                f"this model's layers cannot use a prefix cache ({one_line(error)}); remove --prefix-cache-mb"
+            ) from error
         used = self.num_reused
         self._max_bytes = max_bytes
         self._clear()
