@@ -101,8 +101,8 @@ def test_options_are_keys_of_the_configuration() -> None:
     objective: Any  # a dataclass
     for name, objective in OBJECTIVES.items():
         own = {each.name for each in fields(objective) if each.init} - {"names", "first"}
-        # Of the optimizer, of the data, of a class of its own, of the plan.
-        elsewhere = {"threshold_lr", "score_column", "bins", "regression_steps", "regression_ratio"}
+        # Of the optimizer, of the data, of a class of its own, of the plan, of the model's second loss.
+        elsewhere = {"threshold_lr", "score_column", "bins", "regression_steps", "regression_ratio", "lm_coefficient"}
         assert own == {option for option, names in OPTIONS_OF.items() if name in names} - elsewhere, name
 
 

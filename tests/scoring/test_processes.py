@@ -161,8 +161,8 @@ def test_a_reward_that_is_not_finite_is_an_error_of_its_row(
 ) -> None:
     run = text_scorer.engine._run
 
-    def spoil(pack: Any, attributes: bool) -> list[list[float]]:
-        return [[float("nan"), 1.0] if len(each) == 2 else each for each in run(pack, attributes)]
+    def spoil(*arguments: Any) -> list[list[float]]:
+        return [[float("nan"), 1.0] if len(each) == 2 else each for each in run(*arguments)]
 
     monkeypatch.setattr(text_scorer.engine, "_run", spoil)
     groups = [text_scorer.build_group("a", ["b"]), text_scorer.build_group("a", ["b", "c"])]
