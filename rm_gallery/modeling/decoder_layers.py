@@ -63,8 +63,9 @@ def _norm(module: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _last_layer(layer: Any, hidden: Tensor, *, packed: PackLayout | None = None, **rest: Any) -> Tensor:
-    if packed is None:
-        whole: Tensor = type(layer).forward(layer, hidden, **rest)
+    if packed is None or packed.reads_all:
+        more = {} if packed is None else {"packed": packed}
+        whole: Tensor = type(layer).forward(layer, hidden, **more, **rest)
         return whole
     compute: Callable[[Tensor], Tensor] = partial(_reward_tokens, layer, packed=packed, **rest)
     if layer.gradient_checkpointing and layer.training:  # as the library's `forward` does
@@ -122,8 +123,11 @@ def _attention(
     return module.o_proj(out.flatten(1)).unsqueeze(0), None
 
 
-def _last_attention(module: Any, hidden_states: Tensor, **arguments: Any) -> tuple[Tensor, Any]:
-    return _attention(module, hidden_states, rewards_only=True, **arguments)
+def _last_attention(
+    module: Any, hidden_states: Tensor, *, packed: PackLayout | None = None, **arguments: Any
+) -> tuple[Tensor, Any]:
+    only_rewards = packed is not None and not packed.reads_all
+    return _attention(module, hidden_states, packed=packed, rewards_only=only_rewards, **arguments)
 
 
 def _heads(module: Any, states: Tensor, norm: nn.Module | None) -> Tensor:

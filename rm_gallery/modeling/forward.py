@@ -48,6 +48,16 @@ def packed_rewards(
     return head(hidden)[:count].squeeze(-1).float().clone()
 
 
+def packed_token_rewards(network: Any, batch: PackedBatch, kernel: str) -> Tensor:
+    """[T] float32, or [T, A]: the reward read at every token, that of the text up to it. See `packed_rewards`."""
+    layout = dispatch.lay_out(batch, kernel)
+    layout.reads_all = True
+    head = head_of(network)
+    assert head is not None
+    outputs: Tensor = head(packed_hidden(network, batch, layout))
+    return outputs.squeeze(-1).float()
+
+
 def packed_hidden(network: Any, batch: PackedBatch, layout: dispatch.PackLayout) -> Tensor:
     """Hidden states of the backbone of a network whose attention is `dispatch.NAME`, as its last layer gives them."""
     input_ids, positions = batch.input_ids, batch.positions

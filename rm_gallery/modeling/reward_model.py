@@ -21,7 +21,7 @@ from rm_gallery.modeling.architectures import positions_after_padding
 from rm_gallery.modeling.attention.past import PastKeys
 from rm_gallery.modeling.config import AttentionKernel, PackingSetting
 from rm_gallery.modeling.decoder_layers import adapt
-from rm_gallery.modeling.forward import head_of, packed_rewards, padded_rewards
+from rm_gallery.modeling.forward import head_of, packed_rewards, packed_token_rewards, padded_rewards
 from rm_gallery.modeling.model_folder import open_model
 from rm_gallery.modeling.packing import Way
 
@@ -62,6 +62,13 @@ class RewardModel(nn.Module):
         return packed_rewards(
             self.network, batch, self.attention, reads_only_rewards=self._reads_only_rewards, past=past
         )
+
+    def token_rewards(self, batch: PackedBatch) -> Tensor:
+        """[T] float32, or [T, A]: the reward read at every token of a batch, that of the text up to it.
+
+        Of a model that is packed: an encoder's tokens see those after them.
+        """
+        return packed_token_rewards(self.network, batch, self.attention)
 
     @contextmanager
     def inference(self) -> Iterator[None]:

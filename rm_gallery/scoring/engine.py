@@ -27,6 +27,7 @@ from rm_gallery.modeling.attention.past import PastKeys
 from rm_gallery.modeling.config import head_names, weights_of
 from rm_gallery.modeling.export import InputRecord
 from rm_gallery.modeling.forward import weighted_sum
+from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring import forks
 from rm_gallery.scoring.inputs import check_group
@@ -155,6 +156,12 @@ class Engine(forks.SurvivesFork):
                 found += [self._checked(each) for each in texts]
         return found
 
+    def response_starts(self, texts: Sequence[list[int]], group: PreferenceGroup) -> list[int | None]:
+        """The first token of the response in each whole text of a group; None where it is not found exactly."""
+        closing = len(self.source.closing_ids)
+        with self._tokenizer_lock:
+            return self._encoder.response_starts([ids[: len(ids) - closing] for ids in texts], group)
+
     def tokenize_rendered(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts in which all special tokens are written out."""
         with self._tokenizer_lock:
@@ -243,12 +250,45 @@ class Engine(forks.SurvivesFork):
             return outputs
         return torch.cat([outputs, outputs.std(dim=1, correction=0, keepdim=True)], dim=1)
 
-    def _run(self, pack: Sequence[TokenGroup], attributes: bool, past: PastKeys | None = None) -> list[list[Any]]:
+    def run_tokens(self, pack: Sequence[TokenGroup]) -> list[list[list[float]]]:
+        """The reward read at every token of each whole text, from one model call: that of the text up to the token.
+
+        The last one is the reward of the text. Raises UserError for a model that pads.
+        """
+        self._check_process()
+        model = self.check_token_rewards()
+        batch = collate(pack)
+        with self._lock, torch.inference_mode():
+            forks.compute_in_fork()
+            self.num_packs += 1
+            rewards = weighted_sum(model.token_rewards(batch.to(self.device)), self.weights).tolist()
+        values = [(reward - self._mean) / self._std for reward in rewards]
+        found, start = [], 0
+        for part in pack:
+            prefix, start = values[start : start + len(part.prefix)], start + len(part.prefix)
+            texts = []
+            for tail in part.tails:
+                texts.append(prefix + values[start : start + len(tail)])
+                start += len(tail)
+            found.append(texts)
+        return found
+
+    def check_token_rewards(self) -> RewardModel:
+        """The model. Raises UserError for one that pads: it has no rewards of single tokens."""
+        if isinstance(self.model, RewardModel) and not self.model.padded:
+            return self.model
+        way = getattr(self.model, "way", "padded, with a class of its own")
+        raise UserError(f"rewards of single tokens need a decoder that runs packed; this model runs {way}")
+
+    def _check_process(self) -> None:
         if self.device.type == "cuda" and os.getpid() != self._process:
             raise UserError(
                 "the model is on a GPU, which a forked process cannot use: load it in this process, with "
                 "RewardScorer.from_folder, or start processes with the method 'spawn'"
             )
+
+    def _run(self, pack: Sequence[TokenGroup], attributes: bool, past: PastKeys | None = None) -> list[list[Any]]:
+        self._check_process()
         with self._lock, torch.inference_mode():
             forks.compute_in_fork()
             self.num_packs += 1

@@ -16,6 +16,7 @@ from rm_gallery import __version__
 from rm_gallery.serving.guard import Guard, Keys
 from rm_gallery.serving.limits import Limits, Refused
 from rm_gallery.serving.metrics import CONTENT_TYPE, Metrics
+from rm_gallery.serving.page import make_page
 from rm_gallery.serving.protocols import add_protocols
 from rm_gallery.serving.served import Models
 
@@ -83,6 +84,13 @@ def make_app(models: Models, limits: Limits | None = None, keys: Sequence[str] =
     async def figures() -> Response:
         """Figures for Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    page, page_headers = make_page()
+
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> Response:
+        """The page for people."""
+        return Response(page, headers=page_headers, media_type="text/html")
 
     _add_error_handlers(app)
     paths = {route.path for route in app.routes if hasattr(route, "path")} | set(app.openapi()["paths"])

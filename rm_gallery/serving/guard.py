@@ -24,8 +24,8 @@ Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Any]]
 Send: TypeAlias = Callable[[Any], Awaitable[None]]
 
-OPEN_PATHS = {"/health", "/ready", "/livez", "/readyz"}
-"""Paths of probes, which need no key."""
+OPEN_PATHS = {"/", "/health", "/ready", "/livez", "/readyz"}
+"""Paths of probes, and the page, which has no model's name: none needs a key."""
 _MAX_DRAINED = 8  # bodies of the maximum size, of which a longer one is read and dropped before the answer
 
 

@@ -7,6 +7,7 @@
     /score, /v1/score                       vLLM: data[i].score
     /rerank, /v1/rerank, /v2/rerank         Cohere, Jina, vLLM: results[i].relevance_score (a sigmoid) and .reward
     /v1/chat/completions                    OpenAI: the text of the answer, and .reward
+    /trace                                  ours: data[i].reward, and data[i].rewards after each token of the response
 
 A new protocol is a body in `requests.py` and a function here.
 """
@@ -34,6 +35,11 @@ def sigmoid(reward: float) -> float:
     return 1 / (1 + math.exp(-reward)) if reward >= 0 else math.exp(reward) / (1 + math.exp(reward))
 
 
+def client_of(request: Request, body: requests.Body) -> str:
+    """Who takes turns in the queue."""
+    return f"{request.scope.get('rm_gallery.client', '')}/{body.user or ''}"
+
+
 def add_protocols(router: APIRouter, models: Models, limits: Limits) -> None:
     """Add the paths of all protocols."""
 
@@ -42,8 +48,7 @@ def add_protocols(router: APIRouter, models: Models, limits: Limits) -> None:
     ) -> tuple[ServedModel, Scores]:
         requests.check_count(count, limits.max_texts)
         model = models.find(body.model)
-        client = f"{request.scope.get('rm_gallery.client', '')}/{body.user or ''}"
-        return model, await model.score(items, count, client, truncation)
+        return model, await model.score(items, count, client_of(request, body), truncation)
 
     async def score_texts(request: Request, body: requests.TextBody) -> tuple[ServedModel, Scores]:
         items, count = body.items()
@@ -57,7 +62,7 @@ def add_protocols(router: APIRouter, models: Models, limits: Limits) -> None:
             {"index": index, "label": "LABEL_0", "probs": [value], "num_classes": 1}
             for index, value in enumerate(_activated(scores, body))
         ]
-        return JSONResponse(_listed("classify", model, rows, scores))
+        return JSONResponse(_listed("classify", model, rows, scores.num_tokens))
 
     @router.post("/pooling", tags=["vLLM"])
     async def pooling(request: Request, body: requests.PoolingBody) -> JSONResponse:
@@ -67,7 +72,7 @@ def add_protocols(router: APIRouter, models: Models, limits: Limits) -> None:
             {"index": index, "object": "pooling", "data": [value]}
             for index, value in enumerate(_activated(scores, body))
         ]
-        return JSONResponse(_listed("pool", model, rows, scores))
+        return JSONResponse(_listed("pool", model, rows, scores.num_tokens))
 
     @router.post("/v1/embeddings", tags=["OpenAI, SGLang"])
     async def embeddings(request: Request, body: requests.EmbeddingsBody) -> JSONResponse:
@@ -78,7 +83,7 @@ def add_protocols(router: APIRouter, models: Models, limits: Limits) -> None:
             {"object": "embedding", "index": index, "embedding": _base64(value) if in_base64 else [value]}
             for index, value in enumerate(scores.rewards)
         ]
-        return JSONResponse(_listed("embd", model, rows, scores))
+        return JSONResponse(_listed("embd", model, rows, scores.num_tokens))
 
     @router.post("/get_reward", tags=["OpenRLHF"])
     async def get_reward(request: Request, body: requests.GetRewardBody) -> JSONResponse:
@@ -96,7 +101,22 @@ def add_protocols(router: APIRouter, models: Models, limits: Limits) -> None:
         rows = [
             {"index": index, "object": "score", "score": value} for index, value in enumerate(_activated(scores, body))
         ]
-        return JSONResponse(_listed("score", model, rows, scores))
+        return JSONResponse(_listed("score", model, rows, scores.num_tokens))
+
+    @router.post("/trace", tags=["RM-Gallery"])
+    async def trace(request: Request, body: requests.TraceBody) -> JSONResponse:
+        """The reward after each token of the responses: that of the text if it ended there."""
+        items, count = body.items()
+        requests.check_count(count, limits.max_texts)
+        model = models.find(body.model)
+        found = await model.trace(items, count, client_of(request, body))
+        rows = [
+            {"index": index, "reward": each.rewards[-1], "start": each.start, "before": each.before,
+             "tokens": each.tokens, "rewards": each.rewards}
+            for index, each in enumerate(found)
+        ]  # fmt: skip
+        total = sum(each.start + len(each.tokens) for each in found)
+        return JSONResponse(_listed("trace", model, rows, total))
 
     _add_rerank(router, score)
     _add_chat(router, score)
@@ -143,10 +163,10 @@ def _activated(scores: Scores, body: requests.Activated) -> list[float]:
     return [sigmoid(reward) for reward in scores.rewards] if body.is_activated() else scores.rewards
 
 
-def _listed(kind: str, model: ServedModel, rows: list[dict[str, Any]], scores: Scores) -> dict[str, Any]:
+def _listed(kind: str, model: ServedModel, rows: list[dict[str, Any]], num_tokens: int) -> dict[str, Any]:
     """An answer with a list of results, in the shape that OpenAI and vLLM have in common."""
     usage = {
-        "prompt_tokens": scores.num_tokens, "total_tokens": scores.num_tokens, "completion_tokens": 0,
+        "prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0,
         "prompt_tokens_details": None,
     }  # fmt: skip
     head = {"id": _id(kind), "object": "list", "created": int(time.time()), "model": model.name}

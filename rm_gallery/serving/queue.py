@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -37,8 +38,10 @@ class Job:
 
     texts: list[np.ndarray]
     client: str
-    future: Future[list[float]] = field(default_factory=Future)
-    rewards: list[float] = field(default_factory=list)
+    every_token: bool = False
+    """Whether a text gets the rewards read at each of its tokens in place of its reward."""
+    future: Future[list[Any]] = field(default_factory=Future)
+    rewards: list[Any] = field(default_factory=list)
     num_taken: int = 0
     num_missing: int = 0
     submitted: float = field(default_factory=time.monotonic)
@@ -47,7 +50,7 @@ class Job:
         self.rewards = [math.nan] * len(self.texts)
         self.num_missing = len(self.texts)
 
-    def finish(self, index: int, reward: float) -> None:
+    def finish(self, index: int, reward: Any) -> None:
         """Set the reward of a text; the last one completes the future."""
         self.rewards[index] = reward
         self.num_missing -= 1
@@ -116,12 +119,13 @@ class ScoringQueue:
         with self._changed:
             self.num_waiting -= count
 
-    def submit(self, texts: Sequence[np.ndarray], client: str) -> Future[list[float]]:
+    def submit(self, texts: Sequence[np.ndarray], client: str, *, every_token: bool = False) -> Future[list[Any]]:
         """Queue the texts of a request, whose places are reserved; the future gives their rewards.
 
+        every_token: of each text a list in place of its reward: the reward read at every token, of a packed model.
         Cancel it to leave the queue. Raises Refused with status 503 when the queue is closed.
         """
-        job = Job(list(texts), client)
+        job = Job(list(texts), client, every_token)
         with self._changed:
             self._check_open()
             self.counts.requests += 1
@@ -209,8 +213,12 @@ class ScoringQueue:
                 room = budget - self._computed(groups)
                 if room < budget * (1 - _MIN_FILL):
                     break
-            for pack in self._engine.plan([each.tokens for each in groups]):
-                self._score([groups[index] for index in pack], chosen)
+            kinds = [[each for each in chosen if each[0].every_token is kind] for kind in (False, True)]
+            for part in filter(None, kinds):
+                if len(part) < len(chosen):
+                    groups = share_prefixes([job.texts[index] for job, index in part], self._engine.packer)
+                for pack in self._engine.plan([each.tokens for each in groups]):
+                    self._score([groups[index] for index in pack], part)
         except BaseException as error:
             for job, _ in chosen:
                 job.fail(error)
@@ -266,7 +274,8 @@ class ScoringQueue:
         started = time.monotonic()
         reused = 0 if self._cache is None else self._cache.num_reused
         try:
-            found = self._run([each.tokens for each in groups])
+            run = self._engine.run_tokens if places[0][0].every_token else self._run
+            found = run([each.tokens for each in groups])
         except Exception as error:
             if len(groups) > 1:
                 for group in groups:  # one by one, so that only the request at fault fails

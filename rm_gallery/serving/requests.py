@@ -117,6 +117,15 @@ class ClassifyBody(TextBody, Activated):
     """POST /classify."""
 
 
+class TraceBody(TextBody):
+    """POST /trace."""
+
+    def items(self) -> tuple[list[Item], int]:
+        if self.truncate_prompt_tokens is not None:
+            raise bad_request("a trace has whole texts; remove it", "truncate_prompt_tokens")
+        return super().items()
+
+
 class PoolingBody(ClassifyBody):
     """POST /pooling."""
 

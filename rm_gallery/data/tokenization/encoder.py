@@ -6,6 +6,7 @@ Each whole text is tokenized on its own; the common prefix is found later, on to
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -160,6 +161,28 @@ class Encoder:
             self._assistant.find(chat, text, ids, self._with_offsets, only_response=chosen) if place in wanted else []
             for place, ((chat, text), ids) in enumerate(zip(rendered, texts, strict=True))
         ]
+
+    def response_starts(self, texts: list[list[int]], group: PreferenceGroup) -> list[int | None]:
+        """The first token of the response in each whole text; None where it is not found exactly.
+
+        texts: the ids from `encode_many`.
+        """
+        found: list[int | None] = []
+        for place, ids in enumerate(texts):
+            try:
+                spans = self._response_spans(replace(group, responses=[group.responses[place]]), ids)
+            except (BadRow, IndexError):
+                spans = []
+            found.append(spans[0][0] if spans else None)
+        return found
+
+    def _response_spans(self, group: PreferenceGroup, ids: list[int]) -> Bounds:
+        """Of a group with one response."""
+        if group.style == "text":
+            [text] = self._raw_texts(group)
+            return tokens_of(text, [(len(group.prompt), len(text))], ids, self._encode_raw)
+        [(chat, text)] = self._renderer.render_group(group)
+        return self._assistant.find(chat, text, ids, self._with_offsets, only_response=True)
 
     @cached_property
     def _assistant(self) -> AssistantSpans:

@@ -142,6 +142,8 @@ class PackLayout:
         past: keys and values that are known; the forward pass then has the other tokens only, N of T.
         """
         self.device, self.kernel, self.past = device, kernel, past
+        self.reads_all = False
+        """Whether the last layer computes all tokens, not only those that give the rewards."""
         self._cache: dict[Hashable, Any] = {}
         self.lengths = np.array(group_lengths, np.int64)
         self.starts = np.cumsum(self.lengths) - self.lengths
