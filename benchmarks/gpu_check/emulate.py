@@ -163,7 +163,7 @@ def step_of_rank(folder: Path, strategy: Strategy, ranks: int, group_size: int =
     shapes = {}
     for name, parameter in weights.named_parameters():
         assert parameter.grad is not None, name
-        shapes[name] = list(master_weights._local(parameter.grad).shape)
+        shapes[name] = list(master_weights.local(parameter.grad).shape)
     return shapes
 
 

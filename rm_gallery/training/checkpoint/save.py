@@ -266,6 +266,7 @@ class _Save:
         if self.owner.card is not None:
             values = self.owner.weights_folder.objective(self.state, ema=ema)
             (folder / CARD_NAME).write_text(self.owner.card(self.progress, values, ema), encoding="utf-8")
+            hashes |= sha256_files(folder, [CARD_NAME])
         return hashes
 
     def _after(self) -> None:

@@ -60,10 +60,10 @@ def test_a_full_disk_ends_the_run_in_words_and_the_one_before_is_used(
         else:
             original = WeightsFolder.write
 
-            def on_full_disk(self: WeightsFolder, folder: Path, *arguments: Any) -> dict[str, str]:
+            def on_full_disk(self: WeightsFolder, folder: Path, *arguments: Any, **options: Any) -> dict[str, str]:
                 if folder.name == ".global_step_4.saving":
                     fill()
-                return original(self, folder, *arguments)
+                return original(self, folder, *arguments, **options)
 
             patch.setattr(WeightsFolder, "write", on_full_disk)
         parts = train(qwen2_folder, "parts", *settings, status=2)
