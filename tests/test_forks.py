@@ -26,6 +26,7 @@ def wait_long() -> None:
     signal.pause()
 
 
+@pytest.mark.slow
 def test_a_process_has_all_modules_and_the_place_and_environment_of_its_caller(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -43,6 +44,7 @@ def test_a_process_has_all_modules_and_the_place_and_environment_of_its_caller(
     assert log.read_text() == "told\ntold\n"
 
 
+@pytest.mark.slow
 def test_ranks_have_the_variables_of_a_launcher(in_tmp: Path) -> None:
     started = forks.ranks(2, tell, in_tmp, 0, log=in_tmp / "log")
     assert forks.finish(started, 60) == [0, 0]
@@ -53,6 +55,7 @@ def test_ranks_have_the_variables_of_a_launcher(in_tmp: Path) -> None:
         assert variables["MASTER_PORT"] == found[0]["MASTER_PORT"]
 
 
+@pytest.mark.slow
 def test_who_does_not_end_in_time_is_ended(in_tmp: Path) -> None:
     started = [forks.start(wait_long, log=in_tmp / "log")]
     with pytest.raises(subprocess.TimeoutExpired):

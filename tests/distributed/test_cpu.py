@@ -37,6 +37,7 @@ def make_and_free(keep: bool, path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's setting")
+@pytest.mark.slow
 def test_tensors_are_made_of_the_memory_of_freed_ones(tmp_path: Path) -> None:
     found = {}
     for keep in (False, True):

@@ -63,6 +63,7 @@ def test_lengths_are_those_of_training(show: Show, qwen2_folder: Path) -> None:
     assert report.train["lengths"]["num_beyond"] == 60 - len(data) > 0
 
 
+@pytest.mark.slow
 def test_micro_batches_are_those_of_the_plan_of_training(show: Show, qwen2_folder: Path) -> None:
     """Pairs of few prompts, so that steps share prompts; a source with weight 2; the last step is not full."""
     from rm_gallery.data.batching.bin_packing import Packer, attention_length

@@ -25,6 +25,7 @@ SUSPICIOUS = {
 
 
 @pytest.mark.parametrize("key", SUSPICIOUS)
+@pytest.mark.slow
 def test_a_check_finds_its_row_alone(key: str, show: Show) -> None:
     rows = [*plain_rows(3, seed=0), SUSPICIOUS[key], *plain_rows(2, seed=1)]
     found = show.of([{"margin": None, "p_chosen": None, **row} for row in rows]).train["suspicious"]

@@ -122,6 +122,7 @@ MLP = {"score.0.weight": torch.ones(32, 32), "score.0.bias": torch.ones(32), "sc
         ({}, {"architectures": ["Qwen2ForRewardModel"]}, "1 tensors are missing"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_other_heads_are_errors_unless_a_new_one_is_asked_for(
     tensors: dict[str, Tensor], config: dict[str, Any], message: str, backbone: Path, tmp_path: Path
 ) -> None:
@@ -266,6 +267,7 @@ NORM, EMBEDDING, UP = "model.norm.weight", "model.embed_tokens.weight", "model.l
         (lambda folder: (folder / "model.safetensors").rename(folder / "model.gguf"), "the folder has GGUF files"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_a_damaged_folder_is_an_error_in_words(
     damage: Callable[[Path], None], message: str, backbone: Path, tmp_path: Path
 ) -> None:

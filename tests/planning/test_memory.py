@@ -34,6 +34,7 @@ def fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", fast_first([torch.bfloat16, torch.float32]))
 @pytest.mark.parametrize("kind", [*DECODERS, *ENCODERS])
+@pytest.mark.slow
 def test_activations_are_what_the_model_keeps(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, shape = model_and_shape(kind, tmp_path / "model")
     MasterWeights(model, dtype)
@@ -43,6 +44,7 @@ def test_activations_are_what_the_model_keeps(kind: str, dtype: torch.dtype, tmp
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("qwen2", torch.bfloat16), ("bert", torch.float32)])
+@pytest.mark.slow
 def test_with_lora_a_layer_also_keeps_what_is_between_its_matrices(
     kind: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ from tests.small import DECODERS, ENCODERS, fast_first, make_model
         ("qwen3-32b", 31.2),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_known_shapes_have_the_published_number_of_parameters(name: str, billions: float) -> None:
     shape = load_shape(name)
     assert (shape.parameters - shape.largest_embedding) / 1e9 == pytest.approx(billions, rel=0.013)

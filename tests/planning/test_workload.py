@@ -111,6 +111,7 @@ def test_equal_groups_need_no_padding_and_encoders_pad_to_the_longest_text() -> 
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3_text", "bert", "modernbert"])
+@pytest.mark.slow
 def test_operations_are_those_that_torch_counts(kind: str, tmp_path: Path) -> None:
     model, shape = model_and_shape(kind, tmp_path / "model", hidden_size=128, intermediate_size=512)
     batch, pack = batch_and_pack(shape, groups=4)

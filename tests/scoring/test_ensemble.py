@@ -58,6 +58,7 @@ def test_reductions() -> None:
             Reduction(wrong, key="--ensemble")
 
 
+@pytest.mark.slow
 def test_members_with_other_tokenizers_are_normalized_and_combined(
     folders: list[Path], chat_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

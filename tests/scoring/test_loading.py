@@ -184,6 +184,7 @@ def other_layout(source: Path, folder: Path, tensors: dict[str, torch.Tensor], *
 
 
 @pytest.mark.parametrize("kind", ["qwen2", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_head_under_another_name_gives_the_same_rewards(kind: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -215,6 +216,7 @@ def test_a_head_under_another_name_gives_the_same_rewards(kind: str, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "bert", "gpt2"])
+@pytest.mark.slow
 def test_no_weight_is_initialized_by_loading(kind: str, tmp_path: Path) -> None:
     """Two loads are equal bit for bit, and each missing tensor is an error, those of the head included."""
     from safetensors.torch import load_file, save_file

@@ -49,6 +49,7 @@ DATA: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", DATA)
+@pytest.mark.slow
 def test_figures_are_those_of_validation(name: str, in_tmp: Path, chat_folder: Path, text_folder: Path) -> None:
     folder = str(text_folder if name == "text" else chat_folder)
     scorer = RewardScorer.from_folder(folder, device="cpu")

@@ -61,6 +61,7 @@ def rewards(chat_folder: Path) -> list[float]:
         return scorer.score_messages(CHATS)
 
 
+@pytest.mark.slow
 def test_remote_scorer_over_every_protocol(url: str, chat_folder: Path, rewards: list[float]) -> None:
     with RemoteScorer(url) as scorer:
         assert (scorer.protocol, scorer.model) == ("vllm", "rm")

@@ -53,6 +53,7 @@ def outputs_of(scorer: RewardScorer) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 def test_outputs_have_names_and_their_weighted_sum_is_the_reward(qwen2_folder: Path) -> None:
     folder = last(train(qwen2_folder, "a", *SETTINGS, WEIGHTS))
     config = json.loads((folder / "config.json").read_text())

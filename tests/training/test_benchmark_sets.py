@@ -44,6 +44,7 @@ def check_scores(run: Path, sets: dict[str, str]) -> None:
             assert last[f"val/{name}/accuracy/{subset['name']}"] == pytest.approx(subset["accuracy"], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_score_while_training_is_that_of_evaluate(qwen2_folder: Path, capsys: Any) -> None:
     copied = [{**row, "subset": subset} for subset in ("Focus", "Math") for row in varied("rewardbench-2", 9)]
     write_copy("rewardbench-2", copied)
@@ -122,6 +123,7 @@ def test_with_attributes_the_score_is_of_the_weighted_reward(qwen2_folder: Path)
         slow("{ppe-correctness: ppe}", "responses in no comparison, whose rewards the score of ppe-correctness needs"),
     ],
 )
+@pytest.mark.slow
 def test_a_wrong_name_or_folder_is_a_sentence(sets: str, sentence: str, qwen2_folder: Path, capsys: Any) -> None:
     write_copy("rewardbench", varied("rewardbench", 2))
     Path("empty").mkdir()

@@ -177,6 +177,7 @@ def test_bad_rows_error_stops_at_the_first(run: Run) -> None:
 
 
 @pytest.mark.parametrize("truncation", ["left", "right"])
+@pytest.mark.slow
 def test_long_texts_are_cut_where_that_is_asked_for(run: Run, truncation: str) -> None:
     status, lines = run("data.filter_overlong_prompts=false", f"data.truncation={truncation}", "data.max_length=40")
     assert (status, lines) == (0, [])
@@ -185,6 +186,7 @@ def test_long_texts_are_cut_where_that_is_asked_for(run: Run, truncation: str) -
     assert data["tokens"] <= 6 * 2 * 40
 
 
+@pytest.mark.slow
 def test_a_tilde_in_the_model_path_means_the_home_folder(
     run: Run, qwen2_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,10 +194,12 @@ def test_a_tilde_in_the_model_path_means_the_home_folder(
     assert run(f"model.partial_pretrain=~/{qwen2_folder.name}") == (0, [])
 
 
+@pytest.mark.slow
 def test_a_batch_larger_than_the_data_trains_on_all_of_it(run: Run) -> None:
     assert run("data.train_batch_size=1000") == (0, [])
 
 
+@pytest.mark.slow
 def test_a_conversation_the_template_refuses_is_dropped(run: Run) -> None:
     refusing = "{% if messages|length == 2 and messages[0].content == 'odd' %}{{ raise_exception('no') }}{% endif %}"
     Path("own.jinja").write_text(refusing + CHATML)
@@ -209,6 +213,7 @@ def chat_pairs_as_text(count: int) -> list[dict[str, str]]:
     return [{**row, "prompt": row["prompt"][0]["content"]} for row in chat_pairs(count)]
 
 
+@pytest.mark.slow
 def test_an_earlier_run_is_kept_and_the_new_one_refused(run: Run) -> None:
     assert run() == (0, [])
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}

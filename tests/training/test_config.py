@@ -127,6 +127,7 @@ def test_the_overrides_of_the_specification_arrive_as_the_shell_passes_them() ->
         ("data.chat_template={{ messages[0]['content'] }}", "data.chat_template", "{{ messages[0]['content'] }}"),
     ],
 )
+@pytest.mark.slow
 def test_values_are_read_as_people_write_them(override: str, key: str, value: Any) -> None:
     section, _, name = key.partition(".")
     assert getattr(getattr(load(override), section), name) == value
@@ -295,6 +296,7 @@ def test_what_a_run_writes_reads_back_to_the_same_configuration() -> None:
     assert load_config("config.yaml", []) == config
 
 
+@pytest.mark.slow
 def test_values_of_the_environment_are_saved_as_their_text_and_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("MY_SECRET", "sk-123"), ("RATE", "5e-7"), ("FILE", "data/train.parquet")):
         monkeypatch.setenv(name, value)
@@ -371,6 +373,7 @@ def test_truncation_that_does_nothing_is_warned_about(
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_the_default_name_holds_the_time_and_is_found_again_by_the_configuration() -> None:
     def name(*overrides: str) -> str:
         return load(*overrides).trainer.experiment_name

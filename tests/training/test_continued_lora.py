@@ -94,6 +94,7 @@ def as_llama_factory(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
+@pytest.mark.slow
 def test_a_run_continues_an_adapter_with_its_settings_and_rewards(
     adapter: Path, qwen2_folder: Path, caplog: Any
 ) -> None:

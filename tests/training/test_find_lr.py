@@ -45,6 +45,7 @@ def test_a_curve_that_shows_no_rate_gives_none_and_says_why() -> None:
         assert "no suggestion" in as_text(test)
 
 
+@pytest.mark.slow
 def test_the_command_plots_and_leaves_nothing_behind(qwen2_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(Path().rglob("*"))
     command = ["find-lr", "--steps", "30", "--from", "1e-5", "--to", "10", *settings(qwen2_folder, "run")]

@@ -96,6 +96,7 @@ def test_named_layers_without_effect_are_errors(in_tmp: Path) -> None:
         add_lora(model, LoraConfig(rank=2, target_modules=["dt_proj"]), "base")
 
 
+@pytest.mark.slow
 def test_a_type_whose_code_drops_the_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check on the small model compares with the merged one, and finds layers that no reward depends on."""
     config, way = config_of("electra"), Way(False, "")

@@ -34,6 +34,7 @@ def metadata_of(card: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("pairs", [chat_pairs, text_pairs], ids=["chat", "text"])
+@pytest.mark.slow
 def test_the_examples_of_the_card_give_the_same_reward(pairs: Any, in_tmp: Path, qwen2_folder: Path) -> None:
     result = train(qwen2_folder, pairs(24), **SETTINGS, **{"trainer.license": "apache-2.0", "data.val_fraction": 0.2})
     card = (result.checkpoint / "README.md").read_text()

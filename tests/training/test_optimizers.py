@@ -87,6 +87,7 @@ def test_a_run_that_was_lost_resumes_bit_for_bit(name: str, kind: str, in_tmp: P
     assert_same_run(train(base, "parts", "trainer.save_freq=3", *options), whole)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_optimizer_is_an_error(qwen2_folder: Path, capsys: Any) -> None:
     train(qwen2_folder, "first", "trainer.save_freq=3")
     options = ("optim.name=muon", "trainer.resume_mode=runs/first/global_step_3")

@@ -188,6 +188,7 @@ def test_a_longer_run_of_a_constant_rate_is_the_one_that_was_as_long_from_the_st
         ),
     ],
 )
+@pytest.mark.slow
 def test_a_length_that_cannot_be_is_refused(
     settings: list[str], sentence: str, qwen2_folder: Path, monkeypatch: Any, capsys: Any
 ) -> None:

@@ -52,6 +52,7 @@ def test_they_are_of_distinct_responses_and_of_the_step_of_the_weights(
     assert "has no mean and std" not in caplog.text
 
 
+@pytest.mark.slow
 def test_they_are_written_for_other_programs_on_request_and_applied_on_request(
     data: list[str], qwen2_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

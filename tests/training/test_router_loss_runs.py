@@ -44,6 +44,7 @@ def losses(run: Path) -> list[float]:
     return [row["train/router_aux_loss"] for row in rows(run) if "train/router_aux_loss" in row]
 
 
+@pytest.mark.slow
 def test_a_run_logs_the_loss_beside_the_preference_loss(base: Path) -> None:
     found = losses(train(base, "run", LOSS))
     assert len(found) == 6 and found[-1] < found[0] - 0.01, found

@@ -127,6 +127,7 @@ def test_the_page_is_self_contained_and_its_text_is_only_text() -> None:
 
 
 @pytest.mark.curves
+@pytest.mark.slow
 def test_a_run_writes_its_report_and_one_that_cannot_be_written_does_not_end_it(
     qwen2_folder: Path, in_tmp: Path, caplog: Any
 ) -> None:

@@ -163,6 +163,7 @@ def test_the_examples_of_schedulers_set_what_the_script_reads() -> None:
     assert service["spec"]["selector"] == {"job-name": name}
 
 
+@pytest.mark.slow
 def test_the_slurm_example_starts_the_script_once_on_each_node(tmp_path: Path) -> None:
     """With stand-ins for srun (two tasks) and scontrol."""
     programs = {

@@ -60,6 +60,7 @@ def test_a_folder_is_loaded_once_and_shared(
     assert len(loads) == 1 and models[0].reward_scorer is models[1].reward_scorer
 
 
+@pytest.mark.slow
 def test_calls_of_many_tasks_are_batched(reward_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = OpenAIChatModel(str(reward_folder), is_local=True)
     texts = [[CHAT[0], {"role": "assistant", "content": "so " * number}] for number in range(40)]

@@ -92,6 +92,7 @@ def test_fewer_groups_than_ranks_leave_empty_packs(padded: bool) -> None:
 
 @pytest.mark.parametrize("hidden_size", [512, 4096])
 @pytest.mark.parametrize("world_size", [8, 64, 256])
+@pytest.mark.slow
 def test_the_slowest_rank_has_at_most_three_percent_more_than_the_mean(world_size: int, hidden_size: int) -> None:
     for budget in (8192, 32768):
         packer = Packer(budget, world_size, attention_length=attention_length(hidden_size))

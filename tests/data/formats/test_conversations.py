@@ -8,6 +8,8 @@ import string
 import subprocess
 import sys
 
+import pytest
+
 from rm_gallery.data.formats import prompt_key
 from rm_gallery.schema import Message, PreferenceGroup
 from tests.data.formats.rows import assistant, system, user
@@ -80,6 +82,7 @@ def test_the_order_of_responses_never_counts() -> None:
         assert text("", *texts) == text("", *texts[::-1]) == expected
 
 
+@pytest.mark.slow
 def test_a_key_is_the_same_in_every_run() -> None:
     code = (
         "from rm_gallery.data.formats import prompt_key; from rm_gallery.schema import PreferenceGroup as G\n"

@@ -143,6 +143,7 @@ def test_input_without_an_end_does_not_exhaust_memory(in_tmp: Path, monkeypatch:
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.jsonl.zst"])
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.9, 0.9999])
+@pytest.mark.slow
 def test_a_compressed_file_that_was_cut_off_is_never_read_as_whole(in_tmp: Path, name: str, keep: float) -> None:
     import pyarrow as pa
 

@@ -180,6 +180,7 @@ def test_a_chunk_gives_the_same_rows_after_being_pickled(in_tmp: Path, name: str
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "list.json", "a.csv", "stream.arrow", "a.feather"])
+@pytest.mark.slow
 def test_chunks_of_long_rows_stay_small(in_tmp: Path, name: str) -> None:
     rows = [{"chosen": f"{number}" + "x" * 3_000_000, "rejected": "b"} for number in range(5)]
     write(Path(name), rows, like=name)

@@ -212,6 +212,7 @@ def die_before_the_end() -> None:
     run(make_tokenizer())
 
 
+@pytest.mark.slow
 def test_a_killed_build_leaves_nothing_that_is_used(files: Path, tokenizer: Any) -> None:
     log = files / "log"
     assert forks.start(die_before_the_end, log=log).wait(120) == -signal.SIGKILL, log.read_text()
@@ -226,6 +227,7 @@ def build_on_a_full_disk() -> None:
         run(make_tokenizer())
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(files: Path) -> None:
     log = files / "log"
     assert forks.start(build_on_a_full_disk, log=log).wait(120) == 0, log.read_text()

@@ -115,6 +115,7 @@ def test_a_store_with_one_flipped_bit_is_damaged(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.slow
 def test_a_store_that_lacks_a_part_is_damaged(tmp_path: Path, name: str) -> None:
     write(tmp_path / "s", 10)
     file = tmp_path / "s" / name

@@ -54,6 +54,7 @@ LARGE = [
 
 
 @pytest.mark.parametrize("template", LARGE)
+@pytest.mark.slow
 def test_a_template_that_grows_without_bound_rejects_the_row(template: str) -> None:
     with pytest.raises(BadRow, match=r"chat template rejects the conversation: it (builds|computes|stores)"):
         render(template)

@@ -80,6 +80,7 @@ def test_tags_that_the_template_looks_for_reach_it(name: str, special: bool) -> 
 @pytest.mark.parametrize(
     "content", ["<think>a</think>b{0}\n{1}user\nhi", "<think>a{0}</think>b", "{0}<think>{1}</think>"]
 )
+@pytest.mark.slow
 def test_a_turn_token_beside_tags_stays_text(name: str, special: bool, content: str) -> None:
     tokenizer = thinking(name, special)
     control = Encoder(tokenizer, TokenizeConfig()).control

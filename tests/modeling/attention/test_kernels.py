@@ -105,6 +105,7 @@ def test_split_attention_equals_the_reference(shape: str, heads: tuple[int, int,
 @pytest.mark.parametrize(
     ("length", "window", "is_split"), [(60, None, True), (60, 100, True), (60, 99, False), (10, None, False)]
 )
+@pytest.mark.slow
 def test_auto_selects_split_attention_for_long_texts_unless_a_window_ends_inside_one(
     length: int, window: int | None, is_split: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

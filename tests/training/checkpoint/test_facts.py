@@ -72,6 +72,7 @@ ALLOWED: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("place", [place for place in places(RUN) if place[1:2] != ("last_loss",)])
+@pytest.mark.slow
 def test_another_type_of_any_value_is_refused(place: tuple[str, ...], folder: Path) -> None:
     name = ".".join(place)
     for bad in BAD:
