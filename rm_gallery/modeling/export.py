@@ -325,7 +325,7 @@ def check_rewards(folder: Path, texts: Sequence[Sequence[int]], expected: Sequen
     exact: model and folder are float32, so the tolerance is 1e-4 (absolute plus relative); otherwise bfloat16 rounding
     allows 0.1 absolute plus 5%. Skipped with a warning if the float32 model takes more than half of the free memory.
     """
-    if not fits_in_memory(folder):
+    if not fits_memory(folder):
         return
     absolute, relative = (1e-4, 1e-4) if exact else (0.1, 0.05)
     for number, (found, wanted) in enumerate(zip(rescore(folder, texts), expected, strict=True)):
@@ -334,18 +334,6 @@ def check_rewards(folder: Path, texts: Sequence[Sequence[int]], expected: Sequen
                 f"{folder}: the reloaded model gives text {number} the reward {found:.6f}, the trainer gave "
                 f"{wanted:.6f}; do not use this checkpoint, and please report the architecture"
             )
-
-
-def fits_in_memory(folder: Path) -> bool:
-    """Whether there is memory to rescore a folder; a warning if not."""
-    needed, free = _float32_bytes(folder), _free_memory()
-    if needed > free / 2:
-        log.warning(
-            "%s: not rescored: the model takes %.0f GiB in float32, more than half of the %.0f GiB of free memory",
-            folder, needed / 2**30, free / 2**30,
-        )  # fmt: skip
-        return False
-    return True
 
 
 def fits_memory(folder: Path) -> bool:

@@ -31,7 +31,7 @@ from rm_gallery.modeling.export import (
     STD_KEYS,
     InputRecord,
     apply_umask,
-    fits_in_memory,
+    fits_memory,
     read_record,
     read_statistics,
     rescore,
@@ -313,7 +313,7 @@ def _log_distance(members: Sequence[_Member], cosines: Sequence[float]) -> None:
 
 def _rescore(folder: Path, first: _Member) -> None:
     """Raise UserError unless transformers loads the folder and its rewards are finite."""
-    if not fits_in_memory(folder):
+    if not fits_memory(folder):
         return
     rewards = rescore(folder, [first.tokenizer(text)["input_ids"] for text in PROBES])
     if not all(map(math.isfinite, rewards)):

@@ -38,7 +38,25 @@ _TRAINED_ON = {
     "regression_then_bt": "scores of responses, then the Bradley-Terry loss on responses whose scores differ",
 }
 
-_TEMPLATE = """\
+_FACTS = """\
+| | |
+|---|---|
+{% for label, value in rows -%}
+| {{ label }} | {{ value }} |
+{% endfor %}
+{%- if metrics %}
+## Metrics
+
+| metric | step {{ step }} |
+|---|---|
+{% for label, value in metrics -%}
+| {{ label }} | {{ value }} |
+{% endfor %}
+{%- endif %}
+"""
+
+_TEMPLATE = (
+    """\
 ---
 {{ metadata }}---
 
@@ -56,21 +74,9 @@ A reward model: it gives each response to a prompt one number, higher for the re
 {{ trained_on }}, by RM-Gallery.
 {%- endif %}
 
-| | |
-|---|---|
-{% for label, value in rows -%}
-| {{ label }} | {{ value }} |
-{% endfor %}
-{%- if metrics %}
-## Metrics
-
-| metric | step {{ step }} |
-|---|---|
-{% for label, value in metrics -%}
-| {{ label }} | {{ value }} |
-{% endfor %}
-{%- endif %}
 """
+    + _FACTS
+)
 
 _USAGE = """\
 ## How to use
@@ -141,7 +147,8 @@ with torch.no_grad():
 """
 
 
-_LANGUAGE_MODEL = """\
+_LANGUAGE_MODEL = (
+    """\
 ---
 {{ metadata }}---
 
@@ -149,20 +156,9 @@ _LANGUAGE_MODEL = """\
 
 A language model, fine-tuned on the assistant turns of conversations by RM-Gallery.
 
-| | |
-|---|---|
-{% for label, value in rows -%}
-| {{ label }} | {{ value }} |
-{% endfor %}
-{%- if metrics %}
-## Metrics
-
-| metric | step {{ step }} |
-|---|---|
-{% for label, value in metrics -%}
-| {{ label }} | {{ value }} |
-{% endfor %}
-{%- endif %}
+"""
+    + _FACTS
+    + """\
 ## How to use
 
 ```python
@@ -176,6 +172,7 @@ generate("Why is the sky blue?")
 {%- endif %}
 ```
 """
+)
 
 
 _AVERAGED = """\
