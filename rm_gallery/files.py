@@ -165,6 +165,26 @@ def write_manifest(folder: Path, hashes: Mapping[str, str]) -> None:
     (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def renew_in_manifests(path: Path) -> None:
+    """Renew the hash of a file that was changed on purpose in the manifests of its folder and of the one above.
+
+    A manifest that does not list the file stays as it is. One that lists the manifest below, as that of a checkpoint
+    with an average of its weights does, is renewed with it.
+    """
+    changed = [path.resolve()]
+    for folder in list(changed[0].parents)[:2]:
+        try:
+            version, hashes = _read_manifest((folder / MANIFEST).read_bytes())
+        except (OSError, ValueError):
+            continue
+        names = [each.relative_to(folder).as_posix() for each in changed]
+        found = [name for name in names if name in hashes]
+        if found and version == _FORMAT:
+            content = {"format": _FORMAT, "sha256": {**hashes, **sha256_files(folder, found)}}
+            write_text(folder / MANIFEST, json.dumps(content, indent=2) + "\n")
+            changed.append(folder / MANIFEST)
+
+
 def manifest_names(content: bytes) -> list[str]:
     """Names of the files in a manifest. Raises ValueError for any other content, or a name outside its folder."""
     return sorted(_read_manifest(content)[1])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rm_gallery import files
 from rm_gallery.files import (
     atomic_write,
     check_manifest,
@@ -119,3 +120,22 @@ def test_damage_is_described(tmp_path: Path) -> None:
     assert check_manifest(tmp_path) == "b is not what was written"
     (tmp_path / "a").unlink()
     assert check_manifest(tmp_path) == "a is missing"
+
+
+def test_a_file_changed_on_purpose_is_renewed_in_the_manifests_that_list_it(tmp_path: Path) -> None:
+    inner = tmp_path / "ema"
+    inner.mkdir()
+    for folder in (tmp_path, inner):
+        (folder / "README.md").write_text("card")
+        (folder / "weights").write_text("1")
+    files.write_manifest(inner, files.sha256_files(inner, ["README.md", "weights"]))
+    listed = ["README.md", "ema/README.md", "ema/weights", "ema/manifest.json", "weights"]
+    files.write_manifest(tmp_path, files.sha256_files(tmp_path, listed))
+    for changed in (tmp_path / "README.md", inner / "README.md"):
+        changed.write_text("card with figures")
+        assert files.check_manifest(tmp_path) is not None
+        files.renew_in_manifests(changed)
+        assert files.check_manifest(tmp_path) is None and files.check_manifest(inner) is None
+    (inner / "weights").write_text("2")
+    files.renew_in_manifests(inner / "README.md")
+    assert files.check_manifest(inner) == "weights is not what was written"

@@ -10,7 +10,7 @@ from typing import Any
 from rm_gallery.errors import UserError
 from rm_gallery.evaluation.html import MARKER, html_of
 from rm_gallery.evaluation.report import as_markdown
-from rm_gallery.files import write_text
+from rm_gallery.files import renew_in_manifests, write_text
 from rm_gallery.html_page import is_foreign
 from rm_gallery.safe_text import redact
 
@@ -69,8 +69,12 @@ def check_target(path: str, option: str, kind: str) -> Path:
 
 
 def write_report(path: Path, text: str, option: str) -> None:
-    """Write a file of the report atomically; raises UserError if it cannot be written."""
+    """Write a file of the report atomically; raises UserError if it cannot be written.
+
+    A model card stays one of the files that its checkpoint's manifest lists.
+    """
     try:
         write_text(path, text)
+        renew_in_manifests(path)
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be written ({error.strerror}); choose another file") from error
