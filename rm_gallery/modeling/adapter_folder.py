@@ -1,5 +1,7 @@
 """A folder with an adapter (LoRA) and its reward head: finds both, whatever trainer wrote them, and loads them.
 
+The adapter of a language model has no head, and the task type `CAUSAL_LM`.
+
 Names of the tensors. peft writes `base_model.model.` + the name in the network. A state dict that another tool saved
 also has `modules_to_save.default` in the name of the head and `default` in those of LoRA. LLaMA-Factory writes the head
 as `v_head.summary` into value_head.safetensors.
@@ -25,6 +27,7 @@ from rm_gallery.modeling.adapters import (
     BASE_RECORD,
     Adapter,
     add_layers,
+    same_weights,
     short_name,
     stored_name,
     weights_fingerprint,
@@ -32,6 +35,7 @@ from rm_gallery.modeling.adapters import (
 from rm_gallery.modeling.config import LoraConfig, PackingSetting
 from rm_gallery.modeling.generic_class import forget_code, register
 from rm_gallery.modeling.heads import HEADS, RewardHead, one_output
+from rm_gallery.modeling.language_model import load_language_model
 from rm_gallery.modeling.lora_layers import import_peft, merge_layers, quiet
 from rm_gallery.modeling.model_folder import check_values
 from rm_gallery.modeling.quantization import QuantizeOptions, check_package
@@ -61,7 +65,7 @@ _UNKNOWN_SETTINGS = (
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """A folder with an adapter of a sequence classification model and its head."""
+    """A folder with an adapter of a sequence classification model and its head, or of a language model."""
 
     path: str
     key: str
@@ -75,7 +79,7 @@ class AdapterFolder:
     tensors: Mapping[str, StoredTensor]
     """By their names in the network, LoRA's without the adapter's name; the head under the library's name."""
     head: RewardHead | None
-    """None if a new head is to be trained."""
+    """None if a new head is to be trained, and for a language model."""
     hint: str
     """What to do about the base model, in messages."""
     model_config: Mapping[str, Any]
@@ -84,6 +88,8 @@ class AdapterFolder:
     """See `AdapterFiles.quantization`."""
     attributes: Sequence[str] = ()
     """Names of the outputs of the head; () for one reward."""
+    language_model: bool = False
+    """Whether the base model is loaded as a language model."""
 
     @property
     def what(self) -> str:
@@ -159,7 +165,12 @@ class AdapterFolder:
         A constant that the head adds to each reward is dropped. Tensors that are not stored under peft's names are
         passed to peft under these.
         """
-        from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForSequenceClassification,
+            BitsAndBytesConfig,
+        )
 
         peft = import_peft(self.what)
         folder, base = Path(self.path).expanduser(), os.path.expanduser(self.base)
@@ -169,40 +180,47 @@ class AdapterFolder:
             more = {"quantization_config": BitsAndBytesConfig(**self.quantization), "device_map": {"": "cpu"}}
         with torch.random.fork_rng(devices=[]), quiet():
             config = text_part(AutoConfig.from_pretrained(folder if (folder / "config.json").is_file() else base))
-            forget_code(config)
-            register(config)
-            config.num_labels = 1 if self.head is None else self.head.weight.shape[0]
-            if config.pad_token_id is None:  # of another trainer, whose folder has no config.json
-                config.pad_token_id = 0
-            network = AutoModelForSequenceClassification.from_pretrained(
-                base, config=config, dtype=torch.float32, ignore_mismatched_sizes=True,
+            if not self.language_model:
+                forget_code(config)
+                register(config)
+                config.num_labels = 1 if self.head is None else self.head.weight.shape[0]
+                if config.pad_token_id is None:  # of another trainer, whose folder has no config.json
+                    config.pad_token_id = 0
+            library = AutoModelForCausalLM if self.language_model else AutoModelForSequenceClassification
+            network = library.from_pretrained(
+                base, config=config, dtype=torch.float32, ignore_mismatched_sizes=not self.language_model,
                 key_mapping=plain_renames(base, key="base"), **more,
             )  # fmt: skip
             for module in network.modules():
                 if hasattr(module, "support_avx512bf16_for_cpu"):
                     module.support_avx512bf16_for_cpu = False  # it would compute in bfloat16
             is_usual = all(each.name == stored_name(name) for name, each in self.tensors.items())
-            if is_usual and self.config.get("task_type") == "SEQ_CLS":
+            if is_usual and self.config.get("task_type") == ("CAUSAL_LM" if self.language_model else "SEQ_CLS"):
                 return peft.PeftModel.from_pretrained(network, folder).eval()
             settings = peft.LoraConfig.from_pretrained(folder)
-            adapted = peft.PeftModelForSequenceClassification(network, settings)
+            kind = peft.PeftModelForCausalLM if self.language_model else peft.PeftModelForSequenceClassification
+            adapted = kind(network, settings)
             values = {stored_name(name): _read(each) for name, each in self.tensors.items()}
             peft.set_peft_model_state_dict(adapted, values)
             return adapted.eval()
 
     def _load_base(self, **options: Any) -> LoadedModel:
-        loaded = load_reward_model(self.base, key="base", new_head=True, attributes=self.attributes, **options)
+        if self.language_model:
+            loaded = load_language_model(self.base, key="base", **options)
+        else:
+            loaded = load_reward_model(self.base, key="base", new_head=True, attributes=self.attributes, **options)
         self._check_base(loaded.model)
         return loaded
 
     def _check_base(self, model: RewardModel) -> None:
         """Raise UserError if the base model's weights are not those of training; a warning if the caller named it."""
         recorded = self.model_config.get(BASE_RECORD)
-        if recorded is None or recorded == weights_fingerprint(model):
+        if recorded is None or same_weights(recorded, weights_fingerprint(model)):
             return
         problem = (
             f"{self.what}: the adapter was trained on other weights than those of {self.base}, which has the same "
-            "shapes (another version, or trained further), so rewards differ from those of training"
+            f"shapes (another version, or trained further), so {'losses' if self.language_model else 'rewards'} differ "
+            "from those of training"
         )
         if not self.names_base:
             raise UserError(f"{problem}; restore the base model, or {self.hint} to use it anyway")
@@ -226,6 +244,10 @@ class AdapterFolder:
             raise UserError(f"{self.what}: {error}") from error
         except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
             raise self._no_fit([one_line(error)]) from error
+        if self.language_model and hasattr(network.get_output_embeddings(), "lora_A"):
+            raise UserError(
+                f"{self.what}: LoRA on the output layer of a language model is not read; merge it with peft"
+            )
         places = {short_name(name) or "": each for name, each in network.named_parameters() if each.requires_grad}
         heads = {name for name in places if name.startswith(HEADS)} if self.head is None else set()
         tensors = {name: each for name, each in self.tensors.items() if name not in heads}
@@ -266,14 +288,14 @@ def _read(tensor: StoredTensor) -> Tensor:
 
 def open_adapter(
     path: str, *, key: str, base: str | None = None, new_head: bool = False, hint: str = _HINT,
-    attributes: Sequence[str] = (),
+    attributes: Sequence[str] = (), language_model: bool = False,
 ) -> AdapterFolder | None:  # fmt: skip
     """The adapter of a folder; None for a folder without one.
 
     base: the base model, instead of that of adapter_config.json. new_head: a head is trained, with one output per name
-    of `attributes`, and one in the folder is ignored. hint: what to do about a base model that is not found. Raises
-    UserError for an adapter that is no LoRA, has no reward head or other labels, is a pickle, or whose base model is
-    not known.
+    of `attributes`, and one in the folder is ignored. language_model: the base model is to be a language model, and a
+    reward head in the folder is an error. hint: what to do about a base model that is not found. Raises UserError for
+    an adapter that is no LoRA, has no reward head or other labels, is a pickle, or whose base model is not known.
     """
     files = read_adapter_files(path, key=key)
     if files is None:
@@ -286,7 +308,10 @@ def open_adapter(
         raise UserError(f"{what} of type {kind}, which is not read; merge it into its base model first")
     if not new_head:
         attributes = tuple((files.model_config.get("rm_gallery") or {}).get("attributes") or ())
-    tensors, head = _sort(files, what, new_head=new_head, num_outputs=max(1, len(attributes)))
+    if language_model:
+        tensors, head = _of_language_model(files, what), None
+    else:
+        tensors, head = _sort(files, what, new_head=new_head, num_outputs=max(1, len(attributes)))
     found = base or files.base
     is_local = found.startswith((".", "/", "~")) or found.count("/") > 1
     if not found or (is_local and not Path(found).expanduser().is_dir()):
@@ -304,7 +329,28 @@ def open_adapter(
         files.model_config,
         files.quantization,
         attributes,
+        language_model,
     )
+
+
+def is_of_language_model(files: AdapterFiles) -> bool:
+    """Whether an adapter is of a language model: by its task type, and since it holds no reward head."""
+    return files.config.get("task_type") == "CAUSAL_LM" and not _head_names(files)
+
+
+def _head_names(files: AdapterFiles) -> list[str]:
+    names = [name for stored in files.tensors if (name := short_name(stored)) is not None]
+    return [*(name for name in names if name.startswith((*HEADS, *_OTHER_HEADS))), *files.head_file]
+
+
+def _of_language_model(files: AdapterFiles, what: str) -> dict[str, StoredTensor]:
+    """The tensors by their names in the network."""
+    if heads := _head_names(files):
+        raise UserError(
+            f"{what} of a reward model ({heads[0]}), and objective.name=sft trains a language model; start from a base "
+            "model, or from an adapter of one"
+        )
+    return {name: each for stored, each in files.tensors.items() if (name := short_name(stored)) is not None}
 
 
 def _sort(
@@ -336,7 +382,7 @@ def _sort(
         raise UserError(
             f"{what} without a reward head (task type {files.config.get('task_type') or 'unknown'}, {found}{pickle}); "
             "the head is missing: save it with the adapter (peft: task_type SEQ_CLS, modules_to_save), or merge it "
-            "into a reward model"
+            "into a reward model" + "; rm-gallery merge makes a language model of it" * is_of_language_model(files)
         )
     if weights[-1].shape[0] != num_outputs:
         raise UserError(f"{what} of a classifier with {weights[-1].shape[0]} labels, but a reward model has one")

@@ -1,7 +1,8 @@
 """LoRA adapters (Hu et al. 2021) through peft: adding them for training, merging them, and their configuration file.
 
 Training adds the low-rank matrices to linear layers of the network in place, freezes all other weights, and trains the
-reward head (and poolers) in full. The folder is the one that peft writes for sequence classification:
+reward head (and poolers) in full; of a language model the matrices alone. The folder is the one that peft writes for
+sequence classification, or for causal language models:
 
 adapter_model.safetensors      `base_model.model.` + name of the tensor, with the head under `modules_to_save`
 adapter_config.json            settings, and the base model's folder or hub name
@@ -39,13 +40,14 @@ from rm_gallery.modeling.lora_layers import (
 )
 from rm_gallery.modeling.quantization import QuantizeOptions
 from rm_gallery.modeling.reward_model import RewardModel
-from rm_gallery.modeling.weight_files import ADAPTER_CONFIG
+from rm_gallery.modeling.weight_files import ADAPTER_CONFIG, QUANTIZATION_RECORD
 
 log = logging.getLogger(__name__)
 
 BASE_RECORD = "rm_gallery_base"
 """Key of an adapter's config.json with the fingerprint of the base model's weights."""
 _PREFIX = "base_model.model."  # of the names in the file
+_TASKS = {False: "SEQ_CLS", True: "CAUSAL_LM"}  # by whether it is a language model
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,13 @@ class Adapter:
     """See `weights_fingerprint`."""
     quantization: Mapping[str, Any] | None = None
     """How the base model is quantized, see `quantization.settings_of`; None if it is not."""
+    task_type: str = "SEQ_CLS"
+    """peft's name: `SEQ_CLS`, or `CAUSAL_LM`."""
+
+    def base_record(self) -> dict[str, Any]:
+        """What config.json says of the base model."""
+        record: dict[str, Any] = {BASE_RECORD: self.base_fingerprint}
+        return record if self.quantization is None else record | {QUANTIZATION_RECORD: dict(self.quantization)}
 
     def write_config(self, folder: Path) -> None:
         """Write adapter_config.json as peft does."""
@@ -69,8 +78,8 @@ class Adapter:
         path = folder / ADAPTER_CONFIG
         values = json.loads(path.read_text(encoding="utf-8"))
         values.update(
-            base_model_name_or_path=self.base, task_type="SEQ_CLS", inference_mode=True, revision=None,
-            modules_to_save=list(self.modules_to_save),
+            base_model_name_or_path=self.base, task_type=self.task_type, inference_mode=True, revision=None,
+            modules_to_save=list(self.modules_to_save) or None,
         )  # fmt: skip
         if isinstance(values["target_modules"], list):
             values["target_modules"].sort()  # peft's order, of a set, differs between processes
@@ -89,7 +98,7 @@ def add_lora(
     what = f"model.lora.rank={config.rank}"
     peft = import_peft("model.lora.rank")
     network = model.network
-    also_trained = [*modules_to_save(network), *_trained_in_full(network, config.modules_to_save)]
+    also_trained = [*_new_modules(model), *_trained_in_full(model, config.modules_to_save)]
     names = [name for name in _targets(model, config, what) if not _is_inside(name, also_trained)]
     settings = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=names,
@@ -114,11 +123,17 @@ def _log_share(network: Any, names: Iterable[str]) -> None:
         )
 
 
-def _trained_in_full(network: Any, ends: Iterable[str]) -> list[str]:
+def _new_modules(model: RewardModel) -> list[str]:
+    """What base models lack: head and poolers; nothing of a language model, whose output layer is the base model's."""
+    return [] if model.is_language_model else modules_to_save(model.network)
+
+
+def _trained_in_full(model: RewardModel, ends: Iterable[str]) -> list[str]:
     """Names of the modules that `modules_to_save` names by the ends of their names."""
     found: list[str] = []
-    backbone = network.base_model_prefix
-    every = [name for name, _ in network.named_modules() if name.startswith(f"{backbone}.")]
+    network = model.network
+    inside = "" if model.is_language_model else f"{network.base_model_prefix}."
+    every = [name for name, _ in network.named_modules() if name and name.startswith(inside)]
     owners: dict[nn.Parameter, set[str]] = {}
     for name, each in network.named_parameters(remove_duplicate=False):
         owners.setdefault(each, set()).add(name)
@@ -131,7 +146,9 @@ def _trained_in_full(network: Any, ends: Iterable[str]) -> list[str]:
                 name.rpartition(".")[2] for name in every if any(True for _ in network.get_submodule(name).parameters())
             }
             known = ", ".join(sorted(name for name in ends_here if not name.isdigit()))
-            raise UserError(f"{key} is no module of the backbone; it has {known}")
+            raise UserError(
+                f"{key} is no module of the {'model' if model.is_language_model else 'backbone'}; it has {known}"
+            )
         if shared := [each for each in parameters if len(owners[each]) > 1]:
             raise UserError(
                 f"{key} shares its weight with other modules ({', '.join(sorted(owners[shared[0]]))}), and peft would "
@@ -156,7 +173,9 @@ def _targets(model: RewardModel, config: LoraConfig, what: str) -> list[str]:
             why = f" that is called: transformers reads the weight of {unknown[0]} directly"
         raise UserError(f"{key}: the backbone has no linear layer {unknown[0]}{why}; it has {', '.join(last_names)}")
     names = sorted({name for found in chosen.values() for name in found})
-    unused = names_without_effect(network.config, model.way, map(generic_name, names), what=what)
+    unused = names_without_effect(
+        network.config, model.way, map(generic_name, names), what=what, language_model=model.is_language_model
+    )
     without = [name for name in names if generic_name(name) in unused]
     if without and config.target_modules != ALL_LINEAR:
         raise UserError(f"{key}: no reward depends on {without[0]} of {network.config.model_type}; remove it")
@@ -192,13 +211,13 @@ def add_layers(
     """
     network = model.network
     fingerprint = weights_fingerprint(model)
-    ends = list(dict.fromkeys([*_heads(network), *also_trained]))
+    ends = list(dict.fromkeys([*([] if model.is_language_model else _heads(network)), *also_trained]))
     trained = [name for name, _ in network.named_modules() if any(f".{name}".endswith(f".{end}") for end in ends)]
     short = _peft_ends(trained, [name for name, _ in network.named_modules()])
     record = None if quantization is None else quantization.quantize(network, but=trained)
     settings.inference_mode, settings.modules_to_save = False, None
     excluded = settings.exclude_modules
-    if excluded is None:  # no LoRA in modules that are trained in full
+    if excluded is None and ends:  # no LoRA in modules that are trained in full
         settings.exclude_modules = rf"(.*\.)?({'|'.join(map(re.escape, ends))})(\..*)?"
     inject(network, settings)
     settings.exclude_modules = excluded
@@ -210,7 +229,8 @@ def add_layers(
     for name in trained:
         network.get_submodule(name).requires_grad_(True)
     path = os.path.expanduser(base)
-    return Adapter(settings, os.path.abspath(path) if os.path.isdir(path) else base, short, fingerprint, record)
+    place, task = os.path.abspath(path) if os.path.isdir(path) else base, _TASKS[model.is_language_model]
+    return Adapter(settings, place, short, fingerprint, record, task)
 
 
 def _peft_ends(names: Iterable[str], every: Iterable[str]) -> tuple[str, ...]:
@@ -253,12 +273,26 @@ def short_name(name: str) -> str | None:
 def weights_fingerprint(model: RewardModel) -> str:
     """A digest of the float32 weights of the backbone, without poolers; call it before layers are added.
 
-    It sums the bits of each tensor as integers: fast, and independent of the order in which values are added.
+    It sums the bits of each tensor as integers: fast, and independent of the order in which values are added. Of a
+    language model whose output layer is not its embedding, that of this layer follows, after a hyphen.
     """
-    kept = {each for name in modules_to_save(model.network) for each in model.network.get_submodule(name).parameters()}
+    network, kept = model.network, set()
+    for name in modules_to_save(network):
+        kept |= set(network.get_submodule(name).parameters())
+    if model.is_language_model:
+        kept -= set(getattr(network, network.base_model_prefix).parameters())
+    found = _digest(each for each in network.parameters() if each not in kept)
+    return f"{found}-{_digest(kept)}" if model.is_language_model and kept else found
+
+
+def same_weights(first: str, second: str) -> bool:
+    """Whether two fingerprints are of the same weights, as far as both cover them."""
+    return all(one == other for one, other in zip(first.split("-"), second.split("-"), strict=False))
+
+
+def _digest(parameters: Iterable[nn.Parameter]) -> str:
     sums = [
         (tuple(each.shape), int(each.detach().contiguous().view(torch.int32).sum(dtype=torch.int64)))
-        for each in model.network.parameters()
-        if each not in kept
+        for each in parameters
     ]
     return hashlib.sha256(repr(sorted(sums)).encode()).hexdigest()[:32]

@@ -86,7 +86,7 @@ class LoraConfig:
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
     modules_to_save: list[str] = field(default_factory=list)
     """Modules that are trained in full and saved, beside the reward head: embeddings and norms, by the ends of their
-    names, such as `[embed_tokens, input_layernorm, norm]`."""
+    names, such as `[embed_tokens, input_layernorm, norm]`; of a language model (`sft`) also `lm_head`."""
     base: str | None = None
     """Folder or hub name of the base model, when `partial_pretrain` is an adapter whose folder names another path."""
 
@@ -146,7 +146,7 @@ class ModelConfig:
     dropout: float = 0.0
     """Every dropout probability of the model. Off by default: noise in rewards costs more than it regularizes."""
     router_aux_loss_coef: Annotated[float, Ge(0)] | None = None
-    """Mixtures of experts: weight of the routers' load-balancing loss, which is added to the preference loss; 0.001 in
+    """Mixtures of experts: weight of the routers' load-balancing loss, which is added to the loss; 0.001 in
     many configurations. Null or 0: none."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     quantization: Quantization = None

@@ -32,14 +32,18 @@ from rm_gallery.data.tokenization.tokenizer import read_at
 from rm_gallery.errors import UserError
 from rm_gallery.files import sha256, sha256_files
 from rm_gallery.modeling.adapter_folder import open_adapter
-from rm_gallery.modeling.adapters import BASE_RECORD, Adapter, stored_name
+from rm_gallery.modeling.adapters import Adapter, stored_name
 from rm_gallery.modeling.architectures import closing_token
 from rm_gallery.modeling.generic_class import CODE_FILE, auto_map, code_of, is_generic
 from rm_gallery.modeling.legacy_keys import add_config_keys, rename_tokenizer_keys
 from rm_gallery.modeling.model_folder import quiet_transformers
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.modeling.stored_layout import as_stored
-from rm_gallery.modeling.weight_files import ADAPTER_WEIGHTS, QUANTIZATION_RECORD, read_weight_folder
+from rm_gallery.modeling.weight_files import (
+    ADAPTER_WEIGHTS,
+    read_adapter_files,
+    read_weight_folder,
+)
 from rm_gallery.schema import InputStyle
 
 log = logging.getLogger(__name__)
@@ -145,12 +149,7 @@ def write_folder(
         stored, read_stored = as_stored(network, without_tied(network, tensors), read)
         hashes = write_weights(folder, stored, dtype, read=read_stored)
     else:
-        inside = {stored_name(name): name for name in tensors}
-        hashes = write_weights(
-            folder, {stored: tensors[name] for stored, name in inside.items()}, torch.float32,
-            read=lambda stored: read(inside[stored]), name=ADAPTER_WEIGHTS, max_shard_bytes=sys.maxsize,
-        )  # fmt: skip
-        adapter.write_config(folder)
+        hashes = write_adapter(folder, adapter, tensors, read=read)
     with quiet_transformers():
         if getattr(network, "_auto_class", None) is not None:  # custom code of the folder (trust_remote_code)
             custom_object_save(network, folder, config=network.config)
@@ -162,6 +161,19 @@ def write_folder(
     apply_umask(folder)
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".safetensors"]
     return {**hashes, **sha256_files(folder, names)}
+
+
+def write_adapter(
+    folder: Path, adapter: Adapter, tensors: Mapping[str, Tensor], *, read: Callable[[str], Tensor]
+) -> dict[str, str]:
+    """Write the tensors of an adapter in float32, and adapter_config.json; see `write_weights`."""
+    inside = {stored_name(name): name for name in tensors}
+    hashes = write_weights(
+        folder, {stored: tensors[name] for stored, name in inside.items()}, torch.float32,
+        read=lambda stored: read(inside[stored]), name=ADAPTER_WEIGHTS, max_shard_bytes=sys.maxsize,
+    )  # fmt: skip
+    adapter.write_config(folder)
+    return hashes
 
 
 def without_tied(network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -197,9 +209,7 @@ def _finish_config(
     if normalize and record.reward_mean is not None:
         config |= dict.fromkeys(MEAN_KEYS, record.reward_mean) | dict.fromkeys(STD_KEYS, record.reward_std)
     if adapter is not None:
-        config[BASE_RECORD] = adapter.base_fingerprint
-        if adapter.quantization is not None:
-            config[QUANTIZATION_RECORD] = dict(adapter.quantization)
+        config |= adapter.base_record()
     add_config_keys(config)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -349,7 +359,7 @@ def fits_memory(folder: Path) -> bool:
 
 def _float32_bytes(folder: Path) -> int:
     """Bytes of all weights of the folder in float32; of an adapter also those of its base model."""
-    adapter = open_adapter(str(folder), key="model")
+    adapter = read_adapter_files(str(folder), key="model")
     base = {} if adapter is None else read_weight_folder(adapter.base, key="base").tensors
     total = sum(4 * math.prod(each.shape) for each in base.values())
     for file in folder.glob("*.safetensors"):

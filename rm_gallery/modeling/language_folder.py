@@ -1,5 +1,7 @@
 """The folder of a language model: what transformers writes for a causal language model, and nothing of ours.
 
+With LoRA it is the folder that peft writes, with the configuration of the model beside it.
+
 Any program that reads language models reads it, and training a reward model from it adds a head.
 """
 
@@ -18,6 +20,8 @@ from torch import Tensor
 from rm_gallery.data.tokenization.token_group import TokenGroup
 from rm_gallery.errors import UserError
 from rm_gallery.files import sha256_files
+from rm_gallery.modeling.adapter_folder import open_adapter
+from rm_gallery.modeling.adapters import BASE_RECORD, Adapter
 from rm_gallery.modeling.export import (
     MEAN_KEYS,
     RECORD_KEY,
@@ -25,21 +29,26 @@ from rm_gallery.modeling.export import (
     apply_umask,
     fits_memory,
     without_tied,
+    write_adapter,
     write_weights,
 )
 from rm_gallery.modeling.model_folder import quiet_transformers
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.modeling.stored_layout import as_stored
+from rm_gallery.modeling.weight_files import QUANTIZATION_RECORD
 
 
 def write_language_folder(
     folder: Path, model: RewardModel, tensors: Mapping[str, Tensor], tokenizer: Any, dtype: torch.dtype, *,
-    read: Callable[[str], Tensor],
+    read: Callable[[str], Tensor], adapter: Adapter | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """Write weights, configurations and tokenizer; return the SHA-256 of each file. See `export.write_folder`."""
     network = model.network
-    stored, read_stored = as_stored(network, without_tied(network, tensors), read)
-    hashes = write_weights(folder, stored, dtype, read=read_stored)
+    if adapter is None:
+        stored, read_stored = as_stored(network, without_tied(network, tensors), read)
+        hashes = write_weights(folder, stored, dtype, read=read_stored)
+    else:
+        hashes = write_adapter(folder, adapter, tensors, read=read)
     with quiet_transformers():
         network.config.save_pretrained(folder)
         if network.can_generate():
@@ -48,8 +57,10 @@ def write_language_folder(
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config.update(architectures=[type(network).__name__], dtype=str(dtype).removeprefix("torch."))
-    for name in (RECORD_KEY, "auto_map", *MEAN_KEYS, *STD_KEYS):
-        config.pop(name, None)  # of a reward model that training started from
+    for name in (RECORD_KEY, BASE_RECORD, QUANTIZATION_RECORD, "auto_map", *MEAN_KEYS, *STD_KEYS):
+        config.pop(name, None)  # of a reward model, or an adapter, that training started from
+    if adapter is not None:
+        config |= adapter.base_record()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     apply_umask(folder)
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".safetensors"]
@@ -57,12 +68,21 @@ def write_language_folder(
 
 
 @torch.no_grad()
-def plain_losses(folder: Path, groups: Sequence[TokenGroup]) -> list[float]:
-    """The mean loss of the targets of each group by transformers alone, in float32, one text at a time."""
+def plain_losses(
+    folder: Path, groups: Sequence[TokenGroup], *, base: str | None = None, quantized: bool = True
+) -> list[float]:
+    """The mean loss of the targets of each group by transformers (and peft) alone, in float32, one text at a time.
+
+    base, quantized: see `export.rescore`.
+    """
     from transformers import AutoModelForCausalLM
 
-    with quiet_transformers():
-        network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    adapter = open_adapter(str(folder), key="model", base=base, language_model=True)
+    if adapter is not None:
+        network = adapter.load_plain(quantized=quantized)
+    else:
+        with quiet_transformers():
+            network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
     for group in groups:
         total, count = 0.0, 0

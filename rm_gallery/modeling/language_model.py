@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 class LanguageModel(RewardModel):
     """A causal language model of transformers; a batch gives the losses of its targets instead of rewards."""
 
+    is_language_model = True
+
     def __init__(self, network: Any, way: Way) -> None:
         nn.Module.__init__(self)
         self.network, self.way, self.padded = network, way, not way.packed
@@ -124,16 +126,42 @@ def _tried(key: ConfigKey) -> Way | str:
 @torch.no_grad()
 def _difference(twin: Any, *, packed: bool) -> tuple[float, float]:
     """The largest difference of our losses from the library's, and of the losses if texts saw each other."""
-    draw = np.random.default_rng(0)
-    groups, wanted = [], {}
-    start = 0
+    groups = probe_texts()
+    batch, expected = collate(groups), library_losses(twin, groups)
+    model = model_of_twin(twin, packed=packed)
+    difference = float((model(batch).each - expected).abs().max())
+    if not packed:
+        return difference, float("inf")
+    return difference, float((model(as_one_text(batch)).each - expected).abs().max())
+
+
+def probe_texts() -> list[TokenGroup]:
+    """Texts of random tokens, some with a common prefix; every token but the first is a target."""
+    draw, groups = np.random.default_rng(0), []
     for prefix, tails in PACKED_TEXTS:
         head, *rest = (draw.integers(8, VOCABULARY, size).astype(np.int32) for size in (prefix, *tails))
         spans = [Span(number, 1, prefix + len(tail)) for number, tail in enumerate(rest)]
         groups.append(TokenGroup(head, rest, (), spans=[each for each in spans if each.first < each.last]))
+    return groups
+
+
+def model_of_twin(twin: Any, *, packed: bool) -> LanguageModel:
+    """A twin that is a causal language model, as it runs in training."""
+    if packed:
+        dispatch.install()
+        twin.set_attn_implementation(dispatch.NAME)
+    return LanguageModel(twin, Way(packed, ""))
+
+
+@torch.no_grad()
+def library_losses(twin: Any, groups: list[TokenGroup]) -> Tensor:
+    """[L] losses of the targets of `probe_texts` by the library, one text at a time, as `PackedBatch` orders them."""
+    wanted, start = {}, 0
+    for group in groups:
+        prefix = len(group.prefix)
         tail_start = start + prefix
-        for tail in rest:
-            text = torch.from_numpy(np.concatenate([head, tail]).astype(np.int64))
+        for tail in group.tails:
+            text = torch.from_numpy(np.concatenate([group.prefix, tail]).astype(np.int64))
             losses = -twin(input_ids=text[None], use_cache=False).logits[0].float().log_softmax(-1)
             for place in range(1, len(text)):
                 at = place - 1
@@ -143,15 +171,7 @@ def _difference(twin: Any, *, packed: bool) -> tuple[float, float]:
         start = tail_start
     batch = collate(groups)
     pairs = zip(batch.target_source.tolist(), batch.target_token.tolist(), strict=True)
-    expected = torch.tensor([wanted[pair] for pair in pairs])
-    if packed:
-        dispatch.install()
-        twin.set_attn_implementation(dispatch.NAME)
-    model = LanguageModel(twin, Way(packed, ""))
-    difference = float((model(batch).each - expected).abs().max())
-    if not packed:
-        return difference, float("inf")
-    return difference, float((model(as_one_text(batch)).each - expected).abs().max())
+    return torch.tensor([wanted[pair] for pair in pairs])
 
 
 def load_language_model(

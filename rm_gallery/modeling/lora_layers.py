@@ -18,10 +18,12 @@ from warnings import catch_warnings
 import torch
 from torch import nn
 
+from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.errors import UserError, one_line
 from rm_gallery.modeling.architectures import ARCHITECTURES, closing_token
 from rm_gallery.modeling.forward import padded_rewards
 from rm_gallery.modeling.freezing import modules_to_save
+from rm_gallery.modeling.language_model import library_losses, model_of_twin, probe_texts
 from rm_gallery.modeling.model_folder import quiet_transformers
 from rm_gallery.modeling.packing import TOLERANCE, Probe, Way, packed_by_library
 from rm_gallery.modeling.twin import VOCABULARY, build_twin
@@ -84,33 +86,31 @@ def inject(network: Any, settings: Any) -> None:
         peft.inject_adapter_in_model(settings, network, adapter_name=ADAPTER_NAME)
 
 
-def names_without_effect(config: Any, way: Way, names: Iterable[str], *, what: str) -> set[str]:
+def names_without_effect(
+    config: Any, way: Way, names: Iterable[str], *, what: str, language_model: bool = False
+) -> set[str]:
     """Those of the layers that change no reward on a twin if LoRA is added to them; none for types that are tested.
 
-    names: generic names. Raises UserError, which begins with `what`, for a type whose rewards with LoRA are not those
-    of the merged model.
+    names: generic names. language_model: losses of tokens are compared instead of rewards. Raises UserError, which
+    begins with `what`, for a type whose rewards with LoRA are not those of the merged model.
     """
     if config.model_type in ARCHITECTURES or not way.is_checked:
         return set()
-    peft, twin, wanted = import_peft(what), build_twin(config), set(names)
+    peft, twin, wanted = import_peft(what), build_twin(config, language_model=language_model), set(names)
     attention = twin.config._attn_implementation
     chosen = [name for name in linear_layers(twin)[0] if generic_name(name) in wanted]
     inject(twin, peft.LoraConfig(r=2, lora_alpha=4, target_modules=chosen))
     places = {name: each for name, each in twin.named_parameters() if ".lora_B." in name}
     _draw(places.values())
-    probe = Probe(VOCABULARY, closing_token(twin.config))
+    compare = _compare_losses if language_model else _compare_rewards
     try:
-        found = (packed_by_library if way.packed else padded_rewards)(twin, probe.batch)
-        gradients = torch.autograd.grad(found.square().sum(), list(places.values()), allow_unused=True)
-        merge_layers(twin)
-        twin.set_attn_implementation(attention)
-        probe.measure(twin)
+        gradients, difference = compare(twin, way, list(places.values()), attention)
     except Exception as error:  # code of the library that does not know layers with LoRA
         raise UserError(f"{what}: a small {config.model_type} with LoRA does not run ({one_line(error)})") from error
-    if not probe.difference(found.detach()) <= _TOLERANCE:
+    if not difference <= _TOLERANCE:
         raise UserError(
-            f"{what}: LoRA is not exact on {config.model_type}: rewards of a small model differ by "
-            f"{probe.difference(found.detach()):.2g} from those of the merged one; set model.lora.rank=0"
+            f"{what}: LoRA is not exact on {config.model_type}: {'losses' if language_model else 'rewards'} of a small "
+            f"model differ by {difference:.2g} from those of the merged one; set model.lora.rank=0"
         )
     used = {
         generic_name(name.partition(".lora_B.")[0])
@@ -118,6 +118,27 @@ def names_without_effect(config: Any, way: Way, names: Iterable[str], *, what: s
         if gradient is not None and bool(gradient.any())
     }
     return {generic_name(name) for name in chosen} - used
+
+
+def _compare_rewards(twin: Any, way: Way, places: list[nn.Parameter], attention: Any) -> tuple[Any, float]:
+    """Gradients of the rewards for `places`, and how far they are from those of the twin merged, which it is then."""
+    probe = Probe(VOCABULARY, closing_token(twin.config))
+    found = (packed_by_library if way.packed else padded_rewards)(twin, probe.batch)
+    gradients = torch.autograd.grad(found.square().sum(), places, allow_unused=True)
+    merge_layers(twin)
+    twin.set_attn_implementation(attention)
+    probe.measure(twin)
+    return gradients, probe.difference(found.detach())
+
+
+def _compare_losses(twin: Any, way: Way, places: list[nn.Parameter], attention: Any) -> tuple[Any, float]:
+    """The same for the losses of a language model."""
+    groups = probe_texts()
+    found = model_of_twin(twin, packed=way.packed)(collate(groups))
+    gradients = torch.autograd.grad(found.total, places, allow_unused=True)
+    merge_layers(twin)
+    twin.set_attn_implementation(attention)
+    return gradients, float((found.each - library_losses(twin, groups)).abs().max())
 
 
 def _draw(parameters: Iterable[nn.Parameter]) -> None:

@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 class RewardModel(nn.Module):
     """A one-label sequence classification model of transformers, called on packed batches."""
 
+    is_language_model = False
+    """Whether it predicts tokens, through an output layer that is part of its base model."""
+
     def __init__(self, network: Any, way: Way) -> None:
         """way: how texts are batched; see `choose_way`, which has to precede the loading of the network."""
         super().__init__()

@@ -10,8 +10,8 @@ for the whole step, E * f_e * P_e is linear in the probabilities, so that values
 ranks add up to those of the step.
 
 A text counts once for each comparison that it is in, as if every pair were computed apart, or in data without
-comparisons once for each rating. So neither a shared prompt, nor merged or split groups, nor the number of ranks change
-the loss.
+comparisons once for each rating; a conversation as often as the data have it. So neither a shared prompt, nor merged or
+split groups, nor the number of ranks change the loss.
 """
 
 from __future__ import annotations
@@ -168,7 +168,9 @@ def _routers(backbone: nn.Module) -> list[tuple[nn.Module, int]]:
 
 
 def token_weights(batch: PackedBatch, *, padded: bool) -> Tensor:
-    """In how many comparisons, or ratings, each token is, of a text or of several: [T] float32, 0 for padding.
+    """In how many comparisons, ratings or conversations each token is, of a text or of several: [T] float32.
+
+    Padding has 0.
 
     Example: the pair of a prompt [a b] and responses [c] and [d e] has weights 2 2 1 1 1.
     """
@@ -178,6 +180,8 @@ def token_weights(batch: PackedBatch, *, padded: bool) -> Tensor:
     texts = torch.zeros(count, device=device)  # [R]
     for side in (batch.better, batch.worse) if len(batch.better) else (batch.rated,):
         texts.index_add_(0, side, torch.ones(side.shape, device=device))
+    if len(batch.target_texts) and not (len(batch.better) or len(batch.rated)):
+        texts = batch.target_texts
     if padded:
         return (pad_texts(batch, 0)[1] * texts.unsqueeze(1)).reshape(-1)
     groups = torch.zeros(len(batch.group_lengths), device=device)

@@ -52,4 +52,5 @@ class Sft(Objective):
             f"{prefix}/loss": loss,
             f"{prefix}/perplexity": math.exp(min(loss, 700.0)),
             f"{prefix}/token_accuracy": sums["correct"] / count,
+            **({f"{prefix}/router_aux_loss": sums["router_aux_loss"] / count} if "router_aux_loss" in sums else {}),
         }

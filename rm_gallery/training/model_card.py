@@ -162,9 +162,26 @@ A language model, fine-tuned on the assistant turns of conversations by RM-Galle
 ## How to use
 
 ```python
+{% if lora -%}
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+{%- if quantized %}
+from transformers import BitsAndBytesConfig
+{%- endif %}
+
+config = AutoConfig.from_pretrained("PATH_OR_NAME")
+{% if quantized -%}
+quantization = BitsAndBytesConfig(**config.rm_gallery_quantization)
+{% endif -%}
+base = AutoModelForCausalLM.from_pretrained("BASE_MODEL", config=config, dtype=torch.float32{{ mapping }})
+model = PeftModel.from_pretrained(base, "PATH_OR_NAME")
+generate = pipeline("text-generation", model, tokenizer=AutoTokenizer.from_pretrained("PATH_OR_NAME"))
+{%- else -%}
 from transformers import pipeline
 
 generate = pipeline("text-generation", "PATH_OR_NAME")
+{%- endif %}
 {% if chat -%}
 generate([{"role": "user", "content": "Why is the sky blue?"}])
 {%- else -%}

@@ -151,12 +151,8 @@ def find_adapter(config: TrainConfig) -> AdapterFolder | None:
     model = config.model
     folder = open_adapter(
         model.partial_pretrain, key="model.partial_pretrain", base=model.lora.base, new_head=model.new_head,
-        hint=BASE_HINT, attributes=model.outputs,
+        hint=BASE_HINT, attributes=model.outputs, language_model=config.objective.name == "sft",
     )  # fmt: skip
-    if folder is not None and config.objective.name == "sft":
-        raise UserError(
-            f"{_what(config)}: an adapter; objective.name=sft starts from a language model (rm-gallery merge)"
-        )
     if folder is not None and list(folder.attributes) != model.outputs:
         raise UserError(
             f"{_what(config)}: an adapter with the outputs {', '.join(folder.attributes) or 'reward'}, but "
@@ -170,13 +166,6 @@ def _load(
 ) -> tuple[LoadedModel, Adapter | None]:
     """The model with a pad token, and with LoRA if it is configured; folder: the adapter to continue."""
     model, adapter, quantization = config.model, None, None
-    if config.objective.name == "sft":
-        loaded = load_language_model(
-            model.partial_pretrain, trust_remote_code=model.trust_remote_code, dropout=model.dropout,
-            packing=model.packing,
-        )  # fmt: skip
-        _fit_vocabulary(loaded.model.network, tokenizer, what=_what(config), resize=model.resize_embeddings)
-        return loaded, None
     if model.quantization is not None:
         dtype, what = DTYPES[model.fsdp_config.model_dtype], f"model.quantization={model.quantization}"
         quantization = QuantizeOptions(model.quantization, dtype, world.device, what)
@@ -184,6 +173,11 @@ def _load(
         loaded, adapter = folder.load_for_training(
             model.lora, dropout=model.dropout, packing=model.packing, quantization=quantization
         )
+    elif config.objective.name == "sft":
+        loaded = load_language_model(
+            model.partial_pretrain, trust_remote_code=model.trust_remote_code, dropout=model.dropout,
+            packing=model.packing,
+        )  # fmt: skip
     else:
         loaded = load_reward_model(
             model.partial_pretrain,
@@ -193,17 +187,25 @@ def _load(
             packing=model.packing,
             attributes=model.outputs,
         )
+    if config.objective.name == "sft":
+        _fit_vocabulary(loaded.model.network, tokenizer, what=_what(config), resize=model.resize_embeddings)
+    else:
+        _fit_head(config, loaded, tokenizer, path=model.partial_pretrain if folder is None else folder.base)
+    if model.lora.rank and adapter is None:
+        adapter = add_lora(loaded.model, model.lora, model.partial_pretrain, quantization=quantization)
+    return loaded, adapter
+
+
+def _fit_head(config: TrainConfig, loaded: LoadedModel, tokenizer: Any, *, path: str) -> None:
+    """Initialize the reward head, and set a pad token. path: folder of the base model."""
+    model = config.model
     if model.lora.rank and missing_embedding_rows(loaded.model, tokenizer, what=_what(config)):
         raise UserError(
             f"{_what(config)}: the tokenizer has no pad token that differs from EOS and has a row of the embedding, "
             "and an adapter (model.lora.rank) adds no row; use a folder with such a token, or model.lora.rank=0"
         )
-    path = model.partial_pretrain if folder is None else folder.base
     init_head(loaded, model.head_init, model.head_init_words, tokenizer, path=path)
     set_pad_token(loaded.model, tokenizer, what=_what(config), resize=model.resize_embeddings)
-    if model.lora.rank and adapter is None:
-        adapter = add_lora(loaded.model, model.lora, model.partial_pretrain, quantization=quantization)
-    return loaded, adapter
 
 
 def _fit_vocabulary(network: Any, tokenizer: Any, *, what: str, resize: bool) -> None:

@@ -233,8 +233,3 @@ def _sft_problems(
     }.items():  # fmt: skip
         if is_set:
             yield Problem(key, f"{key} with objective.name=sft: {no_head}")
-    for key, is_set in {
-        "model.router_aux_loss_coef": bool(model.router_aux_loss_coef), "model.lora.rank": bool(model.lora.rank),
-    }.items():  # fmt: skip
-        if is_set:
-            yield Problem(key, f"{key} with objective.name=sft is not implemented; remove it")

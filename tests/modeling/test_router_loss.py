@@ -11,9 +11,10 @@ import torch
 
 from benchmarks import small_models
 from rm_gallery.data.batching.packed_batch import PackedBatch, collate
-from rm_gallery.data.tokenization.token_group import TokenGroup
+from rm_gallery.data.tokenization.token_group import Span, TokenGroup
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.attention import dispatch
+from rm_gallery.modeling.language_model import model_of_twin
 from rm_gallery.modeling.model_folder import check_class, quiet_transformers
 from rm_gallery.modeling.packing import Way, choose_way
 from rm_gallery.modeling.parallel.apply import enable_checkpointing
@@ -148,6 +149,27 @@ def test_tokens_count_once_for_each_comparison_of_their_texts() -> None:
     rated = replace(group, comparisons=(), ratings=[Rating(each, attributes=(1.0,)) for each in (0, 2, 2)])
     assert token_weights(collate([rated]), padded=False).tolist() == [3, 3, 1, 0, 2]
     assert token_weights(collate([rated]), padded=True).tolist() == [1, 1, 1, 0, 0, 0, 2, 2, 2]
+
+
+@pytest.mark.slow
+def test_of_conversations_the_loss_is_that_of_transformers() -> None:
+    """Of a language model: shared turns, a conversation that the data have twice, and several micro-batches."""
+    config = small_models.config_of("qwen3_moe")
+    model = training(model_of_twin(build_twin(config, language_model=True), packed=True))
+    loss = RouterLoss(model, 0.01)
+    groups = [
+        replace(each, comparisons=(), spans=[Span(0, 2, 4), Span(0, 5, 6), Span(1, 3, 4)]) for each in pairs(0, 1)[:3]
+    ]
+    twice = replace(groups[0], spans=[*groups[0].spans, groups[0].spans[2]])
+    assert collate([twice]).target_texts.tolist() == [1, 2]
+    again = TokenGroup(twice.prefix, [twice.tails[1]], (), spans=[Span(0, 3, 4)])
+    found = run(model, loss, collate([twice, *groups[1:]]))
+    assert_same(run(model, loss, collate([groups[0]]), collate(groups[1:]), collate([again])), found)
+    model.padded = True
+    model.network.set_attn_implementation("eager")
+    assert_same(run(model, loss, collate([twice, *groups[1:]])), found)
+    _, wanted = of_transformers(model, [again, *groups])
+    assert found[0] == pytest.approx(float(wanted.detach()), abs=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "reason"), [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -75,6 +76,8 @@ class PackedBatch:
     """[L] int64: token id of the target."""
     target_weight: Tensor = field(default_factory=lambda: torch.zeros(0))
     """[L] float32: in how many texts it is a target; a common prefix has the tokens of several."""
+    target_texts: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """[R] float32: how many conversations of the data each response is; [0] without targets."""
 
     @property
     def num_tokens(self) -> int:
@@ -170,6 +173,7 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
         target_source=torch.from_numpy(source),
         target_token=torch.from_numpy(token),
         target_weight=torch.from_numpy(times.astype(np.float32)),
+        target_texts=_times(groups) if targets else torch.zeros(0),
     )
 
 
@@ -190,6 +194,18 @@ def _targets(group: TokenGroup, start: int) -> np.ndarray:
     keys = np.concatenate(sources).astype(np.int64) << 32 | np.concatenate(tokens).astype(np.int64)
     found, counts = np.unique(keys, return_counts=True)
     return np.stack([found >> 32, found & 0xFFFFFFFF, counts])
+
+
+def _times(groups: Sequence[TokenGroup]) -> Tensor:
+    """[R] float32: how often the data have each response as a conversation, since its spans are listed as often."""
+    found = []
+    for group in groups:
+        counts = Counter(group.spans)
+        found += [
+            max((count for span, count in counts.items() if span.response == number), default=0)
+            for number in range(len(group.tails))
+        ]
+    return torch.tensor(found, dtype=torch.float32)
 
 
 def _int64(parts: list[np.ndarray]) -> Tensor:

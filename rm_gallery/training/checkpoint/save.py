@@ -352,8 +352,9 @@ class LanguageFolder(WeightsFolder):
     ) -> dict[str, str]:
         saved = SavedWeights(state, ema=ema)
         return write_language_folder(
-            folder, self.model, saved.meta_tensors(), self.tokenizer, self.dtype, read=saved.read
-        )
+            folder, self.model, saved.meta_tensors(), self.tokenizer, self.dtype, read=saved.read,
+            adapter=self.adapter,
+        )  # fmt: skip
 
     def expected(self) -> list[float]:
         """Return the mean loss of the targets of each probe now. A collective: every rank calls it."""
