@@ -25,7 +25,7 @@ HELD_OUT_SHARE = 0.1
 NUM_QUICK = 200
 
 # vocabulary, hidden, intermediate, layers, heads, key-value heads
-SIZES = {"tiny": (8000, 256, 768, 4, 4, 2), "25m": (16000, 512, 1536, 8, 8, 4)}
+SIZES = {"mini": (4000, 128, 384, 4, 4, 2), "tiny": (8000, 256, 768, 4, 4, 2), "25m": (16000, 512, 1536, 8, 8, 4)}
 
 SETTINGS = [
     "data.max_length=1024",
@@ -63,11 +63,11 @@ def texts_of(table: Any) -> Iterator[str]:
         yield from (row["chosen"], row["rejected"])
 
 
-def write_model(folder: Path, table: Any, size: str) -> int:
+def write_model(folder: Path, table: Any, size: str, seed: int = 0) -> int:
     """A byte-level BPE tokenizer trained on the table's texts, and a random Qwen2 decoder; returns its parameters."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2Model
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     vocab_size, hidden, intermediate, layers, heads, kv_heads = SIZES[size]
     backend = Tokenizer(models.BPE())
@@ -83,13 +83,14 @@ def write_model(folder: Path, table: Any, size: str) -> int:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|pad|>")
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=vocab_size, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=4096,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
     )  # fmt: skip
-    model = Qwen2Model(config)
+    model = Qwen2ForCausalLM(config)
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
