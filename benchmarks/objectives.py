@@ -12,7 +12,7 @@ pairs of 26 topics, 400 of the other 6. gsm8k: four worked solutions to each of 
 right (score 1) or wrong (0): a ranking with ties, whose pairs are those of a right and a wrong one.
 
 The margin of a pair of ukp is the difference of the shares of its training pairs that each argument wins, from 0 to 1.
-A run is a line of RUNS.jsonl; runs that are there are not repeated, so an interrupted benchmark goes on. The table is
+A run is a line of RUNS.jsonl; runs that are there are not repeated, so an interrupted benchmark continues. The table is
 that of all lines.
 """
 

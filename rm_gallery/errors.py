@@ -95,6 +95,12 @@ class Dropped:
             parts.append(f"{sum(count for _, count in rest)} for {len(rest)} other reasons")
         return ", ".join(parts)
 
+    @property
+    def remedy(self) -> str:
+        """What to do where no row is left."""
+        too_long = any("data.max_length" in reason for reason in self.counts)
+        return "raise data.max_length, or fix the data" if too_long else "fix the data"
+
 
 def one_line(error: BaseException | str, limit: int = 200) -> str:
     """The message of an error in one line of at most `limit` characters, without a final period.

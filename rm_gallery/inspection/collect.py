@@ -177,8 +177,7 @@ def collect(
     assert store is not None, "written above"
     if not len(store.data):
         raise UserError(
-            f"{side.key}: none of {num_rows - held_out} rows can be used: {dropped.describe()}; fix the data, or raise "
-            "data.max_length where texts are too long"
+            f"{side.key}: none of {num_rows - held_out} rows can be used: {dropped.describe()}; {dropped.remedy}"
         )
     examples = {reason: short_place(place, short_names) for reason, place in dropped.examples.items()}
     return observer.split(name, tuple(files), short_names, store.data, Dropped(dropped.counts, examples), dropped_texts)

@@ -233,10 +233,7 @@ def _checked(store: Store, key: str, config: DataConfig) -> Store:
         log.warning("%s: dropped %d of %d rows: %s", key, dropped.total, facts.num_rows, dropped.describe())
     if not len(store.data):
         why = dropped.describe() or f"{facts.held_out} are on the other side of data.val_fraction={config.val_fraction}"
-        raise UserError(
-            f"{key}: none of {facts.num_rows} rows can be used: {why}; fix the data, or raise "
-            "data.max_length where texts are too long"
-        )
+        raise UserError(f"{key}: none of {facts.num_rows} rows can be used: {why}; {dropped.remedy}")
     log.info(
         "%s: %d groups, %d %s as %s, %d tokens (each prompt once per group)",
         key, len(store.data), store.data.num_comparisons,
@@ -329,6 +326,11 @@ _SOURCES = {
     "p_better": ("share of annotators who prefer it", "data.p_chosen_key={p_chosen_key} (1 where all do)"),
 }
 
+_FACTORS = {
+    "weight": "set data.weight_key to a column with weights above 0, or leave it out",
+    "margin": "set data.margin_key to a column with margins above 0, or objective.name=bradley_terry",
+}
+
 
 def check_labels(config: TrainConfig, objective: Objective, train: Loaded, validated: Mapping[str, Loaded]) -> None:
     """Raise UserError for a label that the objective needs and training data lack; log those that it does not use."""
@@ -366,6 +368,11 @@ def check_labels(config: TrainConfig, objective: Objective, train: Loaded, valid
                     "%s: %s of %s comparisons have no %s (first: %s); their loss is that of bradley_terry",
                     key, f"{count:,}", f"{side.data.num_comparisons:,}", what, where,
                 )  # fmt: skip
+    for label in ("weight", "margin") if objective.scales else ("weight",):
+        if data.all_zero(label):
+            raise UserError(
+                f"data.train_files: every {label} is 0, so that nothing would be learned; {_FACTORS[label]}"
+            )
     unused = [_LABELS[label] for label in data.labels() if label not in objective.uses]
     if unused:
         log.info("the data carry %s, which objective.name=%s does not use", " and ".join(unused), name)

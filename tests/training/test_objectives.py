@@ -77,6 +77,12 @@ def test_a_needed_label_that_is_missing_is_one_sentence(in_tmp: Path, qwen2_fold
     assert "objective.label_smoothing=0.1 with objective.name=focal: it belongs to soft" in error(
         "objective.name=focal", "objective.label_smoothing=0.1"
     )
+    write_pairs(Path("train.parquet"), with_labels(24, margin=[0.0]))
+    assert "every margin is 0, so that nothing would be learned; set data.margin_key" in error("objective.name=scaled")
+    write_pairs(Path("train.parquet"), with_labels(24, weight=[0.0]))
+    assert "every weight is 0, so that nothing would be learned" in error()
+    write_pairs(Path("train.parquet"), with_labels(24, p_chosen=[80]))
+    assert error("objective.name=soft").rstrip().endswith("outside 0 to 1 (first: train.parquet:0); fix the data")
 
 
 @pytest.mark.slow

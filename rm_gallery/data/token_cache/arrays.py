@@ -426,6 +426,11 @@ class TokenData:
             return 0, ""
         return len(missing), self.where(int(np.searchsorted(self._arrays["comparison_start"], missing[0], "right")) - 1)
 
+    def all_zero(self, label: str) -> bool:
+        """Whether every value of a label is 0. label: `margin` of comparisons, or `weight` of the data's units."""
+        name = "rating_weight" if label == "weight" and self.unit != "pairs" else label
+        return not self._arrays[name].any()
+
     def fingerprint(self) -> str:
         """Hash of everything the model sees: tokens, bounds of responses, comparisons."""
         if self._fingerprint is None:
