@@ -27,13 +27,22 @@ from rm_gallery.safe_text import register_secret
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring.base import BaseScorer, Rewards, find_bad_reward, raise_first
 from rm_gallery.scoring.inputs import InputBuilder, check_group
-from rm_gallery.scoring.remote_http import Endpoints, RefusedText, split_url
-from rm_gallery.scoring.remote_protocols import Input, Served, find_protocol, request_of, rewards_of
+from rm_gallery.scoring.remote_http import Endpoints, split_url
+from rm_gallery.scoring.remote_protocols import (
+    Batch,
+    Chat,
+    Input,
+    RefusedText,
+    Served,
+    batches_of,
+    find_protocol,
+    request_of,
+    rewards_of,
+)
 
 log = logging.getLogger(__name__)
 
 KEY_VARIABLE = "RM_GALLERY_API_KEY"
-_MAX_TEXTS, _MAX_SIZE = 32, 200_000  # of a request; the size is in characters or tokens
 _MAX_SUSPECT = 32  # rewards in [0, 1] until a warning
 _SERVERS = re.compile(r"(?:(?P<protocol>[A-Za-z][\w-]*):)?(?P<urls>https?://[^#]*)(?:#(?P<model>.*))?", re.DOTALL)
 
@@ -114,12 +123,12 @@ class RemoteScorer(BaseScorer):
         """Async `score`."""
         groups = self.fitted(groups)
         encoded = await asyncio.to_thread(self._encode, groups)
-        futures = self._submit(encoded)
+        batches, futures = self._submit(encoded)
         try:
             found = await asyncio.gather(*map(asyncio.wrap_future, futures))
         finally:
             _cancel(futures)
-        return raise_first(_joined(encoded, found), groups)
+        return raise_first(_joined(encoded, batches, found), groups)
 
     def close(self) -> None:
         """End the threads and connections; calls that wait for a server fail. Idempotent."""
@@ -127,9 +136,9 @@ class RemoteScorer(BaseScorer):
 
     def _score(self, groups: Sequence[PreferenceGroup]) -> list[list[Any] | Exception]:
         encoded = self._encode(groups)
-        futures = self._submit(encoded)
+        batches, futures = self._submit(encoded)
         try:
-            return _joined(encoded, [future.result() for future in futures])
+            return _joined(encoded, batches, [future.result() for future in futures])
         finally:
             _cancel(futures)
 
@@ -137,33 +146,24 @@ class RemoteScorer(BaseScorer):
         served = self._endpoints.served
         return [self._texts.encode(group, served) for group in groups]
 
-    def _submit(self, encoded: Sequence[_Encoded]) -> list[Future[list[float | Exception]]]:
-        """One future per request, in the order of the texts."""
-        batches: list[list[Input]] = []
-        size = 0
-        for item in [item for each in encoded if not isinstance(each, Exception) for item in each]:
-            last = batches[-1] if batches else []
-            joins = last and not _is_chat(item) and not _is_chat(last[0]) and type(item) is type(last[0])
-            if not joins or len(last) >= _MAX_TEXTS or size + len(item) > _MAX_SIZE:
-                batches.append([])
-                size = 0
-            batches[-1].append(item)
-            size += len(item)
+    def _submit(self, encoded: Sequence[_Encoded]) -> tuple[list[Batch], list[Future[list[float | Exception]]]]:
+        """The requests, and a future for each."""
+        batches = batches_of(self._endpoints.served, [each for each in encoded if not isinstance(each, Exception)])
         pool = self._endpoints.pool() if batches else None
-        return [pool.submit(self._ask, batch) for batch in batches] if pool is not None else []
+        return batches, [pool.submit(self._ask, batch) for batch in batches] if pool is not None else []
 
-    def _ask(self, batch: list[Input]) -> list[float | Exception]:
+    def _ask(self, batch: Batch) -> list[float | Exception]:
         """The reward of each input, or why it has none; a text that is refused does not affect the others."""
         try:
             answer, served = self._endpoints.send(lambda served: request_of(served, batch))
-            _check_tokens(batch, answer)
+            _check_tokens(batch.inputs, answer)
         except RefusedText as error:
-            if len(batch) == 1:
+            if len(batch.inputs) == 1:
                 return [BadRow(str(error))]
-            half = len(batch) // 2
-            return self._ask(batch[:half]) + self._ask(batch[half:])
+            first, second = batch.halves()
+            return self._ask(first) + self._ask(second)
         try:
-            rewards = rewards_of(served, answer, len(batch))
+            rewards = rewards_of(served, answer, len(batch.inputs))
             self._scale.check(rewards, served)
         except UserError as error:
             raise UserError(f"{self.folder}: {error}") from None
@@ -267,12 +267,14 @@ class _Texts:
                 f"{served.protocol.title} takes texts, not conversations: pass tokenizer=, the folder of the served "
                 "model (evaluate: --tokenizer)"
             )
-        elif group.metadata.get("tools"):
+        elif group.metadata.get("tools") and not served.batches_chats:
             raise BadRow("tools, which the server does not take: pass tokenizer= (evaluate: --tokenizer)")
         else:
-            found = [[*group.prompt, *response] for response in group.responses]
+            found = [Chat(group.prompt, response, group.metadata.get("tools")) for response in group.responses]  # type: ignore[arg-type]
         try:
-            json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
+            for each in found:
+                text = [each.messages, each.tools] if isinstance(each, Chat) else each
+                json.dumps(text, ensure_ascii=False, allow_nan=False).encode()
         except (UnicodeEncodeError, TypeError, ValueError, RecursionError) as error:
             raise BadRow(f"not JSON: {type(error).__name__}") from error
         return found
@@ -308,30 +310,33 @@ class _Scale:
                 log.warning("%s only: perhaps the server applies a sigmoid, which it does not say; if so, %s", how, fix)
 
 
-def _check_tokens(batch: Sequence[Input], answer: Any) -> None:
+def _check_tokens(inputs: Sequence[Input], answer: Any) -> None:
     """Raises RefusedText if the server says that it read another number of tokens than it got."""
     usage = answer.get("usage") if isinstance(answer, Mapping) else None
     read = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
-    sent = sum(map(len, batch))
-    if isinstance(batch[0], list) and not _is_chat(batch[0]) and isinstance(read, int) and read and read != sent:
+    sent = sum(len(each) for each in inputs if isinstance(each, list))
+    if isinstance(inputs[0], list) and isinstance(read, int) and read and read != sent:
         raise RefusedText(f"the server read {read} tokens, not the {sent} of the text; it truncates or adds tokens")
 
 
-def _joined(encoded: Sequence[_Encoded], found: Sequence[list[float | Exception]]) -> list[list[Any] | Exception]:
-    flat = iter([reward for rewards in found for reward in rewards])
+def _joined(
+    encoded: Sequence[_Encoded], batches: Sequence[Batch], found: Sequence[list[float | Exception]]
+) -> list[list[Any] | Exception]:
+    """The rewards of each group, from those of the requests. found: of each request."""
+    by_place: dict[int, float | Exception] = {}
+    for batch, rewards in zip(batches, found, strict=True):
+        by_place.update(zip(batch.places, rewards, strict=True))
     results: list[list[Any] | Exception] = []
+    place = 0
     for each in encoded:
         if isinstance(each, Exception):
             results.append(each)
             continue
-        rewards = [next(flat) for _ in each]
+        rewards = [by_place[number] for number in range(place, place + len(each))]
+        place += len(each)
         bad = next((reward for reward in rewards if isinstance(reward, Exception)), None)
         results.append(bad or find_bad_reward(rewards) or rewards)
     return results
-
-
-def _is_chat(item: Input) -> bool:
-    return isinstance(item, list) and bool(item) and isinstance(item[0], Mapping)
 
 
 def _cancel(futures: Sequence[Future[Any]]) -> None:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from rm_gallery.errors import UserError, one_line
 from rm_gallery.scoring import forks
-from rm_gallery.scoring.remote_protocols import PROTOCOLS, Protocol, Served, discover
+from rm_gallery.scoring.remote_protocols import PROTOCOLS, Protocol, RefusedText, Served, discover
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +27,6 @@ _CONNECT_S = _DISCOVERY_S = 10.0
 _BACKOFF_S, _MAX_BACKOFF_S = 0.5, 30.0
 _MAX_ANSWER = 64 * 2**20  # bytes
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-
-
-class RefusedText(ValueError):
-    """The server answers that the request itself cannot be scored (400, 413, 422)."""
 
 
 class _Failed(Exception):
@@ -156,7 +152,8 @@ class Endpoints(forks.SurvivesFork):
     def send(self, make: Callable[[Served], Mapping[str, Any]]) -> tuple[Any, Served]:
         """The answer to a request, and what the endpoint that gave it serves.
 
-        Raises RefusedText if the request cannot be scored, and UserError if no endpoint answers in time.
+        Raises RefusedText if the server answers that the request itself cannot be scored (400, 413, 422), and
+        UserError if no endpoint answers in time.
         """
         deadline = time.monotonic() + self.timeout
         reason = f"no answer within {self.timeout:g} s"

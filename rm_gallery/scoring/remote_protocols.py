@@ -1,6 +1,6 @@
 """Protocols of reward servers: what a request is, where the reward is in the answer, and which one a server speaks.
 
-    vllm           POST /classify         token ids, texts, or one conversation (also the server of RM-Gallery)
+    vllm           POST /classify         token ids, texts, or one conversation (of RM-Gallery's server, many)
     vllm-pooling   POST /pooling          the same
     sglang         POST /v1/embeddings    token ids or texts
     openrlhf       POST /get_reward       texts with their special tokens
@@ -12,20 +12,42 @@ describes is sent: versions that know `use_activation` read any value of the old
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from rm_gallery.errors import UserError, nearest
 from rm_gallery.schema import Message
 
-Input: TypeAlias = str | list[int] | list[Message]
-"""A text, its token ids, or a conversation that the server renders."""
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation that the server renders."""
+
+    prompt: Sequence[Message]
+    response: Sequence[Message]
+    tools: Any = None
+
+    @property
+    def messages(self) -> list[Message]:
+        """All turns."""
+        return [*self.prompt, *self.response]
+
+
+Input: TypeAlias = str | list[int] | Chat
+"""A text, its token ids, or a conversation."""
 Get: TypeAlias = Callable[[str], Any]
 """The JSON at a path of the server; None if it has none there."""
 
+MAX_TEXTS, MAX_SIZE = 32, 200_000  # of a request; the size is in characters or tokens
 _FLAGS = ("use_activation", "activation", "softmax")  # newest first
+_OURS = "rm-gallery"
+
+
+class RefusedText(ValueError):
+    """The request itself cannot be scored."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +91,69 @@ class Served:
     """Field that turns the activation off; None if there is none."""
     activation: Literal["off", "on", "unknown"] = "off"
     """Whether the answers went through a sigmoid or softmax, by the server's own description."""
+    batches_chats: bool = False
+    """Whether a request may have several conversations, or several responses to a prompt, and tools: our server."""
+
+
+@dataclass
+class Batch:
+    """What one request asks for."""
+
+    inputs: list[Input] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    """Of the inputs among all of a call."""
+    shares_prompt: bool = False
+    """Whether the inputs are responses to one prompt, which the request has once."""
+    size: int = 0
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """Two requests for the same."""
+        half = len(self.inputs) // 2
+        return (
+            Batch(self.inputs[:half], self.places[:half], self.shares_prompt),
+            Batch(self.inputs[half:], self.places[half:], self.shares_prompt),
+        )
+
+
+def batches_of(served: Served, groups: Iterable[Sequence[Input]]) -> list[Batch]:
+    """The requests for groups of inputs, each input in one, within MAX_TEXTS and MAX_SIZE.
+
+    Inputs of one kind, and conversations with the same tools, share requests wherever they are in the call. A group of
+    responses that is too large with its prompt before each of them has a request of its own, with the prompt once.
+    """
+    found: list[Batch] = []
+    last: dict[str, Batch] = {}
+    place = 0
+    for number, inputs in enumerate(groups):
+        sizes = [_size(each) for each in inputs]
+        shares = served.batches_chats and sum(sizes) > MAX_SIZE and len(inputs) > 1 and all(map(_is_answer, inputs))
+        for each, size in zip(inputs, sizes, strict=True):
+            key, size = (f"{number}", len(str(each.response))) if shares else (_kind(each), size)  # type: ignore[union-attr]
+            most = 1 if isinstance(each, Chat) and not served.batches_chats else MAX_TEXTS
+            batch = last.get(key)
+            if batch is None or len(batch.inputs) >= most or batch.size + size > MAX_SIZE:
+                batch = last[key] = Batch(shares_prompt=shares)
+                found.append(batch)
+            batch.inputs.append(each)
+            batch.places.append(place)
+            batch.size += size
+            place += 1
+    return found
+
+
+def _size(item: Input) -> int:
+    return len(str(item.messages)) if isinstance(item, Chat) else len(item)
+
+
+def _kind(item: Input) -> str:
+    return f"chat {json.dumps(item.tools)}" if isinstance(item, Chat) else type(item).__name__
+
+
+def _is_answer(item: Input) -> bool:
+    """Whether a response is one turn that no server takes for a repetition of the prompt."""
+    if not isinstance(item, Chat) or not item.prompt or len(item.response) != 1:
+        return False
+    return item.response[0].get("role") == "assistant" and item.prompt[-1].get("role") != "assistant"
 
 
 def find_protocol(name: str) -> Protocol | None:
@@ -113,9 +198,10 @@ def discover(url: str, get: Get, protocol: Protocol | None, model: str | None) -
         return Served(protocol, model)
     fields = _fields(paths.get(protocol.path), api) if paths.get(protocol.path) else set()
     flag = next((name for name in _FLAGS if name in fields), None)
+    is_ours = any(card.get("owned_by") == _OURS for card in cards)
     if flag is None and "input" in fields:
-        return Served(protocol, model, None, "on")
-    return Served(protocol, model, flag or _FLAGS[0], "off" if flag else "unknown")
+        return Served(protocol, model, None, "on", is_ours)
+    return Served(protocol, model, flag or _FLAGS[0], "off" if flag else "unknown", is_ours)
 
 
 def _guess(owners: set[str], paths: Mapping[str, Any]) -> Protocol | None:
@@ -153,16 +239,27 @@ def _fields(operation: Any, api: Any) -> set[str]:
     return found
 
 
-def request_of(served: Served, inputs: Sequence[Input]) -> dict[str, Any]:
-    """The body of a request. inputs: of one kind; a conversation comes alone."""
+def request_of(served: Served, batch: Batch) -> dict[str, Any]:
+    """The body of a request. Raises RefusedText for conversations that this server does not take in this form."""
+    inputs = batch.inputs
     if served.protocol.value is None:
-        return {"query": list(inputs)}
+        return {"query": inputs}
     body: dict[str, Any] = {"model": served.model} if served.model is not None else {}
-    first = inputs[0]
-    if isinstance(first, list) and first and isinstance(first[0], Mapping):
-        body |= {"messages": first, "add_generation_prompt": False}
+    chats = [each for each in inputs if isinstance(each, Chat)]
+    if not chats:
+        body["input"] = inputs
+    elif served.batches_chats and batch.shares_prompt:
+        body |= {"messages": chats[0].prompt, "responses": [each.response for each in chats]}
+    elif served.batches_chats:
+        body["messages"] = [each.messages for each in chats]
+    elif len(chats) > 1:  # of several servers, one with a smaller interface
+        raise RefusedText("the server takes one conversation at a time")
     else:
-        body["input"] = list(inputs)
+        body |= {"messages": chats[0].messages, "add_generation_prompt": False}
+    if chats and chats[0].tools:
+        if not served.batches_chats:
+            raise RefusedText("tools, which the server does not take: pass tokenizer= (evaluate: --tokenizer)")
+        body["tools"] = chats[0].tools
     if served.flag is not None:
         body[served.flag] = False
     return {**body, **dict(served.protocol.extra)}

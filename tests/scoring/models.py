@@ -14,13 +14,14 @@ from tests.small import ENCODERS, export_model, make_model, make_tokenizer
 
 
 def make_checkpoint(
-    kind: str, folder: Path, *, style: InputStyle = "text", seed: int = 0, **record: Any
+    kind: str, folder: Path, *, style: InputStyle = "text", seed: int = 0, template: str | None = None, **record: Any
 ) -> tuple[Path, RewardModel]:
-    """A checkpoint folder as training leaves it, and the trainer's model."""
+    """A checkpoint folder as training leaves it, and the trainer's model. template: a chat template of its own."""
     base = make_model(kind, folder / "base", seed=seed)
     torch.manual_seed(seed)
     model = load_reward_model(str(base)).model.eval()
     tokenizer = make_tokenizer(encoder=kind in ENCODERS)
+    tokenizer.chat_template = template or tokenizer.chat_template
     set_pad_token(model, tokenizer)
     return export_model(folder / "global_step_1", model, tokenizer, InputRecord(style, **record)), model
 

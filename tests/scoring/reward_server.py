@@ -94,6 +94,12 @@ class RewardServer:
             return 200, {"paths": {name: operation}, "components": {"schemas": {"Request": schema}}}
         return 404, {"detail": "Not Found"}
 
+    def _conversations(self, body: dict[str, Any]) -> list[Any]:
+        """One; of our server also many, or several responses to a prompt."""
+        if self.owner == "rm-gallery" and "responses" in body:
+            return [[*body["messages"], *each] for each in body["responses"]]
+        return body["messages"] if self.owner == "rm-gallery" else [body["messages"]]
+
     def _post(self, path: str, body: dict[str, Any], authorization: str | None) -> tuple[int, Any]:
         with self._lock:
             self.bodies.append(body)
@@ -107,7 +113,7 @@ class RewardServer:
         if path == "/get_reward":
             rewards = [self.score(each) for each in body["query"]]
             return 200, self.change({"rewards": rewards, "scores": rewards, "extra_logs": {}})
-        inputs = [body["messages"]] if "messages" in body else body["input"]
+        inputs = self._conversations(body) if "messages" in body else body["input"]
         if max(map(len, inputs)) > self.max_tokens:
             return 400, {"object": "error", "message": f"maximum is {self.max_tokens} tokens", "code": 400}
         read = sum(len(each) for each in inputs if isinstance(each, list))

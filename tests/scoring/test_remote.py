@@ -234,6 +234,51 @@ def test_a_refused_text_does_not_affect_the_others(chat_folder: Path) -> None:
                 scorer.score_messages(CHATS[:1])
 
 
+def test_our_server_gets_many_conversations_in_a_request() -> None:
+    book, add = (
+        [{"type": "function", "function": {"name": "book"}}],
+        [{"type": "function", "function": {"name": "add"}}],
+    )
+    chats = [chat("q", "x" * number) for number in range(60)]
+    tools = [(None, book, add)[number % 3] for number in range(60)]
+    expected = [length(each) for each in chats]
+    with RewardServer("vllm", length, owner="rm-gallery") as server, RemoteScorer(server.url) as scorer:
+        assert scorer.score_messages(chats, tools=tools) == expected
+        assert sorted(len(body["messages"]) for body in server.bodies) == [20, 20, 20]
+        assert [body.get("tools") for body in server.bodies].count(book) == 1
+        del server.bodies[:]
+        # A request that fails is sent again, the others are not.
+        server.script = [None, 503]
+        assert scorer.score_messages(chats) == expected
+        assert sorted(len(body["messages"]) for body in server.bodies) in ([28, 28, 32], [28, 32, 32])
+        del server.bodies[:]
+        prompt = "long " * 20_000
+        group = scorer.build_group(prompt, ["a", "bb", "ccc"], book)
+        [rewards] = scorer.score([group])
+        assert rewards == sorted(rewards) and len(set(rewards)) == 3
+        [body] = server.bodies
+        assert len(body["responses"]) == 3 and str(body).count(prompt) == 1 and body["tools"] == book
+    with RewardServer("vllm", length, owner="rm-gallery") as ours, RewardServer("vllm", length) as theirs:
+        with RemoteScorer([ours.url, theirs.url]) as scorer:  # vLLM takes one at a time, and no tools
+            assert scorer.score_messages(chats) == expected
+            assert theirs.bodies and all("role" in body["messages"][0] for body in theirs.bodies)
+
+
+@pytest.mark.slow
+def test_a_refused_conversation_of_a_batch_has_an_error_of_its_own() -> None:
+    chats = [chat("q", "x" * number) for number in range(32)]
+    chats[21] = [*chats[21], *[{"role": "assistant", "content": "again"}] * 9]
+    with RewardServer("vllm", length, owner="rm-gallery", max_tokens=10) as server:
+        with RemoteScorer(server.url) as scorer:
+            groups = [scorer.inputs.conversation(each) for each in chats]
+            found = scorer.score_each(groups)
+            assert [each for number, each in enumerate(found) if number != 21] == [
+                [length(each)] for number, each in enumerate(chats) if number != 21
+            ]
+            assert "status 400: maximum is 10 tokens" in str(found[21])
+            assert len(server.bodies) == 11  # halves of 32, 16, 8, 4 and 2
+
+
 @pytest.mark.slow
 def test_evaluate_and_graders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": f"q{number}", "chosen": "a longer answer", "rejected": "no"} for number in range(20)]
