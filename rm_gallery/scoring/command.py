@@ -71,11 +71,17 @@ def add_rank(commands: Any, add_loading_options: Callable[[argparse.ArgumentPars
             "  rm-gallery rank --model MODEL samples.jsonl --output best.jsonl\n"
             "  rm-gallery rank --model MODEL samples.jsonl --output dpo.parquet \\\n"
             "      --layout pairs --min-margin 1\n"
-            "MODEL is what score takes, an ensemble A+B, or a reward server. Rerun a stopped\n"
+            "MODEL is what score takes, an ensemble A+B, or a reward server. Without a model,\n"
+            "--rewards names the column of rewards in outputs of score. Rerun a stopped\n"
             "command to resume. What ties and rows without a reward do: docs/ranking.md."
         ),
     )
-    _add_models_and_files(command)
+    _add_models_and_files(command, needs_model=False)
+    command.add_argument(
+        "--rewards",
+        metavar="COLUMN",
+        help="rewards that the input has, instead of --model; of pairs COLUMN_chosen, ...",
+    )
     command.add_argument("--layout", default="best", metavar="NAME", help="best (default), ranked or pairs")
     command.add_argument("--top", type=int, metavar="K", help="responses per prompt (best: 1; ranked: all)")
     command.add_argument("--min-reward", type=float, metavar="X", help="lowest reward; in pairs, of chosen")
@@ -91,14 +97,15 @@ def add_rank(commands: Any, add_loading_options: Callable[[argparse.ArgumentPars
     command.set_defaults(run=_rank, words="inputs", when_stopped="rerun the command to resume")
 
 
-def _add_models_and_files(command: argparse.ArgumentParser) -> None:
+def _add_models_and_files(command: argparse.ArgumentParser, *, needs_model: bool = True) -> None:
     command.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="file, folder, glob, URL or hub dataset; or data.KEY=VALUE"
     )
     command.add_argument(
         "--model",
         action="append",
-        required=True,
+        required=needs_model,
+        default=None if needs_model else [],
         metavar="MODEL",
         help="folder, run, hub model or server; repeat for several",
     )
@@ -145,7 +152,7 @@ def _rank(arguments: argparse.Namespace) -> None:
 
     names = ("layout", "top", "min_reward", "min_quantile", "pairs", "min_margin")
     ranking = Ranking(**{name: getattr(arguments, name) for name in names}, columns=tuple(arguments.columns))
-    _run(with_ranking(_options(arguments), ranking))
+    _run(with_ranking(replace(_options(arguments), rewards=arguments.rewards), ranking))
 
 
 def _options(arguments: argparse.Namespace) -> ScoreOptions:

@@ -23,7 +23,7 @@ from rm_gallery.data.sources.records import without_query
 from rm_gallery.data.sources.remote import is_url
 from rm_gallery.errors import UserError
 from rm_gallery.scoring.ensemble import ENSEMBLE, STD
-from rm_gallery.scoring.model_folder import ModelFolder, ServedModel, file_of
+from rm_gallery.scoring.model_folder import GivenRewards, ModelFolder, ServedModel, file_of
 from rm_gallery.scoring.parts import Parts, cannot_write
 from rm_gallery.scoring.ranking import Ranking
 from rm_gallery.scoring.remote import names_servers
@@ -65,6 +65,8 @@ class ScoreOptions:
     """Folder or hub name of the model of a server (`--tokenizer`)."""
     ranking: Ranking | None = None
     """What `rm-gallery rank` writes; None for the input's rows with their rewards."""
+    rewards: str | None = None
+    """Column of rewards that the input has (`--rewards`), instead of models."""
     engine: str = "local"
     """`local` or `ray` (`--engine`)."""
     processes: int | None = None
@@ -232,7 +234,7 @@ def plan_jobs(
     options: ScoreOptions,
     tables: Sequence[InputTable],
     names: Sequence[str],
-    models: Sequence[ModelFolder | ServedModel],
+    models: Sequence[ModelFolder | ServedModel | GivenRewards],
     scale: Sequence[tuple[float, float]] | None = None,
 ) -> list[ScoringJob]:
     """Where the rewards and the output of each input go. scale: of the models of an ensemble; see `shared_scale`.

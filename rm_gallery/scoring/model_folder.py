@@ -140,6 +140,18 @@ class ServedModel:
             self._tokenizer.check_unchanged()
 
 
+class GivenRewards:
+    """Rewards that the input has, in the place of a `ModelFolder`."""
+
+    def __init__(self, column: str) -> None:
+        """column: of the input; that of pairs is `COLUMN_chosen` and `COLUMN_rejected`, as `score` writes them."""
+        self.model = column
+        self.fingerprint: list[Any] = ["rewards", column]
+
+    def check_unchanged(self) -> None:
+        """See `ModelFolder.check_unchanged`: rows are compared when they are written."""
+
+
 def file_of(model: str, name: str) -> Path | None:
     """A file of a model folder, or of a hub model in the local cache, downloaded if necessary; None if it has none."""
     folder = Path(model).expanduser()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rm_gallery.errors import UserError
 from rm_gallery.scoring.ensemble import ENSEMBLE, Reduction, shared_scale
 from rm_gallery.scoring.jobs import ScoreOptions, name_models
-from rm_gallery.scoring.model_folder import ModelFolder, ServedModel, choose_checkpoint, file_of
+from rm_gallery.scoring.model_folder import GivenRewards, ModelFolder, ServedModel, choose_checkpoint, file_of
 from rm_gallery.scoring.remote import names_servers, open_servers, short_name
 
 if TYPE_CHECKING:
@@ -17,14 +17,16 @@ if TYPE_CHECKING:
     from rm_gallery.scoring.scorer import RewardScorer
 
 
-def open_models(options: ScoreOptions) -> tuple[ScoreOptions, list[ModelFolder | ServedModel]]:
+def open_models(options: ScoreOptions) -> tuple[ScoreOptions, list[ModelFolder | ServedModel | GivenRewards]]:
     """The options with runs resolved to checkpoints, and their models.
 
     Raises UserError for a path that does not exist, a run without a checkpoint, and a tokenizer without a server.
     """
+    if options.rewards is not None:
+        return options, [GivenRewards(options.rewards)]
     if options.tokenizer is not None and not any(map(names_servers, options.models)):
         raise UserError(f"--tokenizer {options.tokenizer}: it is for models behind servers; remove it")
-    found: list[ModelFolder | ServedModel] = []
+    found: list[ModelFolder | ServedModel | GivenRewards] = []
     for model in options.models:
         if names_servers(model):
             found.append(ServedModel(model, options.tokenizer))
@@ -76,7 +78,7 @@ def find_attributes(options: ScoreOptions) -> tuple[str, ...]:
         found.append(columns_of(record))
     if len(set(found)) > 1:
         raise UserError("--model: the models have different attributes, so their columns differ; score them one by one")
-    return found[0]
+    return found[0] if found else ()
 
 
 def check_models(options: ScoreOptions) -> None:

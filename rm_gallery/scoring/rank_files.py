@@ -16,7 +16,7 @@ from rm_gallery.scoring.score_files import ScoredFile, check_any_scored, load_da
 
 def rank(
     inputs: str | Path | Sequence[str | Path],
-    model: str | Path | Sequence[str | Path],
+    model: str | Path | Sequence[str | Path] | None,
     output: str | Path,
     *,
     layout: str = "best",
@@ -26,20 +26,27 @@ def rank(
     pairs: str | None = None,
     min_margin: float | None = None,
     columns: Sequence[str] = (),
+    rewards: str | None = None,
     data: Sequence[str] = (),
     **options: Any,
 ) -> list[ScoredFile]:
     """Rank the responses to each prompt by their rewards and write the best ones, as `rm-gallery rank` does.
 
     inputs: files, folders, globs, URLs and hub datasets. model: folder, run, hub model, server, or an ensemble `A+B`;
-    several with `ensemble=`. output: a folder; or a file, for one input. layout to columns: see `Ranking`.
+    several with `ensemble=`; None with `rewards=`, the column of rewards that the inputs have. output: a folder; or a
+    file, for one input. layout to columns: see `Ranking`.
     data: settings such as `data.prompt_key=question`. options: further fields of `ScoreOptions`.
     A call that was interrupted resumes. Raises UserError for invalid arguments and for outputs without rows.
     """
-    models, paths = ([each] if isinstance(each, str | Path) else list(each) for each in (model, inputs))
+    models, paths = ([each] if isinstance(each, str | Path) else list(each or ()) for each in (model, inputs))
     ranking = Ranking(layout, top, min_reward, min_quantile, pairs, min_margin, tuple(columns))
     settings = ScoreOptions(
-        tuple(map(str, models)), tuple(map(str, paths)), str(output), data=load_data_config(data), **options
+        tuple(map(str, models)),
+        tuple(map(str, paths)),
+        str(output),
+        data=load_data_config(data),
+        rewards=rewards,
+        **options,
     )
     ranked = score_files(with_ranking(settings, ranking))
     check_any_scored(ranked)
@@ -49,9 +56,18 @@ def rank(
 def with_ranking(options: ScoreOptions, ranking: Ranking) -> ScoreOptions:
     """The options of a command that writes rankings. An ensemble `A+B` becomes its models, combined by their mean.
 
-    Raises UserError for several models that are no ensemble: there is one ranking.
+    Raises UserError for several models that are no ensemble, and for rewards from both columns and models.
     """
     ranking.check()
+    if (options.rewards is None) == (not options.models):
+        raise UserError("rank needs --model, or --rewards with the column of rewards that the input has; give one")
+    if options.rewards is not None:
+        given = {"--ensemble": options.ensemble, "--normalize": options.normalize, "--weights": options.weights,
+                 "--tokenizer": options.tokenizer, "--processes": options.processes,
+                 "--engine": options.engine != "local" or None}  # fmt: skip
+        name = next((name for name, value in given.items() if value is not None), None)
+        if name is not None:
+            raise UserError(f"{name} is for --model, and --rewards reads the rewards of the input; remove it")
     models, ensemble = options.models, options.ensemble
     members = [member for model in models for member in members_of(model)]
     if len(models) == 1 < len(members):

@@ -33,7 +33,7 @@ from rm_gallery.scoring.jobs import (
     output_columns,
     plan_jobs,
 )
-from rm_gallery.scoring.model_folder import ModelFolder, ServedModel
+from rm_gallery.scoring.model_folder import GivenRewards, ModelFolder, ServedModel
 from rm_gallery.scoring.models import check_models, find_attributes, find_ensemble, name_all, open_models
 from rm_gallery.scoring.parts import REASON, Block, Parts, blocks, cannot_write, combine_parts
 from rm_gallery.scoring.preferences import Agreement, measure
@@ -46,7 +46,7 @@ from rm_gallery.scoring.tables import (
     open_table,
     write_output,
 )
-from rm_gallery.scoring.workers import InProcess, LocalPool, Workers, WorkerSpec
+from rm_gallery.scoring.workers import FromColumns, InProcess, LocalPool, Workers, WorkerSpec
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,9 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
     attributes = find_attributes(options)
     tables = [open_table(file, options.data, said, best=options.best) for file in _find_inputs(options)]
     tables = [replace(table, attributes=attributes) for table in tables]
-    names = name_all(options.models)
+    if options.rewards is not None:  # which the labels may be
+        tables = [replace(table, label_format="") for table in tables]
+    names = name_all(options.models) or [str(options.rewards)]
     reduction, scale = find_ensemble(options, names)
     jobs = plan_jobs(options, tables, names, models, scale)
     named = names if reduction is None else [*names, ENSEMBLE]
@@ -197,8 +199,12 @@ def score_files(options: ScoreOptions, *, on_part: Callable[[int], None] | None 
         return [_describe(job, named, finished[job.output]) for job in jobs]
 
 
-def _open_workers(options: ScoreOptions, model: ModelFolder | ServedModel, settings: ComputeSettings) -> Workers:
+def _open_workers(
+    options: ScoreOptions, model: ModelFolder | ServedModel | GivenRewards, settings: ComputeSettings
+) -> Workers:
     """The workers of `--engine` and `--processes`. Raises UserError for values that do not fit together."""
+    if isinstance(model, GivenRewards):
+        return FromColumns(model)
     count = options.processes
     if count is not None and count < 1:
         raise UserError(f"--processes {count}: must be at least 1")

@@ -7,6 +7,7 @@ command alone, each atomically, so a block of a worker that died is scored by an
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -25,7 +26,7 @@ from rm_gallery.log import setup_logging
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring.base import BaseScorer
 from rm_gallery.scoring.jobs import ScoreOptions, ScoringJob
-from rm_gallery.scoring.model_folder import ModelFolder, ServedModel
+from rm_gallery.scoring.model_folder import GivenRewards, ModelFolder, ServedModel
 from rm_gallery.scoring.models import LazyScorer
 from rm_gallery.scoring.parts import Block, Result
 from rm_gallery.scoring.tables import read_group
@@ -73,6 +74,55 @@ class InProcess(Workers):
 
     def close(self) -> None:
         self._scorer.close()
+
+
+class FromColumns(Workers):
+    """Reads the rewards that the rows have."""
+
+    def __init__(self, given: GivenRewards) -> None:
+        self._column = given.model
+
+    def score(self, job: ScoringJob, blocks: Iterator[Block]) -> Iterator[tuple[Block, list[Result]]]:
+        columns = [self._column + base.removeprefix("reward") for base in job.table.base_columns]  # reward_chosen
+        if job.table.base_columns == ("rewards",):
+            columns = [self._column]
+        missing = next((each for each in columns if each not in job.table.columns), None)
+        if missing is not None:
+            raise UserError(
+                f"{job.table.file.name}: --rewards {self._column}: no column {missing!r} (columns: "
+                f"{', '.join(job.table.columns)})"
+            )
+        reader = job.table.reader("chat")
+        for block in blocks:
+            yield block, [(_given_rewards(row, columns, reader), None) for row in block.rows]
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def _given_rewards(row: Row, columns: Sequence[str], reader: RowReader) -> list[float]:
+    """The rewards of the responses of a row. Raises UserError for one without, since ranks would then be of others."""
+    values: list[Any] = [row.values.get(column) for column in columns]
+    found: list[Any] = values[0] if isinstance(values[0], list) else values
+    where = f"{row.where}: --rewards {columns[0]}"
+    for value in found:
+        if isinstance(value, bool) or not isinstance(value, int | float | str) or not _is_finite(value):
+            shown = "no reward" if value is None else f"{value!r:.40} is not a finite number"
+            raise UserError(f"{where}: {shown}; remove the row, or rank with --model")
+    try:
+        count = len(reader.read(row).responses)
+    except BadRow as error:
+        raise UserError(f"{where}: the row cannot be ranked: {error}") from error
+    if count != len(found):
+        raise UserError(f"{where}: {len(found)} rewards for {count} responses; fix the row, or rank with --model")
+    return [float(value) for value in found]
+
+
+def _is_finite(value: float | str) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (ValueError, OverflowError):
+        return False
 
 
 @dataclass(frozen=True)

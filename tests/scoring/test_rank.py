@@ -78,6 +78,54 @@ def test_rankings_and_pairs(url: str) -> None:
 
 
 @pytest.mark.slow
+def test_the_rewards_of_a_scored_file_are_used_without_a_model(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    singles = [{"prompt": row["prompt"], "response": text} for row in ROWS[:2] for text in row["responses"]]
+    pairs = [{"prompt": "p", "chosen": "a 2", "rejected": "b 1"}, {"prompt": "q", "chosen": "a 1", "rejected": "b 5"}]
+    shapes = {"rewards": ROWS[:2] + ROWS[3:], "reward": singles, "pairs": pairs}
+    for name, rows in shapes.items():
+        source = write_lines(Path(f"{name}.jsonl"), rows)
+        for scored in (f"{name}-scored.jsonl", f"{name}-scored.parquet"):
+            score_files(ScoreOptions((url,), (str(source),), scored))
+            for layout in ("best", "ranked", "pairs"):
+                rank(source, url, f"{scored}-{layout}-model.jsonl", layout=layout)
+                output, column = f"{scored}-{layout}.jsonl", name.replace("pairs", "reward")
+                arguments = ["rank", "--rewards", column, scored, "--output", output, "--layout", layout]
+                assert main(arguments) == 0
+                assert read_lines(Path(output)) == read_lines(Path(f"{scored}-{layout}-model.jsonl"))
+    assert "100" not in capsys.readouterr().out  # rewards are not labels to agree with
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ({"rewards": [1, None]}, "in.jsonl:1: --rewards rewards: no reward; remove the row, or rank with --model"),
+        ({}, "in.jsonl:1: --rewards rewards: no reward"),
+        ({"rewards": None}, "in.jsonl:1: --rewards rewards: no reward"),
+        ({"rewards": [1, True]}, "True is not a finite number"),
+        ({"rewards": [1, float("nan")]}, "nan is not a finite number"),
+        ({"rewards": [1, 2, 3]}, "3 rewards for 2 responses; fix the row"),
+    ],
+)
+def test_rows_without_rewards_are_refused(row: dict[str, Any], error: str, in_tmp: Path) -> None:
+    rows = [
+        {"prompt": "p", "responses": ["a", "b"], "rewards": [1, 2]},
+        {"prompt": "q", "responses": ["a", "b"], **row},
+    ]
+    write_lines(Path("in.jsonl"), rows)
+    with pytest.raises(UserError, match=re.escape(error)):
+        rank("in.jsonl", None, "out.jsonl", rewards="rewards")
+    with pytest.raises(UserError, match=r"--rewards x: no column 'x' \(columns: prompt, responses, rewards\)"):
+        rank("in.jsonl", None, "out.jsonl", rewards="x")
+    with pytest.raises(UserError, match="rank needs --model, or --rewards"):
+        rank("in.jsonl", None, "out.jsonl")
+    with pytest.raises(UserError, match="--tokenizer is for --model"):
+        rank("in.jsonl", None, "out.jsonl", rewards="rewards", tokenizer="x")
+    assert not Path("out.jsonl").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_of_a_prompt_in_any_order_give_what_lists_give(url: str, seed: int) -> None:
     draw = random.Random(seed)
@@ -196,10 +244,11 @@ def test_the_page_runs_as_written(in_tmp: Path, chat_folder: Path, capsys: pytes
     (in_tmp / "runs").mkdir()
     (in_tmp / "runs/rm").symlink_to(chat_folder)
     write_lines(in_tmp / "samples.jsonl", lists(*([f"{n} a", f"{n} b b", f"{n} c c c"] for n in range(6))))
+    assert main(["score", "--model", "runs/rm", "samples.jsonl", "--output", "scored.jsonl"]) == 0
     page = (Path(__file__).parents[2] / "docs/ranking.md").read_text()
     [commands] = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     for command in commands.splitlines():
-        program, *arguments = shlex.split(command)
+        program, *arguments = shlex.split(command, comments=True)
         assert (program, main(arguments)) == ("rm-gallery", 0)
     assert [len(read_lines(Path(f"{name}.jsonl"))) for name in ("best", "rankings")] == [6, 6]
     [snippet] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
