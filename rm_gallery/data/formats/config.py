@@ -60,7 +60,8 @@ class PublishedColumns:
     conversation_b: str | None = "conversation_b"
     """arena: the second; `response_b` in a file without this column."""
     winner: str | None = "winner"
-    """arena: `model_a` or `model_b` (or `a`, `b`, or the value of the column `model_a` or `model_b`), or a tie."""
+    """arena: `model_a` or `model_b` (or `a`, `b`, or the value of the column `model_a` or `model_b`), or a tie;
+    in a file without this column, `winner_model_a`, `winner_model_b` and `winner_tie`, one of which is 1."""
     summaries: str | None = "summaries"
     """summaries: list of `{text: ...}`."""
     choice: str | None = "choice"

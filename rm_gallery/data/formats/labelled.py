@@ -7,11 +7,12 @@ conversation with a rejected response).
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rm_gallery.data.formats.cells import Cell, as_record, is_nothing, read_cell, read_list, read_number
+from rm_gallery.data.formats.cells import Cell, as_record, check_text, is_nothing, read_cell, read_list, read_number
 from rm_gallery.data.formats.config import FormatConfig
 from rm_gallery.data.formats.pairs import MAX_RESPONSES, Draft, prompted, read_response, read_two, read_weight
 from rm_gallery.data.formats.rankings import compare
@@ -40,8 +41,47 @@ def compare_shp(values: Mapping[str, Any], config: FormatConfig, count: int) -> 
 
 
 def read_arena(values: Mapping[str, Any], config: FormatConfig) -> Draft:
-    """Format `arena`: two conversations, or a prompt with two responses."""
-    return read_two(values, config, config.columns.conversation_a, config.columns.conversation_b)
+    """Format `arena`: two conversations, or a prompt with two responses, or lists of the texts of their turns."""
+    names = [config.columns.conversation_a or "", config.columns.conversation_b or ""]
+    if config.prompt_key is None or (turns := _turn_lists(values, config.prompt_key, *names)) is None:
+        return read_two(values, config, *names)
+    asked, *answered = turns
+    if len(asked) == 1:
+        return Draft(asked[0], [text for [text] in answered], names, config.prompt_key)
+    chats: list[Cell] = []
+    for said in answered:
+        pairs = zip(asked, said, strict=True)
+        chats.append([{"role": role, "content": t} for pair in pairs for role, t in zip(_ROLES, pair, strict=True)])
+    return Draft("", chats, names, config.prompt_key)
+
+
+_ROLES = ("user", "assistant")
+
+
+def _turn_lists(values: Mapping[str, Any], *names: str) -> list[list[str]] | None:
+    """The texts of the turns in each of these cells, if each is the JSON of a list of texts; None for other cells."""
+    found: list[list[str]] = []
+    for name in names:
+        value = values.get(name)
+        if not isinstance(value, str) or not value.lstrip().startswith("["):
+            return None
+        try:
+            texts = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str | None) for text in texts):
+            return None
+        found.append(texts)
+    for name, texts in zip(names, found, strict=True):
+        if any(text is None for text in texts):
+            raise BadRow(f"{name} with a turn that is null")
+        for text in texts:
+            check_text(text)
+        if not texts[-1].strip():
+            raise BadRow(f"empty {name}")
+    if len({len(texts) for texts in found}) > 1:
+        raise BadRow(f"{', '.join(names)} with different numbers of turns")
+    return found
 
 
 _FIRST, _SECOND = {"a", "model_a", "response_a", "conversation_a"}, {"b", "model_b", "response_b", "conversation_b"}
@@ -50,6 +90,8 @@ _FIRST, _SECOND = {"a", "model_a", "response_a", "conversation_a"}, {"b", "model
 def compare_arena(values: Mapping[str, Any], config: FormatConfig, count: int) -> list[Comparison]:
     """By the side that the column names, as letter or column, or by the name of the model."""
     name = config.columns.winner or ""
+    if name == _OUTCOMES[0]:
+        return _one_hot(values, config)
     value = values.get(name)
     if value is None:
         raise BadRow(f"null {name}")
@@ -60,12 +102,33 @@ def compare_arena(values: Mapping[str, Any], config: FormatConfig, count: int) -
         return _best(models.index(value), 2)
     said = value.strip().lower()
     if said.startswith("tie") or said.replace("_", "").replace(" ", "") in ("bothbad", "bothgood", "both", "draw"):
-        if config.ties:
-            return [Comparison(0, 1, tied=True)]
-        raise BadRow(f"{name} that is a tie")
+        return _tie(name, config)
     if said not in _FIRST | _SECOND:
         raise BadRow(f"{name} that names neither side")
     return _best(0 if said in _FIRST else 1, 2)
+
+
+_OUTCOMES = ("winner_model_a", "winner_model_b", "winner_tie")
+
+
+def _one_hot(values: Mapping[str, Any], config: FormatConfig) -> list[Comparison]:
+    """By three columns of which one is 1; without ties a file may lack the third."""
+    names = [name for name in _OUTCOMES if name != _OUTCOMES[2] or name in values]
+    cells = [values.get(name) for name in names]
+    numbers = [
+        float(cell) if isinstance(cell, bool) else read_number(cell, name)
+        for cell, name in zip(cells, names, strict=True)
+    ]
+    if sorted(numbers)[:-1] != [0] * (len(names) - 1) or max(numbers) != 1:
+        raise BadRow(f"{', '.join(names)} of which not exactly one is 1 and the others 0")
+    best = numbers.index(1)
+    return _tie("winner", config) if best == 2 else _best(best, 2)
+
+
+def _tie(name: str, config: FormatConfig) -> list[Comparison]:
+    if config.ties:
+        return [Comparison(0, 1, tied=True)]
+    raise BadRow(f"{name} that is a tie")
 
 
 def read_summaries(values: Mapping[str, Any], config: FormatConfig) -> Draft:

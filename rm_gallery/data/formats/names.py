@@ -21,6 +21,13 @@ _SETS: tuple[Mapping[str, str], ...] = (
     {"chosen_key": "preferred_output", "rejected_key": "non_preferred_output"},  # OpenAI
     {"columns.rejected_response": "rejected_messages"},  # ms-swift
     {"columns.conversation_a": "response_a", "columns.conversation_b": "response_b", "columns.winner": "winner"},
+    # LMSYS on Kaggle: a column of 0 and 1 for each outcome
+    {
+        "columns.conversation_a": "response_a",
+        "columns.conversation_b": "response_b",
+        "columns.winner": "winner_model_a",
+    },
+    {"columns.winner": "winner_model_a"},
     {
         "columns.context": "prompt",
         "columns.response1": "response_1",

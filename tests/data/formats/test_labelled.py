@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rm_gallery.data.formats import FormatConfig, ResponsesConfig, RowReader, choose_format
+from rm_gallery.data.formats.cells import LONE_SURROGATE
 from rm_gallery.data.sources import SourceConfig, read_rows, resolve_files
 from rm_gallery.errors import UserError
 from rm_gallery.schema import PreferenceGroup
@@ -21,6 +22,10 @@ A, B = [assistant("a")], [assistant("b")]
 PKU = {"prompt": "hi", "response_0": "a", "response_1": "b", "better_response_id": 1, "safer_response_id": 0}
 SHP = {"history": "hi", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 9, "score_B": 2}
 ARENA = {"model_a": "x", "model_b": "y", "winner": "model_b", "conversation_a": HI + A, "conversation_b": HI + B}
+LMSYS = {
+    "id": 1, "model_a": "x", "model_b": "y", "prompt": '["hi"]', "response_a": '["a"]', "response_b": '["b"]',
+    "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0,
+}  # fmt: skip
 SUMMARIES = {"info": {"id": "t3", "title": "T", "post": "P"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}
 NECTAR = {
     "prompt": "hi",
@@ -38,6 +43,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PKU-SafeRLHF, text": {**PKU, "better_response_id": "1"},
     "SHP": {**SHP, "labels": 0},
     "Arena": ARENA,
+    "LMSYS": LMSYS,
+    "LMSYS, text": {**LMSYS, "prompt": "hi", "response_a": "a", "response_b": "b", "winner_model_b": "1"},
     "Arena, name of the model": {**ARENA, "winner": "y"},
     "Arena, responses": {"prompt": "hi", "response_a": "a", "response_b": "b", "winner": "b"},
     "Nectar": NECTAR,
@@ -78,7 +85,7 @@ def test_the_same_from_files(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_scoring_reads_both_responses_without_the_label(name: str) -> None:
-    labels = ("better_response_id", "safer_response_id", "labels", "winner", "preference_strength")
+    labels = ("better_response_id", "safer_response_id", "labels", "winner", "preference_strength", "winner_model_a")
     rows = numbered({key: value for key, value in LAYOUTS[name].items() if key not in labels})
     group = RowReader(config := ResponsesConfig(), choose_format(rows, config).name, has_chat_template=True).read(
         rows[0]
@@ -107,6 +114,22 @@ def test_the_winner_of_arena_is_a_side_or_a_model(winner: str, chosen: int) -> N
     assert order(read_one({**ARENA, "winner": winner})) == [(chosen, 1 - chosen)]
 
 
+@pytest.mark.parametrize(("outcome", "chosen"), [((1, 0, 0), 0), (("0", "1", "0"), 1), ((True, False, False), 0)])
+def test_the_winner_of_lmsys_is_in_one_of_three_columns(outcome: Any, chosen: int) -> None:
+    said = dict(zip(("winner_model_a", "winner_model_b", "winner_tie"), outcome, strict=True))
+    assert order(read_one({**LMSYS, **said})) == [(chosen, 1 - chosen)]
+
+
+def test_turns_of_lmsys_become_conversations() -> None:
+    row = {**LMSYS, "prompt": '["hi", "why?"]', "response_a": '["a", "c"]', "response_b": '["b", "d"]'}
+    why = user("why?")
+    assert conversations(row) == [[*HI, *A, why, assistant("c")], [*HI, *B, why, assistant("d")]]
+    assert order(read_one(row)) == [(1, 0)]
+    text = {**LMSYS, "prompt": "[1]", "response_a": "[2]", "response_b": "[3]"}
+    assert conversations(text) == [[user("[1]"), assistant("[2]")], [user("[1]"), assistant("[3]")]]
+
+
+OUTCOMES = "winner_model_a, winner_model_b, winner_tie"
 BOTH_SAFE = [
     ({**ARENA, "winner": "tie"}, "winner that is a tie"),
     ({**ARENA, "winner": "tie (bothbad)"}, "winner that is a tie"),
@@ -114,6 +137,14 @@ BOTH_SAFE = [
     ({**ARENA, "winner": "x", "model_b": "x"}, "winner that names neither side"),
     ({**ARENA, "winner": "gpt"}, "winner that names neither side"),
     ({**ARENA, "winner": None}, "null winner"),
+    ({**LMSYS, "winner_model_b": 0, "winner_tie": 1}, "winner that is a tie"),
+    ({**LMSYS, "winner_model_a": 1}, f"{OUTCOMES} of which not exactly one is 1 and the others 0"),
+    ({**LMSYS, "winner_model_b": 0.5, "winner_tie": 0.5}, f"{OUTCOMES} of which not exactly one is 1 and the others 0"),
+    ({**LMSYS, "winner_tie": None}, "null winner_tie"),
+    ({**LMSYS, "response_a": "[null]"}, "response_a with a turn that is null"),
+    ({**LMSYS, "response_a": '[" "]'}, "empty response_a"),
+    ({**LMSYS, "response_a": '["a", "c"]'}, "prompt, response_a, response_b with different numbers of turns"),
+    ({**LMSYS, "response_a": '["\\ud83d"]'}, LONE_SURROGATE),
     ({**PKU, "better_response_id": 2}, "better_response_id that is not from 0 to 1"),
     ({**PKU, "better_response_id": -1}, "better_response_id that is not from 0 to 1"),
     ({**PKU, "better_response_id": 0.5}, "better_response_id that is not from 0 to 1"),
@@ -133,7 +164,9 @@ BOTH_SAFE = [
 @pytest.mark.parametrize(("row", "reason"), BOTH_SAFE)
 def test_ties_and_labels_that_say_nothing_cost_their_row(row: dict[str, Any], reason: str) -> None:
     good = next(
-        each for each in (ARENA, PKU, SHP, SUMMARIES, HELPSTEER2, NECTAR, LISTS, SWIFT) if each.keys() == row.keys()
+        each
+        for each in (ARENA, LMSYS, PKU, SHP, SUMMARIES, HELPSTEER2, NECTAR, LISTS, SWIFT)
+        if each.keys() == row.keys()
     )
     others = [row | {"better_response_id": 0}, good] if row.keys() == PKU.keys() else [good]
     others = [{**SUMMARIES, "choice": 0}] if row.keys() == SUMMARIES.keys() else others
@@ -253,7 +286,7 @@ def test_columns_whose_names_say_which_is_better_stand_beside_a_label() -> None:
     "row",
     [
         {"prompt": "hi", "answer_x": "a", "answer_y": "b", "preference": "x"},
-        {"prompt": "hi", "response_a": "a", "response_b": "b", "winner_model_a": 1, "winner_model_b": 0},
+        {"prompt": "hi", "response_x": "a", "response_y": "b", "winner_model_x": 1, "winner_model_y": 0},
         {"prompt": "hi", "completion": "a", "label": True},
         {"prompt": "hi", "response": "a", "label": False},
     ],

@@ -18,6 +18,11 @@ A, B = ([{"role": "assistant", "content": text}] for text in "ab")
 ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "scores": ({"prompt": "hi", "responses": ["a", "b"], "scores": [1, 1]}, "all scores equal"),
     "ranks": ({"prompt": "hi", "responses": ["a", "b"], "ranks": [1, 1]}, "all ranks equal"),
+    "lmsys": (
+        {"prompt": '["hi"]', "response_a": '["a"]', "response_b": '["b"]',
+         "winner_model_a": 0, "winner_model_b": 0, "winner_tie": 1},
+        "winner that is a tie",
+    ),
     "arena": ({"conversation_a": HI + A, "conversation_b": HI + B, "winner": "tie (bothbad)"}, "winner that is a tie"),
     "both": ({"prompt": "hi", "response_a": "a", "response_b": "b", "winner": "both"}, "winner that is a tie"),
     "helpsteer3": (
