@@ -6,7 +6,9 @@ not contain, have their values.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,20 @@ from torch.distributed.tensor import DTensor
 from rm_gallery.errors import UserError, one_line
 from rm_gallery.modeling.config import PackingSetting
 from rm_gallery.modeling.heads import HEADS
-from rm_gallery.modeling.model_folder import check_values, initialize, lost_parts, open_model, quiet_transformers
+from rm_gallery.modeling.language_model import LanguageModel, language_model_way
+from rm_gallery.modeling.model_folder import (
+    ModelSource,
+    check_values,
+    initialize,
+    lost_parts,
+    open_model,
+    quiet_transformers,
+    warn_of_unread,
+)
 from rm_gallery.modeling.reward_model import LoadedModel, RewardModel
 from rm_gallery.modeling.skeleton import parameters_on_meta
 from rm_gallery.modeling.stored_layout import MergedTensor, from_stored
-from rm_gallery.modeling.weight_files import FLOATS, StoredTensor
+from rm_gallery.modeling.weight_files import BUFFERS, FLOATS, StoredTensor
 
 
 class MetaInitError(Exception):
@@ -123,21 +134,7 @@ def init_on_meta(
         path, key=key, trust_remote_code=trust_remote_code, dropout=dropout, new_head=new_head, packing=packing,
         attributes=attributes,
     )  # fmt: skip
-    if not source.way.is_checked:
-        raise MetaInitError("its rewards are checked before training")
-    if getattr(source.config, "quantization_config", None):
-        raise MetaInitError("its weights are quantized")
-    if trust_remote_code and getattr(source.config, "auto_map", None):
-        raise MetaInitError("the folder has custom code")
-    if not source.files.tensors:
-        raise MetaInitError("it has neither model.safetensors nor the shards of an index")
-    try:
-        with quiet_transformers(), parameters_on_meta():
-            network = AutoModelForSequenceClassification.from_config(
-                source.config, dtype=torch.float32, **source.arguments
-            )
-    except Exception as error:
-        raise UserError(f"{key}={path}: the model cannot be loaded ({one_line(error)})") from error
+    network = _without_weights(source, AutoModelForSequenceClassification, trust_remote_code)
     stored = source.files.tensors
     if new_head:
         stored = {name: each for name, each in stored.items() if not name.startswith(HEADS)}
@@ -153,6 +150,55 @@ def init_on_meta(
         RewardModel(network, source.way), head.name, head.bias, head.new_parts, source.wrapper, source.renames
     )
     return loaded, WeightFiles(found, new)
+
+
+def init_language_model_on_meta(
+    path: str, *, key: str = "model.partial_pretrain", trust_remote_code: bool = False, dropout: float = 0.0,
+    packing: PackingSetting = "auto",
+) -> tuple[LoadedModel, WeightFiles]:  # fmt: skip
+    """As `load_language_model`, with parameters on the meta device; see `init_on_meta`.
+
+    A tied output layer is the embedding's parameter, and read from its tensor.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    source = open_model(
+        path, key=key, trust_remote_code=trust_remote_code, dropout=dropout, new_head=True, packing=packing,
+        choose=language_model_way,
+    )  # fmt: skip
+    network = _without_weights(source, AutoModelForCausalLM, trust_remote_code)
+    found, missing, unread = _locate_tensors(network, source.files.tensors)
+    for target, origin in (getattr(network, "all_tied_weights_keys", None) or {}).items():
+        if target in found:  # transformers does not tie them if the values differ
+            raise MetaInitError(f"the files have {target}, which the configuration ties to {origin}")
+        if origin in found:
+            found[target] = found[origin]
+            missing.remove(target)
+    if missing:
+        raise MetaInitError(f"no file contains {missing[0]}")
+    warn_of_unread(source.what, [name for name in unread if not BUFFERS.search(name)], source.files.other_files)
+    if network.can_generate():
+        with suppress(OSError):  # without generation_config.json that of the constructor stays
+            network.generation_config = GenerationConfig.from_pretrained(os.path.expanduser(path))
+    loaded = LoadedModel(LanguageModel(network, source.way), wrapper=source.wrapper, renames=source.renames)
+    return loaded, WeightFiles(found, {})
+
+
+def _without_weights(source: ModelSource, library: Any, trust_remote_code: bool) -> Any:
+    """The model of a folder with its parameters on the meta device; see `init_on_meta` for what it raises."""
+    if not source.way.is_checked:
+        raise MetaInitError("its rewards are checked before training")
+    if getattr(source.config, "quantization_config", None):
+        raise MetaInitError("its weights are quantized")
+    if trust_remote_code and getattr(source.config, "auto_map", None):
+        raise MetaInitError("the folder has custom code")
+    if not source.files.tensors:
+        raise MetaInitError("it has neither model.safetensors nor the shards of an index")
+    try:
+        with quiet_transformers(), parameters_on_meta():
+            return library.from_config(source.config, dtype=torch.float32, **source.arguments)
+    except Exception as error:
+        raise UserError(f"{source.what}: the model cannot be loaded ({one_line(error)})") from error
 
 
 def _locate_tensors(

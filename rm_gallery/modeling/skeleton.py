@@ -16,7 +16,7 @@ def parameters_on_meta() -> Iterator[None]:
     original = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None:
+        if param is not None and not param.is_meta:  # one on the meta device may be tied, so it stays the same object
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
         original(self, name, param)
 

@@ -24,7 +24,7 @@ from rm_gallery.modeling.freezing import count_trained, freeze
 from rm_gallery.modeling.generic_class import CODE_FILE, is_generic
 from rm_gallery.modeling.head_init import init_head
 from rm_gallery.modeling.language_model import load_language_model
-from rm_gallery.modeling.meta_init import MetaInitError, WeightFiles, init_on_meta
+from rm_gallery.modeling.meta_init import MetaInitError, WeightFiles, init_language_model_on_meta, init_on_meta
 from rm_gallery.modeling.parallel.apply import DTYPES, resolve_strategy
 from rm_gallery.modeling.parallel.strategy import Strategy
 from rm_gallery.modeling.quantization import QuantizeOptions, num_parameters, quantized_share
@@ -65,9 +65,7 @@ def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel
         log.warning("model.lora has no effect with model.lora.rank=0: all parameters are trained")
     folder = find_adapter(config)
     adapter = None
-    if is_language_model:
-        reason = "a language model is loaded with its output layer"
-    elif lora.rank:
+    if lora.rank:
         reason = "LoRA is added to the loaded model"
     elif world.world_size > 1 or (world.device.type == "cuda" and config.model.fsdp_config.offloads_weights):
         try:
@@ -209,7 +207,10 @@ def _fit_head(config: TrainConfig, loaded: LoadedModel, tokenizer: Any, *, path:
 
 
 def _fit_vocabulary(network: Any, tokenizer: Any, *, what: str, resize: bool) -> None:
-    """Add embedding rows for the tokens of the tokenizer that have none; without `resize` raise UserError for them."""
+    """Add embedding rows for the tokens of the tokenizer that have none; without `resize` raise UserError for them.
+
+    On the meta device raise MetaInitError instead of adding rows.
+    """
     rows, most = network.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
     if most <= rows:
         return
@@ -218,6 +219,8 @@ def _fit_vocabulary(network: Any, tokenizer: Any, *, what: str, resize: bool) ->
             f"{what}: the embedding has {rows} rows, but the tokenizer has tokens up to id {most - 1}; use the model's "
             "own tokenizer, or set model.resize_embeddings=true to train new rows"
         )
+    if network.device.type == "meta":
+        raise MetaInitError("its embeddings are resized for the tokenizer")
     network.resize_token_embeddings(most)
     log.info("embeddings: resized from %d to %d rows for the tokenizer", rows, most)
 
@@ -230,6 +233,13 @@ def _is_tied(network: Any) -> bool:
 def _load_on_meta(config: TrainConfig, tokenizer: Any) -> tuple[LoadedModel, WeightFiles]:
     """The same on the meta device, and the files with its weights; raises MetaInitError if that is not possible."""
     model = config.model
+    if config.objective.name == "sft":
+        loaded, files = init_language_model_on_meta(
+            model.partial_pretrain, trust_remote_code=model.trust_remote_code, dropout=model.dropout,
+            packing=model.packing,
+        )  # fmt: skip
+        _fit_vocabulary(loaded.model.network, tokenizer, what=_what(config), resize=model.resize_embeddings)
+        return loaded, files
     with torch.random.fork_rng(devices=[]):  # `_load` may follow, and must draw the same head
         loaded, files = init_on_meta(
             model.partial_pretrain,

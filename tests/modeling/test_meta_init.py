@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from rm_gallery.errors import UserError
 from rm_gallery.modeling import stored_layout
 from rm_gallery.modeling.export import InputRecord, set_pad_token
-from rm_gallery.modeling.meta_init import MetaInitError, init_on_meta
+from rm_gallery.modeling.language_model import load_language_model
+from rm_gallery.modeling.meta_init import MetaInitError, init_language_model_on_meta, init_on_meta
 from rm_gallery.modeling.reward_model import load_reward_model
 from rm_gallery.modeling.stored_layout import MergedTensor
-from tests.small import DECODERS, ENCODERS, export_model, make_model, make_tokenizer
+from tests.small import DECODERS, ENCODERS, export_model, fast_first, make_model, make_tokenizer
+from tests.training.test_lora_types import save_base
 
 
 @pytest.mark.parametrize("kind", DECODERS + ENCODERS)
@@ -41,6 +43,40 @@ def test_loaded_weights_are_those_that_transformers_loads(kind: str, tmp_path: P
     assert buffers.keys() == dict(meta.model.named_buffers()).keys()
     for name, value in meta.model.named_buffers():
         torch.testing.assert_close(value, buffers[name], atol=0, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", fast_first([*DECODERS, "gpt2", "gemma3", "qwen3_moe"]))
+def test_a_language_model_is_that_of_transformers_and_its_tied_layer_one_parameter(
+    kind: str, tied: bool, tmp_path: Path
+) -> None:
+    if kind in DECODERS:
+        make_model(kind, tmp_path, tie_word_embeddings=tied)
+    else:
+        save_base(kind, tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true}')
+    loaded = load_language_model(str(tmp_path)).model
+    meta, files = init_language_model_on_meta(str(tmp_path))
+    assert all(parameter.is_meta for parameter in meta.model.parameters())
+    assert [*dict(meta.model.named_parameters())] == [*dict(loaded.named_parameters())], "tied parameters are one"
+    expected = loaded.network.state_dict()
+    state = {name: torch.full_like(value, float("nan")) for name, value in expected.items()}
+    files.load_into(state)
+    for name, value in [*expected.items(), *loaded.named_buffers()]:
+        found = state[name] if name in state else meta.model.get_buffer(name)
+        torch.testing.assert_close(found, value, atol=0, rtol=0, msg=name)
+    assert meta.model.network.generation_config.to_dict() == loaded.network.generation_config.to_dict()
+
+
+def test_an_output_layer_beside_the_embedding_that_it_is_tied_to_is_left_to_transformers(tmp_path: Path) -> None:
+    path = make_model("qwen2", tmp_path, tie_word_embeddings=True) / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] * 2}, path)
+    with pytest.raises(MetaInitError, match=r"ties to model\.embed_tokens"):
+        init_language_model_on_meta(str(tmp_path))
+    save_file({name: each for name, each in tensors.items() if "embed" not in name}, path)
+    with pytest.raises(MetaInitError, match=r"no file contains lm_head\.weight"):
+        init_language_model_on_meta(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", pytest.param("mixtral", marks=pytest.mark.slow)])

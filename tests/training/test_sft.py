@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rm_gallery.cli import main
@@ -84,17 +85,23 @@ def test_a_stopped_run_is_resumed_bit_for_bit(qwen2_folder: Path, monkeypatch: A
 def test_ranks_sharding_and_checkpointing_give_the_same_losses(in_tmp: Path) -> None:
     model = make_model("qwen2", in_tmp / "untied", tie_word_embeddings=False)
     tied = make_model("qwen2", in_tmp / "tied", tie_word_embeddings=True)
+    units = ["model.strategy=fsdp2", "model.fsdp_config.wrap_policy.min_num_params=1000"]
     variants: dict[str, tuple[Path, int, list[str]]] = {
         "whole": (model, 1, []), "ddp": (model, 2, ["model.strategy=ddp"]),
-        "units": (model, 2, ["model.strategy=fsdp2", "model.fsdp_config.wrap_policy.min_num_params=1000"]),
+        "units": (model, 2, units),
         "apart": (model, 1, ["model.enable_gradient_checkpointing=true", "data.share_prompts=false"]),
-        "tied": (tied, 1, []), "tied-fsdp": (tied, 2, ["model.strategy=fsdp2"]),
+        "tied": (tied, 1, []), "tied-fsdp": (tied, 2, ["model.strategy=fsdp2"]), "tied-units": (tied, 2, units),
     }  # fmt: skip
     runs = [Run(settings(folder, name, *SFT, SHORT, *more), ranks) for name, (folder, ranks, more) in variants.items()]
     done = run_all(runs, in_tmp)
     assert all(set(each.status) == {0} for each in done), "\n".join(each.log for each in done)
+    assert not any("every rank reads the whole model" in each.log for each in done)
     for name in variants:
-        wanted = rows(Path("runs") / ("tied" if name.startswith("tied") else "whole"))
+        same = "tied" if name.startswith("tied") else "whole"
+        tensors, others = (load_file(f"runs/{each}/global_step_3/model.safetensors") for each in (name, same))
+        assert tensors.keys() == others.keys()
+        assert all(torch.allclose(tensors[each], others[each], atol=1e-5) for each in tensors), name
+        wanted = rows(Path("runs") / same)
         for row, expected in zip(rows(Path("runs") / name), wanted, strict=True):
             for key in expected.keys() & {"train/loss", "val/loss", "val/token_accuracy"}:
                 assert row[key] == pytest.approx(expected[key], abs=1e-4, rel=1e-3), (name, key)

@@ -55,7 +55,10 @@ def modules_to_shard(model: RewardModel, min_num_params: int) -> list[nn.Module]
     never = {model, model.network}
     embeddings = model.network.get_input_embeddings()
     if not any(True for _ in model.head.parameters()):  # a language model reads its output layer without a call
-        never |= {embeddings, model.network.get_output_embeddings()}
+        output = model.network.get_output_embeddings()
+        never |= {embeddings, output}
+        if output.weight is embeddings.weight:  # tied parameters must be in one unit, that of the root
+            never |= {module for module in model.modules() if embeddings in set(module.modules())}
 
     def visit(module: nn.Module) -> int:
         """Number of parameters in `module` that no module in `found` owns."""
@@ -120,7 +123,14 @@ def _fully_shard(model: RewardModel, spec: ShardingSpec, mesh: DeviceMesh, world
         fully_shard(model.head, mesh=mesh, mp_policy=full, offload_policy=offload)
     fully_shard(model, mesh=mesh, mp_policy=mixed, offload_policy=offload)
     device = torch.device("cpu") if spec.offload else world.device
+    tied: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    for first, *others in tied.values():  # `_apply` replaces a parameter in each module by another one
+        for name in others:
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, model.get_parameter(first))
 
 
 class ShardedWeights(TrainedWeights):
