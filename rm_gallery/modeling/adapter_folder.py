@@ -34,12 +34,12 @@ from rm_gallery.modeling.adapters import (
 )
 from rm_gallery.modeling.config import LoraConfig, PackingSetting
 from rm_gallery.modeling.generic_class import forget_code, register
-from rm_gallery.modeling.heads import HEADS, RewardHead, one_output
+from rm_gallery.modeling.heads import HEADS, OTHER_HEADS, RewardHead, adapter_heads, is_of_language_model, one_output
 from rm_gallery.modeling.language_model import load_language_model
 from rm_gallery.modeling.lora_layers import import_peft, merge_layers, quiet
 from rm_gallery.modeling.model_folder import check_values
 from rm_gallery.modeling.quantization import QuantizeOptions, check_package
-from rm_gallery.modeling.reward_model import LoadedModel, RewardModel, load_reward_model
+from rm_gallery.modeling.reward_model import LoadedModel, load_reward_model
 from rm_gallery.modeling.text_part import plain_renames, text_part
 from rm_gallery.modeling.weight_files import (
     AdapterFiles,
@@ -51,8 +51,6 @@ from rm_gallery.modeling.weight_files import (
 
 log = logging.getLogger(__name__)
 
-_OTHER_HEADS = ("v_head", "value_head", "reward_head", "score_head", "regression_head")
-"""Names of other trainers."""
 _HINT = "name the folder of the base model with base= (--base)"
 BASE_HINT = "name the folder of the base model with model.lora.base"
 """For training; see `open_adapter`."""
@@ -194,6 +192,8 @@ class AdapterFolder:
             for module in network.modules():
                 if hasattr(module, "support_avx512bf16_for_cpu"):
                     module.support_avx512bf16_for_cpu = False  # it would compute in bfloat16
+            if self.language_model and not more:
+                self._check_base(network)
             is_usual = all(each.name == stored_name(name) for name, each in self.tensors.items())
             if is_usual and self.config.get("task_type") == ("CAUSAL_LM" if self.language_model else "SEQ_CLS"):
                 return peft.PeftModel.from_pretrained(network, folder).eval()
@@ -209,13 +209,14 @@ class AdapterFolder:
             loaded = load_language_model(self.base, key="base", **options)
         else:
             loaded = load_reward_model(self.base, key="base", new_head=True, attributes=self.attributes, **options)
-        self._check_base(loaded.model)
+        self._check_base(loaded.model.network)
         return loaded
 
-    def _check_base(self, model: RewardModel) -> None:
+    def _check_base(self, network: Any) -> None:
         """Raise UserError if the base model's weights are not those of training; a warning if the caller named it."""
         recorded = self.model_config.get(BASE_RECORD)
-        if recorded is None or same_weights(recorded, weights_fingerprint(model)):
+        found = None if recorded is None else weights_fingerprint(network, language_model=self.language_model)
+        if recorded is None or found is None or same_weights(recorded, found):
             return
         problem = (
             f"{self.what}: the adapter was trained on other weights than those of {self.base}, which has the same "
@@ -333,22 +334,12 @@ def open_adapter(
     )
 
 
-def is_of_language_model(files: AdapterFiles) -> bool:
-    """Whether an adapter is of a language model: by its task type, and since it holds no reward head."""
-    return files.config.get("task_type") == "CAUSAL_LM" and not _head_names(files)
-
-
-def _head_names(files: AdapterFiles) -> list[str]:
-    names = [name for stored in files.tensors if (name := short_name(stored)) is not None]
-    return [*(name for name in names if name.startswith((*HEADS, *_OTHER_HEADS))), *files.head_file]
-
-
 def _of_language_model(files: AdapterFiles, what: str) -> dict[str, StoredTensor]:
     """The tensors by their names in the network."""
-    if heads := _head_names(files):
+    if heads := adapter_heads(files):
         raise UserError(
-            f"{what} of a reward model ({heads[0]}), and objective.name=sft trains a language model; start from a base "
-            "model, or from an adapter of one"
+            f"{what} of a reward model ({short_name(heads[0]) or heads[0]}), and a language model is needed; take a "
+            "base model, or from an adapter of one"
         )
     return {name: each for stored, each in files.tensors.items() if (name := short_name(stored)) is not None}
 
@@ -366,7 +357,7 @@ def _sort(
     if unread:
         log.warning("%s: not read, since it predicts tokens: %s", what, list_names(unread))
     own = {name: each for name, each in outside.items() if name.startswith(HEADS)}
-    others = {name: each for name, each in outside.items() if name.partition(".")[0] in _OTHER_HEADS}
+    others = {name: each for name, each in outside.items() if name.partition(".")[0] in OTHER_HEADS}
     others |= files.head_file
     tensors = {name: each for name, each in tensors.items() if name not in unread and name not in others}
     if new_head:

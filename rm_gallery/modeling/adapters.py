@@ -210,7 +210,7 @@ def add_layers(
     the library reads their weight directly.
     """
     network = model.network
-    fingerprint = weights_fingerprint(model)
+    fingerprint = weights_fingerprint(network, language_model=model.is_language_model)
     ends = list(dict.fromkeys([*([] if model.is_language_model else _heads(network)), *also_trained]))
     trained = [name for name, _ in network.named_modules() if any(f".{name}".endswith(f".{end}") for end in ends)]
     short = _peft_ends(trained, [name for name, _ in network.named_modules()])
@@ -270,19 +270,19 @@ def short_name(name: str) -> str | None:
 
 
 @torch.no_grad()
-def weights_fingerprint(model: RewardModel) -> str:
+def weights_fingerprint(network: Any, *, language_model: bool = False) -> str:
     """A digest of the float32 weights of the backbone, without poolers; call it before layers are added.
 
     It sums the bits of each tensor as integers: fast, and independent of the order in which values are added. Of a
     language model whose output layer is not its embedding, that of this layer follows, after a hyphen.
     """
-    network, kept = model.network, set()
+    kept: set[nn.Parameter] = set()
     for name in modules_to_save(network):
         kept |= set(network.get_submodule(name).parameters())
-    if model.is_language_model:
+    if language_model:
         kept -= set(getattr(network, network.base_model_prefix).parameters())
     found = _digest(each for each in network.parameters() if each not in kept)
-    return f"{found}-{_digest(kept)}" if model.is_language_model and kept else found
+    return f"{found}-{_digest(kept)}" if language_model and kept else found
 
 
 def same_weights(first: str, second: str) -> bool:

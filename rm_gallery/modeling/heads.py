@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rm_gallery.errors import UserError
-from rm_gallery.modeling.weight_files import BUFFERS, FLOATS, StoredTensor, WeightFolder, list_names
+from rm_gallery.modeling.weight_files import BUFFERS, FLOATS, AdapterFiles, StoredTensor, WeightFolder, list_names
 
 HEADS = ("score", "classifier", "classification_head", "sequence_summary")
 """The names of transformers: decoders, encoders, encoder-decoders (BART, T5), XLM."""
+OTHER_HEADS = ("v_head", "value_head", "reward_head", "score_head", "regression_head")
+"""Names of other trainers, of adapters."""
 _LAST_LAYERS = (
     "score", "classifier", "classifier.out_proj", "classification_head.out_proj", "sequence_summary.summary",
     "logits_proj",
@@ -29,6 +31,17 @@ _OTHER_TASKS = (
     "generator_predictions", "generator_lm_head", "embed_out", "mtp", "pooler",
 )  # fmt: skip
 """Parts that predict tokens, and poolers: a reward model has no use for them."""
+
+
+def adapter_heads(files: AdapterFiles) -> list[str]:
+    """The tensors of an adapter that belong to a reward head."""
+    heads = tuple(f"base_model.model.{name}" for name in (*HEADS, *OTHER_HEADS))
+    return [*(name for name in files.tensors if name.startswith((*heads, *HEADS, *OTHER_HEADS))), *files.head_file]
+
+
+def is_of_language_model(files: AdapterFiles) -> bool:
+    """Whether an adapter is of a language model: by its task type, and since it holds no reward head."""
+    return files.config.get("task_type") == "CAUSAL_LM" and not adapter_heads(files)
 
 
 @dataclass(frozen=True)

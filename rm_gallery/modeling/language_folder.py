@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rm_gallery.data.tokenization.token_group import TokenGroup
-from rm_gallery.errors import UserError
+from rm_gallery.errors import UserError, one_line
 from rm_gallery.files import sha256_files
 from rm_gallery.modeling.adapter_folder import open_adapter
 from rm_gallery.modeling.adapters import BASE_RECORD, Adapter
@@ -32,7 +32,7 @@ from rm_gallery.modeling.export import (
     write_adapter,
     write_weights,
 )
-from rm_gallery.modeling.model_folder import quiet_transformers
+from rm_gallery.modeling.model_folder import check_values, quiet_transformers
 from rm_gallery.modeling.reward_model import RewardModel
 from rm_gallery.modeling.stored_layout import as_stored
 from rm_gallery.modeling.weight_files import QUANTIZATION_RECORD
@@ -65,6 +65,42 @@ def write_language_folder(
     apply_umask(folder)
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".safetensors"]
     return {**hashes, **sha256_files(folder, names)}
+
+
+def load_for_generation(
+    folder: Path, dtype: torch.dtype, *, base: str | None, quantized: bool, trust_remote_code: bool
+) -> Any:
+    """The model on the CPU by transformers and peft alone; an adapter is merged into its base model in memory.
+
+    base: see `open_adapter`. quantized: False for an adapter of a quantized base model, which is merged into the one
+    that is not quantized. Raises UserError for a folder that cannot be loaded, or whose weights are incomplete.
+    """
+    from transformers import AutoModelForCausalLM
+
+    what = f"model={folder}"
+    adapter = open_adapter(str(folder), key="model", base=base, language_model=True)
+    if adapter is not None and adapter.quantization and quantized:
+        raise UserError(
+            f"{what}: its base model was quantized in training, and a quantized model does not generate here; pass "
+            "quantized=False to merge the adapter into the base model that is not quantized, as rm-gallery merge does"
+        )
+    try:
+        if adapter is not None:
+            return adapter.load_plain(quantized=False).merge_and_unload().to(dtype)
+        with quiet_transformers():
+            network, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: the model cannot be loaded ({one_line(error)})") from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{what}: the weights lack {len(missing)} tensors (first: {missing[0]}); is the download complete?"
+        )
+    check_values(network.named_parameters(), what)
+    return network
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ from rm_gallery.modeling.export import (
     write_weights,
 )
 from rm_gallery.modeling.generic_class import CODE_FILE
+from rm_gallery.modeling.heads import is_of_language_model
 from rm_gallery.modeling.weight_files import (
     FLOATS,
     StoredTensor,
@@ -93,6 +94,13 @@ def average(
     paths = [choose_checkpoint(str(folder), key=KEY) for folder in folders]
     if len(paths) < 2:
         raise UserError("average needs two or more model folders")
+    for path in paths:
+        files = read_adapter_files(path, key=KEY)
+        if files is not None and is_of_language_model(files):
+            raise UserError(
+                f"{KEY}={path}: an adapter of a language model, and average is for reward models; trainer.ema_decay "
+                "averages the weights of a language model while it is trained"
+            )
     names, shares = name_models(paths), _shares(weights, len(paths))
     target = Path(output).expanduser()
     if target.exists():

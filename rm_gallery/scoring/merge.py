@@ -13,8 +13,9 @@ from rm_gallery.data.tokenization.token_group import Span, TokenGroup
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import UserError, one_line
 from rm_gallery.files import replace, write_manifest
-from rm_gallery.modeling.adapter_folder import AdapterFolder, is_of_language_model, open_adapter
+from rm_gallery.modeling.adapter_folder import AdapterFolder, open_adapter
 from rm_gallery.modeling.export import check_rewards, names_statistics, rescore, write_folder
+from rm_gallery.modeling.heads import is_of_language_model
 from rm_gallery.modeling.language_folder import check_losses, plain_losses, write_language_folder
 from rm_gallery.modeling.parallel.apply import DTYPES
 from rm_gallery.modeling.reward_model import RewardModel

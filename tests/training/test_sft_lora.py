@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rm_gallery.cli import main
+from rm_gallery.core.models import OpenAIChatModel
 from rm_gallery.data.tokenization.token_group import Span, TokenGroup
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.adapters import same_weights
@@ -80,6 +81,13 @@ def test_the_adapter_is_loaded_by_peft_and_merged(tied: bool, in_tmp: Path, caps
     assert float(merged(input_ids=ids, labels=ids).loss.detach()) == pytest.approx(found["last"], abs=1e-4)
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) is tied
     assert not Path("merged/adapter_config.json").exists()
+    chats = [OpenAIChatModel(str(each), is_local=True, max_tokens=8) for each in (folder, "merged", base)]
+    found_texts = [each.chat("Count to 3.").content for each in chats]
+    assert found_texts[0] == found_texts[1] != found_texts[2] and not chats[0].is_reward_model
+    assert main(["average", str(run), str(folder / "ema"), "--output", "out"]) == 2
+    assert "an adapter of a language model, and average is for reward models" in capsys.readouterr().err
+    with pytest.raises(UserError, match="normalize=True is for reward models"):
+        OpenAIChatModel(str(folder), is_local=True, normalize=True)
     assert "rm_gallery_base" not in json.loads(Path("merged/config.json").read_text())
     assert abs(found["last"] - plain_losses(base, groups)[0]) > 1e-2
     with pytest.raises(UserError, match="the reloaded model has the loss"):
@@ -94,6 +102,10 @@ def test_the_adapter_is_loaded_by_peft_and_merged(tied: bool, in_tmp: Path, caps
     state.save_pretrained(base)
     train(folder, "other", *SFT, SHORT, status=2)
     assert "so losses differ from those of training" in capsys.readouterr().err
+    with pytest.raises(UserError, match="so losses differ from those of training"):
+        OpenAIChatModel(str(more / "global_step_3"), is_local=True).chat("Count to 3.")
+    with pytest.raises(UserError, match="base model nowhere/at/all does not exist here"):
+        OpenAIChatModel(str(folder), is_local=True, base="nowhere/at/all").chat("Count to 3.")
 
 
 @pytest.mark.slow
@@ -183,5 +195,10 @@ def test_a_quantized_base_model_is_checked_and_merged(kind: str, in_tmp: Path, c
     assert losses(run)[-1] < losses(run)[0]
     skipped = json.loads((run / "global_step_3/config.json").read_text())["rm_gallery_quantization"]
     assert "lm_head" in skipped["llm_int8_skip_modules"]
+    with pytest.raises(UserError, match="pass quantized=False to merge the adapter"):
+        OpenAIChatModel(str(run / "global_step_3"), is_local=True).chat("Count to 3.")
+    chat = OpenAIChatModel(str(run / "global_step_3"), is_local=True, quantized=False, max_tokens=8)
     assert main(["merge", str(run), "--output", "merged"]) == 0
+    merged = OpenAIChatModel("merged", is_local=True, max_tokens=8)
+    assert chat.chat("Count to 3.").content == merged.chat("Count to 3.").content
     assert f"trained on a quantized base model ({kind}), and merged" in capsys.readouterr().err

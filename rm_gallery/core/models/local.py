@@ -18,13 +18,14 @@ from weakref import WeakValueDictionary
 from rm_gallery.core.models.base_chat_model import ChatResponse, Usage
 from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import UserError, one_line
-from rm_gallery.modeling.heads import has_foreign_head, num_outputs
+from rm_gallery.modeling.heads import has_foreign_head, is_of_language_model, num_outputs
 from rm_gallery.modeling.weight_files import (
     ADAPTER_CONFIG,
     WeightFolder,
     check_not_adapter,
     read_adapter_files,
     read_weight_folder,
+    tokenizer_folder,
 )
 from rm_gallery.schema import Message
 from rm_gallery.scoring.ensemble import EnsembleScorer, Reduction, members_of, shared_scale
@@ -33,6 +34,7 @@ from rm_gallery.scoring.model_folder import newest_checkpoint
 _MAX_BATCH = 32  # conversations that generate together
 _KNOWN = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "tools")
 _CLASSIFIERS = ("ForSequenceClassification", "ForRewardModel", "ForRewardModeling", "RewardModel")
+_FOR_REWARDS = "{} is for reward models, and this is a language model; remove it"
 _WEIGHTS = ("*.safetensors", "*.bin")
 _loaded: WeakValueDictionary[tuple[str, ...], Any] = WeakValueDictionary()
 _loading = threading.Lock()
@@ -60,8 +62,8 @@ def open_folder(
 ) -> LocalRewardModel | LocalGenerator:
     """The model of a checkpoint folder. Reads its configuration without torch and loads no weights.
 
-    model: a folder, or reward model folders joined by +. base: of an adapter (LoRA), which is a reward model if it
-    holds a head; that is known when it is loaded. normalize, quantized: see `RewardScorer.from_folder`. normalize,
+    model: a folder, or reward model folders joined by +. base: of an adapter (LoRA), which is a language model if its
+    task type is CAUSAL_LM and it holds no reward head. normalize, quantized: see `RewardScorer.from_folder`. normalize,
     ensemble (`reduce`): of an ensemble, see `RewardScorer.from_folders`.
     Raises UserError for a missing folder, a missing configuration or weights, a classifier with several labels, and
     another kind of model or adapter.
@@ -76,6 +78,10 @@ def open_folder(
     if not folder.is_dir():
         raise UserError(f"model={model}: no such folder (working directory {Path.cwd()}); is_local=True needs a folder")
     adapter = read_adapter_files(model, key="model")
+    if adapter is not None and is_of_language_model(adapter):
+        if normalize:
+            raise UserError(f"model={model}: {_FOR_REWARDS.format('normalize=True')}")
+        return LocalGenerator(folder, device, dtype, trust_remote_code, base, quantized=quantized)
     if adapter is not None and adapter.config.get("peft_type") == "LORA":
         return LocalRewardModel(folder, device, dtype, trust_remote_code, base, normalize, quantized)
     check_not_adapter(model, key="model")
@@ -103,7 +109,7 @@ def open_folder(
     if any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in names):
         if normalize or not quantized:
             option = "normalize=True" if normalize else "quantized=False"
-            raise UserError(f"model={model}: {option} is for reward models, and this is a language model; remove it")
+            raise UserError(f"model={model}: {_FOR_REWARDS.format(option)}")
         return LocalGenerator(folder, device, dtype, trust_remote_code)
     raise UserError(
         f"model={model}: {', '.join(names) or 'no architecture'} in config.json; "
@@ -240,8 +246,9 @@ class LocalGenerator(_LocalModel):
 
     def _load(self) -> Any:
         return TextGenerator.from_folder(
-            self.folder, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code
-        )
+            self.folder, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code, base=self.base,
+            quantized=self.quantized,
+        )  # fmt: skip
 
     async def achat(self, messages: list[Message], options: dict[str, Any]) -> ChatResponse:
         """Generate one response. options: tools, max_tokens (512), temperature (0 is greedy), top_p, seed."""
@@ -291,38 +298,33 @@ class TextGenerator:
 
     @classmethod
     def from_folder(
-        cls, folder: Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
-    ) -> TextGenerator:
-        """Raises UserError if transformers cannot load the folder or the tokenizer has no chat template."""
+        cls, folder: Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False,
+        base: str | None = None, quantized: bool = True,
+    ) -> TextGenerator:  # fmt: skip
+        """An adapter (LoRA) is merged into its base model in memory; base, quantized: see `OpenAIChatModel`.
+
+        Raises UserError if transformers cannot load the folder or the tokenizer has no chat template.
+        """
         import torch
-        from transformers import AutoModelForCausalLM
 
-        from rm_gallery.modeling.model_folder import check_values, quiet_transformers
+        from rm_gallery.modeling.language_folder import load_for_generation
 
-        tokenizer = load_tokenizer(str(folder), key="model", trust_remote_code=trust_remote_code)
+        source = tokenizer_folder(str(folder), key="model", base=base)
+        tokenizer = load_tokenizer(source, key="model", trust_remote_code=trust_remote_code)
         if not tokenizer.chat_template:
             raise UserError(f"model={folder}: the tokenizer has no chat template; take an instruction-tuned model")
         where = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
         wanted = ("bf16" if where.startswith("cuda") else "fp32") if dtype == "auto" else dtype
         if wanted not in ("bf16", "fp32"):
             raise UserError(f"dtype={dtype}: must be auto, bf16 or fp32")
+        network = load_for_generation(
+            folder, torch.bfloat16 if wanted == "bf16" else torch.float32, base=base, quantized=quantized,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         try:
-            with quiet_transformers():
-                network, info = AutoModelForCausalLM.from_pretrained(
-                    folder,
-                    dtype=torch.bfloat16 if wanted == "bf16" else torch.float32,
-                    trust_remote_code=trust_remote_code,
-                    output_loading_info=True,
-                )
             network.to(where)
-        except Exception as error:
+        except (RuntimeError, AssertionError) as error:
             raise UserError(f"model={folder}: the model cannot be loaded ({one_line(error)})") from error
-        if missing := sorted(info["missing_keys"]):
-            raise UserError(
-                f"model={folder}: the weights lack {len(missing)} tensors (first: {missing[0]}); is the "
-                "download complete?"
-            )
-        check_values(network.named_parameters(), f"model={folder}")
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
