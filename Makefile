@@ -8,6 +8,7 @@ VENV ?= .venv
 SECOND ?= .venv-second
 OLD := .venv-transformers4
 TRACKERS := .venv-trackers
+CLIENTS := .venv-clients
 PIP_FLAGS ?=
 ARGS ?=
 DATA ?=
@@ -31,7 +32,7 @@ unexport PYTHON
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test test-all second-python transformers4 trackers test-gpu gpu-check check bench format clean
+.PHONY: help quickstart test test-all second-python transformers4 trackers clients test-gpu gpu-check check bench format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -45,9 +46,11 @@ quickstart: $(PLOT_STAMP)  ## train a small reward model on this machine and sho
 test: $(DEV_STAMP)  ## run the tests (some of them: make test ARGS="tests/data -k packing")
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(or $(ARGS),--ignore=tests/structure)
 
-test-all: $(DEV_STAMP) transformers4 trackers  ## run the long tests, which make test leaves to CI, and the others on a second Python if there is one
+test-all: $(DEV_STAMP) transformers4 trackers clients  ## run the long tests, which make test leaves to CI, and the others on a second Python if there is one
 	$(PY) -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 	@if [ -f $(TRACKERS)/.installed ]; then set -x; $(TRACKERS)/bin/python -m pytest tests/training/test_other_trackers.py; fi
+	@if [ -f $(CLIENTS)/.installed ]; then set -x; \
+	  $(CLIENTS)/bin/python -m pytest tests/serving/test_clients.py tests/integrations/test_trl.py; fi
 	@if [ -x $(SECOND)/bin/python ]; then set -x; $(SECOND)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS); \
 	  else echo "No second Python version was tested: run make second-python PYTHON=python3.13 first."; fi
 
@@ -74,6 +77,16 @@ trackers: $(DEV_STAMP)  ## install mlflow and trackio beside, for the tests that
 	  $(PY) -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
 	    > $$(echo $(TRACKERS)/lib/python*/site-packages)/zz_other.pth && touch $(TRACKERS)/.installed; } || \
 	  echo "mlflow and trackio could not be installed: their tests are skipped."
+
+# What is installed in the other environment is not installed again. Ray (600 MB) is not among them.
+clients: $(DEV_STAMP)  ## install TRL, the client of Cohere and a fuzzer beside, for the tests of the server and of rewards in TRL
+	@[ -f $(CLIENTS)/.installed ] || { \
+	  $(PY) -m venv $(CLIENTS) && \
+	  $(PY) -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
+	    > $$(echo $(CLIENTS)/lib/python*/site-packages)/zz_other.pth && \
+	  $(CLIENTS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_FLAGS) \
+	    cohere schemathesis trl && touch $(CLIENTS)/.installed; } || \
+	  echo "cohere, schemathesis and TRL could not be installed: their tests are skipped."
 
 test-gpu: $(DEV_STAMP)  ## run the tests that need a GPU and print each name
 	$(PY) -m pytest -n 4 --dist worksteal -m gpu -vv $(ARGS)
