@@ -21,6 +21,9 @@ class Sft(Objective):
     the length of its conversation (Ouyang et al. 2022, "Training language models to follow instructions with human
     feedback", section 3.5). Tokens of the system and user turns, and headers, are read and not predicted.
 
+    With `data.weight_key` the losses of a conversation's tokens are multiplied by its weight; the divisor stays the
+    number of tokens.
+
     Needs conversations. The model keeps its output layer and has no reward head. Use it before a reward model is
     trained from a base model, and for models that judge in words.
 
@@ -39,18 +42,24 @@ class Sft(Objective):
         return rewards.total, {"loss": rewards.total.detach(), **self.sums(rewards, batch)}
 
     def sums(self, rewards: Any, batch: PackedBatch) -> dict[str, Tensor]:
-        weight = batch.target_weight.double()
-        return {"tokens": weight.sum(), "correct": (weight * rewards.correct).sum()}
+        times = batch.target_times.double()
+        return {
+            "tokens": times.sum(),
+            "correct": (times * rewards.correct).sum(),
+            "unweighted": (times * rewards.each).sum(),
+        }
 
     def means(self, sums: Mapping[str, float], prefix: str) -> dict[str, float]:
-        """The loss per token, its exponential, and how often the target is the most likely token."""
+        """The loss per token, the perplexity, and how often the target is the most likely token.
+
+        Perplexity and accuracy are of all tokens alike, whatever the weights of their conversations.
+        """
         count = sums.get("tokens", 0.0)
         if not count:
             return {}
-        loss = sums["loss"] / count
         return {
-            f"{prefix}/loss": loss,
-            f"{prefix}/perplexity": math.exp(min(loss, 700.0)),
+            f"{prefix}/loss": sums["loss"] / count,
+            f"{prefix}/perplexity": math.exp(min(sums["unweighted"] / count, 700.0)),
             f"{prefix}/token_accuracy": sums["correct"] / count,
             **({f"{prefix}/router_aux_loss": sums["router_aux_loss"] / count} if "router_aux_loss" in sums else {}),
         }

@@ -193,7 +193,7 @@ class Trainer:
             share = loss / batches.num_comparisons
             if language is not None:
                 share = share + self.lm_coefficient * language.total / max(1, batches.num_targets)
-                metric_sums = {**metric_sums, "lm_loss": language.total, "lm_tokens": batch.target_weight.sum()}
+                metric_sums = {**metric_sums, "lm_loss": language.total, "lm_tokens": batch.target_times.sum()}
             if self.router_loss is not None:
                 balance = self.router_loss.share(batch)
                 share = share + self.router_loss.coefficient * balance

@@ -140,6 +140,25 @@ def test_the_checkpoint_is_a_language_model_and_the_start_of_a_reward_model(
 
 
 @pytest.mark.slow
+def test_weights_of_rows_are_factors_of_the_loss(qwen2_folder: Path, capsys: Any) -> None:
+    def of_weights(name: str, *weights: Any, status: int = 0) -> dict[str, Any]:
+        found = [{**row, "importance": weights[n % len(weights)]} for n, row in enumerate(conversations(10, 24))]
+        for file in ("train", "val"):
+            Path(f"{file}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in found))
+        run = train(qwen2_folder, name, *SFT, SHORT, "data.weight_key=importance", "optim.lr=1e-9", status=status)
+        return {} if status else rows(run)[-1]
+
+    plain, twice, none = of_weights("a", 1), of_weights("b", 2), of_weights("c", None)
+    assert twice["val/loss"] == pytest.approx(2 * plain["val/loss"], rel=1e-5)
+    assert twice["val/perplexity"] == pytest.approx(plain["val/perplexity"], rel=1e-5)
+    assert none["val/loss"] == plain["val/loss"]
+    dropped = of_weights("d", 1, -1)
+    assert dropped["val/loss"] > 0 and "negative importance" in (Path("runs/d/train.log")).read_text()
+    of_weights("e", 0, status=2)
+    assert "every weight is 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_commands_on_preferences_refuse_it_in_a_sentence(qwen2_folder: Path, capsys: Any) -> None:
     assert main(["show-data", *SFT]) == 2
     assert "show-data reports on preferences" in capsys.readouterr().err

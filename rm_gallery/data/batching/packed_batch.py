@@ -75,6 +75,8 @@ class PackedBatch:
     target_token: Tensor = field(default_factory=lambda: _int64([]))
     """[L] int64: token id of the target."""
     target_weight: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """[L] float32: sum of the weights of the texts of which it is a target."""
+    target_times: Tensor = field(default_factory=lambda: torch.zeros(0))
     """[L] float32: in how many texts it is a target; a common prefix has the tokens of several."""
     target_texts: Tensor = field(default_factory=lambda: torch.zeros(0))
     """[R] float32: how many conversations of the data each response is; [0] without targets."""
@@ -111,6 +113,7 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
     rated: list[tuple[int, int, float, float]] = []
     attributes: list[tuple[float, ...]] = []
     targets: list[np.ndarray] = []
+    target_weights: list[np.ndarray] = []
     groups_before = 0
     group_lengths: list[int] = []
     end = 0
@@ -147,7 +150,9 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
         groups_before += 1 + max((each.group for each in group.ratings), default=0)
         group_lengths.append(end - start)
         if group.spans:
-            targets.append(_targets(group, start))
+            found, weights = _targets(group, start)
+            targets.append(found)
+            target_weights.append(weights)
     source, token, times = np.concatenate(targets, 1) if targets else np.zeros((3, 0), np.int64)
     return PackedBatch(
         input_ids=_int64(ids),
@@ -172,16 +177,18 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
         tail_lengths=tuple(tuple(len(tail) for tail in group.tails) for group in groups),
         target_source=torch.from_numpy(source),
         target_token=torch.from_numpy(token),
-        target_weight=torch.from_numpy(times.astype(np.float32)),
+        target_weight=torch.from_numpy(np.concatenate([np.zeros(0), *target_weights]).astype(np.float32)),
+        target_times=torch.from_numpy(times.astype(np.float32)),
         target_texts=_times(groups) if targets else torch.zeros(0),
     )
 
 
-def _targets(group: TokenGroup, start: int) -> np.ndarray:
-    """[3, L] int64: source, token and weight of the targets of a group whose first token is `start` in the batch.
+def _targets(group: TokenGroup, start: int) -> tuple[np.ndarray, np.ndarray]:
+    """[3, L] int64: source, token and number of texts of the targets of a group whose first token is `start` in the
+    batch; and [L] float64: the sum of the weights of these texts.
 
-    Example, prefix [a b] with the responses [c] and [d], and spans from 1 on: b after a has weight 2; c and d, both
-    after b, have weight 1.
+    Example, prefix [a b] with the responses [c] and [d], and spans from 1 on: b after a is of 2 texts; c and d, both
+    after b, are of one.
     """
     size = len(group.prefix)
     tail_starts = np.cumsum([start + size, *(len(tail) for tail in group.tails)])
@@ -192,17 +199,18 @@ def _targets(group: TokenGroup, start: int) -> np.ndarray:
         text = np.concatenate([group.prefix, group.tails[span.response]])
         tokens.append(text[span.first : span.last])
     keys = np.concatenate(sources).astype(np.int64) << 32 | np.concatenate(tokens).astype(np.int64)
-    found, counts = np.unique(keys, return_counts=True)
-    return np.stack([found >> 32, found & 0xFFFFFFFF, counts])
+    found, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    weights = np.repeat([span.weight for span in group.spans], [span.last - span.first for span in group.spans])
+    return np.stack([found >> 32, found & 0xFFFFFFFF, counts]), np.bincount(inverse, weights, len(found))
 
 
 def _times(groups: Sequence[TokenGroup]) -> Tensor:
     """[R] float32: how often the data have each response as a conversation, since its spans are listed as often."""
     found = []
     for group in groups:
-        counts = Counter(group.spans)
+        counts = Counter((span.response, span.first, span.last) for span in group.spans)
         found += [
-            max((count for span, count in counts.items() if span.response == number), default=0)
+            max((count for (response, *_), count in counts.items() if response == number), default=0)
             for number in range(len(group.tails))
         ]
     return torch.tensor(found, dtype=torch.float32)

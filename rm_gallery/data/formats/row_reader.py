@@ -29,7 +29,7 @@ from rm_gallery.data.sources import Chunk, DataFile, FileEntry, Row, read_chunks
 from rm_gallery.data.sources.records import without_query
 from rm_gallery.errors import BadRow, Dropped, UserError
 from rm_gallery.safe_text import redact
-from rm_gallery.schema import Comparison, Message, PreferenceGroup
+from rm_gallery.schema import Comparison, Message, PreferenceGroup, Rating
 
 
 class Reader(Protocol):
@@ -213,6 +213,8 @@ class RowReader:
         }
         if config.has_preferences and self._format.rate is not None:
             about["ratings"] = self._format.rate(row.values, config, len(draft.responses))
+        elif config.lm_targets == "assistant":
+            about["ratings"] = [Rating(0, weight=read_weight(row.values, config.weight_key))]
         if not self._is_chat(draft, before):
             if before:
                 raise BadRow("turns before the prompt under data.input_style=text")

@@ -309,8 +309,11 @@ class TokenData:
         first, last = (int(self._arrays["span_start"][place]) for place in (index, index + 1))
         columns = [self._arrays[name][first:last].tolist() for name in PER_SPAN]
         spans = [Span(*each) for each in zip(*columns, strict=True)]
-        if self.is_conversations or not spans:
-            return spans
+        if not spans:
+            return []
+        if self.is_conversations:
+            weights = self._arrays["rating_weight"][int(self._arrays["response_start"][index]) :]
+            return [replace(span, weight=float(weights[span.response])) for span in spans]
         return [
             replace(span, comparison=number)
             for number, each in enumerate(comparisons)

@@ -25,6 +25,8 @@ class Span:
     last: int
     comparison: int | None = None
     """The comparison of the group that it belongs to, as its preferred response; None in conversations."""
+    weight: float = 1.0
+    """Factor of the loss of these tokens."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -362,7 +362,8 @@ class LanguageFolder(WeightsFolder):
         with self.model.inference():
             for group in self.probes:
                 batch = collate([group]).to(self.device)
-                found.append(float(self.model(batch).total / batch.target_weight.sum()))
+                losses = self.model(batch).each.double()
+                found.append(float((losses * batch.target_times).sum() / batch.target_times.sum()))
         return found
 
     def check(self, folder: Path, expected: Sequence[float]) -> None:
