@@ -38,6 +38,9 @@ def test_the_image_copies_what_exists_and_serves_without_root() -> None:
     assert steps[0] == ("ARG", "BASE=python:3.11-slim") and steps[1] == ("FROM", "${BASE}")
     for rest in (rest for name, rest in steps if name == "COPY"):
         assert all((ROOT / each).exists() for each in rest.split()[:-1]), rest
+    copied = {source for name, rest in steps if name == "COPY" for source in rest.split()[:-1]}
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "*" in ignored and {line[1:] for line in ignored if line.startswith("!")} == copied
     assert [rest for name, rest in steps if name == "USER"] == ["10001"]
     assert any(name == "HEALTHCHECK" and ":8000/ready" in rest for name, rest in steps)
     [command] = [json.loads(rest) for name, rest in steps if name == "CMD"]
