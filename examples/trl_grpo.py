@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     arguments = parser.parse_args()
 
+    import torch
     from datasets import load_dataset
 
     kind = "parquet" if arguments.prompts.endswith(".parquet") else "json"
@@ -54,6 +55,7 @@ def main() -> None:
         output_dir=arguments.output,
         max_steps=arguments.steps,
         report_to="none",
+        **({} if torch.cuda.is_available() else {"use_cpu": True, "bf16": False}),
     )
     trainer.train()
     trainer.save_model(arguments.output)

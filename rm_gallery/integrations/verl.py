@@ -14,7 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rm_gallery.errors import UserError
+from rm_gallery.errors import BadRow, UserError
 from rm_gallery.integrations.scorers import Sample, build_group, open_scorer, score_samples
 from rm_gallery.scoring.base import BaseScorer
 
@@ -36,6 +36,7 @@ def compute_score(
     url: str | Sequence[str] | None = None,
     prompt_key: str | None = None,
     tokenizer: Any = None,
+    invalid_reward: float | None = None,
     **settings: Any,
 ) -> dict[str, float]:
     """`{"score": reward}` of a response by a reward server. verl runs it in threads.
@@ -46,11 +47,13 @@ def compute_score(
     default reward_router_address or the environment variable RM_GALLERY_REWARD_URL. prompt_key: of the prompt (text or
     messages) in extra_info; by default the first of prompt, raw_prompt, messages and question. tokenizer: folder of the
     reward model, as `RemoteScorer` has it. settings: of `RemoteScorer` (protocol, model, api_key, timeout, retries,
-    concurrency). Raises UserError for a response that cannot be scored, and for servers that do not answer in time.
+    concurrency). invalid_reward: of a response that cannot be scored, such as one with more tokens than the model has
+    positions; answers then have `invalid` too, 0 or 1, which verl logs. None raises UserError for such a response, as
+    do servers that do not answer in time.
     """
     scorer = _find_scorer(url, reward_router_address, tokenizer, reward_model_tokenizer, settings)
     [reward] = score_samples(scorer, [_sample(solution_str, extra_info, prompt_key)])
-    return {"score": _checked(reward)}
+    return _answer(reward, invalid_reward)
 
 
 async def acompute_score(
@@ -64,6 +67,7 @@ async def acompute_score(
     url: str | Sequence[str] | None = None,
     prompt_key: str | None = None,
     tokenizer: Any = None,
+    invalid_reward: float | None = None,
     **settings: Any,
 ) -> dict[str, float]:
     """Async `compute_score`, which verl's reward loop awaits: requests of a batch run concurrently."""
@@ -71,8 +75,14 @@ async def acompute_score(
         _find_scorer, url, reward_router_address, tokenizer, reward_model_tokenizer, settings
     )
     group = build_group(scorer, [_sample(solution_str, extra_info, prompt_key)])
-    [[reward]] = await scorer.ascore([group])
-    return {"score": float(reward)}
+    found: float | Exception
+    try:
+        [[found]] = await scorer.ascore([group])
+    except UserError as error:
+        if not isinstance(error.__cause__, BadRow):  # of a server, not of the response
+            raise
+        found = error.__cause__
+    return _answer(found, invalid_reward)
 
 
 def compute_scores(
@@ -86,13 +96,14 @@ def compute_scores(
     url: str | Sequence[str] | None = None,
     prompt_key: str | None = None,
     tokenizer: Any = None,
+    invalid_reward: float | None = None,
     **settings: Any,
 ) -> list[float]:
     """The rewards of a batch, for `reward_manager.name=batch`; see `compute_score`."""
     scorer = _find_scorer(url, reward_router_address, tokenizer, reward_model_tokenizer, settings)
     infos = [None] * len(solution_strs) if extra_infos is None else extra_infos
     samples = [_sample(*each, prompt_key) for each in zip(solution_strs, infos, strict=True)]
-    return [_checked(reward) for reward in score_samples(scorer, samples)]
+    return [_answer(reward, invalid_reward)["score"] for reward in score_samples(scorer, samples)]
 
 
 def _find_scorer(
@@ -129,7 +140,17 @@ def _sample(response: str, extra_info: Mapping[str, Any] | None, prompt_key: str
     return Sample(prompt, response, info.get("tools"))
 
 
-def _checked(reward: float | Exception) -> float:
+def _answer(reward: float | Exception, invalid_reward: float | None) -> dict[str, float]:
+    """What verl gets for a response. All answers of a run have the same keys, since verl makes columns of them."""
+    invalid = {} if invalid_reward is None else {"invalid": float(isinstance(reward, BadRow))}
+    if isinstance(reward, BadRow) and invalid_reward is not None:
+        return {"score": float(invalid_reward), **invalid}
     if isinstance(reward, Exception):
-        raise reward if not isinstance(reward, ValueError) else UserError(f"the response cannot be scored: {reward}")
-    return reward
+        raise (
+            UserError(
+                f"the response cannot be scored: {reward}; set reward_kwargs.invalid_reward to the reward of such"
+            )
+            if isinstance(reward, BadRow)
+            else reward
+        )
+    return {"score": float(reward), **invalid}

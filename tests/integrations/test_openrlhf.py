@@ -50,6 +50,41 @@ def test_the_file_of_the_examples_gives_the_rewards_of_conversations(
     assert found[0]["scores"].item() == found[0]["extra_logs"]["reward_model"].item() == found[0]["rewards"].item()
 
 
+async def rewards_of_its_client(urls: list[str], query: str) -> Any:
+    """What OpenRLHF reads of the answers to one query: a part of the queries for each server, and the first answer."""
+    import aiohttp
+
+    async def post(url: str, queries: list[str]) -> Any:
+        data = {"query": queries, "prompts": ["p"] * len(queries), "labels": [None] * len(queries)}
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=180)) as session:
+            async with session.post(url, json=data) as response:
+                response.raise_for_status()
+                return await response.json()
+
+    parts = [[query], *([[]] * (len(urls) - 1))]
+    return (await asyncio.gather(*map(post, urls, parts)))[0]
+
+
+def test_its_client_and_the_file_with_servers(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("aiohttp", reason="the package aiohttp is not installed")
+    pytest.importorskip("fastapi", reason="the extra serve is not installed")
+    from benchmarks.one_reward.setting import serving
+    from rm_gallery.integrations.openrlhf import reward_function
+
+    queries = queries_of(chat_folder)
+    with RewardScorer.from_folder(chat_folder, device="cpu") as scorer:
+        expected = scorer.score_messages(CHATS)
+    with serving(chat_folder) as first, serving(chat_folder) as second:
+        for query, reward in zip(queries, expected, strict=True):
+            urls = [f"{url}/get_reward" for url in (first, second)]
+            found = asyncio.run(rewards_of_its_client(urls, query))
+            assert found["rewards"] == found["scores"] == pytest.approx([reward], abs=1e-4)
+        found = reward_function(f"{first},{second}/get_reward")(queries, ["p"] * 3, [None] * 3)
+        assert found["rewards"].tolist() == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ValueError, match="no reward server answers"):
+        reward_function([first], timeout=1.0)(queries[:1], ["p"], [None])
+
+
 def test_requests_of_its_client_against_the_server(chat_folder: Path) -> None:
     pytest.importorskip("fastapi", reason="the extra serve is not installed")
     pytest.importorskip("prometheus_client", reason="the extra serve is not installed")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,22 @@ def test_trl_trains_with_the_rewards_of_the_scorer(
             assert rewards == pytest.approx(expected, abs=1e-4)
     logged = [each["reward"] for each in trainer.state.log_history if "reward" in each]
     assert logged == pytest.approx([sum(rewards) / len(rewards) for *_, rewards in seen], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of other packages
+@pytest.mark.skipif(torch.cuda.is_available(), reason="trains the small policy on a GPU in bfloat16")
+def test_the_example_runs_as_a_command(chat_folder: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl", reason="trl is not installed")
+    from examples import trl_grpo
+
+    policy = in_tmp / "policy"
+    shutil.copytree(chat_folder.parent / "base", policy)
+    (in_tmp / "p.jsonl").write_text("".join(json.dumps({"prompt": each, "id": 1}) + "\n" for each in PROMPTS))
+    options = ["--policy", "policy", "--reward-model", str(chat_folder), "--prompts", "p.jsonl", "--steps", "1"]
+    monkeypatch.setattr("sys.argv", ["trl_grpo.py", *options, "--algorithm", "rloo", "--output", "made"])
+    trl_grpo.main()
+    assert (in_tmp / "made/model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -44,6 +44,24 @@ def test_one_response_by_each_function() -> None:
     assert server.bodies[0]["messages"] == [*PROMPT, {"role": "assistant", "content": "four"}]
 
 
+def test_a_response_that_cannot_be_scored() -> None:
+    def score(conversation: Any) -> float:
+        return float("nan") if conversation[-1]["content"] == "bad" else length(conversation)
+
+    info = {"prompt": "p"}
+    with RewardServer("vllm", score) as server:
+        given: dict[str, Any] = {"url": server.url, "invalid_reward": -9.0}
+        assert verl.compute_score("d", "bad", "", info, **given) == {"score": -9.0, "invalid": 1.0}
+        assert asyncio.run(verl.acompute_score("d", "bad", "", info, **given)) == {"score": -9.0, "invalid": 1.0}
+        assert asyncio.run(verl.acompute_score("d", "good", "", info, **given)) == {"score": 6.0, "invalid": 0.0}
+        assert verl.compute_scores(["d"] * 2, ["bad", "good"], [""] * 2, [info] * 2, **given) == [-9.0, 6.0]
+        for call in (verl.compute_score, lambda *each, **more: asyncio.run(verl.acompute_score(*each, **more))):
+            with pytest.raises(UserError, match=r"cannot be scored: reward that is not finite; set reward_kwargs"):
+                call("d", "bad", "", info, url=server.url)
+    with RewardServer("vllm", score, script=[500] * 9) as server, pytest.raises(UserError, match="status 500"):
+        asyncio.run(verl.acompute_score("d", "good", "", info, url=server.url, retries=0, invalid_reward=-9.0))
+
+
 @pytest.mark.slow
 def test_endpoints_router_environment_and_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     with RewardServer("vllm", length) as a, RewardServer("vllm", length, script=[503, 503]) as b:
