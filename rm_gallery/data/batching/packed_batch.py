@@ -112,8 +112,6 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
     tied: list[bool] = []
     rated: list[tuple[int, int, float, float]] = []
     attributes: list[tuple[float, ...]] = []
-    targets: list[np.ndarray] = []
-    target_weights: list[np.ndarray] = []
     groups_before = 0
     group_lengths: list[int] = []
     end = 0
@@ -149,11 +147,7 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
         attributes += [each.attributes for each in group.ratings]
         groups_before += 1 + max((each.group for each in group.ratings), default=0)
         group_lengths.append(end - start)
-        if group.spans:
-            found, weights = _targets(group, start)
-            targets.append(found)
-            target_weights.append(weights)
-    source, token, times = np.concatenate(targets, 1) if targets else np.zeros((3, 0), np.int64)
+    (source, token, times), target_weight = _all_targets(groups, group_lengths)
     return PackedBatch(
         input_ids=_int64(ids),
         positions=_int64(positions),
@@ -177,9 +171,19 @@ def collate(groups: Sequence[TokenGroup]) -> PackedBatch:
         tail_lengths=tuple(tuple(len(tail) for tail in group.tails) for group in groups),
         target_source=torch.from_numpy(source),
         target_token=torch.from_numpy(token),
-        target_weight=torch.from_numpy(np.concatenate([np.zeros(0), *target_weights]).astype(np.float32)),
+        target_weight=torch.from_numpy(target_weight.astype(np.float32)),
         target_times=torch.from_numpy(times.astype(np.float32)),
-        target_texts=_times(groups) if targets else torch.zeros(0),
+        target_texts=_times(groups) if len(source) else torch.zeros(0),
+    )
+
+
+def _all_targets(groups: Sequence[TokenGroup], lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """`_targets` of all groups, whose numbers of tokens are `lengths`."""
+    starts = np.cumsum([0, *lengths])
+    found = [_targets(group, int(start)) for group, start in zip(groups, starts, strict=False) if group.spans]
+    return (
+        np.concatenate([np.zeros((3, 0), np.int64), *(each[0] for each in found)], 1),
+        np.concatenate([np.zeros(0), *(each[1] for each in found)]),
     )
 
 
