@@ -72,7 +72,7 @@ class MemoryUse:
 
     moment: str
     weights: float
-    """Master weights, float32, and their average (EMA); without master weights those in the compute dtype."""
+    """Master weights, float32; without master weights those in the compute dtype."""
     compute_copy: float
     """bfloat16 copy of the weights, or the layers that FSDP has all-gathered."""
     gradients: float
@@ -85,11 +85,13 @@ class MemoryUse:
     overhead: float
     host: float
     """Offloaded to host memory; not part of the total."""
+    average: float = 0.0
+    """Float32 average of the trained weights (EMA)."""
 
     @property
     def total(self) -> float:
         parts = (self.weights, self.compute_copy, self.gradients, self.optimizer, self.activations, self.temporary)
-        return sum(parts) + self.overhead
+        return sum(parts) + self.average + self.overhead
 
 
 def layer_activations(shape: ModelShape, w: int) -> PerToken:
@@ -178,7 +180,8 @@ def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: floa
     # Without master weights those of the backbone are in the compute dtype alone.
     narrow = 0 if layout.has_masters else (4 - w) * (shape.trained_parameters - shape.head_parameters)
     weights = trained + (w * frozen - narrow) / layout.shards
-    weights += shape.quantized_bytes + (trained if layout.has_ema else 0)
+    weights += shape.quantized_bytes
+    average = trained if layout.has_ema else 0.0
     gathered, copy = 0.0, 0.0
     if sharded:  # the current layer, the prefetched one, and what is outside the layers
         gathered = w * (2 * shape.layer_parameters + shape.outer_parameters)
@@ -188,12 +191,14 @@ def step_memory(shape: ModelShape, layout: Layout, pack: Pack, *, overhead: floa
     optimizer_state = _optimizer_state(shape, layout) / layout.shards
     gradients, optimizer = resident * trained, resident * optimizer_state
     between_steps = 0 if layout.offload_optimizer else optimizer
-    host = (0 if resident else weights + trained + optimizer_state) + optimizer - between_steps
+    host = (0 if resident else weights + average + trained + optimizer_state) + optimizer - between_steps
     kept = activations(shape, pack, w, checkpointing=layout.checkpointing)
     begin, end = _temporaries(shape, layout, pack)
 
     def at(moment: str, compute: float, grads: float, moments: float, kept: float, temporary: float) -> MemoryUse:
-        return MemoryUse(moment, resident * weights, compute, grads, moments, kept, temporary, overhead, host)
+        return MemoryUse(
+            moment, resident * weights, compute, grads, moments, kept, temporary, overhead, host, resident * average
+        )
 
     early = 0 if layout.one_micro_batch else gradients
     return max(

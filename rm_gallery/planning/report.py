@@ -156,6 +156,7 @@ _KINDS = {
     "compute_copy": "weights, compute copy",
     "gradients": "gradients, float32",
     "optimizer": "optimizer state, float32",
+    "average": "average (EMA), float32",
     "activations": "activations",
     "temporary": "largest temporary",
     "overhead": "framework overhead",
@@ -236,7 +237,8 @@ def _what(found: Estimate) -> list[str]:
 def _memory(found: Estimate) -> list[str]:
     use = found.memory
     lines = [f"peak memory per {_owner(found)} with {found.micro_batch:,} tokens in a micro-batch, GiB"]
-    lines += [f"  {text:<26}{_gib(getattr(use, name)):>8}" for name, text in _KINDS.items()]
+    kinds = {name: text for name, text in _KINDS.items() if name != "average" or found.layout.has_ema}
+    lines += [f"  {text:<26}{_gib(getattr(use, name)):>8}" for name, text in kinds.items()]
     if found.shape.trained_parameters < found.shape.parameters:
         frozen = found.config.model.quantization or found.config.model.fsdp_config.model_dtype
         lines[1] = f"  {f'weights, frozen in {frozen}':<26}{_gib(use.weights):>8}"

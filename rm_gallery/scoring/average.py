@@ -299,7 +299,7 @@ def _write(
     apply_umask(folder)
     (folder / ".gitignore").write_text("\n".join(NOT_UPLOADED) + "\n", encoding="utf-8")
     written = [str(each.relative_to(folder)) for each in sorted(folder.rglob("*")) if each.is_file()]
-    write_manifest(folder, sha256_files(folder, [each for each in written if each not in (CARD_NAME, ".gitignore")]))
+    write_manifest(folder, sha256_files(folder, [each for each in written if each != ".gitignore"]))
 
 
 def _log_distance(members: Sequence[_Member], cosines: Sequence[float]) -> None:

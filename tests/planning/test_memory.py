@@ -159,6 +159,16 @@ def test_static_memory_is_16_bytes_a_parameter_and_a_copy(shape: ModelShape) -> 
     assert step_memory(shape, replace(ONE, width=4), PACK, overhead=0).compute_copy == 0
 
 
+def test_the_average_of_the_weights_is_counted_by_itself(shape: ModelShape) -> None:
+    for layout in (ONE, replace(ONE, strategy="fsdp2", num_processes=8, shards=8), replace(ONE, offload=True)):
+        plain = step_memory(shape, layout, PACK, overhead=0)
+        use = step_memory(shape, replace(layout, has_ema=True), PACK, overhead=0)
+        added = 4 * shape.parameters / layout.shards
+        assert (use.weights, plain.average) == (plain.weights, 0)
+        assert use.average == (0 if layout.offload else added)
+        assert use.total + use.host == pytest.approx(plain.total + plain.host + added)
+
+
 def test_static_memory_of_each_optimizer(shape: ModelShape) -> None:
     count, small = shape.parameters, Pack(1, 1, 1)
     state = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "adafactor": 8 / 512}

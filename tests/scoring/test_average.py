@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rm_gallery.cli import main
 from rm_gallery.errors import UserError
-from rm_gallery.files import check_manifest
+from rm_gallery.files import check_manifest, manifest_names
 from rm_gallery.modeling import export
 from rm_gallery.modeling.export import read_statistics
 from rm_gallery.scoring import RewardScorer
@@ -62,6 +62,7 @@ def test_weights_are_the_mean_of_the_models(
     assert read_statistics("out") is None
     assert "do not hold for the average and are dropped" in caplog.text and "same base model" not in caplog.text
     assert check_manifest(Path("out")) is None
+    assert "README.md" in manifest_names(Path("out/manifest.json").read_bytes())
     card = Path("out/README.md").read_text()
     assert "mean of those of 3 reward models" in card and "run0 | 0.5 |" in card and "How to use" in card
     assert main(["average", *map(str, variants), "--output", "out"]) == 2
