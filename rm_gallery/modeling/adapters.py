@@ -111,6 +111,12 @@ def add_lora(
     return adapter
 
 
+def check_targets(model: RewardModel, config: LoraConfig) -> None:
+    """Raise UserError for `target_modules` and `modules_to_save` as `add_lora` does, also without weights."""
+    _trained_in_full(model, config.modules_to_save)
+    _targets(model, config, f"model.lora.rank={config.rank}")
+
+
 def _log_share(network: Any, names: Iterable[str]) -> None:
     """Log how much of the model has LoRA, where experts in one tensor, which are no linear layers, have none."""
     experts = [name for name, each in network.named_parameters() if each.ndim == 3]

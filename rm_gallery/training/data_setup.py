@@ -42,7 +42,7 @@ from rm_gallery.objectives.plackett_luce import MAX_EXACT
 from rm_gallery.training.benchmark_sets import SCORE, BenchmarkSet
 from rm_gallery.training.config import TrainConfig
 from rm_gallery.training.metric_names import parse_metric, set_of
-from rm_gallery.training.model_setup import find_adapter
+from rm_gallery.training.model_setup import check_parts, find_adapter
 from rm_gallery.training.validation import BY_SOURCE, by_source_names
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,8 @@ def check_inputs(config: TrainConfig) -> None:
         attributes=model.outputs,
     )  # fmt: skip
     what = f"{key}={path}"
-    (language_model_way if config.objective.name == "sft" else choose_way)(source, model.packing, what=what)
+    way = (language_model_way if config.objective.name == "sft" else choose_way)(source, model.packing, what=what)
+    check_parts(config, source, way, adds_lora=adapter is None)
     if model.router_aux_loss_coef:
         check_config(source)
     read_at(tokenizer, closing_token(source), what=what)

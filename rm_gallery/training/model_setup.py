@@ -17,14 +17,16 @@ from rm_gallery.distributed.collectives import all_gather
 from rm_gallery.distributed.process_group import World
 from rm_gallery.errors import UserError
 from rm_gallery.modeling.adapter_folder import BASE_HINT, AdapterFolder, open_adapter
-from rm_gallery.modeling.adapters import Adapter, add_lora
+from rm_gallery.modeling.adapters import Adapter, add_lora, check_targets
 from rm_gallery.modeling.config import LoraConfig
 from rm_gallery.modeling.export import missing_embedding_rows, set_pad_token
 from rm_gallery.modeling.freezing import count_trained, freeze
 from rm_gallery.modeling.generic_class import CODE_FILE, is_generic
 from rm_gallery.modeling.head_init import init_head
-from rm_gallery.modeling.language_model import load_language_model
+from rm_gallery.modeling.language_model import LanguageModel, load_language_model
 from rm_gallery.modeling.meta_init import MetaInitError, WeightFiles, init_language_model_on_meta, init_on_meta
+from rm_gallery.modeling.model_folder import quiet_transformers
+from rm_gallery.modeling.packing import Way
 from rm_gallery.modeling.parallel.apply import DTYPES, resolve_strategy
 from rm_gallery.modeling.parallel.strategy import Strategy
 from rm_gallery.modeling.quantization import QuantizeOptions, num_parameters, quantized_share
@@ -51,6 +53,31 @@ class StartModel:
     """See `LoadedModel`."""
     adapter: Adapter | None = None
     """What the adapter's folder says, with LoRA."""
+
+
+def check_parts(config: TrainConfig, source: Any, way: Way, *, adds_lora: bool) -> None:
+    """Raise UserError for `model.freeze` and layers of LoRA that the model, built without weights, does not have.
+
+    source: the model's configuration. adds_lora: LoRA is added, rather than read from a folder.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    model = config.model
+    adds_lora = adds_lora and bool(model.lora.rank)
+    if not adds_lora and not isinstance(model.freeze, int):
+        return
+    kind, library = RewardModel, AutoModelForSequenceClassification
+    if config.objective.name == "sft":
+        kind, library = LanguageModel, AutoModelForCausalLM
+    try:
+        with torch.device("meta"), quiet_transformers():
+            network = library.from_config(source, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # some types cannot be built so; training checks them when their weights are read
+        log.debug("%s is not built without weights: %s", model.partial_pretrain, error)
+        return
+    if adds_lora:
+        check_targets(kind(network, way), model.lora)
+    freeze(network, model.freeze)
 
 
 def start_model(config: TrainConfig, tokenizer: Any, world: World) -> StartModel:

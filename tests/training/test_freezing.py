@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from rm_gallery.cli import main
 from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.modeling.config import FreezeSetting
 from rm_gallery.modeling.freezing import freeze
 from rm_gallery.modeling.reward_model import load_reward_model
-from tests.small import make_model, random_groups
+from tests.small import chat_pairs, fast_first, make_model, random_groups, write_pairs
 from tests.training.rank_runs import Act, Run, run_all
 from tests.training.short_runs import Lost, assert_same_run, lose, settings, train, weights, when_logged, write_data
 
@@ -146,6 +147,36 @@ def test_settings_that_contradict_are_errors(
 ) -> None:
     train(qwen2_folder, "run", *options, status=2)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    fast_first(
+        [
+            (("model.freeze=3",), "model.freeze=3: the model has 2 layers; set at most 2, or backbone"),
+            (("model.freeze=2",), None),
+            (
+                ("model.lora.rank=4", "model.lora.target_modules=[q_prj]"),
+                "no linear layer q_prj; it has down_proj, gate",
+            ),
+            (
+                ("model.lora.rank=4", "model.lora.modules_to_save=[nrm]"),
+                "model.lora.modules_to_save: nrm is no module of",
+            ),
+            (("model.lora.rank=4", "model.lora.target_modules=[q_proj]"), None),
+            (("objective.name=sft", "model.freeze=3"), "model.freeze=3: the model has 2 layers"),
+            (("objective.name=sft", "model.lora.rank=4", "model.lora.target_modules=[x]"), "no linear layer x; it has"),
+        ]
+    ),
+)
+def test_validate_config_knows_the_layers_of_the_model(
+    options: tuple[str, ...], message: str | None, qwen2_folder: Path, capsys: Any
+) -> None:
+    write_pairs(Path("train.parquet"), chat_pairs(8))
+    write_pairs(Path("val.parquet"), chat_pairs(8, seed=1))
+    status = main(["validate-config", *settings(qwen2_folder, "run", *options)])
+    said = capsys.readouterr().err
+    assert (status, message is None or message in said) == (0 if message is None else 2, True), said
 
 
 @pytest.mark.slow
