@@ -42,7 +42,7 @@ from rm_gallery.schema import InputStyle
 
 log = logging.getLogger(__name__)
 
-_STORE_VERSION = 8  # increase it when the stored arrays, or how rows become tokens, change
+_STORE_VERSION = 9  # increase it when the stored arrays, or how rows become tokens, change
 _LOG_INTERVAL_S = 10.0
 _CHECK_ROWS = 8  # rows per file that `peek` reads
 

@@ -56,11 +56,33 @@ class AssistantSpans:
 
         only_response: not those of the prompt. Raises BadRow where they are not found exactly.
         """
-        if self._control.occur_in([chat.prompt, chat.response]):
-            raise BadRow("control token in a conversation, so its turns cannot be separated")
+        if self._control.occur_in([chat.prompt, chat.response, chat.tools]):
+            return self._hidden(chat, text, ids, only_response=only_response)
         if self._is_marked:
             return self._marked(chat, ids, only_response=only_response)
         return tokens_of(text, self._characters(chat, text, only_response=only_response), ids, encode)
+
+    def _hidden(self, chat: Chat, text: str, ids: list[int], *, only_response: bool) -> Bounds:
+        """The same where contents have control tokens, which are plain text: with placeholders for them."""
+        hidden = self._control.hide(chat)
+        rendered, spans = self._rendered_marks(hidden) if self._is_marked else (self._renderer.render(hidden), None)
+        if self._control.show(rendered) != text:
+            raise BadRow("control token in a conversation, which the chat template looks for")
+        if spans is None:
+            spans = self._characters(hidden, rendered, only_response=only_response)
+        elif only_response:
+            spans = spans[-_count_answers(chat.response) :]
+        return tokens_of(rendered, spans, ids, self._control.encode_with_offsets)
+
+    def _rendered_marks(self, chat: Chat) -> tuple[str, Bounds]:
+        """The text of a chat, and the characters that a template with marks says are generated."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        [text], [spans] = render_jinja_template(
+            [[*chat.prompt, *chat.response]], tools=chat.tools, chat_template=self._tokenizer.chat_template,
+            return_assistant_tokens_mask=True, **self._tokenizer.special_tokens_map,
+        )  # fmt: skip
+        return text, [(start, end) for start, end in spans]
 
     def _marked(self, chat: Chat, ids: list[int], *, only_response: bool) -> Bounds:
         found = self._tokenizer.apply_chat_template(

@@ -190,6 +190,8 @@ class Encoder:
 
     def _encode_raw(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         plain = self.config.text_special_tokens == "plain"
+        if plain and self._raw_control.occur_in(text):
+            return self._plain_with_offsets(text)
         return self._with_offsets(text, adds=plain or not (self._bos and text.startswith(self._bos)))
 
     def _with_offsets(self, text: str, *, adds: bool | None = None) -> tuple[list[int], list[tuple[int, int]]]:
@@ -241,10 +243,15 @@ class Encoder:
 
     def _encode_plain(self, text: str) -> list[int]:
         """Ids of a raw text with its control tokens as plain text, except the EOS that `append_eos` wrote."""
-        if self.config.append_eos and text.endswith(self._eos):
-            ids = self._raw_control.encode_plain(text.removesuffix(self._eos), add_special_tokens=True)
-            return [*ids, self.tokenizer.convert_tokens_to_ids(self._eos)]
-        return self._raw_control.encode_plain(text, add_special_tokens=True)
+        return self._plain_with_offsets(text)[0]
+
+    def _plain_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The same, and the characters of each token."""
+        if not (self.config.append_eos and text.endswith(self._eos)):
+            return self._raw_control.plain_tokens(text, add_special_tokens=True)
+        start = len(text) - len(self._eos)
+        ids, offsets = self._raw_control.plain_tokens(text[:start], add_special_tokens=True)
+        return [*ids, self.tokenizer.convert_tokens_to_ids(self._eos)], [*offsets, (start, len(text))]
 
     def _encode_texts(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         if not texts:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,6 +116,30 @@ class ControlTokens:
         aliased = self._pattern.sub(lambda found: self._alias_of(self._number[found[0]]), text)
         return self.encode_plain(self.show(aliased), add_special_tokens=add_special_tokens)
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode_rendered`, and the characters of each token in `text`.
+
+        A token of a part of what a placeholder hides has all characters of the placeholder.
+        """
+        parts, bounds = [], list[tuple[int, int]]()  # of each character of the text that is encoded, those of `text`
+        pieces = re.compile(f"{self._pattern.pattern}|{self._placeholder.pattern}")
+        for start, end, part in _pieces(pieces, text):
+            if self._pattern.fullmatch(part):
+                part = self._alias_of(self._number[part])
+            elif self._placeholder.fullmatch(part):
+                part = self.show(part)
+            else:
+                bounds += [(place, place + 1) for place in range(start, end)]
+                parts.append(part)
+                continue
+            bounds += [(start, end)] * len(part)
+            parts.append(part)
+        ids, offsets = self.plain_tokens("".join(parts))
+        bounds.append((len(text), len(text)))
+        return ids, [
+            (bounds[first][0], bounds[last - 1][1] if last > first else bounds[first][0]) for first, last in offsets
+        ]
+
     def _alias_of(self, number: int) -> str:
         """Replaces a control token of the template; contains the nonce, so contents cannot spell it."""
         return f"{self._alias}{number}{_CLOSE}"
@@ -126,13 +150,17 @@ class ControlTokens:
         add_special_tokens: add those of the tokenizer around the text, as ids.
         Raises BadRow if the tokenizer's model itself produces a control token from plain text.
         """
+        return self.plain_tokens(text, add_special_tokens=add_special_tokens)[0]
+
+    def plain_tokens(self, text: str, *, add_special_tokens: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode_plain`, and the characters of each token."""
         plain, ids = self._plain_tokenizer()
         encoding = plain.encode(text, add_special_tokens=add_special_tokens)
         found = np.asarray(encoding.ids, np.int64)
         added = np.asarray(encoding.special_tokens_mask, bool)
         if np.isin(found[~added], self._forbidden).any():
             raise BadRow("control token in a text, which this tokenizer cannot read as plain text")
-        return ids[found].tolist()
+        return ids[found].tolist(), encoding.offsets
 
     def _plain_tokenizer(self) -> tuple[Any, np.ndarray]:
         """A copy of the tokenizer that recognizes aliases instead of control tokens, and the map back to its ids.
@@ -169,6 +197,16 @@ class ControlTokens:
             self._plain, self._ids = plain, ids
         assert self._ids is not None
         return self._plain, self._ids
+
+
+def _pieces(pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, int, str]]:
+    """(start, end, text) of the matches of a pattern, and of what is between them."""
+    done = 0
+    for found in pattern.finditer(text):
+        yield done, found.start(), text[done : found.start()]
+        yield found.start(), found.end(), found[0]
+        done = found.end()
+    yield done, len(text), text[done:]
 
 
 def _replaced(value: Any, pattern: re.Pattern[str], in_keys: re.Pattern[str], substitute: Substitute) -> Any:
