@@ -15,7 +15,7 @@ from rm_gallery.data.batching.packed_batch import collate
 from rm_gallery.modeling.config import FreezeSetting
 from rm_gallery.modeling.freezing import freeze
 from rm_gallery.modeling.reward_model import load_reward_model
-from tests.small import chat_pairs, fast_first, make_model, random_groups, write_pairs
+from tests.small import chat_pairs, make_model, random_groups, write_pairs
 from tests.training.rank_runs import Act, Run, run_all
 from tests.training.short_runs import Lost, assert_same_run, lose, settings, train, weights, when_logged, write_data
 
@@ -151,23 +151,20 @@ def test_settings_that_contradict_are_errors(
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    fast_first(
-        [
-            (("model.freeze=3",), "model.freeze=3: the model has 2 layers; set at most 2, or backbone"),
-            (("model.freeze=2",), None),
-            (
-                ("model.lora.rank=4", "model.lora.target_modules=[q_prj]"),
-                "no linear layer q_prj; it has down_proj, gate",
-            ),
-            (
-                ("model.lora.rank=4", "model.lora.modules_to_save=[nrm]"),
-                "model.lora.modules_to_save: nrm is no module of",
-            ),
-            (("model.lora.rank=4", "model.lora.target_modules=[q_proj]"), None),
-            (("objective.name=sft", "model.freeze=3"), "model.freeze=3: the model has 2 layers"),
-            (("objective.name=sft", "model.lora.rank=4", "model.lora.target_modules=[x]"), "no linear layer x; it has"),
-        ]
-    ),
+    [
+        (("model.freeze=3",), "model.freeze=3: the model has 2 layers; set at most 2, or backbone"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                (("model.freeze=2",), None),
+                (("model.lora.rank=4", "model.lora.target_modules=[q_prj]"), "no linear layer q_prj; it has down_proj"),
+                (("model.lora.rank=4", "model.lora.modules_to_save=[nrm]"), "modules_to_save: nrm is no module of"),
+                (("model.lora.rank=4", "model.lora.target_modules=[q_proj]"), None),
+                (("objective.name=sft", "model.freeze=3"), "model.freeze=3: the model has 2 layers"),
+                (("objective.name=sft", "model.lora.rank=4", "model.lora.target_modules=[x]"), "no linear layer x; it"),
+            )
+        ),
+    ],
 )
 def test_validate_config_knows_the_layers_of_the_model(
     options: tuple[str, ...], message: str | None, qwen2_folder: Path, capsys: Any
