@@ -100,13 +100,13 @@ def train_peer(folder: Path) -> tuple[list[float], list[float]]:
     losses: list[float] = []
     ends: list[float] = []
 
-    class Recording(SFTTrainer):  # type: ignore[misc]
+    class Recording(SFTTrainer):
         def compute_loss(self, *arguments: Any, **options: Any) -> Any:
             result = super().compute_loss(*arguments, **options)
             losses.append(float((result[0] if isinstance(result, tuple) else result).detach()))
             return result
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
 
@@ -176,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

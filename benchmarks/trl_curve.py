@@ -17,7 +17,6 @@ import argparse
 import json
 import random
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -123,7 +122,7 @@ def train_peer(folder: Path, parts: tuple[str, ...]) -> list[float]:
             row[side] = [{"role": "assistant", "content": row[side]}]
     losses: list[float] = []
 
-    class Recording(RewardTrainer):  # type: ignore[misc]
+    class Recording(RewardTrainer):
         def compute_loss(self, *arguments: Any, **options: Any) -> Any:
             result = super().compute_loss(*arguments, **options)
             losses.append(float((result[0] if isinstance(result, tuple) else result).detach()))
@@ -180,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -369,11 +369,12 @@ def _sort(
     weights = [each for name, each in own.items() if name.endswith(".weight") and len(each.shape) == 2]
     if not weights:
         found = f"{len(tensors)} tensors" + (f", {list_names(others)}" if others else "")
+        of_language = "; rm-gallery merge makes a language model of it, from which a reward model starts"
         pickle = "".join(f"; {name} is a pickle, which can execute code and is not read" for name in files.other_files)
         raise UserError(
             f"{what} without a reward head (task type {files.config.get('task_type') or 'unknown'}, {found}{pickle}); "
             "the head is missing: save it with the adapter (peft: task_type SEQ_CLS, modules_to_save), or merge it "
-            "into a reward model" + "; rm-gallery merge makes a language model of it" * is_of_language_model(files)
+            "into a reward model" + of_language * is_of_language_model(files)
         )
     if weights[-1].shape[0] != num_outputs:
         raise UserError(f"{what} of a classifier with {weights[-1].shape[0]} labels, but a reward model has one")

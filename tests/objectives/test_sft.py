@@ -72,9 +72,9 @@ def test_the_loss_of_a_step_is_that_of_its_conversations_one_by_one(budget: int,
         alone = [collate([data[index]]) for index in range(len(data))]
         apart = [float(model(batch).each.double().sum()) for batch in alone]
         wanted = sum(weight * loss for weight, loss in zip(weights, apart, strict=True))
-    for found in sums.values():
-        assert found["loss"] == pytest.approx(wanted, rel=1e-6)
-        assert (found["tokens"], found["correct"]) == (step.num_targets, sums[False]["correct"])
+    for each in sums.values():
+        assert each["loss"] == pytest.approx(wanted, rel=1e-6)
+        assert (each["tokens"], each["correct"]) == (step.num_targets, sums[False]["correct"])
     metrics = objective.means(sums[True], "val")
     assert metrics["val/loss"] == pytest.approx(wanted / step.num_targets)
     assert metrics["val/perplexity"] == pytest.approx(np.exp(sum(apart) / step.num_targets)), "of all tokens alike"
