@@ -144,6 +144,11 @@ def load_tokenizer(
     except Exception as error:
         if not is_folder:
             raise model_not_found(path, error, key=key) from error
+        found = [each.parent for each in Path(path).expanduser().glob("global_step_*/tokenizer_config.json")]
+        steps = {int(each.name[12:]): each for each in found if each.name[12:].isdecimal()}
+        if steps:
+            newest = steps[max(steps)]
+            raise UserError(f"{key}={path}: the folder of a run; name one of its checkpoints, e.g. {newest}") from error
         raise UserError(
             f"{key}={path}: no tokenizer can be loaded from there ({one_line(error)}); "
             "the folder needs tokenizer.json and tokenizer_config.json"

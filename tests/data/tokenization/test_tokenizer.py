@@ -23,6 +23,14 @@ def test_a_broken_tokenizer_file_is_named(qwen2_folder: Path, tmp_path: Path) ->
         load_tokenizer(str(tmp_path))
 
 
+def test_the_folder_of_a_run_is_answered_with_its_newest_checkpoint(tmp_path: Path) -> None:
+    for name in ("global_step_9", "global_step_10", "global_step_10-merged"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"the folder of a run; name one of its checkpoints, e\.g\. .*global_step_10$"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_a_name_that_is_neither_folder_nor_hub_model_says_so(in_tmp: Path) -> None:
     with pytest.raises(UserError, match=r"^model\.partial_pretrain=models/nope: no such folder \(working directory "):
         load_tokenizer("models/nope")
