@@ -126,10 +126,9 @@ def test_ranks_do_not_change_the_losses(in_tmp: Path) -> None:
     ddp, fsdp2 = "model.strategy=ddp", "model.strategy=fsdp2"
     units = "model.fsdp_config.wrap_policy.min_num_params=1000"
     variants: dict[str, tuple[Path, int, tuple[str, ...]]] = {
-        "lora": (untied, 1, LORA), "lora-ddp": (untied, 2, (*LORA, ddp)), "lora-fsdp2": (untied, 2, (*LORA, fsdp2)),
+        "lora": (untied, 1, LORA), "lora-ddp": (untied, 2, (*LORA, ddp)),
         "full": (untied, 1, (*LORA, *full)), "full-units": (untied, 2, (*LORA, *full, fsdp2, units)),
-        "router": (experts, 1, balance), "router-ddp": (experts, 2, (*balance, ddp)),
-        "router-fsdp2": (experts, 2, (*balance, fsdp2)),
+        "router": (experts, 1, balance), "router-fsdp2": (experts, 2, (*balance, fsdp2)),
     }  # fmt: skip
     runs = [Run(settings(folder, name, *SFT, SHORT, *more), ranks) for name, (folder, ranks, more) in variants.items()]
     done = run_all(runs, in_tmp)
@@ -142,7 +141,7 @@ def test_ranks_do_not_change_the_losses(in_tmp: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gemma2", "granite", "gpt2", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2", "gemma3"])
 def test_other_types_have_lora_after_a_check(kind: str, in_tmp: Path) -> None:
     """gemma3 is a wrapper, whose text model is trained."""
     base = save_base(kind, in_tmp / "base")
