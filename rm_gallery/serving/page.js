@@ -35,10 +35,17 @@ function number(list, kind) {
 async function ask(path, body, signal) {
   const headers = {"Content-Type": "application/json"};
   if ($("key").value) headers.Authorization = `Bearer ${$("key").value}`;
-  const answer = await fetch(path, {method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal});
+  const request = {method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal};
+  const answer = await fetch(path, request).catch(error => {
+    throw error.name === "AbortError" ? error : new Error("The server does not answer. Is it running?");
+  });
   let found = {};
   try { found = await answer.json(); } catch { /* not from this server */ }
-  if (answer.status === 401) { $("access").hidden = false; $("key").focus(); }
+  if (answer.status === 401) {
+    $("access").hidden = false;
+    $("key").focus();
+    throw new Error($("key").value ? "The server does not know this API key." : "This server needs an API key.");
+  }
   if (!answer.ok) throw new Error(found.error?.message ?? `the server answered ${answer.status}`);
   return found;
 }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -76,6 +77,20 @@ class Trace:
     """The last one is the reward of the text."""
 
 
+_Place: TypeAlias = tuple[str, PreferenceGroup | str | list[int]]
+"""The name of a text in messages, and what it is tokenized from."""
+_ITEMS_PER_CALL = 64  # of the tokenizer: fewer start a pack earlier, more cost less
+
+
+@dataclass(eq=False)
+class _Asked:
+    """A request that waits for the tokenizer."""
+
+    items: Sequence[Item]
+    truncation: Truncation
+    texts: Future[list[np.ndarray]] = field(default_factory=Future)
+
+
 MAX_TRACED_TOKENS = 1 << 16
 """Of a request for traces, whose answer has two values for each."""
 
@@ -88,6 +103,7 @@ class Member:
         cache = PrefixCache(scorer.engine, limits.prefix_cache_mb) if limits.prefix_cache_mb else None
         self.queue = ScoringQueue(scorer.engine, limits.max_waiting, cache)
         self._tokenizer = ThreadPoolExecutor(1, thread_name_prefix="rm-gallery-tokenizer")
+        self._asked: deque[_Asked] = deque()
         network = scorer.engine.model.network
         self._num_ids = int(network.get_input_embeddings().num_embeddings)
         self.max_length = self._find_max_length(network.config.get_text_config())
@@ -101,11 +117,41 @@ class Member:
         return wanted if positions is None else min(wanted, positions)
 
     async def encode(self, items: Sequence[Item], truncation: Truncation) -> list[np.ndarray]:
-        """The tokens of each text, [length] int32. Raises Refused for one that cannot be scored, naming it."""
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizer, self._encode, items, truncation)
+        """The tokens of each text, [length] int32. Raises Refused for one that cannot be scored, naming it.
 
-    def _encode(self, items: Sequence[Item], truncation: Truncation) -> list[np.ndarray]:
-        places: list[tuple[str, PreferenceGroup | str | list[int]]] = []
+        Requests that wait for the tokenizer are tokenized by one call.
+        """
+        asked = _Asked(items, truncation)
+        self._asked.append(asked)
+        self._tokenizer.submit(self._encode_waiting)
+        return await asyncio.wrap_future(asked.texts)
+
+    def _encode_waiting(self) -> None:
+        """Encode requests that wait, if an earlier call has not done so."""
+        chosen: list[_Asked] = []
+        num_items = 0
+        while self._asked and num_items < _ITEMS_PER_CALL:
+            asked = self._asked.popleft()
+            if asked.texts.set_running_or_notify_cancel():
+                chosen.append(asked)
+                num_items += len(asked.items)
+        found: list[list[_Place] | Exception] = [_caught(self._prepare, each.items) for each in chosen]
+        places = [place for each in found if not isinstance(each, Exception) for place in each]
+        groups = [what for _, what in places if isinstance(what, PreferenceGroup)]
+        texts = _caught(self.scorer.engine.tokenize, groups)
+        if isinstance(texts, Exception):
+            found, texts = [texts] * len(found), []
+        tokenized = iter(texts)
+        for asked, each in zip(chosen, found, strict=True):
+            texts = each if isinstance(each, Exception) else _caught(self._texts, each, tokenized, asked.truncation)
+            if isinstance(texts, Exception):
+                asked.texts.set_exception(texts)
+            else:
+                asked.texts.set_result(texts)
+
+    def _prepare(self, items: Sequence[Item]) -> list[_Place]:
+        """What to tokenize, after checks of its size."""
+        places: list[_Place] = []
         for number, item in enumerate(items):
             what = f"text {number}"
             if isinstance(item, Conversation):
@@ -116,11 +162,18 @@ class Member:
                 places.append((what, group if item.adds_special_tokens else item.text))
             else:
                 places.append((what, item))
-        groups = [each for _, each in places if isinstance(each, PreferenceGroup)]
-        tokenized = iter(self.scorer.engine.tokenize(groups))
+        return places
+
+    def _texts(
+        self, places: Sequence[_Place], tokenized: Iterator[list[list[int]] | Exception], truncation: Truncation
+    ) -> list[np.ndarray]:
+        """The tokens of a request's texts; takes those of its groups from `tokenized`, all of them in any case."""
+        known = [next(tokenized) if isinstance(each, PreferenceGroup) else None for _, each in places]
         texts: list[np.ndarray] = []
-        for what, each in places:
-            found = next(tokenized) if isinstance(each, PreferenceGroup) else self._ids(each, what)
+        for (what, each), found in zip(places, known, strict=True):
+            if not isinstance(each, PreferenceGroup):
+                found = self._ids(each, what)
+            assert found is not None
             if isinstance(found, Exception):
                 raise bad_request(f"{what} cannot be scored: {one_line(found)}")
             texts += [self._fitted(ids, what, truncation) for ids in found]
@@ -217,6 +270,8 @@ class Member:
 
     def close(self, *, finish: bool) -> None:
         self._tokenizer.shutdown(wait=finish, cancel_futures=not finish)
+        for asked in self._asked:
+            asked.texts.cancel()
         self.queue.close(finish=finish)
         self.scorer.close()
 
@@ -310,6 +365,14 @@ class Models:
         """finish: score what was accepted."""
         for member in self.members():
             member.close(finish=finish)
+
+
+def _caught(call: Callable[..., Any], *arguments: Any) -> Any:
+    """The result, or the exception: that of one request is not that of the others in the same call."""
+    try:
+        return call(*arguments)
+    except Exception as error:
+        return error
 
 
 def _characters(part: Any) -> int:

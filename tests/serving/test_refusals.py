@@ -141,7 +141,7 @@ def test_an_error_of_ours_is_logged_without_its_message(
     def fail(*_: Any) -> None:
         raise KeyError(SECRET)
 
-    monkeypatch.setattr("rm_gallery.serving.served.Member._encode", fail)
+    monkeypatch.setattr("rm_gallery.serving.served.Member._prepare", fail)
     answer = served.post("/classify", {"input": SECRET})
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, 500)
     assert "KeyError" in caplog.text and "served.py" in caplog.text
