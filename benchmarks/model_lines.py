@@ -38,7 +38,7 @@ def _log_line(kind: str) -> str:
             config = config_of(kind, original_max_position_embeddings=4096, rope_scaling=rope)
             model: Any = SimpleNamespace(network=SimpleNamespace(config=config))
             sizes = SimpleNamespace(longest_text=np.array([5000]))
-            data: Any = SimpleNamespace(data=SimpleNamespace(sizes=sizes, labels=lambda: ()))
+            data: Any = SimpleNamespace(data=SimpleNamespace(sizes=sizes, labels=lambda: (), all_zero=lambda _: False))
             check_data(TrainConfig(), OBJECTIVES["bradley_terry"], model, data, None)
         check_class(config, what=kind)
         way = choose_way(config, "auto", what=kind)

@@ -187,4 +187,4 @@ def test_estimate_counts_its_memory() -> None:
         estimate(load_estimate_config(None, ["model=qwen2.5-0.5b", "n_gpus=1", *more])) for more in ((), EMA)
     )
     trained = plain.shape.trained_parameters
-    assert with_ema.memory.weights - plain.memory.weights == pytest.approx(4 * trained)
+    assert with_ema.memory.average - plain.memory.average == pytest.approx(4 * trained)
