@@ -56,9 +56,9 @@ ONLY = {
 """Tasks whose labels an objective needs."""
 
 SETTINGS = (
-    "data.max_length=256", "data.max_tokens_per_micro_batch=1024", "data.train_batch_size=32",
-    "data.filter_overlong_prompts=false", "data.truncation=right", "optim.lr=2e-4", "optim.weight_decay=0.01",
-    "optim.warmup_steps_ratio=0.06", "model.dropout=0.1", "trainer.total_epochs=1", "trainer.device=cpu",
+    "data.max_length=256", "data.max_tokens_per_micro_batch=1024", "data.train_batch_size=8",
+    "data.filter_overlong_prompts=false", "data.truncation=right", "optim.lr=1e-4", "optim.weight_decay=0.01",
+    "optim.warmup_steps_ratio=0.06", "trainer.total_epochs=1", "trainer.device=cpu",
     "trainer.logger=[]", "trainer.save_freq=-1", "trainer.test_freq=-1",
 )  # fmt: skip
 TEMPLATE = "[CLS]{% for message in messages %}{{ message.content }}[SEP]{% endfor %}"
