@@ -9,10 +9,11 @@ prompt, one after another, against our server with and without a prefix cache. P
 quick start's; prompts differ. Each client sends its next request when it has the answer to the last one.
 
 The plain server renders chats and calls the pipeline with all texts of a request in one batch; requests come one at a
-time, since a pipeline is not thread-safe. `one at a time` is our server with one request in flight for all clients. All servers run at once with the same settings for threads, the load goes to one at a time, and rounds
-alternate between them. Requests count that are finished within the seconds, or until there are twice as many as
-clients, after a warm-up of a second or of one request for each client. A row has the median of the rounds and their
-range, and the CPU milliseconds of the server's process by request.
+time, since a pipeline is not thread-safe. `one at a time` is our server with one request in flight for all clients.
+All servers are started with the same settings for threads, the load is on one of them at a time, and rounds alternate
+between them. Requests count that are finished within the seconds, or until there are twice as many as clients, after a
+warm-up of a second or of one request for each client. A row has the median of the rounds and their range, and the CPU
+milliseconds of the server's process by request.
 
 Before the servers, the models alone on the tokens of the same requests: padded batches of one request for the library's
 model, full packs for ours. Rewards of all servers are compared. --hidden, --layers: random weights of this size, with
