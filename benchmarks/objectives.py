@@ -20,14 +20,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import logging
 import statistics
 import tempfile
 import time
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from benchmarks.run_file import complete
 
 TASKS = ("ethics", "ukp", "gsm8k")
 OBJECTIVES: dict[str, tuple[str, ...]] = {
@@ -169,7 +170,7 @@ def run(data: Path, task: str, objective: str, seed: int) -> dict[str, Any]:
         scored = write(folder / "test.parquet", examples(task, "", test, NUM_TEST[task]))
         found = evaluate(str(result.checkpoint), str(scored), probes=False, baselines=False)["models"][0]["sets"][0]
     return {
-        "task": task, "objective": objective, "seed": seed, "n": found["n"], "trained_on": len(rows),
+        "n": found["n"], "trained_on": len(rows),
         "accuracy": found["accuracy"], "ece": found["calibration"]["ece"],
         "controlled": found["length"]["controlled"]["accuracy"],
         "cpu_seconds": [round(trained - began, 1), round(time.process_time() - trained, 1)],
@@ -204,26 +205,15 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     arguments = parser.parse_args()
 
-    from transformers.utils import logging as transformers_logging
-
-    from rm_gallery.log import setup_logging
-
-    setup_logging(logging.WARNING)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    runs = []
-    if arguments.output.exists():
-        runs = [json.loads(line) for line in arguments.output.read_text().splitlines()]
-    done = {(each["task"], each["objective"], each["seed"]) for each in runs}
     names = arguments.objectives.split(";") if arguments.objectives else list(OBJECTIVES)
-    for seed in map(int, arguments.seeds.split(",")):
-        for objective in names:
-            for task in arguments.tasks.split(","):
-                if task in ONLY.get(objective, TASKS) and (task, objective, seed) not in done:
-                    runs.append(run(arguments.data, task, objective, seed))
-                    print(json.dumps(runs[-1]), flush=True)
-                    with arguments.output.open("a") as file:
-                        file.write(json.dumps(runs[-1]) + "\n")
+    cells = [
+        {"task": task, "objective": objective, "seed": seed}
+        for seed in map(int, arguments.seeds.split(","))
+        for objective in names
+        for task in arguments.tasks.split(",")
+        if task in ONLY.get(objective, TASKS)
+    ]
+    runs = complete(arguments.output, cells, partial(run, arguments.data))
     print(table(runs))
 
 

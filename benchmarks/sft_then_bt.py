@@ -15,13 +15,14 @@ not repeated.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from benchmarks.run_file import complete
 
 SFT_EPOCHS = 2
 SETTINGS = {
@@ -99,7 +100,7 @@ def first_rows(file: Path, number: int | None, folder: Path) -> Path:
     return folder / f"first_{number}.parquet"
 
 
-def run(variant: str, data: Path | None, seed: int) -> dict[str, Any]:
+def run(data: Path | None, variant: str, seed: int) -> dict[str, Any]:
     task, num_pairs, num_fine_tuned, epochs = VARIANTS[variant]
     began, perplexity = time.process_time(), None
     with tempfile.TemporaryDirectory() as name:
@@ -113,7 +114,7 @@ def run(variant: str, data: Path | None, seed: int) -> dict[str, Any]:
         files = first_rows(training, num_pairs, folder), held_out
         found = train(task, "bt", model, files, folder, f"trainer.total_epochs={epochs}", f"trainer.seed={seed}")
     return {
-        "variant": variant, "seed": seed, "accuracy": found.val_metrics["val/accuracy"],
+        "accuracy": found.val_metrics["val/accuracy"],
         "loss": found.val_metrics["val/loss"], "perplexity": perplexity,
         "cpu_seconds": round(time.process_time() - began, 1),
     }  # fmt: skip
@@ -145,24 +146,13 @@ def main() -> None:
     if "hh" in arguments.tasks and arguments.data is None:
         parser.error("hh needs --data FOLDER")
 
-    from transformers.utils import logging as transformers_logging
-
-    from rm_gallery.log import setup_logging
-
-    setup_logging(logging.WARNING)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    runs = []
-    if arguments.output.exists():
-        runs = [json.loads(line) for line in arguments.output.read_text().splitlines()]
-    done = {(each["variant"], each["seed"]) for each in runs}
-    for seed in map(int, arguments.seeds.split(",")):
-        for variant, (task, *_) in VARIANTS.items():
-            if task in arguments.tasks.split(",") and (variant, seed) not in done:
-                runs.append(run(variant, arguments.data, seed))
-                print(json.dumps(runs[-1]), flush=True)
-                with arguments.output.open("a") as file:
-                    file.write(json.dumps(runs[-1]) + "\n")
+    cells = [
+        {"variant": variant, "seed": seed}
+        for seed in map(int, arguments.seeds.split(","))
+        for variant, (task, *_) in VARIANTS.items()
+        if task in arguments.tasks.split(",")
+    ]
+    runs = complete(arguments.output, cells, partial(run, arguments.data))
     print(table(runs))
 
 

@@ -79,7 +79,7 @@ class Trace:
 
 _Place: TypeAlias = tuple[str, PreferenceGroup | str | list[int]]
 """The name of a text in messages, and what it is tokenized from."""
-_ITEMS_PER_CALL = 64  # of the tokenizer: fewer start a pack earlier, more cost less
+_TEXTS_PER_CALL = 64  # of the tokenizer: fewer start a pack earlier, more cost less
 
 
 @dataclass(eq=False)
@@ -89,6 +89,13 @@ class _Asked:
     items: Sequence[Item]
     truncation: Truncation
     texts: Future[list[np.ndarray]] = field(default_factory=Future)
+
+    @property
+    def num_texts(self) -> int:
+        """Texts that it is for; a response with its prompt is one."""
+        return sum(
+            len(each.responses) if isinstance(each, Conversation) and each.responses else 1 for each in self.items
+        )
 
 
 MAX_TRACED_TOKENS = 1 << 16
@@ -127,14 +134,16 @@ class Member:
         return await asyncio.wrap_future(asked.texts)
 
     def _encode_waiting(self) -> None:
-        """Encode requests that wait, if an earlier call has not done so."""
+        """Encode requests that wait, if an earlier call has not done so; a large one does not delay those before it."""
         chosen: list[_Asked] = []
-        num_items = 0
-        while self._asked and num_items < _ITEMS_PER_CALL:
+        left = _TEXTS_PER_CALL
+        while self._asked and (not chosen or self._asked[0].num_texts <= left):
             asked = self._asked.popleft()
             if asked.texts.set_running_or_notify_cancel():
                 chosen.append(asked)
-                num_items += len(asked.items)
+                left -= asked.num_texts
+        if not chosen:
+            return
         found: list[list[_Place] | Exception] = [_caught(self._prepare, each.items) for each in chosen]
         places = [place for each in found if not isinstance(each, Exception) for place in each]
         groups = [what for _, what in places if isinstance(what, PreferenceGroup)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,11 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from rm_gallery.data.batching.bin_packing import Packer
 from rm_gallery.data.token_cache.arrays import GroupSizes
 from rm_gallery.data.tokenization.token_group import TokenGroup
+from rm_gallery.scoring import RewardScorer
 from rm_gallery.scoring.shared_prefixes import share_prefixes
-from rm_gallery.serving.limits import Refused
+from rm_gallery.serving.limits import Limits, Refused
 from rm_gallery.serving.queue import ScoringQueue
+from rm_gallery.serving.served import Member, RenderedText, Truncation
 
 
 class Engine:
@@ -164,3 +168,32 @@ def test_share_prefixes() -> None:
     assert sorted(each[0] for each in sizes(*long, other)) == [(100, 100, 1), (200, 100, 3)]
     # The reward of a text that begins another is read at its last token, which is not shared.
     assert sizes(long[0], long[0][:60]) == [((59 + 1 + 41, 100, 2), [[1], [0]])]
+
+
+def test_requests_are_tokenized_together_and_a_large_one_apart(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = Member(RewardScorer.from_folder(chat_folder, device="cpu"), Limits())
+    engine, gate = member.scorer.engine, threading.Event()
+    calls: list[int] = []
+    tokenize = engine.tokenize
+
+    def count(groups: Sequence[Any]) -> list[list[list[int]] | Exception]:
+        calls.append(len(groups))
+        return tokenize(groups)
+
+    monkeypatch.setattr(engine, "tokenize", count)
+
+    async def ask(*sizes: int) -> list[list[np.ndarray]]:
+        requests = [[RenderedText(f"{size} {number}") for number in range(size)] for size in sizes]
+        found = [asyncio.ensure_future(member.encode(each, Truncation())) for each in requests]
+        await asyncio.sleep(0)  # each is in the line now
+        gate.set()
+        return await asyncio.gather(*found)
+
+    member._tokenizer.submit(gate.wait)
+    together = asyncio.run(ask(1, 2, 100, 3))
+    assert calls == [3, 100, 3]
+    alone = [asyncio.run(ask(size))[0] for size in (1, 2, 100, 3)]
+    assert [[each.tolist() for each in texts] for texts in together] == [[e.tolist() for e in t] for t in alone]
+    member.close(finish=True)
