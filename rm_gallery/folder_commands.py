@@ -73,7 +73,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 def add_average(commands: Any) -> None:
     command = commands.add_parser(
         "average",
-        help="average the weights of reward models",
+        help="average the weights of reward models, or of language models",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
             "Write a model whose weights are the mean of those of several checkpoints: of one\n"

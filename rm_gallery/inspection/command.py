@@ -22,6 +22,7 @@ from rm_gallery.errors import UserError
 from rm_gallery.files import write_text
 from rm_gallery.html_page import is_foreign, render
 from rm_gallery.inspection.collect import collect
+from rm_gallery.inspection.conversations import ConversationReport, inspect_conversations, page_of_conversations
 from rm_gallery.inspection.page import page_of
 from rm_gallery.inspection.report import Report, build_report
 from rm_gallery.inspection.terminal import print_page
@@ -51,10 +52,10 @@ def show_data(
             "on the comparisons that the ratings imply, in rows of one response those of the column helpfulness "
             "(data.columns.helpfulness=NAME names another)"
         )
-    if config.objective.name == "sft":
+    is_sft = config.objective.name == "sft"
+    if is_sft and not config.model.partial_pretrain:
         raise UserError(
-            "objective.name=sft: show-data reports on preferences; rm-gallery validate-config reads the first "
-            "conversations of each file as training does"
+            "objective.name=sft: which tokens are predicted depends on the chat template; set model.partial_pretrain"
         )
     options = ["--config", config_file] if config_file else []
     options += ["--html", html] if html is not None else []
@@ -66,7 +67,10 @@ def show_data(
             "this report is on chosen and rejected responses: ties, which training keeps, count as dropped here"
         )
         config = replace(config, data=replace(config.data, ties=False))
-    page = page_of(inspect_data(config, num_samples=samples), about)
+    if is_sft:
+        page = page_of_conversations(_inspect_conversations(config, num_samples=samples), about)
+    else:
+        page = page_of(inspect_data(config, num_samples=samples), about)
     if target is not None:
         try:
             write_text(target, render("inspection/report.html.jinja", MARKER, page=page))
@@ -102,14 +106,7 @@ def inspect_data(config: TrainConfig, *, num_samples: int) -> Report:
     tokenizer: Any = None
     packer = None
     if model.partial_pretrain:
-        if model.trust_remote_code:
-            log.warning("model.trust_remote_code=true: Python code of the model folder may run")
-        tokenizer = load_tokenizer(
-            tokenizer_folder(model.partial_pretrain, key="model.partial_pretrain", base=model.lora.base),
-            trust_remote_code=model.trust_remote_code,
-            chat_template=data.chat_template,
-        )
-        freeze_date(tokenizer, data.template_date, key="data.template_date")
+        tokenizer = _tokenizer_of(config)
         packer = _packer_for(model, data.budget, tokenizer)
     elif data.custom_cls.path is not None:
         raise UserError("data.custom_cls renders with a tokenizer: set model.partial_pretrain as well")
@@ -124,6 +121,30 @@ def inspect_data(config: TrainConfig, *, num_samples: int) -> Report:
         for name, side, some in zip(("training", "validation"), sides, files, strict=False)
     ]  # fmt: skip
     return build_report(splits, data, packer, model=model.partial_pretrain, seed=config.trainer.seed)
+
+
+def _inspect_conversations(config: TrainConfig, *, num_samples: int) -> ConversationReport:
+    """The same for supervised fine-tuning."""
+    data, tokenizer = config.data, _tokenizer_of(config)
+    packer = _packer_for(config.model, data.budget, tokenizer)
+    sides = [(side, resolve_files(data, key=side.key)) for side in sides_of(data)]
+    return inspect_conversations(
+        sides, data, tokenizer, packer, model=config.model.partial_pretrain, num_samples=num_samples,
+        seed=config.trainer.seed,
+    )  # fmt: skip
+
+
+def _tokenizer_of(config: TrainConfig) -> Any:
+    model, data = config.model, config.data
+    if model.trust_remote_code:
+        log.warning("model.trust_remote_code=true: Python code of the model folder may run")
+    tokenizer = load_tokenizer(
+        tokenizer_folder(model.partial_pretrain, key="model.partial_pretrain", base=model.lora.base),
+        trust_remote_code=model.trust_remote_code,
+        chat_template=data.chat_template,
+    )
+    freeze_date(tokenizer, data.template_date, key="data.template_date")
+    return tokenizer
 
 
 def _short_names(names: set[str]) -> dict[str, str]:

@@ -8,9 +8,10 @@ from typing import Literal
 import numpy as np
 
 from rm_gallery.data.batching.bin_packing import Packer
-from rm_gallery.data.batching.plan import Plan, epoch_order
+from rm_gallery.data.batching.plan import Mixture, Plan, epoch_order
 from rm_gallery.data.batching.prompt_sharing import sizes_of
-from rm_gallery.data.config import DataConfig, mixture_of
+from rm_gallery.data.config import DataConfig
+from rm_gallery.data.token_cache.arrays import TokenData
 from rm_gallery.inspection.collect import Split
 from rm_gallery.inspection.findings import MAX_EXAMPLES
 
@@ -201,23 +202,25 @@ class CostReport:
     """Whether the model needs padding (encoders)."""
 
 
-def cost_report(split: Split, config: DataConfig, packer: Packer | None, *, seed: int) -> CostReport:
-    """packer: how training packs groups, on one rank; None without a model."""
-    data = split.data
-    counts = np.diff(split.first_response)
+def cost_report(
+    data: TokenData, config: DataConfig, packer: Packer | None, *, unit: str, max_length: int | None, seed: int,
+    mixture: Mixture | None,
+) -> CostReport:  # fmt: skip
+    """packer: how training packs groups, on one rank; None without a model. mixture: of training data."""
+    counts = data.sizes.num_responses.astype(np.int64)
     order = epoch_order(len(data), seed=seed, epoch=0, shuffle=True)
     starts = np.arange(0, len(order), PADDED_BATCH)
     longest = np.maximum.reduceat(data.sizes.longest_text[order].astype(np.int64), starts)
     pads = packer is not None and packer.padded
     packed = int(data.sizes.tokens.sum())
-    planned = None if packer is None else _plan(split, config, packer, seed=seed)
+    planned = None if packer is None else _plan(data, config, packer, mixture, seed=seed)
     return CostReport(
-        unit=split.encoder.unit,
+        unit=unit,
         separate=int((data.prefix_lengths * counts).sum() + data.tail_lengths.sum()),
         packed=planned.tokens if planned and pads else packed,
         shared=planned.tokens if planned and not pads and config.share_prompts else None,
         padded_batch=int((longest * np.add.reduceat(counts[order], starts)).sum()),
-        padded_max=None if split.encoder.max_length is None else int(counts.sum()) * split.encoder.max_length,
+        padded_max=None if max_length is None else int(counts.sum()) * max_length,
         token_budget=None if packer is None else packer.token_budget,
         micro_batches=None if planned is None else planned.micro_batches,
         fill=None if planned is None else planned.fill,
@@ -232,10 +235,10 @@ class _Planned:
     fill: float
 
 
-def _plan(split: Split, config: DataConfig, packer: Packer, *, seed: int) -> _Planned | None:
+def _plan(
+    data: TokenData, config: DataConfig, packer: Packer, mixture: Mixture | None, *, seed: int
+) -> _Planned | None:
     """Steps of the first epoch as training plans them, at most 16, evenly spaced; None if there is no step."""
-    data = split.data
-    mixture = mixture_of(data, split.files, config) if split.name == "training" else None
     plan = Plan(data.sizes, config, packer, seed=seed, mixture=mixture, prompts=data.prompt_hashes)
     steps = plan.epoch_steps(0)
     if not len(steps):  # data.drop_last with less than one step of data

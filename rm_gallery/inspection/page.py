@@ -12,7 +12,15 @@ from typing import Any, ClassVar, TypeAlias
 
 from rm_gallery.inspection.baselines import BaselineReport
 from rm_gallery.inspection.findings import Finding
-from rm_gallery.inspection.lengths import CostReport, Histogram, LengthBias, LengthReport, LongTexts, SourceReport
+from rm_gallery.inspection.lengths import (
+    CostReport,
+    Distribution,
+    Histogram,
+    LengthBias,
+    LengthReport,
+    LongTexts,
+    SourceReport,
+)
 from rm_gallery.inspection.report import Message, Report, Sample, SplitReport, percent
 from rm_gallery.inspection.texts import ExampleText
 
@@ -155,7 +163,8 @@ class Page:
     lead: tuple[str, ...]
     summary: tuple[Message, ...]
     sections: tuple[Section, ...]
-    report: Report
+    report: Any
+    """The figures, a dataclass."""
     about: tuple[tuple[str, str], ...] = ()
     """Label and value: when, with what command and by which version the report was made."""
 
@@ -169,7 +178,11 @@ def page_of(report: Report, about: Sequence[tuple[str, str]] = ()) -> Page:
     train, unit = report.splits[0], report.unit.capitalize()
     sections = [
         *_data_sections(train),
-        Section(f"{unit} per epoch", f"{unit} that the model computes, by batching method.", tuple(_cost(train.cost))),
+        Section(
+            f"{unit} per epoch",
+            f"{unit} that the model computes, by batching method.",
+            tuple(cost_blocks(train.cost)),
+        ),
         Section(
             "Length bias", "Far from 50%, a model can score well on length alone.", _length_bias(train.length_bias)
         ),
@@ -177,7 +190,7 @@ def page_of(report: Report, about: Sequence[tuple[str, str]] = ()) -> Page:
     ]
     if len(report.splits) > 1:
         why = "Validation pairs that overlap with the training data measure memorization."
-        sections.append(Section("Train/validation leakage", why, (_findings(report.leakage),)))
+        sections.append(Section("Train/validation leakage", why, (finding_figures(report.leakage),)))
     sections += _quality_sections(train)
     for split in report.splits[1:]:
         sections += [*_data_sections(split), *_quality_sections(split)]
@@ -211,11 +224,11 @@ def _data_sections(split: SplitReport) -> Iterator[Section]:
 
 def _quality_sections(split: SplitReport) -> Iterator[Section]:
     name = split.name.capitalize()
-    yield Section(f"{name} duplicates", "Repeated and contradictory pairs.", (_findings(split.duplicates),))
+    yield Section(f"{name} duplicates", "Repeated and contradictory pairs.", (finding_figures(split.duplicates),))
     why = "Heuristics on single pairs; a match is not necessarily a mistake."
     hits = [each for each in split.suspicious if each.count]
     none = Note("No matches. Checks: " + "; ".join(each.title for each in split.suspicious) + ".")
-    yield Section(f"{name} suspicious pairs", why, (_findings(hits) if hits else none,))
+    yield Section(f"{name} suspicious pairs", why, (finding_figures(hits) if hits else none,))
 
 
 def _rows(split: SplitReport) -> Figures:
@@ -229,9 +242,13 @@ def _rows(split: SplitReport) -> Figures:
         Figure("pairs", f"{split.num_pairs:,}", "comparisons of two responses; a ranking of K gives several"),
         Figure("distinct prompts", f"{split.num_prompts:,}", prompts),
     ]
-    for each in split.dropped:
-        figures.append(Figure(f"dropped: {each.title}", _count(each), "", each.examples, True, each.texts))
-    return Figures(tuple(figures))
+    return Figures((*figures, *dropped_figures(split.dropped)))
+
+
+def dropped_figures(dropped: Sequence[Finding]) -> Iterator[Figure]:
+    """A line for each reason."""
+    for each in dropped:
+        yield Figure(f"dropped: {each.title}", _count(each), "", each.examples, True, each.texts)
 
 
 def _sources(sources: Sequence[SourceReport]) -> Table:
@@ -260,11 +277,7 @@ def _lengths(report: LengthReport) -> Iterator[Block]:
         )
         why = _LONG_TEXTS[report.long_texts]
         yield Figures((Figure(label, value, why, report.examples, report.num_beyond > 0),))
-    rows = []
-    for each in report.distributions:
-        points = (each.min, each.p50, each.p90, each.p99, each.max)
-        rows.append((each.title, *(f"{point:,}" for point in points), f"{each.mean:,.1f}"))
-    yield Table((report.unit, "min", "p50", "p90", "p99", "max", "mean"), tuple(rows))
+    yield percentiles(report.distributions, report.unit)
     counts = {each.key: max(each.histogram.counts) for each in report.distributions}
     counts["chosen"] = counts["rejected"] = max(counts["chosen"], counts["rejected"])
     for each in report.distributions:
@@ -274,19 +287,33 @@ def _lengths(report: LengthReport) -> Iterator[Block]:
         yield Chart(each.title, each.histogram, report.unit, thing, counts[each.key], limit, is_whole)
 
 
-def _cost(cost: CostReport) -> Iterator[Block]:
+def percentiles(distributions: Sequence[Distribution], unit: str) -> Table:
+    """A row of percentiles for each distribution."""
+    rows = []
+    for each in distributions:
+        points = (each.min, each.p50, each.p90, each.p99, each.max)
+        rows.append((each.title, *(f"{point:,}" for point in points), f"{each.mean:,.1f}"))
+    return Table((unit, "min", "p50", "p90", "p99", "max", "mean"), tuple(rows))
+
+
+def cost_blocks(cost: CostReport, thing: str = "pairs") -> Iterator[Block]:
+    """The tokens of an epoch by batching method. thing: what a padded batch has 8 of."""
     best = cost.packed if cost.shared is None else cost.shared
     bars = [("padding-free, prefix shared", cost.packed), ("padding-free", cost.separate)]
+    if cost.separate == cost.packed:  # conversations: rows of one text
+        bars = bars[1:]
     if cost.pads:
         bars = [("padded, sorted by length", cost.packed), ("without padding", cost.separate)]
     if cost.shared is not None:
         bars.insert(0, ("packed, prompts shared", cost.shared))
-    bars.append(("padded batches of 8 pairs", cost.padded_batch))
+    bars.append((f"padded batches of 8 {thing}", cost.padded_batch))
     if cost.padded_max is not None:
         bars.append(("padded to data.max_length", cost.padded_max))
     yield Bars(tuple(Bar(name, value, f"{value:,} ({value / max(1, best):.2f}x)") for name, value in bars))
     if cost.pads:
         yield Note("Training uses the first one: attention of this model is bidirectional, so no prefix can be shared.")
+    elif cost.separate == cost.packed:
+        yield Note("Training uses the first one.")
     elif cost.separate:
         saved = percent(1 - cost.packed / cost.separate)
         yield Note(f"Training uses the first one. Sharing the prefix of a row saves {saved} of the {cost.unit}.")
@@ -306,7 +333,8 @@ def _length_bias(reports: Sequence[LengthBias]) -> tuple[Figures]:
     return (Figures(tuple(figures)),)
 
 
-def _findings(findings: Sequence[Finding]) -> Figures:
+def finding_figures(findings: Sequence[Finding]) -> Figures:
+    """A line for each finding, those without a match too."""
     return Figures(
         tuple(
             Figure(each.title, _count(each), each.why if each.count else "", each.examples, each.count > 0, each.texts)

@@ -5,14 +5,15 @@ Terminal, HTML and JSON are made from it; see page.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from rm_gallery.data.batching.bin_packing import Packer
-from rm_gallery.data.config import DataConfig
+from rm_gallery.data.config import DataConfig, mixture_of
 from rm_gallery.inspection.baselines import CONSTANT_SHARE, BaselineReport, baseline_report
 from rm_gallery.inspection.collect import Split
 from rm_gallery.inspection.duplicates import duplicate_findings, leakage_findings
@@ -101,13 +102,16 @@ def _split_report(split: Split, config: DataConfig, packer: Packer | None, *, se
         duplicates=tuple(duplicate_findings(split)),
         suspicious=tuple(suspicious_findings(split.flags, split.text_of_pair)),
         lengths=length_report(split, long_texts=_long_texts(config)),
-        cost=cost_report(split, config, packer, seed=seed),
+        cost=cost_report(
+            split.data, config, packer, unit=unit, max_length=split.encoder.max_length, seed=seed,
+            mixture=mixture_of(split.data, split.files, config) if split.name == "training" else None,
+        ),
         length_bias=(
             length_bias(split, split.chars, unit="characters"),
             length_bias(split, split.data.tail_lengths, unit=unit),
         ),
         samples=tuple(make_sample(split, index, group) for index, group in split.samples),
-    )
+    )  # fmt: skip
 
 
 def _long_texts(config: DataConfig) -> LongTexts:
@@ -149,22 +153,23 @@ def make_sample(split: Split, index: int, group: PreferenceGroup) -> Sample:
     tokens = split.data[index]
     labels = labels_of(group)[:MAX_RESPONSES]
     tails = tokens.tails[:MAX_RESPONSES]
+    pieces = partial(split.encoder.pieces, group=group)
     return Sample(
         split.where(index),
         split.data.sources[int(split.data.source_numbers[index])],
-        _segment("shared prefix", tokens.prefix.tolist(), split, group),
-        tuple(_segment(label, tail.tolist(), split, group) for label, tail in zip(labels, tails, strict=True)),
+        make_segment("shared prefix", tokens.prefix.tolist(), pieces),
+        tuple(make_segment(label, tail.tolist(), pieces) for label, tail in zip(labels, tails, strict=True)),
         len(tokens.tails) - len(tails),
     )
 
 
-def _segment(label: str, ids: Sequence[int], split: Split, group: PreferenceGroup) -> Segment:
-    pieces = split.encoder.pieces
+def make_segment(label: str, ids: Sequence[int], pieces: Callable[[Sequence[int]], Sequence[Piece]]) -> Segment:
+    """pieces: of some ids."""
     if len(ids) <= HEAD_PIECES + TAIL_PIECES:
-        return Segment(label, len(ids), tuple(pieces(ids, group)), (), 0)
+        return Segment(label, len(ids), tuple(pieces(ids)), (), 0)
     head, tail = ids[:HEAD_PIECES], ids[-TAIL_PIECES:]
     hidden = len(ids) - len(head) - len(tail)
-    return Segment(label, len(ids), tuple(pieces(head, group)), tuple(pieces(tail, group)), hidden)
+    return Segment(label, len(ids), tuple(pieces(head)), tuple(pieces(tail)), hidden)
 
 
 Level = Literal["error", "warning", "ok"]

@@ -17,7 +17,7 @@ from rm_gallery.safe_text import visible, visible_line
 
 MAX_WIDTH = 100
 _LEVELS = {"error": "bold red", "warning": "yellow", "ok": "green"}
-_COLORS = {"shared prefix": "cyan", "chosen": "green", "rejected": "red"}
+_COLORS = {"shared prefix": "cyan", "read": "cyan", "chosen": "green", "predicted": "green", "rejected": "red"}
 
 
 def print_page(page: Page, stream: TextIO | None = None, *, summary_only: bool = False) -> None:

@@ -208,7 +208,7 @@ class TokenEncoder(Encoder):
             return texts, group.comparisons
         return super().fit(texts, group)
 
-    def pieces(self, ids: Sequence[int], group: PreferenceGroup) -> list[Piece]:
+    def pieces(self, ids: Sequence[int], group: PreferenceGroup | None = None) -> list[Piece]:
         """Each piece is what one more token adds to the decoded text, so spaces and split characters are right."""
         found: list[Piece] = []
         start = read = 0

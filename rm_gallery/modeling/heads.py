@@ -83,6 +83,14 @@ def is_reward_model(architectures: Iterable[str]) -> bool:
     )
 
 
+def holds_language_model(config: Any, files: WeightFolder) -> bool:
+    """Whether a folder is that of a language model: by its class, and since it holds no reward head."""
+    names = list(config.architectures or [])
+    if is_reward_model(names) or num_outputs(files) is not None or has_foreign_head(files):
+        return False
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+
+
 def no_head(config: Any, what: str) -> str:
     """The error for a folder that is not a reward model."""
     name = (config.architectures or [config.model_type])[0]

@@ -1,4 +1,4 @@
-"""`rm-gallery average`: averages the weights of reward models, tensor by tensor.
+"""`rm-gallery average`: averages the weights of reward models, or of language models, tensor by tensor.
 
 The models are checkpoints of one run, or of runs from the same base model with other seeds or settings (WARM, Rame et
 al. 2024, ICML, arXiv 2401.12187): weights that are close enough give a mean with their common features and less of
@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from rm_gallery.data.tokenization.tokenizer import load_tokenizer
 from rm_gallery.errors import UserError, one_line
 from rm_gallery.files import replace as publish
 from rm_gallery.files import sha256_files, write_manifest
@@ -38,7 +39,9 @@ from rm_gallery.modeling.export import (
     write_weights,
 )
 from rm_gallery.modeling.generic_class import CODE_FILE
-from rm_gallery.modeling.heads import is_of_language_model
+from rm_gallery.modeling.heads import holds_language_model
+from rm_gallery.modeling.language_folder import plain_losses
+from rm_gallery.modeling.model_folder import read_model_config
 from rm_gallery.modeling.weight_files import (
     FLOATS,
     StoredTensor,
@@ -46,10 +49,11 @@ from rm_gallery.modeling.weight_files import (
     check_not_quantized,
     list_names,
     read_adapter_files,
+    read_weight_folder,
 )
 from rm_gallery.scoring.jobs import name_models
 from rm_gallery.scoring.loading import KEY, check_folder
-from rm_gallery.scoring.merge import PROBES, merge
+from rm_gallery.scoring.merge import PROBES, merge, probe_groups
 from rm_gallery.scoring.model_folder import choose_checkpoint, stats_of
 from rm_gallery.training.model_card import CARD_NAME, NOT_UPLOADED, averaged_card
 
@@ -75,6 +79,7 @@ class _Member:
     tokenizer: Any
     config: Mapping[str, Any]
     record: InputRecord | None
+    is_language_model: bool
 
 
 def average(
@@ -94,13 +99,6 @@ def average(
     paths = [choose_checkpoint(str(folder), key=KEY) for folder in folders]
     if len(paths) < 2:
         raise UserError("average needs two or more model folders")
-    for path in paths:
-        files = read_adapter_files(path, key=KEY)
-        if files is not None and is_of_language_model(files):
-            raise UserError(
-                f"{KEY}={path}: an adapter of a language model, and average is for reward models; trainer.ema_decay "
-                "averages the weights of a language model while it is trained"
-            )
     names, shares = name_models(paths), _shares(weights, len(paths))
     target = Path(output).expanduser()
     if target.exists():
@@ -147,8 +145,10 @@ def _merged(paths: Sequence[str], temporary: Path, base: str | None) -> list[str
 
 
 def _open(name: str, path: str) -> _Member:
-    """Raises UserError for a folder without a reward model in safetensors files."""
-    config, files, tokenizer = check_folder(path)
+    """Raises UserError for a folder without a reward model or a language model in safetensors files."""
+    config, files = read_model_config(path, key=KEY), read_weight_folder(path, key=KEY)
+    is_language_model = holds_language_model(config, files)
+    tokenizer = load_tokenizer(path, key=KEY) if is_language_model else check_folder(path)[2]
     check_not_quantized(files, config, path, key=KEY)
     if getattr(config, "quantization_config", None) or not files.tensors:
         why = "its weights are quantized" if files.tensors else "it has no safetensors files"
@@ -158,11 +158,17 @@ def _open(name: str, path: str) -> _Member:
             f"{KEY}={path}: its head is in a file of its own, value_head.safetensors, which is not averaged"
         )
     values = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
-    return _Member(name, files.folder, files, tokenizer, values, read_record(files.folder))
+    return _Member(name, files.folder, files, tokenizer, values, read_record(files.folder), is_language_model)
 
 
 def _check_same(first: _Member, other: _Member) -> None:
     """Raise UserError, with the first difference, unless the mean of their weights is a model of the same kind."""
+    if first.is_language_model != other.is_language_model:
+        one, two = (first, other) if first.is_language_model else (other, first)
+        raise UserError(
+            f"{other.name} and {first.name} cannot be averaged: {one.name} is a language model and {two.name} a reward "
+            "model"
+        )
     for what, one, two in (
         *_differences(first.config, other.config),
         *_tokenizer_differences(first.tokenizer, other.tokenizer),
@@ -288,7 +294,7 @@ def _write(
     _log_distance(members, mean.cosines())
     card = averaged_card(
         name, [(str(Path(*Path(path).parts[-2:])), share) for path, share in zip(paths, shares, strict=True)],
-        [Path(path).expanduser() / CARD_NAME for path in paths],
+        [Path(path).expanduser() / CARD_NAME for path in paths], is_language_model=first.is_language_model,
         input_style=first.record.input_style if first.record else "chat" if first.tokenizer.chat_template else "text",
         separator=first.record.separator if first.record else "\n\n",
         attributes=first.record.attributes if first.record else (),
@@ -320,9 +326,12 @@ def _log_distance(members: Sequence[_Member], cosines: Sequence[float]) -> None:
 
 
 def _rescore(folder: Path, first: _Member) -> None:
-    """Raise UserError unless transformers loads the folder and its rewards are finite."""
+    """Raise UserError unless transformers loads the folder and its rewards, or losses, are finite."""
     if not fits_memory(folder):
         return
-    rewards = rescore(folder, [first.tokenizer(text)["input_ids"] for text in PROBES])
-    if not all(map(math.isfinite, rewards)):
-        raise UserError(f"the average gives rewards that are not finite ({rewards}); nothing was written")
+    if first.is_language_model:
+        noun, found = "losses", plain_losses(folder, probe_groups(first.tokenizer))
+    else:
+        noun, found = "rewards", rescore(folder, [first.tokenizer(text)["input_ids"] for text in PROBES])
+    if not all(map(math.isfinite, found)):
+        raise UserError(f"the average gives {noun} that are not finite ({found}); nothing was written")

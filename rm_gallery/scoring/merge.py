@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,13 +83,18 @@ def merge(
     return _publish(target, write)
 
 
+def probe_groups(tokenizer: Any) -> list[TokenGroup]:
+    """The texts whose losses are computed to compare language models; all tokens but the first are targets."""
+    texts = [np.array(tokenizer(text)["input_ids"], np.int32) for text in PROBES]
+    return [TokenGroup(text[:0], [text], (), spans=[Span(0, 1, len(text))]) for text in texts]
+
+
 def _merge_language_model(adapter: AdapterFolder, target: Path, *, base: str | None, dtype: str) -> Path:
     """The same for a language model, whose losses are compared."""
     path = Path(adapter.path).expanduser()
     model = adapter.load_merged().model
     tokenizer = load_tokenizer(tokenizer_folder(adapter.path, key=KEY, base=base))
-    texts = [np.array(tokenizer(text)["input_ids"], np.int32) for text in PROBES]
-    groups = [TokenGroup(text[:0], [text], (), spans=[Span(0, 1, len(text))]) for text in texts]
+    groups = probe_groups(tokenizer)
     expected = plain_losses(path, groups, base=base, quantized=False)
     if adapter.quantization is not None:
         _warn_of_quantized(adapter, expected, plain_losses(path, groups, base=base), "losses")

@@ -250,9 +250,8 @@ def _warn_of_overlap(train: TokenData, val: TokenData, of: str = "") -> None:
     if shared.any():
         log.warning(
             "train/validation leakage: %d of %d validation groups%s have a prompt that is also in the training data "
-            "(first: %s)%s",
+            "(first: %s); rm-gallery show-data reports details",
             int(shared.sum()), len(val), of, val.where(int(shared.argmax())),
-            "" if val.is_conversations else "; rm-gallery show-data reports details",
         )  # fmt: skip
 
 

@@ -147,18 +147,7 @@ with torch.no_grad():
 """
 
 
-_LANGUAGE_MODEL = (
-    """\
----
-{{ metadata }}---
-
-# {{ name }}
-
-A language model, fine-tuned on the assistant turns of conversations by RM-Gallery.
-
-"""
-    + _FACTS
-    + """\
+_GENERATION = """\
 ## How to use
 
 ```python
@@ -189,6 +178,20 @@ generate("Why is the sky blue?")
 {%- endif %}
 ```
 """
+
+
+_LANGUAGE_MODEL = (
+    """\
+---
+{{ metadata }}---
+
+# {{ name }}
+
+A language model, fine-tuned on the assistant turns of conversations by RM-Gallery.
+
+"""
+    + _FACTS
+    + _GENERATION
 )
 
 
@@ -198,8 +201,9 @@ _AVERAGED = """\
 
 # {{ name }}
 
-A reward model whose weights are the mean of those of {{ members | length }} reward models (`rm-gallery average`); it
-was not trained itself. The mean and standard deviation of their validation rewards do not hold for it.
+A {{ kind }} model whose weights are the mean of those of {{ members | length }} {{ kind }} models
+(`rm-gallery average`); it was not trained itself.
+{%- if kind == "reward" %} The mean and standard deviation of their validation rewards do not hold for it.{% endif %}
 
 | model | weight |
 |---|---|
@@ -210,21 +214,25 @@ was not trained itself. The mean and standard deviation of their validation rewa
 
 
 def averaged_card(
-    name: str, members: Sequence[tuple[str, float]], cards: Sequence[Path], *, input_style: str, separator: str,
-    attributes: Sequence[str], adds_special_tokens: bool, code_file: str,
+    name: str, members: Sequence[tuple[str, float]], cards: Sequence[Path], *, is_language_model: bool,
+    input_style: str, separator: str, attributes: Sequence[str], adds_special_tokens: bool, code_file: str,
 ) -> str:  # fmt: skip
     """The model card of an average of weights. members: (name, weight) of each model; cards: their model cards.
 
     Licence, base model and data are those that all cards name. For the other arguments see `model_card`.
     """
-    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
+    metadata: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation" if is_language_model else "text-classification",
+    }
     found = [_metadata_of(card) for card in cards]
     for key in ("license", "base_model", "datasets"):
         if found[0].get(key) and all(each.get(key) == found[0][key] for each in found):
             metadata[key] = found[0][key]
-    metadata["tags"] = ["reward-model", "weight-averaging", "rm-gallery"]
+    metadata["tags"] = ["sft" if is_language_model else "reward-model", "weight-averaging", "rm-gallery"]
     card = _render(
-        _AVERAGED + _USAGE, metadata, name=_cell(name),
+        _AVERAGED + (_GENERATION if is_language_model else _USAGE), metadata, name=_cell(name),
+        kind="language" if is_language_model else "reward",
         members=[(_cell(each), f"{share:.4g}") for each, share in members],
         chat=input_style == "chat", lora=False, attributes=attributes, code_file=code_file, mapping="", quantized=False,
         trust=", trust_remote_code=True" if code_file else "", special=adds_special_tokens,

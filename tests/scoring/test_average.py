@@ -196,3 +196,30 @@ def test_adapters_are_merged_before_they_are_averaged(in_tmp: Path, text_folder:
     with RewardScorer.from_folder("out", device="cpu") as scorer:
         rewards = [reward for (reward,) in scorer.score([scorer.build_group(None, [text]) for text in TEXTS])]
     assert rewards == pytest.approx(plain_rewards(Path("out"), TEXTS), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_language_models_are_averaged(tied: bool, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from rm_gallery.core.models import OpenAIChatModel
+    from tests.small import make_model
+
+    base = make_model("qwen2", in_tmp / "base", tie_word_embeddings=tied)
+    folders = [variant(base, in_tmp / f"lm{seed}", seed) for seed in range(2)]
+    assert main(["average", *map(str, folders), "--output", "out"]) == 0
+    states = [load_file(folder / "model.safetensors") for folder in (*folders, Path("out"))]
+    assert ("lm_head.weight" in states[2]) is not tied
+    for name, each in states[2].items():
+        assert torch.allclose(each, (states[0][name] + states[1][name]) / 2, rtol=0, atol=1e-6)
+    network = AutoModelForCausalLM.from_pretrained("out")
+    assert (network.lm_head.weight is network.model.embed_tokens.weight) is tied
+    assert not OpenAIChatModel("out", is_local=True).is_reward_model
+    card = Path("out/README.md").read_text()
+    assert "A language model whose weights are the mean of those of 2 language models" in card
+    assert "text-generation" in card and "reward" not in card
+    rewards = make_checkpoint("qwen2", in_tmp / "rm")[0]
+    capsys.readouterr()
+    assert main(["average", str(folders[0]), str(rewards), "--output", "mixed"]) == 2
+    assert "lm0 is a language model and global_step_1 a reward model" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -59,6 +60,26 @@ def url(chat_folder: Path) -> Iterator[str]:
 def rewards(chat_folder: Path) -> list[float]:
     with RewardScorer.from_folder(chat_folder, device="cpu") as scorer:
         return scorer.score_messages(CHATS)
+
+
+def test_answers_are_not_held_back_by_the_socket() -> None:
+    """Nagle's algorithm is off on accepted connections: it holds the second write of an answer for up to 40 ms."""
+
+    async def flags() -> list[int]:
+        found: list[int] = []
+
+        def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with open_socket("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(accept, sock=listener):
+                reader, writer = await asyncio.open_connection(*listener.getsockname())
+                await reader.read()
+                writer.close()
+        return found
+
+    assert asyncio.run(flags()) == [1]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rm_gallery.cli import main
@@ -84,8 +85,12 @@ def test_the_adapter_is_loaded_by_peft_and_merged(tied: bool, in_tmp: Path, caps
     chats = [OpenAIChatModel(str(each), is_local=True, max_tokens=8) for each in (folder, "merged", base)]
     found_texts = [each.chat("Count to 3.").content for each in chats]
     assert found_texts[0] == found_texts[1] != found_texts[2] and not chats[0].is_reward_model
-    assert main(["average", str(run), str(folder / "ema"), "--output", "out"]) == 2
-    assert "an adapter of a language model, and average is for reward models" in capsys.readouterr().err
+    assert main(["average", str(run), str(folder / "ema"), "--output", "out"]) == 0
+    assert main(["merge", str(folder / "ema"), "--output", "merged_ema"]) == 0
+    states = [load_file(Path(each) / "model.safetensors") for each in ("merged", "merged_ema", "out")]
+    for key, each in states[2].items():
+        assert torch.allclose(each, (states[0][key] + states[1][key]) / 2, rtol=0, atol=1e-6)
+    assert OpenAIChatModel("out", is_local=True, max_tokens=8).chat("Count to 3.").content
     with pytest.raises(UserError, match="normalize=True is for reward models"):
         OpenAIChatModel(str(folder), is_local=True, normalize=True)
     assert "rm_gallery_base" not in json.loads(Path("merged/config.json").read_text())
