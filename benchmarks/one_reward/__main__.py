@@ -46,9 +46,6 @@ def compare(setting: Setting, routes: Sequence[Route] = ROUTES) -> list[Line]:
         if route.needs and importlib.util.find_spec(route.needs) is None:
             lines.append(Line(route.name, route.call, skipped=f"{route.needs} is not installed"))
             continue
-        if route.packed and setting.scorer.engine.model.padded:
-            lines.append(Line(route.name, route.call, skipped="not for encoders"))
-            continue
         seen: set[int] = set()
         worst = 0.0
         for found in route.run(setting):

@@ -28,8 +28,6 @@ class Route:
     """Several times: all at once, each alone, in other orders."""
     needs: str = ""
     """A package."""
-    packed: bool = False
-    """Whether it is for models that run packed."""
 
 
 def usable(setting: Setting, *, tools: bool = True, forged: bool = False) -> list[int]:
@@ -304,7 +302,7 @@ ROUTES = (
     *(Route(path, "`query`, `documents`; `reward`", by_query(path))
       for path in ("/rerank", "/v1/rerank", "/v2/rerank")),
     Route("/v1/chat/completions", "`messages`", chat_completions),
-    Route("/trace", "`messages`", listed("/trace", lambda row: row["reward"], "messages"), packed=True),
+    Route("/trace", "`messages`", listed("/trace", lambda row: row["reward"], "messages")),
     Route("RemoteScorer", "`auto`; the server renders", remote("auto", tokenizes=False)),
     *(Route("RemoteScorer", f"`{name}`, `tokenizer=`", remote(name, tokenizes=True))
       for name in ("vllm", "vllm-pooling", "sglang", "openrlhf")),

@@ -253,10 +253,11 @@ class Engine(forks.SurvivesFork):
     def run_tokens(self, pack: Sequence[TokenGroup]) -> list[list[list[float]]]:
         """The reward read at every token of each whole text, from one model call: that of the text up to the token.
 
-        The last one is the reward of the text. Raises UserError for a model that pads.
+        The last one is the reward of the text. For models with `has_token_rewards`.
         """
         self._check_process()
-        model = self.check_token_rewards()
+        model = self.model
+        assert isinstance(model, RewardModel) and not model.padded
         batch = collate(pack)
         with self._lock, torch.inference_mode():
             forks.compute_in_fork()
@@ -273,12 +274,10 @@ class Engine(forks.SurvivesFork):
             found.append(texts)
         return found
 
-    def check_token_rewards(self) -> RewardModel:
-        """The model. Raises UserError for one that pads: it has no rewards of single tokens."""
-        if isinstance(self.model, RewardModel) and not self.model.padded:
-            return self.model
-        way = getattr(self.model, "way", "padded, with a class of its own")
-        raise UserError(f"rewards of single tokens need a decoder that runs packed; this model runs {way}")
+    @property
+    def has_token_rewards(self) -> bool:
+        """Whether `run_tokens` reads rewards of single tokens: of decoders that run packed."""
+        return isinstance(self.model, RewardModel) and not self.model.padded
 
     def _check_process(self) -> None:
         if self.device.type == "cuda" and os.getpid() != self._process:

@@ -25,7 +25,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from rm_gallery.serving import requests
+from rm_gallery.serving import requests, traces
 from rm_gallery.serving.limits import Limits
 from rm_gallery.serving.served import Item, Models, Scores, ServedModel, Truncation
 
@@ -105,17 +105,20 @@ def add_protocols(router: APIRouter, models: Models, limits: Limits) -> None:
 
     @router.post("/trace", tags=["RM-Gallery"])
     async def trace(request: Request, body: requests.TraceBody) -> JSONResponse:
-        """The reward after each token of the responses: that of the text if it ended there."""
+        """The reward after each token of the responses: that of the text if it ended there.
+
+        Of models that do not run packed, long texts have several tokens in an item of `tokens`.
+        """
         items, count = body.items()
         requests.check_count(count, limits.max_texts)
         model = models.find(body.model)
-        found = await model.trace(items, count, client_of(request, body))
+        found = await traces.trace(model, items, count, client_of(request, body))
         rows = [
             {"index": index, "reward": each.rewards[-1], "start": each.start, "before": each.before,
-             "tokens": each.tokens, "rewards": each.rewards}
+             "tokens": each.pieces, "rewards": each.rewards}
             for index, each in enumerate(found)
         ]  # fmt: skip
-        total = sum(each.start + len(each.tokens) for each in found)
+        total = sum(each.num_tokens for each in found)
         return JSONResponse(_listed("trace", model, rows, total))
 
     _add_rerank(router, score)

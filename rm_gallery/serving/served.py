@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from rm_gallery.errors import UserError, nearest, one_line
+from rm_gallery.errors import nearest, one_line
 from rm_gallery.schema import PreferenceGroup
 from rm_gallery.scoring.ensemble import Reduction
 from rm_gallery.scoring.prefix_cache import PrefixCache
@@ -39,9 +39,6 @@ class RenderedText:
     """Whether the tokenizer adds its special tokens; False if the text has all of them."""
 
 
-_MAX_CHARACTER_TOKENS = 8
-"""Tokens of a character, with those of a broken one."""
-
 Item: TypeAlias = Conversation | RenderedText | list[int]
 """What a request asks the reward of; a list is token ids."""
 
@@ -64,21 +61,9 @@ class Scores:
     """Of all texts, as the first model of an ensemble reads them."""
 
 
-@dataclass(frozen=True)
-class Trace:
-    """The reward after each token of a response."""
-
-    start: int
-    """Tokens of the text before the first one listed: the prompt. 0 if the start of the response is not found."""
-    before: float | None
-    """The reward after the token before the first one listed; None if there is none."""
-    tokens: list[str]
-    rewards: list[float]
-    """The last one is the reward of the text."""
-
-
 _Place: TypeAlias = tuple[str, PreferenceGroup | str | list[int]]
 """The name of a text in messages, and what it is tokenized from."""
+_T = TypeVar("_T")
 _TEXTS_PER_CALL = 64  # of the tokenizer: fewer start a pack earlier, more cost less
 
 
@@ -96,10 +81,6 @@ class _Asked:
         return sum(
             len(each.responses) if isinstance(each, Conversation) and each.responses else 1 for each in self.items
         )
-
-
-MAX_TRACED_TOKENS = 1 << 16
-"""Of a request for traces, whose answer has two values for each."""
 
 
 class Member:
@@ -188,47 +169,9 @@ class Member:
             texts += [self._fitted(ids, what, truncation) for ids in found]
         return texts
 
-    async def describe(
-        self, items: Sequence[Item], texts: Sequence[np.ndarray], rewards: Sequence[list[float]]
-    ) -> list[Trace]:
-        """Traces of texts, from the rewards read at all their tokens."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._tokenizer, lambda: [
-                Trace(start, values[start - 1] if start else None, self._pieces(text, start), values[start:])
-                for text, values, start in zip(texts, rewards, self._starts(items, texts), strict=True)
-            ]
-        )  # fmt: skip
-
-    def _starts(self, items: Sequence[Item], texts: Sequence[np.ndarray]) -> list[int]:
-        """The first token of each response; 0 for a text that is not known to have a prompt."""
-        found: list[int] = []
-        for item in items:
-            if not isinstance(item, Conversation):
-                found.append(0)
-                continue
-            if item.responses is None:  # the last turn is the response
-                group = self.scorer.inputs.group(item.messages[:-1], [item.messages[-1:]], item.tools)
-            else:
-                group = self.scorer.inputs.group(item.messages, item.responses, item.tools)
-            own = [text.tolist() for text in texts[len(found) : len(found) + len(group.responses)]]
-            found += [start or 0 for start in self.scorer.engine.response_starts(own, group)]
-        return found
-
-    def _pieces(self, ids: np.ndarray, start: int) -> list[str]:
-        """The text of each token from `start` on. One that ends inside a character has "": the last has all of it."""
-        tokenizer, pieces = self.scorer.engine.tokenizer, []
-        before, pending = [int(each) for each in ids[max(start - 1, 0) : start]], list[int]()
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        for number, token in enumerate(ids[start:].tolist(), start + 1):
-            pending.append(token)
-            # With the token before it, since some tokenizers drop the space at the start of a text.
-            known, whole = tokenizer.decode(before, **options), tokenizer.decode([*before, *pending], **options)
-            if whole.endswith("\ufffd") and len(pending) < _MAX_CHARACTER_TOKENS and number < len(ids):
-                pieces.append("")
-                continue
-            pieces.append(whole[len(known) :] if whole.startswith(known) else tokenizer.decode(pending, **options))
-            before, pending = pending[-1:] if not whole.endswith("\ufffd") else [], []
-        return pieces
+    async def run_beside(self, call: Callable[[], _T]) -> _T:
+        """The result of a call that uses the tokenizer, in its thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizer, call)
 
     def _group(self, item: Conversation, what: str) -> PreferenceGroup:
         try:
@@ -300,18 +243,6 @@ class ServedModel:
     def is_alive(self) -> bool:
         return all(member.queue.is_alive for member in self.members)
 
-    async def trace(self, items: Sequence[Item], count: int, client: str) -> list[Trace]:
-        """The reward after each token of `count` texts. Raises Refused as `score`, and for a model without them."""
-        if len(self.members) > 1:
-            raise bad_request("an ensemble has no rewards of single tokens: its members may read other tokens")
-        [member] = self.members
-        try:
-            member.scorer.engine.check_token_rewards()
-        except UserError as error:
-            raise bad_request(str(error)) from None
-        [encoded], [rewards] = await self._compute(items, count, client, Truncation(), every_token=True)
-        return await member.describe(items, encoded, rewards)
-
     async def score(
         self, items: Sequence[Item], count: int, client: str, truncation: Truncation | None = None
     ) -> Scores:
@@ -321,31 +252,52 @@ class ServedModel:
         return Scores(rewards, sum(map(len, encoded[0])))
 
     async def _compute(
-        self, items: Sequence[Item], count: int, client: str, truncation: Truncation, *, every_token: bool = False
+        self, items: Sequence[Item], count: int, client: str, truncation: Truncation
     ) -> tuple[list[list[np.ndarray]], list[list[Any]]]:
-        """The tokens of the texts and what the queue gives for them, of each member."""
-        reserved: list[ScoringQueue] = []
-        futures: list[Future[list[Any]]] = []
-        try:
-            for member in self.members:  # before texts are tokenized: what waits for that counts too
-                member.queue.reserve(count)
-                reserved.append(member.queue)
+        """The tokens of the texts and their rewards, of each member."""
+        async with Places(self.members, count) as places:  # before texts are tokenized: what waits for that counts too
             encoded = [await member.encode(items, truncation) for member in self.members]
-            if every_token and (total := sum(map(len, encoded[0]))) > MAX_TRACED_TOKENS:
-                raise bad_request(
-                    f"the texts have {total} tokens, a trace at most {MAX_TRACED_TOKENS}; send fewer texts"
-                )
-            for member, texts in zip(self.members, encoded, strict=True):
-                futures.append(member.queue.submit(texts, client, every_token=every_token))
-                reserved.remove(member.queue)
-            return encoded, list(await asyncio.gather(*map(asyncio.wrap_future, futures)))
+            return encoded, await places.submit(encoded, client)
+
+
+class Places:
+    """Places of `count` texts in the queue of each member, which are free again at the end of a block."""
+
+    def __init__(self, members: Sequence[Member], count: int) -> None:
+        self._members, self._count = members, count
+        self._reserved: list[ScoringQueue] = []
+        self._futures: list[Future[list[Any]]] = []
+
+    async def __aenter__(self) -> Places:
+        try:
+            for member in self._members:
+                member.queue.reserve(self._count)
+                self._reserved.append(member.queue)
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    async def submit(
+        self, texts: Sequence[Sequence[np.ndarray]], client: str, *, every_token: bool = False
+    ) -> list[list[Any]]:
+        """What each member's queue gives for its texts; see `ScoringQueue.submit`."""
+        for member, each in zip(self._members, texts, strict=True):
+            self._futures.append(member.queue.submit(each, client, every_token=every_token))
+            self._reserved.remove(member.queue)
+        try:
+            return list(await asyncio.gather(*map(asyncio.wrap_future, self._futures)))
         except ValueError as error:
             raise Refused(422, one_line(error)) from None
-        finally:
-            for queue in reserved:
-                queue.release(count)
-            for future in futures:  # of a client that left, or of the other members of an ensemble
-                future.cancel()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        for queue in self._reserved:
+            queue.release(self._count)
+        for future in self._futures:  # of a client that left, or of the other members of an ensemble
+            future.cancel()
 
 
 class Models:

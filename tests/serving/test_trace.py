@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from rm_gallery.scoring import RewardScorer
 from rm_gallery.serving.app import make_app
@@ -100,16 +103,65 @@ def test_traces_beside_rewards_change_neither(served: Client) -> None:
 
 
 @pytest.mark.slow
-def test_refused_in_words(served: Client, chat_folder: Path, other_folder: Path, tmp_path: Path) -> None:
+def test_refused_in_words(served: Client, chat_folder: Path, tmp_path: Path) -> None:
     response = served.post("/trace", {"messages": PROMPT, "responses": ["x"], "truncate_prompt_tokens": 4})
     assert response.status_code == 400 and "whole texts" in response.json()["error"]["message"]
-    encoder = make_checkpoint("bert", tmp_path)[0]
-    named = {"encoder": [str(encoder)], "both": [str(chat_folder), str(other_folder)]}
-    models = load_models(named, Limits(), device="cpu", normalize=False)
+    shutil.copytree(chat_folder, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    tokenizer.chat_template = "Chat: " + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "other", save_jinja_files=False)
+    both = [str(chat_folder), str(tmp_path / "other")]
+    models = load_models({"both": both}, Limits(), device="cpu", normalize=False)
+    response = Client(make_app(models)).post("/trace", {"messages": PROMPT, "responses": ["x"]})
+    assert response.status_code == 400 and "different tokens" in response.json()["error"]["message"]
+    models.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("style", "kind"), [("text", "bert"), ("text", "deberta-v2")])
+def test_encoders_score_the_text_cut_after_each_token(
+    style: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint(kind, tmp_path, style=style)[0]
+    models = load_models({"rm": [str(folder)]}, Limits(), device="cpu")
     client = Client(make_app(models))
-    for name, words in (("encoder", "bert attends in both directions"), ("both", "an ensemble")):
-        response = client.post("/trace", {"model": name, "messages": PROMPT, "responses": ["x"]})
-        assert response.status_code == 400 and words in response.json()["error"]["message"]
+    body = {"messages": PROMPT, "responses": ["In water.", "No. Never, of course."]}
+    whole = [row["probs"][0] for row in client.post("/classify", body).json()["data"]]
+    rows = traced(client, body)
+    with RewardScorer.from_folder(folder, device="cpu") as scorer:
+        [texts] = scorer.engine.tokenize([scorer.build_group(PROMPT, body["responses"])])
+        closing = [scorer.engine.tokenizer.sep_token_id]
+    for row, ids, reward in zip(rows, texts, whole, strict=True):
+        assert ids[-1:] == closing and 0 < row["start"] < len(ids)
+        cuts = [[*ids[:end], *closing] for end in range(row["start"], len(ids))]
+        expected = [each["probs"][0] for each in client.post("/classify", {"input": cuts}).json()["data"]]
+        assert [row["before"], *row["rewards"]] == pytest.approx(expected, abs=1e-5)
+        assert row["rewards"][-1] == row["reward"] == pytest.approx(reward, abs=1e-5)
+        assert len(set(row["rewards"])) > 1
+    # Where that would be too many texts, several tokens are one item.
+    monkeypatch.setattr("rm_gallery.serving.traces._MAX_CUTS", 8)
+    fewer = traced(client, body)
+    assert sum(len(row["tokens"]) for row in fewer) <= 8 < sum(len(row["tokens"]) for row in rows)
+    for few, row in zip(fewer, rows, strict=True):
+        assert "".join(few["tokens"]) == "".join(row["tokens"])
+        assert few["rewards"][-1] == pytest.approx(row["rewards"][-1], abs=1e-5)
+        assert set(np.round(few["rewards"], 4)) <= set(np.round(row["rewards"], 4))
+    models.close()
+
+
+@pytest.mark.slow
+def test_an_ensemble_combines_the_values_of_its_models(chat_folder: Path, other_folder: Path) -> None:
+    names = {"one": [str(chat_folder)], "two": [str(other_folder)], "both": [str(chat_folder), str(other_folder)]}
+    models = load_models(names, Limits(), device="cpu", normalize=False)
+    client = Client(make_app(models))
+    body = {"messages": PROMPT, "responses": ANSWERS}
+    one, two, both = (traced(client, body | {"model": name}) for name in names)
+    for first, second, mean in zip(one, two, both, strict=True):
+        assert mean["tokens"] == first["tokens"]
+        assert mean["rewards"] == pytest.approx(
+            [(a + b) / 2 for a, b in zip(first["rewards"], second["rewards"], strict=True)], abs=1e-5
+        )
+        assert mean["before"] == pytest.approx((first["before"] + second["before"]) / 2, abs=1e-5)
     models.close()
 
 
