@@ -179,10 +179,9 @@ def _normalize_sft(values: dict[str, Any]) -> None:
         return
     if isinstance(data, dict) and "micro_batch_size" in data:
         data["micro_batch_size_per_gpu"] = data.pop("micro_batch_size")
-    if isinstance(trainer, dict):
-        trainer.setdefault("save_best_metric", "val/loss")
-    elif trainer is None:
-        values["trainer"] = {"save_best_metric": "val/loss"}
+    defaults = {"save_best_metric": "val/loss", "default_local_dir": "./checkpoints/sft"}
+    if isinstance(trainer, dict | None):
+        values["trainer"] = defaults | (trainer or {})
 
 
 def _normalize_eval_sets(trainer: Any) -> Iterator[Problem]:

@@ -62,7 +62,8 @@ class CheckpointConfig:
     __pydantic_config__ = {"extra": "forbid"}
 
     default_local_dir: str = "./checkpoints/bt"
-    """Parent of the run directory; `experiment_name` is appended unless the path ends with it already."""
+    """Parent of the run directory; `experiment_name` is appended unless the path ends with it already. With
+    `objective.name=sft` the default is `./checkpoints/sft`."""
     save_freq: int = -1
     """Steps between checkpoints; one is always saved after the last step. 0 or less: only after the last one."""
     export_dtype: Literal["auto", "fp32", "bf16"] = "auto"

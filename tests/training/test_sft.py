@@ -55,6 +55,7 @@ def test_names_of_other_trainers_are_read_or_answered(in_tmp: Path, qwen2_folder
     with caplog.at_level("INFO"):
         config = load_config(None, [*common, *page])
     assert config.data.budget == 12 * 256
+    assert config.trainer.default_local_dir == "./checkpoints/sft"
     assert (config.data.format, config.data.columns.messages, config.data.tools_key) == (
         "conversation",
         "turns",
