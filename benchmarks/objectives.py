@@ -178,13 +178,28 @@ def run(data: Path, task: str, objective: str, seed: int) -> dict[str, Any]:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Mean and range over seeds, per task and objective, as Markdown."""
-    lines = ["| task | objective | seeds | accuracy | ECE | length-controlled |", "|---|---|---|---|---|---|"]
+    """Mean and range over seeds, per task and objective, as Markdown; differences are from the run of the same seed."""
+    lines = [
+        "| task | objective | seeds | accuracy | less that of bradley_terry | ECE | length-controlled |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    plain = {(each["task"], each["seed"]): each["accuracy"] for each in runs if each["objective"] == "bradley_terry"}
     for task in TASKS:
         for objective in OBJECTIVES:
-            rows = [each for each in runs if (each["task"], each["objective"]) == (task, objective)]
+            rows = [
+                {
+                    **each,
+                    "gain": each["accuracy"] - plain[task, each["seed"]] if (task, each["seed"]) in plain else None,
+                }
+                for each in runs
+                if (each["task"], each["objective"]) == (task, objective)
+            ]
             if rows:
-                cells = [_mean(rows, "accuracy", 100, 1), _mean(rows, "ece", 1, 3), _mean(rows, "controlled", 100, 1)]
+                cells = [
+                    _mean(rows, "accuracy", 100, 1),
+                    "" if objective == "bradley_terry" else _mean(rows, "gain", 100, 1),
+                    _mean(rows, "ece", 1, 3), _mean(rows, "controlled", 100, 1),
+                ]  # fmt: skip
                 lines.append(f"| {task} | {objective} | {len(rows)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
