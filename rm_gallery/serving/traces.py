@@ -124,7 +124,7 @@ def _closing(member: Member, text: np.ndarray) -> int:
     """The number of tokens that end every text of the model, such as [SEP], which a cut text keeps."""
     engine = member.scorer.engine
     plain, whole = engine.tokenizer("a", add_special_tokens=False)["input_ids"], engine.tokenizer("a")["input_ids"]
-    appended = next((whole[at + 1 :] for at, each in enumerate(whole) if plain and each == plain[-1]), [])
+    appended: list[int] = next((whole[at + 1 :] for at, each in enumerate(whole) if plain and each == plain[-1]), [])
     for closing in ([*appended, *engine.source.closing_ids], list(engine.source.closing_ids), appended):
         if closing and len(text) > len(closing) and text[len(text) - len(closing) :].tolist() == closing:
             return len(closing)
