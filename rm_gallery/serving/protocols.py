@@ -103,6 +103,12 @@ def add_protocols(router: APIRouter, models: Models, limits: Limits) -> None:
         ]
         return JSONResponse(_listed("score", model, rows, scores.num_tokens))
 
+    _add_trace(router, models, limits)
+    _add_rerank(router, score)
+    _add_chat(router, score)
+
+
+def _add_trace(router: APIRouter, models: Models, limits: Limits) -> None:
     @router.post("/trace", tags=["RM-Gallery"])
     async def trace(request: Request, body: requests.TraceBody) -> JSONResponse:
         """The reward after each token of the responses: that of the text if it ended there.
@@ -120,9 +126,6 @@ def add_protocols(router: APIRouter, models: Models, limits: Limits) -> None:
         ]  # fmt: skip
         total = sum(each.num_tokens for each in found)
         return JSONResponse(_listed("trace", model, rows, total))
-
-    _add_rerank(router, score)
-    _add_chat(router, score)
 
 
 def _add_rerank(router: APIRouter, score: Any) -> None:
