@@ -35,7 +35,7 @@ from rm_gallery.inspection.page import (
     finding_figures,
     percentiles,
 )
-from rm_gallery.inspection.report import LEVELS, Level, Message, Sample, Segment, make_segment, percent
+from rm_gallery.inspection.report import LEVELS, Level, Message, Sample, Segment, make_segment, of_dropped, percent
 from rm_gallery.inspection.texts import TokenEncoder
 
 # N conversations
@@ -90,7 +90,7 @@ def inspect_conversations(
     """
     config = replace(config, bad_rows="drop")
     encoder = TokenEncoder(tokenizer, config)
-    splits, data = [], []
+    splits, data, hashes = [], [], []
     for name, (side, files) in zip(("training", "validation"), sides, strict=False):
         entries = entries_of(config, side.key)
         store = prepare(files, entries, config, tokenizer, key=side.key, share=side.share)
@@ -100,8 +100,10 @@ def inspect_conversations(
                 f"{store.dropped.remedy}"
             )
         data.append(store.data)
-        splits.append(_split_report(name, files, store, config, encoder, packer, num_samples, seed))
-    leakage = tuple(_leakage(*data)) if len(data) > 1 else ()
+        hashes.append(_hashes(store.data))
+        repeated = _repeated(store.data, hashes[-1])
+        splits.append(_split_report(name, files, store, repeated, config, encoder, packer, num_samples, seed))
+    leakage = tuple(_leakage(data[0], data[1], hashes[0], hashes[1])) if len(data) > 1 else ()
     summary = [message for split in splits for message in _of_split(split)]
     for each in (each for each in leakage if each.count):
         level: Level = "error" if each.key == "shared" or each.share > 0.01 else "warning"
@@ -114,8 +116,8 @@ def inspect_conversations(
 
 
 def _split_report(
-    name: str, files: list[DataFile], store: Store, config: DataConfig, encoder: TokenEncoder, packer: Packer,
-    num_samples: int, seed: int,
+    name: str, files: list[DataFile], store: Store, repeated: Finding, config: DataConfig, encoder: TokenEncoder,
+    packer: Packer, num_samples: int, seed: int,
 ) -> ConversationSplit:  # fmt: skip
     data, counts = store.data, store.data.target_counts
     assert counts is not None, "conversations have targets"
@@ -135,7 +137,7 @@ def _split_report(
         max_length=config.max_length,
         style=data.style,
         dropped=tuple(dropped_findings(store.dropped, len(data), {})),
-        repeated=_repeated(data),
+        repeated=repeated,
         lengths=(
             distribution("conversation", "conversation", lengths),
             distribution("predicted", "predicted tokens of a conversation", counts),
@@ -157,10 +159,10 @@ def _hashes(data: TokenData) -> list[bytes]:
     ]
 
 
-def _repeated(data: TokenData) -> Finding:
+def _repeated(data: TokenData, hashes: Sequence[bytes]) -> Finding:
     first: dict[bytes, int] = {}
     found = []
-    for index, each in enumerate(_hashes(data)):
+    for index, each in enumerate(hashes):
         if first.setdefault(each, index) != index:
             found.append((first[each], index))
     examples = tuple(f"{data.where(one)} = {data.where(other)}" for one, other in found[:MAX_EXAMPLES])
@@ -168,9 +170,11 @@ def _repeated(data: TokenData) -> Finding:
     return Finding("repeated", "exact duplicates", len(found), len(data), why, examples, "conversation")
 
 
-def _leakage(train: TokenData, val: TokenData) -> Iterator[Finding]:
-    known = set(_hashes(train))
-    whole = [index for index, each in enumerate(_hashes(val)) if each in known]
+def _leakage(
+    train: TokenData, val: TokenData, train_hashes: Sequence[bytes], val_hashes: Sequence[bytes]
+) -> Iterator[Finding]:
+    known = set(train_hashes)
+    whole = [index for index, each in enumerate(val_hashes) if each in known]
     begins = np.flatnonzero(np.isin(val.prompt_hashes, train.prompt_hashes)).tolist()
     for key, title, found in (
         ("shared", "conversations that are in the training data", whole),
@@ -199,14 +203,7 @@ def _sample(data: TokenData, index: int, encoder: TokenEncoder) -> Sample:
 
 
 def _of_split(split: ConversationSplit) -> Iterator[Message]:
-    dropped = sum(each.count for each in split.dropped)
-    if dropped:
-        share, most = dropped / split.num_rows, split.dropped[0]
-        yield Message(
-            "error" if share > 0.01 else "warning",
-            f"Dropped: {dropped:,} of {split.num_rows:,} {split.name} rows ({percent(share)}), most often: "
-            f"{most.title}; first: {most.examples[0]}.",
-        )
+    yield from of_dropped(split.dropped, split.num_rows, split.name)
     if split.repeated.count:
         yield Message(
             "error" if split.repeated.share > 0.01 else "warning",

@@ -249,15 +249,20 @@ def _of_split(split: SplitReport) -> Iterator[Message]:
         yield from _of_lengths(split)
 
 
-def _of_rows(split: SplitReport) -> Iterator[Message]:
-    dropped = sum(each.count for each in split.dropped)
-    if dropped:
-        share, most = dropped / split.num_rows, split.dropped[0]
+def of_dropped(dropped: Sequence[Finding], num_rows: int, split: str) -> Iterator[Message]:
+    """The message on rows that are not used, if there are any."""
+    count = sum(each.count for each in dropped)
+    if count:
+        share, most = count / num_rows, dropped[0]
         yield Message(
             "error" if share > 0.01 else "warning",
-            f"Dropped: {dropped:,} of {split.num_rows:,} {split.name} rows ({percent(share)}), most often: "
+            f"Dropped: {count:,} of {num_rows:,} {split} rows ({percent(share)}), most often: "
             f"{most.title}; first: {most.examples[0]}.",
         )
+
+
+def _of_rows(split: SplitReport) -> Iterator[Message]:
+    yield from of_dropped(split.dropped, split.num_rows, split.name)
     if len(split.styles) > 1:
         yield Message(
             "error", f"The {split.name} files mix chat messages with plain text; training does not accept mixed styles."

@@ -90,7 +90,7 @@ async def _from_cuts(member: Member, items: Sequence[Item], count: int, client: 
     starts = [  # of an empty response, its last token before the closing ones
         min(start, len(text) - closing - 1) for start, text, closing in zip(starts, texts, closings, strict=True)
     ]
-    ends = _ends(texts, starts, closings)
+    ends = _ends(texts, starts, closings, min(_MAX_CUTS, member.queue.max_waiting))
     cuts = [
         np.concatenate([text[:end], text[len(text) - closing :]])
         for text, closing, each in zip(texts, closings, ends, strict=True)
@@ -131,11 +131,13 @@ def _closing(member: Member, text: np.ndarray) -> int:
     return 0
 
 
-def _ends(texts: Sequence[np.ndarray], starts: Sequence[int], closings: Sequence[int]) -> list[list[int]]:
+def _ends(
+    texts: Sequence[np.ndarray], starts: Sequence[int], closings: Sequence[int], max_cuts: int
+) -> list[list[int]]:
     """The numbers of tokens after which each text is cut: after the prompt, and after every n-th token of the response.
 
     The last one is the whole text without its closing tokens. n is 1, or large enough for all cut texts together to be
-    within `MAX_TOKENS` and `_MAX_CUTS`, if any number is.
+    within `MAX_TOKENS` and `max_cuts`, if any number is.
     """
     wholes = [len(text) - closing for text, closing in zip(texts, closings, strict=True)]
     step = 1
@@ -145,7 +147,7 @@ def _ends(texts: Sequence[np.ndarray], starts: Sequence[int], closings: Sequence
             ends = list(range(whole, start, -step))[::-1] or [whole]
             found.append([start, *ends] if 0 < start < ends[0] else ends)
         tokens = sum(end + closing for ends, closing in zip(found, closings, strict=True) for end in ends)
-        too_many = max(tokens / MAX_TOKENS, sum(map(len, found)) / _MAX_CUTS)
+        too_many = max(tokens / MAX_TOKENS, sum(map(len, found)) / max_cuts)
         if too_many <= 1 or all(len(ends) <= 2 for ends in found):
             return found
         step = max(step + 1, math.floor(step * too_many))
